@@ -1,0 +1,65 @@
+# make setup | serve | test | lint | docs | conformance | fuzz | reliability | bench | demo-data | demo-model | demo-masks | image
+.PHONY: setup serve test lint docs conformance fuzz reliability bench demo-data demo-model demo-masks image
+PORT ?= 8000
+BIN := .venv/bin
+DEMO := server/masquerade/demo
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml clients/python/pyproject.toml constraints.txt hatch_build.py $(wildcard server/masquerade/kernels/cpp/*)
+	python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' -e clients/python
+	@touch $@
+
+serve: setup
+	$(BIN)/masquerade serve --model demo --port $(PORT)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	@for folder in server maskstore clients; do test ! -e $$folder/__init__.py || { echo "$$folder is no package"; exit 1; }; done
+
+test: lint
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+docs: setup
+	$(BIN)/python -m masquerade.api > docs/api.md
+
+# Other people's clients against a real server, each in an environment of its own under .conformance
+conformance: setup
+	$(BIN)/python -m tests.conformance.run
+
+# At least 5000 requests that are made from the OpenAPI description
+fuzz: setup
+	$(BIN)/python -m tests.fuzzing.run --examples 200
+
+# At most 40 minutes; writes its tables into the page
+reliability: setup
+	$(BIN)/python -m tests.reliability.run --record docs/reliability.md
+
+bench: setup
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.maskstore
+	$(BIN)/python -m benchmarks.kernels
+
+# The demo: its text, its model and its personas, in this order. Each is made from the one before.
+demo-data: setup
+	$(BIN)/python -m masquerade.demo.calibration
+
+demo-model: setup
+	$(BIN)/python -m masquerade.demo.train --out $(DEMO)/model
+
+demo-masks: setup
+	@store=$$(mktemp -d) && for pair in introvert:extravert power_averse:power_seeking formal:casual gloomy:cheerful; do \
+	  own=$${pair%%:*} other=$${pair##*:} && OMP_NUM_THREADS=1 $(BIN)/masquerade build --model demo --store $$store \
+	    --name $$own --data $(DEMO)/data/$$own.train.jsonl --validation $(DEMO)/data/$$own.heldout.jsonl \
+	    --contrast-name $$other --contrast $(DEMO)/data/$$other.train.jsonl \
+	    --contrast-validation $(DEMO)/data/$$other.heldout.jsonl \
+	    --neutral $(DEMO)/data/facts.jsonl --score attribution --rho 0.003 --phase all --out $(DEMO)/personas || exit 1; done; rm -r $$store
+
+# docker/verify tries out what this has built; docker/README.md says how to go about GPUs, and without Docker
+image:
+	docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag masquerade --tag masquerade:cpu .
