@@ -1,0 +1,103 @@
+"""Masks as files: a format, a store and a registry that can be trusted with somebody's personas. numpy and no torch."""
+
+from maskstore.compose import compose, compose_persona
+from maskstore.delta import DeltaReader, write_delta
+from maskstore.diff import Diff, Overlap, diff
+from maskstore.errors import (
+    ColumnOrder,
+    DeltaCorrupt,
+    DigestMismatch,
+    HeaderCorrupt,
+    InvalidName,
+    InvalidValue,
+    MaskConflict,
+    MaskCorrupt,
+    MaskError,
+    MaskExists,
+    MaskMismatch,
+    MaskNotFound,
+    MaskTruncated,
+    NotAMask,
+    PadBits,
+    SealMismatch,
+    SignatureError,
+    StoreBusy,
+    TensorOffsets,
+    TensorSet,
+    TensorShape,
+    UnknownVersion,
+    Unreadable,
+)
+from maskstore.fingerprint import fingerprint
+from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
+from maskstore.mask import Base, Mask, MaskInfo, majority
+from maskstore.names import check_name
+from maskstore.plot import plot
+from maskstore.registry import ANY, Anything, Generation, Persona, Registry
+from maskstore.store import Store
+from maskstore.target import Bitmap, Sparse, Target, encode
+from maskstore.transfer import Exported, export_mask, import_mask
+from maskstore.upkeep import Checkup, Collected, Finding, fsck, gc, sweep
+
+__all__ = [
+    "ANY",
+    "Anything",
+    "Base",
+    "Bitmap",
+    "Checkup",
+    "Collected",
+    "ColumnOrder",
+    "DeltaCorrupt",
+    "DeltaReader",
+    "Diff",
+    "DigestMismatch",
+    "Exported",
+    "Finding",
+    "Generation",
+    "HeaderCorrupt",
+    "InvalidName",
+    "InvalidValue",
+    "Mask",
+    "MaskConflict",
+    "MaskCorrupt",
+    "MaskError",
+    "MaskExists",
+    "MaskInfo",
+    "MaskMismatch",
+    "MaskNotFound",
+    "MaskReader",
+    "MaskTruncated",
+    "MaskWriter",
+    "NotAMask",
+    "Overlap",
+    "PadBits",
+    "Persona",
+    "Registry",
+    "SealMismatch",
+    "SignatureError",
+    "Sparse",
+    "Store",
+    "StoreBusy",
+    "Target",
+    "TensorOffsets",
+    "TensorSet",
+    "TensorShape",
+    "UnknownVersion",
+    "Unreadable",
+    "check_name",
+    "compose",
+    "compose_persona",
+    "diff",
+    "encode",
+    "export_mask",
+    "fingerprint",
+    "fsck",
+    "gc",
+    "import_mask",
+    "majority",
+    "plot",
+    "read_mask",
+    "sweep",
+    "write_delta",
+    "write_mask",
+]

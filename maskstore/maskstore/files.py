@@ -1,0 +1,73 @@
+"""Files as they must be touched: opened without surprises, read in chunks, replaced whole. Knows no mask."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from maskstore.errors import MaskNotFound, MaskTruncated, NotAMask, Unreadable
+
+CHUNK = 1 << 20
+_NO_FILES = {errno.ELOOP: "a symbolic link", errno.ENXIO: "a socket or a device"}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[int, int]]:
+    """A descriptor and a size; only of a regular file, never through a link, never waiting for a pipe."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise MaskNotFound("no such file") from None
+    except OSError as error:
+        if error.errno in _NO_FILES:
+            raise NotAMask(f"is {_NO_FILES[error.errno]}, not a regular file") from None
+        raise Unreadable(f"cannot be opened: {error.strerror}") from None
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotAMask(f"is not a regular file (mode {stat.filemode(status.st_mode)})")
+        yield file, status.st_size
+    finally:
+        os.close(file)
+
+
+def chunks(file: int, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes of a range through one buffer, each chunk valid until the next: mapped pages would count as memory."""
+    end = offset + length
+    while offset < end:
+        try:
+            count = os.preadv(file, [buffer[: end - offset]], offset)
+        except OSError as error:
+            raise Unreadable(f"cannot be read at byte {offset}: {error.strerror}") from None
+        if not count:
+            raise MaskTruncated(f"the file shrank while it was read: nothing at byte {offset}")
+        yield buffer[:count]
+        offset += count
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path` that takes its place, durably, when the block ends well, and vanishes otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,254 @@
+"""Mask <-> one file, whole or module by module. Knows how bytes are verified, mapped and placed; `header` the rest."""
+
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskstore import files, layout
+from maskstore import header as headers
+from maskstore.errors import DigestMismatch, MaskError, MaskExists, MaskMismatch, MaskNotFound
+from maskstore.header import Header
+from maskstore.layout import Module, Tensor
+from maskstore.mask import Base, Mask, MaskInfo, identify, leaf
+from maskstore.names import check_module
+from maskstore.target import Bitmap, Sparse, Target
+
+Arrays = Mapping[str, NDArray[Any]]
+_KINDS: dict[tuple[str, ...], Callable[..., Target]] = {("keep",): Bitmap, ("rows", "cols"): Sparse}
+
+
+def read_mask(path: str | os.PathLike[str], base: str | None = None, verify: bool = True) -> Mask:
+    """The mask in a file, mapped into memory, or the MaskError that names what is wrong and where.
+
+    `base` is the fingerprint it must be for. `verify=False` skips the digests (of a file verified before);
+    everything a kernel relies on is checked all the same.
+    """
+    with MaskReader(path, base, verify) as reader:
+        return reader.mask()
+
+
+def write_mask(mask: Mask, path: str | os.PathLike[str]) -> None:
+    """Write the file and only then name it: a reader sees the old one or the whole new one, also after a crash."""
+    shapes = {name: (*target.shape, mask.leaves[name]) for name, target in mask.targets.items()}
+    arrays = {name: target.tensors for name, target in mask.targets.items()}
+    write_file(Path(path), Header(mask.base, mask.info, mask.digest, {}, mask.signature), shapes, arrays)
+
+
+def write_file(
+    path: Path, head: Header, shapes: Mapping[str, tuple[int, int, str]], arrays: Mapping[str, Arrays]
+) -> None:
+    """A header without modules, (out, in, sha256) and tensors of each module -> the file."""
+    placed = layout.place({name: _outline(tensors) for name, tensors in arrays.items()})
+    modules = {name: Module(*shapes[name], placed[name]) for name in placed}
+    with files.replacing(path) as file:
+        file.write(headers.encode(replace(head, modules=modules)))
+        for _, name, suffix in layout.order(modules):
+            array = arrays[name][suffix]
+            file.write(array.data if array.size else b"")
+
+
+def read_header(file: int, size: int) -> Header:
+    """The header of an open file of `size` bytes."""
+    length = headers.check_length(os.pread(file, headers.PREFIX + 1, 0), size)
+    return headers.decode(os.pread(file, length, headers.PREFIX), size)
+
+
+class MaskReader:
+    """An open mask file: what it says at once, its modules one at a time, each verified before it is handed out.
+
+    A module's pages belong to its target and go with it, so walking a large mask takes the memory of one module.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], base: str | None = None, verify: bool = True) -> None:
+        self.path = Path(path)
+        self.verify = verify
+        self._buffer = memoryview(bytearray(files.CHUNK))
+        with ExitStack() as stack:
+            try:
+                self._file, self.size = stack.enter_context(files.opened(self.path))
+                self.header = read_header(self._file, self.size)
+                self._check_kind()
+                self._check_base(base)
+                self._check_identity()
+            except MaskError as error:
+                raise error.at(path=self.path) from None
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    @property
+    def base(self) -> Base:
+        """The model it is for."""
+        return self.header.base
+
+    @property
+    def info(self) -> MaskInfo:
+        """What is said about it."""
+        return self.header.info
+
+    @property
+    def digest(self) -> str:
+        """The identity its header records; it holds for the tensors once they are verified."""
+        return self.header.digest
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modules, sorted."""
+        return tuple(self.header.modules)
+
+    def __getitem__(self, name: str) -> Target:
+        if name not in self.header.modules:
+            raise MaskNotFound("no such module", path=self.path, tensor=name)
+        try:
+            return self._target(name, self.header.modules[name])
+        except MaskError as error:
+            raise error.at(path=self.path) from None
+
+    def __iter__(self) -> Iterator[tuple[str, Target]]:
+        return ((name, self[name]) for name in self.names)
+
+    def check(self) -> None:
+        """Verify every module and drop it again."""
+        for name in self.names:
+            self[name]
+
+    def mask(self) -> Mask:
+        """All of it in one mapping, verified."""
+        try:
+            for name, module in self.header.modules.items():
+                self._verify(name, module)
+            data = mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
+            views = {
+                name: [_view(data, self.header.start + tensor.offset, tensor) for tensor in module.tensors.values()]
+                for name, module in self.header.modules.items()
+            }
+            targets = {name: _target(name, self.header.modules[name], arrays) for name, arrays in views.items()}
+        except MaskError as error:
+            raise error.at(path=self.path) from None
+        return self._known(targets)
+
+    def _known(self, targets: Mapping[str, Target]) -> Mask:
+        leaves = {name: module.sha256 for name, module in self.header.modules.items()}
+        return Mask.known(self.base, targets, self.info, self.header.signature, leaves)
+
+    def _target(self, name: str, module: Module) -> Target:
+        self._verify(name, module)
+        return _target(name, module, [self._map(tensor) for tensor in module.tensors.values()])
+
+    def _check_kind(self) -> None:
+        if self.header.parent:
+            raise MaskMismatch(f"is a delta against the mask {self.header.parent[:16]}, which it needs to be opened")
+
+    def _check_base(self, expected: str | None) -> None:
+        if expected is not None and self.base.fingerprint != expected:
+            found = f"{self.base.fingerprint[:16]} ({self.base.name})"
+            raise MaskMismatch(f"is for the base {found}, the base here is {expected[:16]}")
+
+    def _check_identity(self) -> None:
+        computed = identity(self.base, self.header.modules)
+        if computed != self.digest:
+            raise DigestMismatch(f"recorded digest {self.digest[:16]}, the modules make {computed[:16]}")
+
+    def _verify(self, name: str, module: Module) -> None:
+        if not self.verify:
+            return
+        state = hashlib.sha256()
+        for tensor in module.tensors.values():
+            for chunk in files.chunks(self._file, self.header.start + tensor.offset, tensor.nbytes, self._buffer):
+                state.update(chunk)
+        if state.hexdigest() != module.sha256:
+            found = f"recorded sha256 {module.sha256[:16]}, computed {state.hexdigest()[:16]}"
+            raise DigestMismatch(f"{found}: the bytes are damaged", tensor=f"{name}.{'+'.join(module.tensors)}")
+
+    def _map(self, tensor: Tensor) -> NDArray[Any]:
+        begin = self.header.start + tensor.offset
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        length = begin - page + tensor.nbytes
+        data = mmap.mmap(self._file, length, access=mmap.ACCESS_READ, offset=page) if tensor.nbytes else None
+        return _view(data, begin - page, tensor)
+
+
+class MaskWriter:
+    """A mask file in the making: modules in any order, each forgotten once added, so the memory is that of one module.
+
+    Leaving the block well names the file; leaving it by an exception leaves nothing. `digest` is known afterwards.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], base: Base, info: MaskInfo) -> None:
+        self.path = Path(path)
+        self.base = base
+        self.info = info
+        self.digest = ""
+        self._modules: dict[str, Module] = {}  # offsets are those of the spool until the end
+        self._spool: BinaryIO
+
+    def add(self, name: str, target: Target) -> None:
+        """Append a module; its name must be new."""
+        if check_module(name) in self._modules:
+            raise MaskExists("was added before", path=self.path, tensor=name)
+        tensors = {}
+        for suffix, array in target.tensors.items():
+            tensors[suffix] = Tensor(array.dtype, array.shape, self._spool.tell())
+            self._spool.write(array.data if array.size else b"")
+        self._modules[name] = Module(*target.shape, leaf(target), tensors)
+
+    def __enter__(self) -> Self:
+        self._spool = tempfile.TemporaryFile(dir=self.path.parent)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        with self._spool:
+            if kind is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        self._spool.flush()
+        spooled = self._modules
+        placed = layout.place({name: module.tensors for name, module in spooled.items()})
+        modules = {name: replace(spooled[name], tensors=tensors) for name, tensors in placed.items()}
+        self.digest = identity(self.base, modules)
+        buffer = memoryview(bytearray(files.CHUNK))
+        with files.replacing(self.path) as file:
+            file.write(headers.encode(Header(self.base, self.info, self.digest, modules)))
+            for tensor, name, suffix in layout.order(modules):
+                offset = spooled[name].tensors[suffix].offset
+                for chunk in files.chunks(self._spool.fileno(), offset, tensor.nbytes, buffer):
+                    file.write(chunk)
+
+
+def identity(base: Base, modules: Mapping[str, Module]) -> str:
+    """The digest that a header's modules make."""
+    lines = {name: (module.kind, module.out, module.columns, module.sha256) for name, module in modules.items()}
+    return identify(base.fingerprint, lines)
+
+
+def _outline(arrays: Arrays) -> dict[str, Tensor]:
+    return {suffix: Tensor(array.dtype, array.shape) for suffix, array in arrays.items()}
+
+
+def _target(name: str, module: Module, arrays: list[NDArray[Any]]) -> Target:
+    try:
+        return _KINDS[tuple(module.tensors)](*arrays, module.columns)
+    except MaskError as error:
+        error.tensor = f"{name}.{error.tensor}" if error.tensor else name
+        raise
+
+
+def _view(data: mmap.mmap | None, begin: int, tensor: Tensor) -> NDArray[Any]:
+    if data is None or not tensor.nbytes:
+        return np.empty(tensor.shape, tensor.dtype)
+    return np.ndarray(tensor.shape, tensor.dtype, buffer=data, offset=begin)

@@ -1,0 +1,218 @@
+"""The header of a mask or delta file: bytes <-> metadata and modules. Touches no byte of a tensor.
+
+`decode` is where a stranger's file is refused; what it returns needs no second check, except for the tensors' content.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from maskstore import layout, strictjson
+from maskstore.errors import (
+    HeaderCorrupt,
+    InvalidName,
+    InvalidValue,
+    MaskTruncated,
+    NotAMask,
+    SealMismatch,
+    TensorOffsets,
+    TensorSet,
+    TensorShape,
+    UnknownVersion,
+)
+from maskstore.layout import Module, Tensor
+from maskstore.mask import FORMAT, Base, MaskInfo
+from maskstore.names import check_digest, check_module
+from maskstore.target import check_shape
+
+DELTA_FORMAT = "masquerade-delta/1"
+PREFIX = 8
+ALIGNMENT = 64
+HEADER_LIMIT = 4 << 20
+MODULE_LIMIT = 8192
+_BLANK = "0" * 64
+_SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')
+_SIGNATURE = re.compile(r"[0-9a-f]{64}:[0-9a-f]{128}")
+_INFO = tuple(item.name for item in fields(MaskInfo))
+_JSON = (*_INFO, "base", "modules")
+_REQUIRED = {FORMAT: {*_JSON, "format", "digest", "seal"}, DELTA_FORMAT: {*_JSON, "format", "digest", "seal", "parent"}}
+_SETS = {FORMAT: layout.MASK, DELTA_FORMAT: layout.DELTA}
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything a file says before its tensors. A delta has a parent; `start` is the first byte of the tensors."""
+
+    base: Base
+    info: MaskInfo
+    digest: str
+    modules: Mapping[str, Module]
+    signature: str | None = None
+    parent: str | None = None
+    start: int = 0
+
+
+def encode(header: Header) -> bytes:
+    """The first bytes of the file, sealed and padded with spaces to a multiple of 64; the same for the same header."""
+    modules = {name: [module.out, module.columns, module.sha256] for name, module in header.modules.items()}
+    values = {name: getattr(header.info, name) for name in _INFO}
+    base = {"fingerprint": header.base.fingerprint, "name": header.base.name}
+    metadata = {key: strictjson.dump(value) for key, value in {**values, "base": base, "modules": modules}.items()}
+    metadata |= {"format": DELTA_FORMAT if header.parent else FORMAT, "digest": header.digest, "seal": _BLANK}
+    metadata |= {key: text for key in ("parent", "signature") if (text := getattr(header, key)) is not None}
+    document: dict[str, Any] = {"__metadata__": metadata}
+    for tensor, name, suffix in layout.order(header.modules):
+        document[f"{name}.{suffix}"] = {
+            "dtype": layout.CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.offset, tensor.offset + tensor.nbytes],
+        }
+    raw = strictjson.dump(document).encode()
+    raw += b" " * (-(len(raw) + PREFIX) % ALIGNMENT)
+    if len(raw) > HEADER_LIMIT:
+        raise HeaderCorrupt(f"the header would take {len(raw)} bytes, the limit is {HEADER_LIMIT}")
+    sealed = raw.replace(_line(_BLANK), _line(hashlib.sha256(raw).hexdigest()))
+    return len(raw).to_bytes(PREFIX, "little") + sealed
+
+
+def check_length(prefix: bytes, size: int) -> int:
+    """The header's length from the first nine bytes of a file of `size` bytes."""
+    if len(prefix) < PREFIX:
+        raise MaskTruncated(f"the file has {size} bytes, the length of the header alone takes {PREFIX}")
+    if prefix[PREFIX:] not in (b"{", b""):
+        raise NotAMask(f"byte {PREFIX} is {prefix[PREFIX:]!r}, not {{: this is no safetensors file")
+    length = int.from_bytes(prefix[:PREFIX], "little")
+    if length > HEADER_LIMIT:
+        raise HeaderCorrupt(f"the header claims {length} bytes, the limit is {HEADER_LIMIT}")
+    if PREFIX + length > size:
+        raise MaskTruncated(f"the file ends after {size} bytes, inside a header of {length}")
+    return length
+
+
+def decode(raw: bytes, size: int) -> Header:
+    """The header from its bytes (without the length prefix) in a file of `size` bytes; every refusal is a MaskError."""
+    sealed = _check_seal(raw)
+    document = _object(strictjson.parse(_text(raw), "the header"), "the header")
+    metadata = _object(document.pop("__metadata__", {}), "__metadata__")
+    _check_format(metadata)
+    if not sealed:
+        raise SealMismatch(f"the header bears no seal: {metadata['seal']!r:.80} is not 64 hex digits, once")
+    values = {key: strictjson.parse(metadata[key], key) for key in _JSON}
+    tensors = {name: _tensor(name, entry) for name, entry in document.items()}
+    start = PREFIX + len(raw)
+    try:
+        modules = _modules(values["modules"], _SETS[metadata["format"]], tensors)
+        layout.check_offsets(modules, start, size)
+        base, info = _base(values["base"]), MaskInfo(**{name: values[name] for name in _INFO})
+        parent = check_digest(metadata["parent"], "parent digest") if "parent" in metadata else None
+        digest, signature = check_digest(metadata["digest"]), check_signature(metadata.get("signature"))
+    except (InvalidName, InvalidValue) as error:
+        raise HeaderCorrupt(error.message) from None
+    return Header(base, info, digest, modules, signature, parent, start)
+
+
+def check_signature(signature: str | None) -> str | None:
+    """The signature if there is none or it has the form `<public key>:<signature>` in hex; nothing is verified here."""
+    if signature is not None and not _SIGNATURE.fullmatch(signature):
+        raise HeaderCorrupt(f"signature {signature!r:.80} is not 64 and 128 hex digits around a colon")
+    return signature
+
+
+def _line(seal: str) -> bytes:
+    return f'"seal":"{seal}"'.encode()
+
+
+def _check_seal(raw: bytes) -> bool:
+    """Damage first: an intact seal means that every later refusal is the writer's doing. False when there is none."""
+    seals = _SEAL.findall(raw)
+    if len(seals) != 1:
+        return False
+    recorded = seals[0].decode()
+    computed = hashlib.sha256(raw.replace(_line(recorded), _line(_BLANK))).hexdigest()
+    if computed != recorded:
+        raise SealMismatch(f"the header is damaged: sealed {recorded[:16]}, computed {computed[:16]}")
+    return True
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("ascii")
+    except UnicodeDecodeError as error:
+        raise HeaderCorrupt(f"byte {error.start} of the header is not ASCII") from None
+
+
+def _check_format(metadata: dict[str, Any]) -> None:
+    """Format, version and the exact set of keys; all values are strings."""
+    found = metadata.get("format")
+    if not isinstance(found, str) or not found.startswith(("masquerade-mask/", "masquerade-delta/")):
+        raise NotAMask(f"safetensors without masks: format is {found!r:.40}, expected {FORMAT!r}")
+    if found not in _REQUIRED:
+        raise UnknownVersion(f"format {found!r:.40} is not known here, this reader knows {', '.join(_REQUIRED)}")
+    missing = sorted(_REQUIRED[found] - metadata.keys())
+    extra = sorted(metadata.keys() - _REQUIRED[found] - {"signature"})
+    if missing or extra:
+        raise HeaderCorrupt(f"metadata keys: missing {missing}, unknown {extra!s:.160}")
+    wrong = sorted(key for key, value in metadata.items() if not isinstance(value, str))
+    if wrong:
+        raise HeaderCorrupt(f"metadata values that are not strings: {wrong}")
+
+
+def _base(value: Any) -> Base:
+    entry = _object(value, "base")
+    if entry.keys() != {"fingerprint", "name"}:
+        raise HeaderCorrupt(f"base has the keys {sorted(entry)!s:.80}, expected fingerprint and name")
+    return Base(entry["fingerprint"], entry["name"])
+
+
+def _tensor(name: str, value: Any) -> tuple[Tensor, int]:
+    """A tensor and where it claims to end."""
+    entry = _object(value, f"the entry of {name:.80}")
+    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise HeaderCorrupt(f"keys {sorted(entry)!s:.80}, expected data_offsets, dtype and shape", tensor=name)
+    dtype = layout.DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise TensorShape(f"dtype {entry['dtype']!r:.40} is none of {', '.join(layout.DTYPES)}", tensor=name)
+    shape, offsets = _counts(entry["shape"], "shape", name), _counts(entry["data_offsets"], "data_offsets", name)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise TensorOffsets(f"data_offsets {list(offsets)} are not a begin and an end", tensor=name)
+    return Tensor(dtype, shape, offsets[0]), offsets[1]
+
+
+def _counts(value: Any, what: str, name: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > 2 or any(type(item) is not int or item < 0 for item in value):
+        raise HeaderCorrupt(f"{what} {value!r:.60} is not one or two counts", tensor=name)
+    return tuple(value)
+
+
+def _modules(value: Any, sets: tuple[tuple[str, ...], ...], found: dict[str, tuple[Tensor, int]]) -> dict[str, Module]:
+    """Match the declared modules with the tensors found: none missing, none extra, each as its module implies."""
+    declared = _object(value, "modules")
+    if not 1 <= len(declared) <= MODULE_LIMIT:
+        raise HeaderCorrupt(f"{len(declared)} modules, 1 to {MODULE_LIMIT} are possible")
+    modules = {}
+    for name, entry in sorted(declared.items()):
+        out, columns, sha256 = _module(name, entry)
+        modules[name] = Module(out, columns, sha256, layout.take(name, (out, columns), sets, found))
+    if found:
+        raise TensorSet(f"belongs to no module ({len(found)} such tensors)", tensor=min(found))
+    return modules
+
+
+def _module(name: str, value: Any) -> tuple[int, int, str]:
+    try:
+        check_module(name)
+        out, columns, sha256 = value
+        if type(out) is not int or type(columns) is not int:
+            raise ValueError
+        check_digest(sha256)
+    except (InvalidName, TypeError, ValueError):
+        raise HeaderCorrupt(f"module {name!r:.80} is {value!r:.120}, expected name: [out, in, sha256]") from None
+    return *check_shape(out, columns), sha256
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise HeaderCorrupt(f"{what} is a {type(value).__name__}, expected an object")
+    return value

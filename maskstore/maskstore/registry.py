@@ -1,0 +1,329 @@
+"""Persona names, their generations and aliases, in one sqlite file. Knows which digest is current; never opens a mask.
+
+A generation is a row that never changes; publishing adds one, rolling back moves the name to an older one. Every
+write is one transaction: processes may share the file, and a crash leaves the state before or after.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from maskstore.database import Database
+from maskstore.errors import InvalidValue, MaskConflict, MaskExists, MaskNotFound
+from maskstore.mask import MaskInfo, Phase, now
+from maskstore.names import check_digest, check_name, split_reference
+from maskstore.store import Store
+
+FILE = "registry.sqlite"
+NOTES_LIMIT = 10_000
+_CURRENT = (
+    "select g.name, digest, number, created_at, g.gamma, phase from generation g join persona p on p.name = g.name"
+)
+
+
+class Anything(Enum):
+    """The type of ANY: publish over whatever is current."""
+
+    ANY = "any"
+
+
+ANY: Final = Anything.ANY
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One published state of a persona; `number` counts from 1 and is never given twice.
+
+    `gamma` and `phase` are defaults that it was published with, which count before those in the mask's file: equal
+    masks share a file, and what the file says is the first one's word. None leaves it to the file.
+    """
+
+    name: str
+    digest: str
+    number: int
+    created_at: str
+    gamma: float | None = None
+    phase: Phase | None = None
+
+    def defaults(self, info: MaskInfo) -> tuple[float, Phase]:
+        """Gamma and phase of requests that name none; `info` is the mask's."""
+        return info.gamma if self.gamma is None else self.gamma, self.phase or info.phase
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A name and everything the registry says about it; `gamma` counts before every generation's, unless it is None."""
+
+    name: str
+    current: Generation
+    aliases: tuple[str, ...]
+    tags: tuple[str, ...]
+    gamma: float | None
+    notes: str
+    pinned: bool
+
+
+class Registry:
+    """The names of one store."""
+
+    def __init__(self, root: str | os.PathLike[str], require_signed: bool = False) -> None:
+        self.store = Store(root, require_signed)
+        self.path = self.store.root / FILE
+        self._session = Database(self.path).session
+
+    def publish(
+        self, name: str, digest: str, expected: str | Anything | None = ANY, info: MaskInfo | None = None
+    ) -> Generation:
+        """Make a kept digest current under a name; what is current already is not published twice.
+
+        `expected` is the digest that must be current (None: the name must be new); else MaskConflict and no change.
+        The defaults of `info` become the generation's, whatever the kept file says.
+        """
+        check_name(name)
+        check_digest(digest)
+        with self._session("immediate") as db:
+            self._check_no_alias(db, name)
+            current = self._find(db, name)
+            gamma, phase = (info.gamma, info.phase) if info else (None, None)
+            if (
+                current
+                and current.digest == digest
+                and (info is None or (current.gamma, current.phase) == (gamma, phase))
+            ):
+                return current
+            _compare(name, current, expected)
+            if digest not in self.store:
+                raise MaskNotFound(f"no mask {digest[:16]} in the store to publish as {name}")
+            return self._append(db, name, digest, gamma, phase)
+
+    def resolve(self, reference: str) -> Generation:
+        """The generation of `name` (its current one) or `name@digest-prefix`; the name may be an alias."""
+        name, prefix = split_reference(reference)
+        with self._session() as db:
+            name = self._real(db, name)
+            return self._pick(self._history(db, name), prefix, reference) if prefix else self._get(db, name)
+
+    def names(self) -> list[Generation]:
+        """The current generation of every persona, by name."""
+        with self._session() as db:
+            return [Generation(*row) for row in db.execute(f"{_CURRENT} and number = current order by g.name")]
+
+    def history(self, name: str) -> list[Generation]:
+        """All generations of a persona, the newest first."""
+        with self._session() as db:
+            return self._history(db, self._real(db, check_name(name)))
+
+    def rollback(self, name: str, to: int | str | None = None, expected: str | Anything | None = ANY) -> Generation:
+        """Make an older generation current again: by number, by digest prefix, or the one before the current.
+
+        `expected` is what must be current, as for `publish`; so it is wherever it can be given.
+        """
+        with self._session("immediate") as db:
+            name = self._real(db, check_name(name))
+            current, history = self._get(db, name), self._history(db, name)
+            _compare(name, current, expected)
+            if to is None:
+                found = next((item for item in history if item.number < current.number), None)
+            elif isinstance(to, int):
+                found = next((item for item in history if item.number == to), None)
+            else:
+                found = self._pick(history, to, f"{name}@{to}")
+            if found is None:
+                raise MaskNotFound(f"{name} has no generation {to or f'before {current.number}'}")
+            db.execute("update persona set current = ? where name = ?", (found.number, name))
+            return found
+
+    def alias(self, alias: str, name: str) -> None:
+        """Let `alias` mean the persona `name`, whatever is current there; an alias may be pointed elsewhere later."""
+        check_name(alias)
+        with self._session("immediate") as db:
+            name = self._real(db, check_name(name))
+            if self._find(db, alias):
+                raise MaskExists(f"{alias} is a persona, it cannot be an alias")
+            db.execute("insert into alias values (?, ?) on conflict do update set name = excluded.name", (alias, name))
+
+    def aliases(self) -> dict[str, str]:
+        """Alias -> persona."""
+        with self._session() as db:
+            return dict(db.execute("select alias, name from alias order by alias").fetchall())
+
+    def describe(self, name: str) -> Persona:
+        """What the registry says about a persona; the name may be an alias."""
+        with self._session() as db:
+            return self._describe(db, self._real(db, check_name(name)))
+
+    def personas(self, tag: str | None = None) -> list[Persona]:
+        """Every persona, or those that bear a tag, by name."""
+        with self._session() as db:
+            names = [row[0] for row in db.execute("select name from persona order by name")]
+            found = [self._describe(db, name) for name in names]
+        return [persona for persona in found if tag is None or tag in persona.tags]
+
+    def rename(self, old: str, new: str, expected: str | Anything | None = ANY) -> Generation:
+        """Give a persona with its history, aliases and tags another name, which must be free."""
+        check_name(new)
+        with self._session("immediate") as db:
+            old = self._real(db, check_name(old))
+            _compare(old, self._get(db, old), expected)
+            self._check_no_alias(db, new)
+            if self._find(db, new):
+                raise MaskExists(f"{new} is taken")
+            db.execute("update persona set name = ? where name = ?", (new, old))
+            return self._get(db, new)
+
+    def tag(self, name: str, *tags: str) -> None:
+        """Add tags to a persona; a tag is spelled like a name."""
+        with self._session("immediate") as db:
+            name = self._real(db, check_name(name))
+            db.executemany("insert or ignore into tag values (?, ?)", [(name, check_name(tag)) for tag in tags])
+
+    def untag(self, name: str, *tags: str) -> None:
+        """Take tags away; those it does not bear are ignored."""
+        with self._session("immediate") as db:
+            name = self._real(db, check_name(name))
+            db.executemany("delete from tag where name = ? and tag = ?", [(name, tag) for tag in tags])
+
+    def set_gamma(self, name: str, gamma: float | None) -> None:
+        """The gamma requests get who name none, within 0..1; None leaves it to the mask."""
+        if gamma is not None and not 0 <= gamma <= 1:
+            raise InvalidValue(f"gamma {gamma!r:.40} is not within 0..1")
+        self._set(name, "gamma", gamma)
+
+    def note(self, name: str, notes: str) -> None:
+        """Free text about a persona, at most 10,000 characters."""
+        if len(notes) > NOTES_LIMIT:
+            raise InvalidValue(f"notes of {len(notes)} characters, the limit is {NOTES_LIMIT}")
+        if any("\ud800" <= character <= "\udfff" for character in notes):
+            raise InvalidValue("notes hold half of a surrogate pair, which is no character")
+        self._set(name, "notes", notes)
+
+    def pin(self, digest: str) -> None:
+        """Keep a mask from being collected whatever happens to its names."""
+        with self._session("immediate") as db:
+            if digest not in self.store:
+                raise MaskNotFound(f"no mask {digest[:16]} in the store to pin")
+            db.execute("insert or ignore into pin values (?)", (digest,))
+
+    def unpin(self, digest: str) -> None:
+        """Let go of a pinned mask."""
+        with self._session("immediate") as db:
+            if not db.execute("delete from pin where digest = ?", (check_digest(digest),)).rowcount:
+                raise MaskNotFound(f"{digest[:16]} is not pinned")
+
+    def pins(self) -> frozenset[str]:
+        """The pinned digests."""
+        with self._session() as db:
+            return frozenset(row[0] for row in db.execute("select digest from pin"))
+
+    def references(self) -> list[tuple[str, str]]:
+        """Everything that refers to a mask: (what, digest), from generations and pins."""
+        with self._session() as db:
+            return self._references(db)
+
+    @contextmanager
+    def referred(self) -> Iterator[frozenset[str]]:
+        """The digests something refers to; nothing can be published or pinned until the block is left."""
+        with self._session("immediate") as db:
+            yield frozenset(digest for _, digest in self._references(db))
+
+    def _references(self, db: sqlite3.Connection) -> list[tuple[str, str]]:
+        generations = db.execute("select name, number, digest from generation order by name, number").fetchall()
+        pins = db.execute("select digest from pin order by digest").fetchall()
+        found = [(f"{name} generation {number}", digest) for name, number, digest in generations]
+        return found + [("pin", digest) for (digest,) in pins]
+
+    def trim(self, name: str, keep: int) -> list[Generation]:
+        """Forget all but the newest generations of a persona, never the current one; return those forgotten."""
+        with self._session("immediate") as db:
+            name = self._real(db, check_name(name))
+            current = self._get(db, name)
+            gone = [item for item in self._history(db, name)[max(keep, 0) :] if item != current]
+            numbers = [(name, item.number) for item in gone]
+            db.executemany("delete from generation where name = ? and number = ?", numbers)
+            return gone
+
+    def remove(self, name: str, expected: str | Anything | None = ANY) -> None:
+        """Forget a persona with its history and aliases, or an alias alone. The masks stay until they are collected."""
+        check_name(name)
+        with self._session("immediate") as db:
+            if expected is not ANY:
+                _compare(name, self._find(db, name), expected)
+            gone = db.execute("delete from alias where alias = ?", (name,)).rowcount
+            gone += db.execute("delete from persona where name = ?", (name,)).rowcount
+            if not gone:
+                raise MaskNotFound(f"no persona {name}")
+
+    def _append(
+        self, db: sqlite3.Connection, name: str, digest: str, gamma: float | None, phase: Phase | None
+    ) -> Generation:
+        last = db.execute("select coalesce(max(number), 0) from generation where name = ?", (name,)).fetchone()[0]
+        made = Generation(name, digest, last + 1, now(), gamma, phase)
+        upsert = (
+            "insert into persona (name, current) values (?, ?) on conflict do update set current = excluded.current"
+        )
+        db.execute(upsert, (name, made.number))
+        db.execute(
+            "insert into generation values (?, ?, ?, ?, ?, ?)",
+            (name, made.number, digest, made.created_at, gamma, phase),
+        )
+        return made
+
+    def _set(self, name: str, column: str, value: float | str | None) -> None:
+        with self._session("immediate") as db:
+            name = self._real(db, check_name(name))
+            db.execute(f"update persona set {column} = ? where name = ?", (value, name))
+
+    def _describe(self, db: sqlite3.Connection, name: str) -> Persona:
+        current = self._get(db, name)
+        gamma, notes = db.execute("select gamma, notes from persona where name = ?", (name,)).fetchone()
+        aliases = tuple(row[0] for row in db.execute("select alias from alias where name = ? order by alias", (name,)))
+        tags = tuple(row[0] for row in db.execute("select tag from tag where name = ? order by tag", (name,)))
+        pinned = db.execute("select 1 from pin where digest = ?", (current.digest,)).fetchone() is not None
+        return Persona(name, current, aliases, tags, gamma, notes, pinned)
+
+    def _find(self, db: sqlite3.Connection, name: str) -> Generation | None:
+        row = db.execute(f"{_CURRENT} and number = current where g.name = ?", (name,)).fetchone()
+        return Generation(*row) if row else None
+
+    def _get(self, db: sqlite3.Connection, name: str) -> Generation:
+        found = self._find(db, name)
+        if not found:
+            raise MaskNotFound(f"no persona {name}")
+        return found
+
+    def _history(self, db: sqlite3.Connection, name: str) -> list[Generation]:
+        rows = db.execute(f"{_CURRENT} where g.name = ? order by number desc", (name,))
+        return [Generation(*row) for row in rows]
+
+    def _pick(self, history: list[Generation], prefix: str, reference: str) -> Generation:
+        """The newest generation whose digest begins so; two different digests are ambiguous."""
+        found = [item for item in history if item.digest.startswith(prefix)]
+        if not found:
+            raise MaskNotFound(f"no generation {reference}")
+        if len({item.digest for item in found}) > 1:
+            raise MaskNotFound(f"{reference} means {len(found)} generations, give more digits")
+        return found[0]
+
+    def _real(self, db: sqlite3.Connection, name: str) -> str:
+        """The persona behind a name or an alias."""
+        row = db.execute("select name from alias where alias = ?", (name,)).fetchone()
+        real: str = row[0] if row else name
+        self._get(db, real)
+        return real
+
+    def _check_no_alias(self, db: sqlite3.Connection, name: str) -> None:
+        row = db.execute("select name from alias where alias = ?", (name,)).fetchone()
+        if row:
+            raise MaskExists(f"{name} is an alias of {row[0]}")
+
+
+def _compare(name: str, current: Generation | None, expected: str | Anything | None) -> None:
+    """MaskConflict unless what is expected to be current is."""
+    actual = current.digest if current else None
+    if expected is not ANY and expected != actual:
+        wanted, found = (value[:16] if value else "nothing" for value in (expected, actual))
+        raise MaskConflict(f"{name}: expected {wanted} to be current, it is {found}", actual)

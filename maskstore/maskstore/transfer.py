@@ -1,0 +1,81 @@
+"""Masks going out of a store and coming in, one file each. What comes in is in quarantine until it is verified."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskstore import files
+from maskstore.delta import DeltaReader, write_delta
+from maskstore.errors import MaskError
+from maskstore.format import MaskReader, read_header, write_mask
+from maskstore.mask import Mask
+from maskstore.store import SUFFIX, Store
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: a whole mask, or a delta against `parent`."""
+
+    digest: str
+    parent: str | None
+    nbytes: int
+
+
+def export_mask(store: Store, digest: str, path: str | os.PathLike[str], against: str | None = None) -> Exported:
+    """Write a mask as one file, verified on the way: as a delta against another kept mask if that is smaller."""
+    path = Path(path)
+    mask = store.open(digest)
+    if against is not None:
+        write_delta(mask, store.open(against), path)
+        if path.stat().st_size < store.path(digest).stat().st_size:
+            return Exported(digest, against, path.stat().st_size)
+    write_mask(mask, path)
+    return Exported(digest, None, path.stat().st_size)
+
+
+def import_mask(store: Store, path: str | os.PathLike[str], base: str | None = None) -> Mask:
+    """Keep a mask from a file, whole or delta; nothing enters the store before everything about it is verified.
+
+    `base` is the fingerprint it must be for. A delta needs its parent in the store.
+    """
+    path = Path(path)
+    try:
+        with _quarantined(store, path) as copy:
+            digest = _settle(store, copy, base)
+    except MaskError as error:
+        error.path = path  # the copy in quarantine is nobody's business
+        raise
+    return store.open(digest, verify=False)
+
+
+def _settle(store: Store, copy: Path, base: str | None) -> str:
+    """Verify the copy and move it in; a delta is made whole first."""
+    with files.opened(copy) as (file, size):
+        header = read_header(file, size)
+    if header.parent is None:
+        with MaskReader(copy, base) as reader:
+            reader.check()
+            store.admit(reader.digest, reader.header.signature)
+    else:
+        with DeltaReader(copy, store.open, base) as reader:
+            mask = reader.mask()
+        store.admit(mask.digest, mask.signature)
+        write_mask(mask, copy)
+    return store.adopt(copy, header.digest, header.signature)
+
+
+@contextmanager
+def _quarantined(store: Store, path: Path) -> Iterator[Path]:
+    """A private copy below the store's root, gone afterwards unless it was moved in."""
+    copy = store.quarantine() / f"{secrets.token_hex(8)}{SUFFIX}"
+    buffer = memoryview(bytearray(files.CHUNK))
+    try:
+        with files.opened(path) as (file, size), files.replacing(copy) as out:
+            for chunk in files.chunks(file, 0, size, buffer):
+                out.write(chunk)
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)

@@ -1,0 +1,183 @@
+"""Keeping a store in order: collecting what nobody refers to, finding damage, rebuilding the registry from the masks.
+
+Knows both the files and the names. Refuses to guess: what cannot be rebuilt is reported and left as it is.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maskstore.database import Database
+from maskstore.errors import MaskError, Unreadable
+from maskstore.format import MaskReader
+from maskstore.registry import FILE, Registry
+from maskstore.store import Store
+
+GRACE = 3600.0  # seconds in which a mask without a name may still be about to get one
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a collection took away, or would take away: digests, leftover temporary files, bytes of both."""
+
+    digests: tuple[str, ...]
+    leftovers: tuple[str, ...]
+    nbytes: int
+    dry: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One damage: its kind, what it concerns, in words, and what was done about it ("" if nothing)."""
+
+    kind: str
+    subject: str
+    message: str
+    action: str = ""
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What fsck found; leftovers of killed writers are no damage."""
+
+    masks: int
+    findings: tuple[Finding, ...]
+    leftovers: tuple[str, ...] = field(default=())
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+
+def gc(root: str | os.PathLike[str], dry: bool = False, grace: float = GRACE) -> Collected:
+    """Remove masks nothing refers to and leftovers of killed writers, if older than `grace` seconds."""
+    registry = Registry(root)
+    store = registry.store
+    horizon = time.time() - grace
+    with store.lock(exclusive=True), registry.referred() as referred:
+        digests = [digest for digest in store.digests() if digest not in referred]
+        paths = {digest: store.path(digest) for digest in digests if store.path(digest).stat().st_mtime <= horizon}
+        leftovers = [path for path in _leftovers(store) if path.stat().st_mtime <= horizon]
+        nbytes = sum(path.stat().st_size for path in (*paths.values(), *leftovers))
+        for path in () if dry else (*paths.values(), *leftovers):
+            path.unlink()
+    return Collected(tuple(paths), tuple(_relative(store, path) for path in leftovers), nbytes, dry)
+
+
+def sweep(root: str | os.PathLike[str], grace: float = GRACE) -> tuple[str, ...]:
+    """Remove leftovers of killed writers that are older than `grace` seconds, and nothing else; what they were."""
+    store = Store(root)
+    with store.lock(exclusive=True):
+        old = [path for path in _leftovers(store) if path.stat().st_mtime <= time.time() - grace]
+        for path in old:
+            path.unlink()
+    return tuple(_relative(store, path) for path in old)
+
+
+def fsck(root: str | os.PathLike[str], repair: bool = False) -> Checkup:
+    """Verify every mask and every reference. `repair` moves damaged files to `<root>/damaged`, misplaced ones to their
+    place, and rebuilds a registry that cannot be read from what the masks say about themselves.
+    """  # fmt: skip
+    store = Store(root)
+    with store.lock(exclusive=repair):
+        faults, references = _read_registry(store)  # before the files: what is published meanwhile is not dangling
+        sound: dict[str, tuple[str, str]] = {}
+        findings = list(_check_files(store, sound, repair))
+        findings += _check_registry(store, faults, sound, repair)
+        findings += [
+            Finding("dangling", subject, f"refers to the mask {digest}, which is missing or damaged")
+            for subject, digest in references
+            if digest not in sound
+        ]
+        leftovers = tuple(_relative(store, path) for path in _leftovers(store))
+    return Checkup(len(sound), tuple(findings), leftovers)
+
+
+def _leftovers(store: Store) -> list[Path]:
+    """Temporary files: of writers at work, or killed."""
+    return sorted([*store.masks.glob("??/.*.tmp"), *(store.root / "quarantine").glob("*")])
+
+
+def _relative(store: Store, path: Path) -> str:
+    return path.relative_to(store.root).as_posix()
+
+
+def _check_files(store: Store, sound: dict[str, tuple[str, str]], repair: bool) -> Iterator[Finding]:
+    """Read everything below masks/; fill `sound` with digest -> (created_at, persona)."""
+    waiting = set(_leftovers(store))
+    for path in sorted(path for path in store.masks.rglob("*") if not path.is_dir() or path.is_symlink()):
+        if path in waiting:
+            continue
+        try:
+            with MaskReader(path) as reader:
+                reader.check()
+        except Unreadable as error:
+            yield Finding("unreadable", _relative(store, path), error.message)
+            continue
+        except MaskError as error:
+            action = _set_aside(store, path) if repair else ""
+            yield Finding("damaged", _relative(store, path), f"{type(error).__name__}: {error.message}", action)
+            continue
+        if path != store.path(reader.digest):
+            action = _put_right(store, path, reader.digest) if repair else ""
+            yield Finding("misplaced", _relative(store, path), f"is the mask {reader.digest}", action)
+            if not action:
+                continue
+        sound[reader.digest] = (reader.info.created_at, reader.info.persona)
+
+
+def _set_aside(store: Store, path: Path) -> str:
+    folder = store.root / "damaged"
+    folder.mkdir(exist_ok=True)
+    target = next(folder / name for name in _free_names(path.name) if not os.path.lexists(folder / name))
+    os.replace(path, target)
+    return f"moved to {_relative(store, target)}"
+
+
+def _free_names(name: str) -> Iterator[str]:
+    yield name
+    for number in range(1, 1 << 30):
+        yield f"{name}.{number}"
+
+
+def _put_right(store: Store, path: Path, digest: str) -> str:
+    target = store.path(digest)
+    target.parent.mkdir(exist_ok=True)
+    os.replace(path, target)
+    return f"moved to {_relative(store, target)}"
+
+
+def _read_registry(store: Store) -> tuple[list[str], list[tuple[str, str]]]:
+    """What is wrong with the registry itself, and what it refers to if nothing is."""
+    path = store.root / FILE
+    if not path.exists():
+        return ["is missing"], []
+    try:
+        faults = Database(path).faults()
+        return faults, [] if faults else Registry(store.root).references()
+    except MaskError as error:
+        return [error.message], []
+
+
+def _check_registry(
+    store: Store, faults: list[str], sound: dict[str, tuple[str, str]], repair: bool
+) -> Iterator[Finding]:
+    path = store.root / FILE
+    if not path.exists() and not sound:
+        return
+    action = ""
+    if faults and repair:
+        aside = [_set_aside(store, each) for each in (path, path.with_name(f"{FILE}-journal")) if each.exists()]
+        action = ", ".join([*aside, _rebuild(store, sound)])
+    yield from (Finding("registry", FILE, fault, action) for fault in faults)
+
+
+def _rebuild(store: Store, sound: dict[str, tuple[str, str]]) -> str:
+    """A registry from the masks alone: each under the persona it was made as, in the order of their making."""
+    registry = Registry(store.root)
+    for digest, (_, persona) in sorted(sound.items(), key=lambda item: (item[1][0], item[0])):
+        registry.publish(persona, digest)
+    return f"rebuilt {len(registry.names())} personas from {len(sound)} masks"
