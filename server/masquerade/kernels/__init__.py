@@ -1,0 +1,98 @@
+"""The masked product, as a correction: what a persona's pruned weights contribute to a Linear's output.
+
+Knows how one target of a mask is turned into a `Correction` and which backend serves which encoding. Refuses to know
+about requests, batches of personas and gammas: those are the route's.
+
+A persona only subtracts: y = x Wᵀ - (1 - gamma) x (W * (1 - M))ᵀ, which is eq. 7 of arXiv 2602.07164 rearranged. The
+first term is the unmodified base layer's; a `Correction` computes the second product. The native kernels, where they
+serve a Linear, take both in one pass over its weights: a `NativeProduct` of a batch, for all Linears. The CUDA kernels
+do so for bitmaps, and correct lists in one launch for the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, TypeGuard
+
+from torch import nn
+
+from maskstore import Bitmap, Sparse, Target
+from masquerade.kernels import cuda, native
+from masquerade.kernels.correction import Assignment, Correction
+from masquerade.kernels.cuda import CudaBits, CudaList
+from masquerade.kernels.native import NativeBits, NativeList, NativeMask, NativeParts, NativeProduct, Worn, dense
+from masquerade.kernels.reference import ReferenceCorrection
+from masquerade.kernels.sparse import RowwiseCorrection, SparseCorrection
+from masquerade.kernels.weights import dense_weight, share
+
+
+class Backend(Protocol):
+    """Makes corrections of one kind."""
+
+    def __call__(self, linear: nn.Linear, target: Target, /) -> Correction:
+        """The correction of one Linear for one target, on the Linear's device."""
+
+    def footprint(self, linear: nn.Linear, pruned: int, /) -> int:
+        """The `nbytes` of a correction with so many pruned weights."""
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "reference": ReferenceCorrection,
+    "sparse": SparseCorrection,
+    "bits": NativeBits,
+    "list": NativeList,
+    "cuda-bits": CudaBits,
+    "cuda-list": CudaList,
+}
+LISTED_UP_TO = 0.02  # share pruned up to which a list costs less than bits on a CPU (docs/performance.md)
+
+
+def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether kernels take a module's whole product over, whatever its rows wear."""
+    return native.serves(module) or cuda.serves(module)
+
+
+def choose(linear: nn.Linear, kind: str, pruned: int) -> str:
+    """The backend that serves a Linear's target fastest, as a name in `BACKENDS`; measured in docs/performance.md.
+
+    `kind` is the target's (`bitmap` or `sparse`); of a bitmap, `pruned` does not matter.
+    """
+    if cuda.serves(linear):
+        return "cuda-bits" if kind == Bitmap.kind else "cuda-list"
+    if not native.serves(linear):
+        return "reference" if kind == Bitmap.kind else "sparse"
+    few = pruned <= LISTED_UP_TO * linear.in_features * linear.out_features
+    return "list" if kind == Sparse.kind and few else "bits"
+
+
+def correct(linear: nn.Linear, target: Target, backend: str | None = None) -> Correction:
+    """The correction of one Linear for one target, on the Linear's device, by `backend` or by the fastest."""
+    if backend is None:
+        backend = choose(linear, target.kind, target.pruned if isinstance(target, Sparse) else 0)
+    return BACKENDS[backend](linear, target)
+
+
+def footprint(linear: nn.Linear, kind: str, pruned: int) -> int:
+    """The `nbytes` of what `correct` would make, before anything is read."""
+    return BACKENDS[choose(linear, kind, pruned)].footprint(linear, pruned)
+
+
+__all__ = [
+    "BACKENDS",
+    "Assignment",
+    "Backend",
+    "Correction",
+    "NativeMask",
+    "NativeParts",
+    "NativeProduct",
+    "RowwiseCorrection",
+    "SparseCorrection",
+    "Worn",
+    "choose",
+    "correct",
+    "dense",
+    "dense_weight",
+    "footprint",
+    "serves",
+    "share",
+]

@@ -1,0 +1,5 @@
+// x86-64 with AVX2 and FMA.
+#include "lanes8.h"
+#include "tiles.h"
+
+void multiply_avx2(const Call& call) { multiply(call); }

@@ -1,0 +1,24 @@
+// A call as the instruction sets' units take it: rows sorted by what they wear of one Linear.
+#pragma once
+#include "product.h"
+
+// Consecutive rows (in `Call::order`) that wear one mask at one strength. Sparse masks come before bitmaps.
+struct Group {
+  Part part;
+  float strength;  // 1 - gamma
+  int64_t rows;
+};
+
+struct Call {
+  const void *weight, *bias, *x;
+  void* y;
+  const int64_t* order;  // [rows]; null: as they are
+  const Group* groups;   // of all rows but those that wear nothing, which come first
+  int64_t group_count, rows, out, in;
+  int32_t dtype, threads;
+};
+
+void multiply_portable(const Call&);
+void multiply_avx2(const Call&);
+void multiply_avx512(const Call&);
+void multiply_avx512bf16(const Call&);  // of bf16 only

@@ -1,0 +1,91 @@
+// Sorts the rows of a call, and chooses among the instruction sets that were compiled in. Built without any special
+// instructions.
+#include <vector>
+
+#include "call.h"
+
+namespace {
+
+// The rows of a batch by what they wear of one Linear: nothing, lists, bitmaps. Kept from call to call.
+class Arrangement {
+ public:
+  const int64_t* order() const { return order_.data(); }
+  const std::vector<Group>& groups() const { return groups_; }
+
+  // False if the spans are none of these rows, or overlap.
+  bool arrange(const Span* spans, int64_t count, int64_t number, int64_t rows) {
+    order_.clear();
+    groups_.clear();
+    worn_.assign(rows, false);
+    for (const Span* span = spans; span < spans + count; span++) {
+      if (span->start < 0 || span->start > span->stop || span->stop > rows) return false;
+      for (int64_t row = span->start; row < span->stop; row++) {
+        if (worn_[row]) return false;
+        worn_[row] = true;
+      }
+    }
+    for (int64_t row = 0; row < rows; row++)
+      if (!worn_[row]) order_.push_back(row);
+    for (int turn = 0; turn < 3; turn++)
+      for (const Span* span = spans; span < spans + count; span++)
+        if (const Part& part = span->parts[number]; turn_of(part) == turn) add(*span, part);
+    return true;
+  }
+
+ private:
+  static int turn_of(const Part& part) { return part.kind == kNothing ? 0 : part.kind == kBitmap ? 2 : 1; }
+
+  void add(const Span& span, const Part& part) {
+    for (int64_t row = span.start; row < span.stop; row++) order_.push_back(row);
+    if (part.kind == kNothing) return;
+    const float strength = static_cast<float>(span.strength);
+    if (groups_.empty() || groups_.back().part.first != part.first || groups_.back().strength != strength)
+      groups_.push_back({part, strength, 0});
+    groups_.back().rows += span.stop - span.start;
+  }
+
+  std::vector<int64_t> order_;
+  std::vector<Group> groups_;
+  std::vector<char> worn_;
+};
+
+}  // namespace
+
+extern "C" int32_t masquerade_interface() { return kInterface; }
+
+extern "C" int32_t masquerade_isas() {
+  int32_t isas = 1 << kPortable;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas |= 1 << kAvx2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    isas |= 1 << kAvx512;
+  if (isas >> kAvx512 & 1 && __builtin_cpu_supports("avx512bf16")) isas |= 1 << kAvx512Bf16;
+#endif
+  return isas;
+}
+
+extern "C" int32_t masquerade_product(const Span* spans, int64_t count, int64_t number, const void* weight,
+                                      const void* bias, const void* x, void* y, int64_t rows, int64_t out, int64_t in,
+                                      int32_t dtype, int32_t isa, int32_t threads) {
+  static thread_local Arrangement arrangement;
+  if (!(masquerade_isas() >> isa & 1)) return kNoIsa;
+  if (!rows) return kDone;
+  Call call{weight, bias, x, y, nullptr, nullptr, 0, rows, out, in, dtype, threads};
+  if (count) {
+    if (!arrangement.arrange(spans, count, number, rows)) return kNoRoute;
+    call.order = arrangement.order();
+    call.groups = arrangement.groups().data();
+    call.group_count = static_cast<int64_t>(arrangement.groups().size());
+  }
+  switch (isa) {
+#if defined(__x86_64__)
+    case kAvx512Bf16: dtype == kBfloat16 ? multiply_avx512bf16(call) : multiply_avx512(call); break;
+    case kAvx512: multiply_avx512(call); break;
+    case kAvx2: multiply_avx2(call); break;
+#endif
+    default: multiply_portable(call);
+  }
+  return kDone;
+}

@@ -1,0 +1,104 @@
+// Eight fp32 lanes, in the compiler's vector types: AVX2 and FMA where the unit is built for them, anything elsewhere.
+//
+// `weight<mode, part>` loads effective weights of one step: of 32 of fp32 a quarter, of 16 of bf16 the even (part 0) or
+// the odd ones. Keep bits are LSB first; a pruned weight is replaced by 0 (hard) or scaled (soft), never read as is.
+#pragma once
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+enum class Mode { dense, hard, soft };
+
+struct Lanes {
+  typedef float F __attribute__((vector_size(32)));
+  typedef float Quad __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(32)));
+  typedef uint16_t S __attribute__((vector_size(32)));
+  typedef F Octet;
+  typedef I Octet32;
+
+  static constexpr int width = 8;
+  template <class T>
+  static constexpr int parts = sizeof(T) == 4 ? 4 : 2;
+  template <class T>
+  static constexpr int step = width * parts<T>;
+  template <class T>
+  using Input = float;
+  static constexpr int rows = 3;  // 4 x 3 accumulators, 3 inputs and a weight fill sixteen registers
+
+  template <class V, class T>
+  static inline V read(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+  static inline F load(const float* from) { return read<F>(from); }
+  static inline void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
+  static inline F fill(float value) { return F{} + value; }
+
+#if defined(__FMA__)
+  static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+  static inline F fma(F a, F b, F c) { return a * b + c; }
+  static inline float fma(float a, float b, float c) { return a * b + c; }
+#endif
+
+  // The sums over the lanes of four vectors, always added in the same tree.
+  static inline void reduce(F a, F b, F c, F d, float* to) {
+    const Quad ab = pairs(fold(a), fold(b)), cd = pairs(fold(c), fold(d)), sums = pairs(ab, cd);
+    std::memcpy(to, &sums, sizeof sums);
+  }
+
+  template <class C>
+  static inline F gather(const float* from, const C* at) {
+    return F{from[at[0]], from[at[1]], from[at[2]], from[at[3]], from[at[4]], from[at[5]], from[at[6]], from[at[7]]};
+  }
+  template <class C>
+  static inline F gather(const uint16_t* from, const C* at) {
+    typedef uint16_t Half __attribute__((vector_size(16)));
+    typedef uint32_t U __attribute__((vector_size(32)));
+    const Half found{from[at[0]], from[at[1]], from[at[2]], from[at[3]], from[at[4]], from[at[5]], from[at[6]], from[at[7]]};
+    return (F)(__builtin_convertvector(found, U) << 16);
+  }
+
+  template <Mode mode, int part>
+  static inline F weight(const float* from, const uint8_t* keep, F gamma) {
+    const F value = load(from + part * width);
+    if constexpr (mode == Mode::dense) return value;
+    const I bit = I{1, 2, 4, 8, 16, 32, 64, 128} << 8 * part;
+    const I kept = ((I{} + read<int32_t>(keep)) & bit) == bit;
+    if constexpr (mode == Mode::hard) return (F)((I)value & kept);
+    return value * (kept ? fill(1.0f) : gamma);
+  }
+
+  template <Mode mode, int part>
+  static inline F weight(const uint16_t* from, const uint8_t* keep, F gamma) {
+    S value = read<S>(from);
+    if constexpr (mode == Mode::dense) return widen<part>(value);
+    const S bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    const S kept = (S)(((S{} + read<uint16_t>(keep)) & bit) == bit);
+    if constexpr (mode == Mode::hard) return widen<part>(value & kept);
+    const I sign = part ? (I)kept : (I)kept << 16;
+    return widen<part>(value) * (sign < 0 ? fill(1.0f) : gamma);
+  }
+
+ private:
+  template <int part>
+  static inline F widen(S value) {
+    if constexpr (part == 0) return (F)((I)value << 16);
+    return (F)((I)value & (I{} + static_cast<int32_t>(0xffff0000)));
+  }
+  static inline Quad fold(F v) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  }
+  static inline Quad pairs(Quad a, Quad b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,5 @@
+// Any processor: the compiler lowers eight lanes to whatever there is.
+#include "lanes8.h"
+#include "tiles.h"
+
+void multiply_portable(const Call& call) { multiply(call); }

@@ -1,0 +1,42 @@
+// The C interface of the masked product. Knows how a call is laid out; `native.py` mirrors it.
+//
+//   y_r = x_r (W * (M + gamma (1 - M)))^T + b     for every row r of a batch, each with a mask M and a gamma of its own
+//
+// What belongs to a mask is laid out once, when it comes to the device: a table with a part for every Linear of the model.
+// What belongs to a batch is laid out once for all Linears: who wears which table, how strongly. A call only adds numbers.
+#pragma once
+#include <cstdint>
+
+constexpr int32_t kInterface = 3;  // another number whenever anything here changes
+
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum Kind : int64_t { kNothing = 0, kSparse16 = 1, kSparse32 = 2, kBitmap = 3 };
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2 };  // no route: spans that overlap or end beyond the batch
+
+// What a mask prunes of one Linear.
+struct Part {
+  int64_t kind;
+  const void* first;   // bitmap: keep, uint8 [out, 8 ceil(in / 64)]; sparse: offsets, int32 [out + 1]
+  const void* second;  // sparse: columns of the pruned weights, uint16 or uint32, ascending within a row
+};
+
+// Rows `start` to `stop` of a batch wear one mask at one strength.
+struct Span {
+  const Part* parts;  // of all Linears, by number
+  double strength;    // 1 - gamma
+  int64_t start, stop;
+};
+
+extern "C" {
+int32_t masquerade_interface();
+int32_t masquerade_isas();  // bit i is set if this processor runs `Isa` i
+
+// Spans are in any order; those of one mask and strength should follow one another. Rows of no span are the base's.
+int32_t masquerade_product(const Span* spans, int64_t count, int64_t number,
+                           const void* weight,  // [out, in], of dtype
+                           const void* bias,    // [out] of dtype, or null
+                           const void* x,       // [rows, in], of dtype
+                           void* y,             // [rows, out], of dtype
+                           int64_t rows, int64_t out, int64_t in, int32_t dtype, int32_t isa, int32_t threads);
+}

@@ -1,0 +1,178 @@
+"""The masked product on CUDA: one launch a Linear for all masks and gammas of a batch, from tensors that may stay put.
+
+Knows two kernels and the tables that they read. `subtract` takes from a Linear's outputs what listed weights
+contributed; `multiply` is the whole product for batches with bitmaps, each weight and each bit read once. Both find
+their masks through addresses in a device tensor and their rows through tiles, so a captured CUDA graph serves whatever
+is written there. Sums are in fp32 and in a fixed order; nothing is added atomically. Refuses to know who wears what.
+
+Importing this module needs triton; `cuda.py` looks after that. With TRITON_INTERPRET=1 it also runs on CPU tensors, in
+fp32 and fp16 (the interpreter's bf16 products are wrong).
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from masquerade.kernels.tiles import NARROW, Tiles
+
+_PROGRAMS = 256  # two for each multiprocessor of a large GPU
+
+
+@triton.jit
+def _subtract(
+    x, y, table, slots, rows, strengths, out, x_row, x_column, y_row,
+    wide: tl.constexpr, some_out: tl.constexpr, some_listed: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows that wear one mask, and `some_out` outputs; `some_listed` weights of each at a time."""
+    tile = tl.program_id(0)
+    slot = tl.load(slots + tile)
+    if slot >= 0:
+        entry = table + slot * 4
+        first = tl.load(entry)
+        if first != 0:
+            bounds = first.to(tl.pointer_type(tl.int32))
+            if wide:
+                columns = tl.load(entry + 1).to(tl.pointer_type(tl.int32))
+            else:
+                columns = tl.load(entry + 1).to(tl.pointer_type(tl.uint16))
+            values = tl.load(entry + 2).to(tl.pointer_type(x.dtype.element_ty))
+            o = tl.program_id(1) * some_out + tl.arange(0, some_out)
+            start = tl.load(bounds + o, mask=o < out, other=0)
+            stop = tl.load(bounds + o + 1, mask=o < out, other=0)
+            row = tl.load(rows + tile * width + tl.arange(0, width))  # -1: none
+            sums = tl.zeros((some_out, width), tl.float32)
+            for done in range(0, tl.max(stop - start), some_listed):
+                place = start[:, None] + done + tl.arange(0, some_listed)[None, :]
+                listed = place < stop[:, None]
+                column = tl.load(columns + place, mask=listed, other=0).to(tl.int32)
+                value = tl.load(values + place, mask=listed, other=0.0).to(tl.float32)
+                at = row[None, None, :].to(tl.int64) * x_row + column[:, :, None].to(tl.int64) * x_column
+                read = tl.load(x + at, mask=listed[:, :, None] & (row >= 0)[None, None, :], other=0.0)
+                sums += tl.sum(value[:, :, None] * read.to(tl.float32), axis=1)
+            strength = tl.load(strengths + row, mask=row >= 0, other=0.0)
+            at = row[None, :].to(tl.int64) * y_row + o[:, None]
+            inside = (row >= 0)[None, :] & (o < out)[:, None]
+            old = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(y + at, (old - strength[None, :] * sums).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _unpack(words, some_out: tl.constexpr, some_in: tl.constexpr):
+    """Bits of words [some_out, some_in / 32], lowest first, as [some_out, some_in] of 0 and 1."""
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (some_out, some_in))
+
+
+@triton.jit
+def _products(
+    x, w, keep, row, o, out, inner, words, x_row, w_row,
+    soft: tl.constexpr, some_out: tl.constexpr, some_in: tl.constexpr, width: tl.constexpr, exact: tl.constexpr,
+):  # fmt: skip
+    """Products with the kept weights and, if `soft`, with the pruned ones, [some_out, width] each.
+
+    Every weight enters exactly one of the two, so what a hard mask prunes is skipped, whatever it is.
+    """
+    kept = tl.zeros((some_out, width), tl.float32)
+    gone = tl.zeros((some_out, width), tl.float32)
+    k = tl.arange(0, some_in)
+    word = tl.arange(0, some_in // 32)
+    known = tl.where(keep == 0, 0, words)
+    x_at = x + row[None, :].to(tl.int64) * x_row + k[:, None]
+    w_at = w + o[:, None].to(tl.int64) * w_row + k[None, :]
+    keep_at = keep.to(tl.pointer_type(tl.int32)) + o[:, None].to(tl.int64) * words + word[None, :]
+    for done in range(0, inner, some_in):
+        inside = k < inner - done
+        read = tl.load(x_at + done, mask=inside[:, None] & (row >= 0)[None, :], other=0.0)
+        weight = tl.load(w_at + done, mask=(o < out)[:, None] & inside[None, :], other=0.0)
+        masked = (o < out)[:, None] & (word < known - done // 32)[None, :]
+        bits = _unpack(tl.load(keep_at + done // 32, mask=masked, other=-1), some_out, some_in)
+        kept = tl.dot(tl.where(bits != 0, weight, 0.0).to(weight.dtype), read, kept, input_precision=exact)
+        if soft:
+            gone = tl.dot(tl.where(bits != 0, 0.0, weight).to(weight.dtype), read, gone, input_precision=exact)
+    return kept, gone
+
+
+@triton.jit
+def _multiply(
+    x, w, bias, y, table, slots, rows, strengths, out, inner, words, x_row, w_row, y_row,
+    biased: tl.constexpr, some_out: tl.constexpr, some_in: tl.constexpr, width: tl.constexpr, exact: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows that wear one bitmap, or none, and `some_out` outputs, over all inputs."""
+    tile = tl.program_id(0)  # neighbours in time read the same weights
+    row = tl.load(rows + tile * width + tl.arange(0, width))  # -1: none
+    if tl.max(row) >= 0:
+        slot = tl.load(slots + tile)
+        keep = tl.load(table + slot * 4 + 3, mask=slot >= 0, other=0)
+        strength = tl.load(strengths + row, mask=row >= 0, other=1.0)
+        o = tl.program_id(1) * some_out + tl.arange(0, some_out)
+        if (keep != 0) & (tl.min(strength) < 1):
+            kept, gone = _products(
+                x, w, keep, row, o, out, inner, words, x_row, w_row, True, some_out, some_in, width, exact
+            )
+            total = tl.where((strength < 1)[None, :], kept + (1 - strength)[None, :] * gone, kept)
+        else:
+            total, _ = _products(
+                x, w, keep, row, o, out, inner, words, x_row, w_row, False, some_out, some_in, width, exact
+            )  # fmt: skip
+        if biased:
+            total += tl.load(bias + o, mask=o < out, other=0.0).to(tl.float32)[:, None]
+        at = row[None, :].to(tl.int64) * y_row + o[:, None]
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=(row >= 0)[None, :] & (o < out)[:, None])
+
+
+def subtract(x: Tensor, y: Tensor, table: Tensor, tiles: Tiles, strengths: Tensor) -> None:
+    """y -= strength * x (W * (1 - M))ᵀ for the listed masks of a batch, in place.
+
+    x is [rows, in], y [rows, out] with unit stride, `table` int64 [slots, FIELDS], `strengths` fp32 [rows]. Rows of no
+    tile, and of slots without a list, are left as they are.
+    """
+    (count, width), (_, out) = tiles.rows.shape, y.shape
+    some_out = 64 if width == 1 else 8
+    columns = x if width == 1 else x.T.contiguous().T  # neighbouring rows read the same column
+    _subtract[(count, triton.cdiv(out, some_out))](
+        columns, y, table, tiles.slots, tiles.rows, strengths,
+        out, columns.stride(0), columns.stride(1), y.stride(0),
+        wide=x.shape[1] > NARROW, some_out=some_out, some_listed=16, width=width,
+    )  # fmt: skip
+
+
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, table: Tensor, tiles: Tiles, strengths: Tensor
+) -> None:
+    """y = x (W * (M + gamma (1 - M)))ᵀ + bias for a batch of which some rows wear bitmaps; into y [rows, out].
+
+    x is [rows, in] and `weight` [out, in], all with unit stride; every row has its place in `tiles`, those that wear
+    no bitmap too. `table` is int64 [slots, FIELDS], `strengths` (1 - gamma) fp32 [rows]. Tiles are 16 rows or more.
+    """
+    (count, width), (out, inner) = tiles.rows.shape, weight.shape
+    program = _choose(out, width)
+    _multiply[(count, triton.cdiv(out, program.some_out))](
+        x, weight, weight if bias is None else bias, y, table, tiles.slots, tiles.rows, strengths,
+        out, inner, 2 * triton.cdiv(inner, 64), x.stride(0), weight.stride(0), y.stride(0),
+        biased=bias is not None, width=width, exact="ieee", **program._asdict(),
+    )  # fmt: skip
+
+
+class _Program(NamedTuple):
+    """What one program of `_multiply` takes on; chosen so that nothing spills on sm_90."""
+
+    some_out: int
+    some_in: int
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+_FEW_ROWS = (_Program(64, 64), _Program(32, 128), _Program(16, 128))
+_MANY_ROWS = _Program(64, 64, num_warps=8, num_stages=3)
+
+
+def _choose(out: int, width: int) -> _Program:
+    """For few rows as many programs as keep the memory busy, for many rows large tiles."""
+    if width > 16:
+        return _MANY_ROWS
+    return next((program for program in _FEW_ROWS if out // program.some_out >= _PROGRAMS), _FEW_ROWS[-1])
