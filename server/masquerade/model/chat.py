@@ -1,0 +1,147 @@
+"""From a chat to the tokens that a base expects.
+
+Knows chat templates, and how tools are told to a model whose template does not know them. Refuses to know who is asking
+and what is done with the tokens.
+
+What somebody writes in a message is text, even where it is spelled like a token that ends a turn or begins another:
+only the template makes such tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+
+from masquerade.errors import BadRequest
+from masquerade.model.tools import Dialect, find_dialect
+
+_PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+)
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: around the number of a spelled-out token while the template runs
+
+
+_EXPLANATION = """You may call functions, each described by a line of JSON:
+%s
+To call one, answer only with
+<tool_call>
+{"name": "...", "arguments": {...}}
+</tool_call>
+once for each call. Results come back in <tool_response>."""
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """Token ids of a chat, ready for the assistant's answer.
+
+    `messages` and `tools` are as chat templates want them: text contents, and arguments of calls as objects. A template
+    that knows nothing of tools, or writes calls as nobody here reads them, gets them as text. A model without a chat
+    template gets the messages' text, one after the other. Raises `BadRequest` with the template's own words if it
+    refuses the messages.
+    """
+    if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        dialect = find_dialect(tokenizer)
+        if dialect.lonely:
+            messages = list(_part(messages))
+        if not dialect.native:
+            messages, tools = _explain(_tell(dialect, messages), tools), ()
+    pattern = _special(tokenizer)
+    spelled: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        spelled.append(match.group())
+        return f"{_OPEN}{len(spelled) - 1}{_CLOSE}"
+
+    def hide_in(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(hide, value)
+        if isinstance(value, Mapping):
+            return {hide_in(key): hide_in(inner) for key, inner in value.items()}
+        return [hide_in(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    try:
+        text = tokenizer.apply_chat_template(
+            hide_in(messages),
+            tools=hide_in(tools) or None,
+            chat_template=None if tokenizer.chat_template else _PLAIN,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except (TemplateError, TypeError, RecursionError) as error:
+        raise BadRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
+    ids: list[int] = []
+    for index, part in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", text) if spelled else [text]):
+        if index % 2:
+            ids += _literal(tokenizer).encode(spelled[int(part)], add_special_tokens=False, split_special_tokens=True)
+        else:
+            ids += tokenizer.encode(part, add_special_tokens=False)
+    return ids
+
+
+def _part(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Calls made together, as if they had been made one after the other: each before its own result."""
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            yield message
+            continue
+        count = next((place for place, other in enumerate(rest) if other["role"] != "tool"), len(rest))
+        results, rest = rest[:count], rest[count:]
+        for call in calls:
+            yield {**message, "tool_calls": [call]}
+            yield from (result for result in results if result.get("tool_call_id") == call.get("id"))
+
+
+def _tell(dialect: Dialect, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Calls and results as text of the assistant and the user."""
+    told: list[dict[str, Any]] = []
+    answering = False  # results of calls made together are one message
+    for message in messages:
+        role, text = message["role"], message["content"]
+        if role == "tool":
+            text = f"<tool_response>\n{text}\n</tool_response>"
+            if answering:
+                told[-1]["content"] += f"\n{text}"
+                continue
+            role = "user"
+        for call in message.get("tool_calls") or ():
+            before, after = dialect.frame(call["function"]["name"])
+            written = before + json.dumps(call["function"]["arguments"], ensure_ascii=False) + after
+            text = f"{text}\n{written}" if text else written
+        told.append({"role": role, "content": text})
+        answering = message["role"] == "tool"
+    return told
+
+
+def _explain(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a system message that describes the tools, at the end of the one that is there."""
+    if not tools:
+        return messages
+    text = _EXPLANATION % "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+@lru_cache(maxsize=8)
+def _special(tokenizer: Any) -> re.Pattern[str]:
+    """What must not become a special token."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted([*special, _OPEN, _CLOSE], key=len, reverse=True))))
+
+
+@lru_cache(maxsize=8)
+def _literal(tokenizer: Any) -> Any:
+    """A copy for text that must not become special tokens: that switch is a state which threads would share."""
+    literal = copy.deepcopy(tokenizer)
+    literal.encode("", add_special_tokens=False, split_special_tokens=True)  # sets it
+    return literal
