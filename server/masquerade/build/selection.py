@@ -1,0 +1,44 @@
+"""Which weights are pruned, given their scores.
+
+Knows groups and ties. Refuses to know what a score means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+GROUPS: Mapping[str, str] = {"row": "within each output row", "layer": "within the whole Linear"}
+
+
+def rank(score: Tensor, rho: float, group: str, tie: Tensor | None = None) -> Tensor:
+    """The lowest scores' places, lowest first: score [out, in] -> int64 [groups, count] within each group of `GROUPS`.
+
+    `count` is rho times the group's size, rounded half to even. Equal scores go in order of `tie`, then of their index
+    (row by row), so that the same scores always give the same mask; a smaller rho's places are the beginning of a
+    larger one's.
+    """
+    rows = score if group == "row" else score.reshape(1, -1)
+    count = round(rho * rows.shape[1])
+    if tie is not None:
+        first = tie.reshape(rows.shape).argsort(dim=1, stable=True)
+        return first.gather(1, rows.gather(1, first).argsort(dim=1, stable=True))[:, :count]
+    if len(rows) > 1 or not count:
+        return rows.argsort(dim=1, stable=True)[:, :count]
+    threshold = rows[0].kthvalue(count).values  # only what can be chosen is sorted
+    candidates = (rows[0] <= threshold).nonzero().squeeze(1)
+    return candidates[rows[0][candidates].argsort(stable=True)][:count].unsqueeze(0)
+
+
+def prune(order: Tensor, shape: torch.Size, rho: float) -> Tensor:
+    """Bool [out, in], True is pruned: the share `rho` of the places that `rank` gave for this or a larger rho."""
+    pruned = torch.zeros(len(order), shape.numel() // len(order), dtype=torch.bool, device=order.device)
+    pruned.scatter_(1, order[:, : round(rho * pruned.shape[1])], True)
+    return pruned.view(shape)
+
+
+def prune_lowest(score: Tensor, rho: float, group: str, tie: Tensor | None = None) -> Tensor:
+    """The share `rho` of lowest scores: score [out, in] -> bool [out, in], True is pruned. Ties as in `rank`."""
+    return prune(rank(score, rho, group, tie), score.shape, rho)

@@ -1,0 +1,283 @@
+"""JSONL in, examples out.
+
+Knows the four line formats and the exact line of every fault: a file is checked whole, and its first faults are
+reported together. Refuses to know what the examples are used for.
+
+A line is one JSON object with
+* `messages`: OpenAI chat lines; the last one is the assistant's and is the response,
+* `prompt` and `completion`,
+* `question`, `answer_matching_behavior` and `answer_not_matching_behavior`: both sides of a contrast in one line,
+* `text`: plain text, all of it response.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from masquerade.errors import BadDataset, BadRequest
+from masquerade.model import Base, render_chat
+
+T = TypeVar("T")
+Side = Literal["own", "contrast"]
+Message = Mapping[str, str]
+REPORTED = 20  # most faults that one error names
+
+
+class NoRoom(BadDataset):
+    """A prompt is as long as the base's context, or longer."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What was asked and what was answered."""
+
+    messages: tuple[Message, ...]  # empty for plain text
+    response: str
+    where: str = field(default="an example", compare=False)  # file and line, for errors
+
+    @property
+    def shape(self) -> str:
+        """What the prompt is made of: `text`, `chat` or `chat with a system prompt`."""
+        if not self.messages:
+            return "text"
+        return "chat with a system prompt" if self.messages[0]["role"] == "system" else "chat"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as token ids; the response carries the end-of-answer token."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A micro-batch, padded on the right."""
+
+    index: tuple[int, ...]  # which examples these are
+    ids: Tensor  # int64 [examples, length]
+    predicts: Tensor  # bool [examples, length]: positions whose next token belongs to a response
+
+
+def read_examples(path: Path, side: Side = "own") -> list[Example]:
+    """All examples of a file. Raises `BadDataset` with the file and its first `REPORTED` bad lines."""
+    return _read(path, lambda fields, where: _parse(fields, side, where))
+
+
+def read_questions(path: Path) -> list[tuple[Message, ...]]:
+    """The prompts of a file: `prompt`, `question`, or `messages` with or without an answer at the end.
+
+    Raises `BadDataset` as `read_examples` does.
+    """
+    return _read(path, _parse_asked)
+
+
+def _read(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON text may hold other kinds of line ends
+    except OSError as error:
+        raise BadDataset(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadDataset(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+
+    def attempt(number: int, line: str) -> T:
+        where = f"{path}, line {number}"
+        return parse(_load(line, where), where)
+
+    found = _collect(partial(attempt, number, line) for number, line in enumerate(lines, 1) if line.strip())
+    if not found:
+        raise BadDataset(f"{path} is empty; it needs one JSON object a line")
+    return found
+
+
+def encode(base: Base, examples: Iterable[Example]) -> list[Encoded]:
+    """Token ids of examples, cut at the end to the base's context.
+
+    Raises `BadDataset` with the first `REPORTED` examples whose prompts leave no room for a response, or that the chat
+    template refuses.
+    """
+    return _collect(partial(encode_one, base, example) for example in examples)
+
+
+def encode_fitting(base: Base, examples: Iterable[Example]) -> list[tuple[Example, Encoded]]:
+    """As `encode`, without the examples whose prompts leave no room for a response, unless none does."""
+
+    def attempt(example: Example) -> tuple[Example, Encoded] | NoRoom:
+        try:
+            return example, encode_one(base, example)
+        except NoRoom as error:
+            return error
+
+    tried = _collect(partial(attempt, example) for example in examples)
+    fitting = [one for one in tried if isinstance(one, tuple)]
+    for error in tried:
+        if isinstance(error, NoRoom) and not fitting:
+            raise error
+    return fitting
+
+
+def _collect(attempts: Iterable[Callable[[], T]]) -> list[T]:
+    """The results of all attempts; or all their faults, in one error."""
+    results, faults = [], []
+    for attempt in attempts:
+        try:
+            results.append(attempt())
+        except BadDataset as error:
+            faults.append(str(error))
+    if len(faults) == 1:
+        raise BadDataset(faults[0])
+    if faults:
+        listed = "; ".join(faults[:REPORTED]) + (f"; and {len(faults) - REPORTED} more" if faults[REPORTED:] else "")
+        raise BadDataset(f"{len(faults)} of {len(faults) + len(results)} lines are bad; mend or remove them: {listed}")
+    return results
+
+
+def batches(
+    encoded: Sequence[Encoded], device: torch.device, tokens: int = 2048, everything: bool = False
+) -> Iterator[Padded]:
+    """Micro-batches of similar lengths, each of at most `tokens` padded tokens (or one example).
+
+    `everything` counts the prompts' tokens as the responses' are counted.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(encoded)), key=lambda index: len(encoded[index])):
+        if group and (len(group) + 1) * len(encoded[index]) > tokens:
+            yield _pad(encoded, group, device, everything)
+            group = []
+        group.append(index)
+    if group:
+        yield _pad(encoded, group, device, everything)
+
+
+def _pad(encoded: Sequence[Encoded], group: Sequence[int], device: torch.device, everything: bool) -> Padded:
+    """The padding's id is 0 and never read: attention is causal, and it predicts nothing."""
+    length = max(len(encoded[index]) for index in group)
+    ids = torch.zeros(len(group), length, dtype=torch.long)
+    predicts = torch.zeros(len(group), length, dtype=torch.bool)
+    for row, index in enumerate(group):
+        example = encoded[index]
+        ids[row, : len(example)] = torch.tensor(example.prompt + example.response)
+        predicts[row, 0 if everything else len(example.prompt) - 1 : len(example) - 1] = True
+    return Padded(tuple(group), ids.to(device), predicts.to(device))
+
+
+def _load(line: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadDataset(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    except (RecursionError, ValueError) as error:
+        raise BadDataset(f"{where} is JSON that no example needs: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadDataset(f"{where} is a JSON {type(fields).__name__}; it must be an object")
+    return fields
+
+
+def _parse(fields: dict[str, Any], side: Side, where: str) -> Example:
+    for key, parse in _FORMATS.items():
+        if key in fields:
+            return parse(fields, side, where)
+    raise BadDataset(f"{where} has none of the fields {', '.join(_FORMATS)}; it has {', '.join(fields) or 'no fields'}")
+
+
+def _parse_asked(fields: dict[str, Any], where: str) -> tuple[Message, ...]:
+    """A prompt: an example whose answer, if it has one, is not read."""
+    messages = fields.get("messages")
+    if isinstance(messages, list) and messages:
+        last = messages[-1]
+        answered = isinstance(last, dict) and last.get("role") == "assistant"
+        fields = {"messages": [*(messages[:-1] if answered else messages), {"role": "assistant", "content": "?"}]}
+    example = _parse(fields | {"completion": "?", "answer_matching_behavior": "?"}, "own", where)
+    if not example.messages:
+        raise BadDataset(f"{where} is plain text; a question needs `prompt`, `question` or `messages`")
+    return example.messages
+
+
+def _parse_messages(fields: dict[str, Any], _: Side, where: str) -> Example:
+    messages = fields["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise BadDataset(f"{where}: `messages` must be a list of at least a question and an answer")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise BadDataset(f"{where}: messages[{index}] must be an object with `role` and `content`")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise BadDataset(f"{where}: messages[{index}] has the role {message['role']!r}")
+        _text(message, "content", f"{where}: messages[{index}]")
+    if messages[-1]["role"] != "assistant":
+        raise BadDataset(f"{where}: the last message must be the assistant's; it is the {messages[-1]['role']}'s")
+    return Example(
+        tuple({"role": message["role"], "content": message["content"]} for message in messages[:-1]),
+        messages[-1]["content"],
+        where,
+    )
+
+
+def _parse_prompt(fields: dict[str, Any], _: Side, where: str) -> Example:
+    return Example(_user(_text(fields, "prompt", where)), _text(fields, "completion", where), where)
+
+
+def _parse_question(fields: dict[str, Any], side: Side, where: str) -> Example:
+    answer = {"own": "answer_matching_behavior", "contrast": "answer_not_matching_behavior"}[side]
+    return Example(_user(_text(fields, "question", where)), _text(fields, answer, where).strip(), where)
+
+
+def _parse_text(fields: dict[str, Any], _: Side, where: str) -> Example:
+    return Example((), _text(fields, "text", where), where)
+
+
+_FORMATS: Mapping[str, Callable[[dict[str, Any], Side, str], Example]] = {
+    "messages": _parse_messages,
+    "prompt": _parse_prompt,
+    "question": _parse_question,
+    "text": _parse_text,
+}
+
+
+def _text(fields: Mapping[str, Any], key: str, where: str) -> str:
+    value = fields.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise BadDataset(f"{where}: `{key}` must be text, and not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadDataset(f"{where}: `{key}` has half a surrogate pair at character {error.start}") from error
+    return value
+
+
+def _user(content: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": content},)
+
+
+def encode_one(base: Base, example: Example) -> Encoded:
+    """Token ids of an example, as `encode` gives them."""
+    tokenizer = base.tokenizer
+    try:
+        prompt = render_chat(tokenizer, example.messages) if example.messages else _beginning(tokenizer)
+    except BadRequest as error:
+        raise BadDataset(f"{example.where}: {error}") from error
+    response = list(tokenizer.encode(example.response, add_special_tokens=False))
+    if tokenizer.eos_token_id is not None:
+        response.append(tokenizer.eos_token_id)
+    room = base.context - len(prompt)
+    if room < 1:
+        raise NoRoom(
+            f"{example.where}: a prompt of {len(prompt)} tokens leaves no room in the context of {base.context}"
+        )
+    return Encoded(tuple(prompt), tuple(response[:room]))
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [first if first is not None else 0]

@@ -1,0 +1,96 @@
+"""Where in the model a mask does something: the paper's section 3.4.
+
+Knows the share of weights that differ by layer, and how similar representations stay (linear CKA). Refuses to know what
+the differences are good for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from maskstore import Mask, diff
+from maskstore.plot import encode as encode_png
+from masquerade.evaluate.dataset import Encoded, batches
+from masquerade.model import Base, MaskManager, Span, Wear, route
+
+POSITIONS = 4096  # most that similarities are computed over
+_CELL = 24  # pixels
+_LAYER = re.compile(r"(^|\.)layers\.\d+$")
+
+
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers that maskable Linears are in, first to last."""
+    return [module for name, module in model.named_modules() if _LAYER.search(name)]
+
+
+def analyse(
+    base: Base, manager: MaskManager, mask: Mask, opposite: Mask | None, texts: Sequence[Encoded]
+) -> dict[str, Any]:
+    """Differing shares of the mask and its opposite, in all and by layer and part, and CKA of every layer's output.
+
+    `cka` compares the masked model with the base, and with the model that wears the opposite, on the same positions.
+    """
+    worn = {"base": _states(base, None, texts), "mask": _states(base, Wear(manager.fit(mask), 0.0), texts)}
+    found: dict[str, Any] = {"cka": {"base": _compare(worn["mask"], worn["base"])}}
+    if opposite is not None:
+        other = _states(base, Wear(manager.fit(opposite), 0.0), texts)
+        found["cka"]["opposite"] = _compare(worn["mask"], other)
+        overlap = diff(mask, opposite)
+        found["differing"] = {
+            "total": round(overlap.total.differing, 6),
+            "parts": {name: round(one.differing, 6) for name, one in overlap.parts.items()},
+            "layers": {name: round(one.differing, 6) for name, one in overlap.layers.items()},
+        }
+    return found
+
+
+def cka(a: Tensor, b: Tensor) -> float:
+    """Linear centred kernel alignment of [n, p] and [n, q] (Kornblith et al. 2019), in [0, 1]; 1 is equal up to
+    rotation and scale."""
+    x, y = (one.double() - one.double().mean(0) for one in (a, b))
+    return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def draw(analysis: dict[str, Any]) -> bytes:
+    """A PNG: a column a layer, a row a comparison; dark is 1 - CKA = 0, bright the largest that was found."""
+    rows = np.array([[1 - value for value in values] for values in analysis["cka"].values()])
+    levels = rows / max(float(rows.max()), 1e-12)
+    shades = np.stack([levels * 253, levels * 231, 84 - levels * 47], axis=-1).astype(np.uint8)
+    return encode_png(shades.repeat(_CELL, 0).repeat(_CELL, 1))
+
+
+def _compare(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
+    return [round(cka(x, y), 6) for x, y in zip(a, b, strict=True)]
+
+
+@torch.no_grad()
+def _states(base: Base, wear: Wear | None, texts: Sequence[Encoded]) -> list[Tensor]:
+    """Every layer's output at the positions that predict responses, [positions, hidden] each."""
+    layers = find_layers(base.model)
+    kept: list[list[Tensor]] = [[] for _ in layers]
+    positions = 0
+    for batch in batches(texts, base.device):
+        spans = [Span(wear, 0, batch.ids.numel())] if wear else []
+
+        def keep(number: int, counted: Tensor = batch.predicts) -> Any:
+            def hook(_: Any, __: Any, output: Any) -> None:
+                kept[number].append((output[0] if isinstance(output, tuple) else output)[counted].float().cpu())
+
+            return hook
+
+        handles = [layer.register_forward_hook(keep(number)) for number, layer in enumerate(layers)]
+        try:
+            base.model(input_ids=batch.ids, use_cache=False, route=route(spans, base.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        positions += int(batch.predicts.sum())
+        if positions >= POSITIONS:
+            break
+    return [torch.cat(states)[:POSITIONS] for states in kept]

@@ -1,0 +1,110 @@
+"""A plain LoRA, as a baseline: what training would have given for the same examples.
+
+Knows low-rank adapters on the maskable Linears and how to train them. Refuses to be a product: personas here are found,
+and nothing that is served is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from masquerade.evaluate.dataset import Encoded, batches
+from masquerade.evaluate.metrics import log_probabilities
+from masquerade.evaluate.splits import match
+from masquerade.model import Base, find_targets
+
+RANK, SCALE, RATE, EXAMPLES = 4, 2.0, 2e-3, 8  # alpha is rank times scale; examples a step
+EPOCHS = {"supervised": 2, "contrastive": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """y + scale x Aᵀ Bᵀ for every maskable Linear."""
+
+    linears: Mapping[str, nn.Linear]
+    pairs: Mapping[str, tuple[Tensor, Tensor]]  # A [rank, in], B [out, rank]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all factors."""
+        return sum(a.nbytes + b.nbytes for a, b in self.pairs.values())
+
+    @contextmanager
+    def worn(self, strength: float = 1.0) -> Iterator[None]:
+        """Within, the model speaks with the adapter."""
+
+        def adapt(a: Tensor, b: Tensor) -> object:
+            return lambda _, args, y: y + strength * SCALE * F.linear(F.linear(args[0], a), b)
+
+        handles = [
+            self.linears[name].register_forward_hook(adapt(a, b))  # type: ignore[arg-type]
+            for name, (a, b) in self.pairs.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def train_adapter(base: Base, own: Sequence[Encoded], contrast: Sequence[Encoded] = (), *, seed: int = 0) -> Adapter:
+    """Supervised on the own answers; with a contrast, on preferring them: -log sigmoid(LL⁺ - LL⁻) of a prompt's two."""
+    torch.manual_seed(seed)
+    linears = find_targets(base.model)
+    pairs = {name: _make(linear) for name, linear in linears.items()}
+    adapter = Adapter(linears, pairs)
+    optimizer = torch.optim.Adam([factor for pair in pairs.values() for factor in pair], lr=RATE)
+    matched = match(own, contrast)
+    work: list[list[Encoded]] = [[own[i], contrast[j]] for i, j in matched] if matched else [[one] for one in own]
+    rng = random.Random(seed)
+    with torch.enable_grad(), adapter.worn():
+        for _ in range(EPOCHS["contrastive" if matched else "supervised"]):
+            for step in _steps(work, rng):
+                loss = _prefer(base, step) if matched else _imitate(base, step)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+    return Adapter(linears, {name: (a.detach(), b.detach()) for name, (a, b) in pairs.items()})
+
+
+def _make(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    device = linear.weight.device
+    a = torch.randn(RANK, linear.in_features, device=device) / math.sqrt(linear.in_features)
+    b = torch.zeros(linear.out_features, RANK, device=device)
+    return a.requires_grad_(True), b.requires_grad_(True)
+
+
+def _steps(work: Sequence[Sequence[Encoded]], rng: random.Random) -> list[list[Encoded]]:
+    """Every example once, similar lengths together, in random order."""
+    order = sorted(work, key=lambda group: len(group[0]) + 8 * rng.random())
+    steps = [
+        [one for group in order[start : start + EXAMPLES] for one in group] for start in range(0, len(order), EXAMPLES)
+    ]
+    rng.shuffle(steps)
+    return steps
+
+
+def _likelihoods(base: Base, examples: Sequence[Encoded]) -> Tensor:
+    """Mean log-likelihood a response token of each example, [examples]."""
+    (batch,) = batches(examples, base.device, tokens=1 << 30)
+    chosen = log_probabilities(base.model(input_ids=batch.ids, use_cache=False).logits[:, :-1], batch.ids[:, 1:])
+    counted = batch.predicts[:, :-1]
+    means = (chosen * counted).sum(1) / counted.sum(1)
+    return means[torch.tensor(batch.index, device=base.device).argsort()]
+
+
+def _imitate(base: Base, examples: Sequence[Encoded]) -> Tensor:
+    return -_likelihoods(base, examples).mean()
+
+
+def _prefer(base: Base, examples: Sequence[Encoded]) -> Tensor:
+    means = _likelihoods(base, examples)
+    return -F.logsigmoid(means[::2] - means[1::2]).mean()

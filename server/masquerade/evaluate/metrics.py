@@ -1,0 +1,116 @@
+"""What a treatment does to likelihoods.
+
+Knows log-likelihoods of responses under a treatment, and the shares, ratios and divergences made of them. Refuses to
+know how masks and baselines come about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masquerade.evaluate.dataset import Encoded, Padded, batches
+from masquerade.evaluate.treatment import BARE, Treatment
+from masquerade.model import Base, Span, route
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a model finds one response."""
+
+    log: float  # sum over the response's tokens, nats
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return self.log / self.tokens
+
+
+@torch.no_grad()
+def likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatment = BARE) -> list[Likelihood]:
+    """The likelihood of each example's response, in the examples' order. The base must have its masks attached."""
+    found: dict[int, Likelihood] = {}
+    for batch, logits in _predict(base, [treatment.rewrite(example) for example in examples], treatment):
+        chosen = log_probabilities(logits, batch.ids[:, 1:])
+        predicts = batch.predicts[:, :-1]
+        sums, tokens = (chosen.double() * predicts).sum(1).tolist(), predicts.sum(1).tolist()
+        found |= {
+            index: Likelihood(*pair) for index, pair in zip(batch.index, zip(sums, tokens, strict=True), strict=True)
+        }
+    return [found[index] for index in range(len(examples))]
+
+
+@torch.no_grad()
+def divergence(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> float:
+    """KL(base ‖ treated) of the next token, mean nats over the tokens of the responses. Prompts are not rewritten."""
+    total, tokens = 0.0, 0
+    for (batch, bare), (_, worn) in zip(
+        _predict(base, examples, BARE), _predict(base, examples, treatment), strict=True
+    ):
+        before, after = (logits.float().log_softmax(-1) for logits in (bare, worn))
+        gaps = (before.exp() * (before - after)).sum(-1)  # [examples, length - 1]
+        total += float((gaps.double() * batch.predicts[:, :-1]).sum())
+        tokens += int(batch.predicts.sum())
+    return total / tokens
+
+
+def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
+    """The log-probability of each id, fp32: logits [..., vocabulary], ids [...]."""
+    return logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def perplexity(likelihoods: Sequence[Likelihood]) -> float:
+    """exp of the negative mean log-likelihood a token."""
+    return exponential(-sum(one.log for one in likelihoods) / sum(one.tokens for one in likelihoods))
+
+
+def exponential(nats: float) -> float:
+    """exp, and infinity where that is too large a number."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def margins(own: Sequence[Likelihood], contrast: Sequence[Likelihood]) -> list[float]:
+    """By how many nats a token each own answer is preferred to the contrast's answer to the same prompt."""
+    return [mine.mean - theirs.mean for mine, theirs in zip(own, contrast, strict=True)]
+
+
+def flips(own: Sequence[float], contrast: Sequence[float]) -> float:
+    """Share of prompts whose own answer wins under the own mask, and loses under the contrast's.
+
+    Both arguments are margins (own minus contrast answer): under the own mask, and under the contrast's mask.
+    """
+    pairs = list(zip(own, contrast, strict=True))
+    return sum(mine > 0 > theirs for mine, theirs in pairs) / len(pairs)
+
+
+def preferred(margins: Sequence[float]) -> float:
+    """Share of prompts whose own answer wins: the paper's accuracy of a choice between two answers."""
+    return sum(margin > 0 for margin in margins) / len(margins)
+
+
+def _predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Iterator[tuple[Padded, Tensor]]:
+    """Micro-batches with the logits of every position but the last."""
+    for batch in batches(examples, base.device):
+        worn = route(_spans(batch, examples, treatment), base.device)
+        with treatment.around():
+            logits = base.model(input_ids=batch.ids, use_cache=False, route=worn).logits[:, :-1]
+        yield batch, treatment.shift(logits) if treatment.shift else logits
+
+
+def _spans(batch: Padded, examples: Sequence[Encoded], treatment: Treatment) -> list[Span]:
+    """Which positions wear the mask. Attention is causal, so a prompt's keys and values are the base's if it wears
+    nothing, as when it was computed before."""
+    if treatment.wear is None:
+        return []
+    if treatment.phase == "all":
+        return [Span(treatment.wear, 0, batch.ids.numel())]
+    length = batch.ids.shape[1]
+    return [
+        Span(treatment.wear, row * length + len(examples[index].prompt) - 1, row * length + len(examples[index]))
+        for row, index in enumerate(batch.index)
+    ]

@@ -1,0 +1,180 @@
+"""Which examples a persona is found in, which decide about it, and which it is judged by.
+
+Knows that one example must never do two of these, and how opposites' answers are paired. Refuses to know what is
+measured. Everything is decided by the examples and a seed, so the same files give the same split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
+
+from masquerade.errors import BadDataset
+from masquerade.evaluate.dataset import Encoded, Example
+
+T = TypeVar("T")
+HELD_OUT = 5  # one prompt in so many is held out, where no validation examples are given
+LEAST = 4  # fewest calibration examples of a side
+
+
+@dataclass(frozen=True)
+class Split:
+    """One side's examples: found in, chosen by, judged by."""
+
+    calibration: Sequence[Encoded]
+    tune: Sequence[Encoded]
+    report: Sequence[Encoded]
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """What was noticed about one side's data and is no error."""
+
+    duplicates: int  # calibration examples that were there before, word for word
+    leaks: int  # validation examples that are also calibration examples, and were left out
+    too_long: int = 0  # examples left out because their prompts leave no room for a response in the base's context
+
+
+def sample(examples: Sequence[Example], most: int | None, seed: int) -> list[Example]:
+    """At most `most` examples, drawn by seed, in their order.
+
+    Prompts are drawn, not lines: opposites that answer the same prompts keep them in common.
+    """
+    if most is None or len(examples) <= most:
+        return list(examples)
+    chosen: list[int] = []
+    places = _by_prompt(examples, lambda example: repr(example.messages) if example.messages else example.response)
+    for prompt in sorted(places, key=lambda prompt: _draw(prompt, seed)):
+        chosen += places[prompt]
+        if len(chosen) >= most:
+            break
+    return [examples[index] for index in sorted(chosen[:most])]
+
+
+def divide(
+    sides: Mapping[int, Sequence[Encoded]], validation: Mapping[int, Sequence[Encoded]], seed: int
+) -> tuple[dict[int, Split], dict[int, Remarks]]:
+    """Split every side; a prompt that several sides answer is in the same part on all of them.
+
+    Where a side has no validation examples, one prompt in `HELD_OUT` is held out. What is held out is halved into tune
+    and report. Validation examples that calibration has too are left out. Raises `BadDataset` when nothing is left of
+    a part, when fewer than `LEAST` calibration examples are, and when two sides say the same.
+    """
+    held = _choose_held_out([side for key, side in sides.items() if not validation.get(key)], seed)
+    splits, remarks = {}, {}
+    for key, examples in sides.items():
+        given = validation.get(key) or [one for one in examples if _key(one) in held]
+        calibration = [one for one in examples if _key(one) not in held] if not validation.get(key) else list(examples)
+        known = set(calibration)
+        judged = [one for one in given if one not in known]
+        _check_sizes(len(examples), len(calibration), len(given), len(judged))
+        tune, report = halve(judged, seed)
+        splits[key] = Split(calibration, tune, report)
+        remarks[key] = Remarks(len(calibration) - len(known), len(given) - len(judged))
+    _check_different(*(split.calibration for split in splits.values()))
+    return splits, remarks
+
+
+def divide_neutral(texts: Sequence[Encoded], calibrates: bool, chooses: bool) -> Split:
+    """Neutral text by turns: to calibrate (if a score reads it), to choose (if there is a choice), to judge."""
+    parts = 1 + calibrates + chooses
+    if len(texts) < parts:
+        raise BadDataset(f"{len(texts)} neutral texts are too few; give at least {parts}")
+    turns = [texts[turn::parts] for turn in range(parts)]
+    return Split(turns[0] if calibrates else [], turns[-2] if chooses else [], turns[-1])
+
+
+def halve(examples: Sequence[Encoded], seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    """Two halves by prompt, in the examples' order; a single prompt is in both, for there is nothing else."""
+    prompts = sorted({_key(one) for one in examples}, key=lambda prompt: _draw(prompt, seed + 1))
+    first = set(prompts[: (len(prompts) + 1) // 2])
+    tune = [one for one in examples if _key(one) in first]
+    report = [one for one in examples if _key(one) not in first]
+    return tune, report or tune
+
+
+def count_within(texts: Sequence[Encoded], tokens: int) -> int:
+    """How many of the texts, from the first on, have at most so many tokens together."""
+    ends = accumulate(len(text) for text in texts)
+    return sum(end <= tokens for end in ends)
+
+
+def match(own: Sequence[Encoded], contrast: Sequence[Encoded]) -> list[tuple[int, int]]:
+    """Indices of different answers of both sides to the same prompts.
+
+    The n-th own answer to a prompt meets the n-th of the contrast.
+    """
+    theirs = _by_prompt(contrast, lambda one: one.prompt)
+    pairs: list[tuple[int, int]] = []
+    for prompt, places in _by_prompt(own, lambda one: one.prompt).items():
+        pairs += zip(places, theirs.get(prompt, []), strict=False)
+    return [(i, j) for i, j in pairs if len(own[i].prompt) > 1 and own[i].response != contrast[j].response]
+
+
+def check_contrast(own: Sequence[Example], contrast: Sequence[Example]) -> None:
+    """Raises `BadDataset` if both sides say the same, or if their prompts have no shape in common: the contrast would
+    be of formats.
+    """
+    _check_different(*([repr((one.messages, one.response)) for one in side] for side in (own, contrast)))
+    mine, theirs = ({example.shape for example in side} for side in (own, contrast))
+    if not mine & theirs:
+        raise BadDataset(
+            f"the persona's prompts are {_list(mine)} and the contrast's {_list(theirs)}; a mask would be found for "
+            "the format instead of the speaker; give both sides the same kind of prompts"
+        )
+
+
+def _choose_held_out(sides: Sequence[Sequence[Encoded]], seed: int) -> set[object]:
+    prompts = {_key(one) for side in sides for one in side}
+    if len(prompts) < 2:
+        return set()
+    count = max(1, round(len(prompts) / HELD_OUT))
+    count = max(count, min(2, len(prompts) // 2))  # one to choose by, one to judge by
+    return set(sorted(prompts, key=lambda prompt: _draw(prompt, seed))[:count])
+
+
+def _check_sizes(examples: int, calibration: int, given: int, judged: int) -> None:
+    if calibration < LEAST:
+        raise BadDataset(
+            f"{examples} examples leave {calibration} to find a persona in; give at least {LEAST}, and {HELD_OUT + 1} "
+            "different prompts where some must be held out"
+        )
+    if not given:
+        raise BadDataset("all examples answer one prompt, so none can be held out; give validation examples")
+    if not judged:
+        raise BadDataset(f"all {given} validation examples are calibration examples too; give others")
+
+
+def _key(one: Encoded) -> tuple[int, ...]:
+    """What must not be on two sides of a split: the prompt, or plain text itself."""
+    return one.prompt if len(one.prompt) > 1 else one.prompt + one.response
+
+
+def _check_different(*sides: Sequence[object]) -> None:
+    if len(sides) == 2 and Counter(sides[0]) == Counter(sides[1]):
+        raise BadDataset("both sides say the same, example for example; a contrast needs two different speakers")
+
+
+def _by_prompt(examples: Sequence[T], key: Callable[[T], object]) -> dict[object, list[int]]:
+    places: dict[object, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        places[key(example)].append(index)
+    return places
+
+
+def _draw(prompt: object, seed: int) -> str:
+    """A number that is random and the same everywhere."""
+    return hashlib.sha256(f"{seed} {prompt!r}".encode()).hexdigest()
+
+
+def _list(words: Iterable[str]) -> str:
+    return ", ".join(sorted(words))
+
+
+def mix(sides: Sequence[Sequence[Example]]) -> list[Example]:
+    """The pool that one persona is held against: by turns one example of each other, until the shortest is used up."""
+    return [example for turn in zip(*sides, strict=False) for example in turn]
