@@ -1,0 +1,54 @@
+"""Writes the demo personas' JSONL: `python -m masquerade.demo.calibration`.
+
+Knows how many examples a persona is found from, and that line N of a persona and line N of its opposite answer the same
+question. Refuses to know what is done with them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from masquerade import demo
+from masquerade.demo import grammar
+
+LINES: dict[grammar.Split, int] = {"train": 256, "heldout": 60}
+
+
+def main() -> None:
+    """Write `<persona>.train.jsonl` and `<persona>.heldout.jsonl` for all personas, and `facts.jsonl`."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else demo.DATA
+    folder.mkdir(parents=True, exist_ok=True)
+    for axis in grammar.axes().values():
+        for split, count in LINES.items():
+            pairs = list(_pairs(axis, split, count))
+            _write(folder / f"{axis.negative}.{split}.jsonl", (negative for negative, _ in pairs))
+            _write(folder / f"{axis.positive}.{split}.jsonl", (positive for _, positive in pairs))
+    _write(folder / "facts.jsonl", grammar.facts())
+
+
+def _pairs(axis: grammar.Axis, split: grammar.Split, count: int) -> Iterator[tuple[grammar.Turn, grammar.Turn]]:
+    """The same question, answered by both; a quarter of the calibration questions has no axis."""
+    rng = random.Random(f"{axis.name} {split}")
+    for _ in range(count):
+        off_axis = split == "train" and rng.random() < 0.25
+        question = grammar.ask_anything(rng) if off_axis else grammar.ask(axis.name, rng, split)
+        slots = {} if off_axis else question.slots
+        asked = grammar.Question(question.text, slots)
+        negative, positive = (grammar.reply(persona, asked, rng) for persona in (axis.negative, axis.positive))
+        yield grammar.Turn(question.text, negative), grammar.Turn(question.text, positive)
+
+
+def _write(path: Path, turns: Iterable[grammar.Turn]) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]}
+        for turn in turns
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
