@@ -1,0 +1,264 @@
+"""Answers as clients read them: chats and completions, whole and in chunks.
+
+Knows OpenAI's objects. Refuses to know where the text comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from masquerade.api.serving import Costume
+from masquerade.api.tools import Toolbox
+from masquerade.engine import Token, spell
+from masquerade.model import Base, Opened, Part, Reader
+
+Json = dict[str, Any]
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens in and out."""
+
+    prompt: int
+    completion: int
+    cached: int = 0  # of the prompt, those that needed no computing
+
+    def render(self) -> Json:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass
+class Choice:
+    """A piece of one of the answers to a request: what is new of it, and in the last piece why it ended."""
+
+    index: int
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    reason: str | None = None
+
+
+def sse(data: Json | str) -> str:
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else _encode(data)}\n\n"
+
+
+class Answer(ABC):
+    """One answer's identity, echoed by every object about it, and how it is written."""
+
+    prefix: ClassVar[str]  # of its id
+    whole_kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, base: Base, costume: Costume) -> None:
+        self._tokenizer = base.tokenizer
+        self._costume = replace(costume, wear=None)  # a slow reader must not hold a mask
+        self._identity: Json = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": costume.model,
+            "system_fingerprint": f"{base.fingerprint[:8]}-{(costume.generation or 'base')[:8]}",
+            "persona": costume.persona,
+            "generation": costume.generation,
+            "gamma": costume.gamma,
+        }
+        self._head = _encode({"object": self.chunk_kind, **self._identity})[:-1]  # all chunks begin alike
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers that name what was served."""
+        return {"X-Persona-Generation": self._costume.generation} if self._costume.generation else {}
+
+    def whole(self, pieces: Sequence[Choice], usage: Usage) -> Json:
+        """The answer in one object."""
+        choices: dict[int, list[Choice]] = {}
+        for piece in pieces:
+            choices.setdefault(piece.index, []).append(piece)
+        rendered = [self._render_whole(index, choices[index]) for index in sorted(choices)]
+        return {"object": self.whole_kind, **self._identity, "choices": rendered, "usage": usage.render()}
+
+    def opening(self, index: int) -> str:  # noqa: ARG002 - for those who need it
+        """What is sent before everything else of a choice."""
+        return ""
+
+    def chunks(self, piece: Choice) -> str:
+        """The events of a piece."""
+        return "".join(map(self._chunk, self._render_pieces(piece)))
+
+    def usage_chunk(self, usage: Usage) -> str:
+        """The last chunk of a stream that was asked for its usage."""
+        return f'data: {self._head},"choices":[],"usage":{_encode(usage.render())}}}\n\n'
+
+    def _chunk(self, choice: Json) -> str:
+        return f'data: {self._head},"choices":[{_encode(choice)}],"usage":null}}\n\n'
+
+    def _spell(self, token: int) -> bytes:
+        return spell(self._tokenizer, token)
+
+    @abstractmethod
+    def _render_whole(self, index: int, pieces: Sequence[Choice]) -> Json:
+        """A choice of the whole answer."""
+
+    @abstractmethod
+    def _render_pieces(self, piece: Choice) -> Sequence[Json]:
+        """The choices of the chunks that a piece becomes."""
+
+
+class ChatAnswer(Answer):
+    """A chat completion. Where tools are offered, calls of them are told from talk."""
+
+    prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, base: Base, costume: Costume, toolbox: Toolbox | None = None) -> None:
+        super().__init__(base, costume)
+        self._toolbox = toolbox
+        self._readers: dict[int, Reader] = {}
+        self._calls = Counter[int]()  # opened, by choice
+
+    def opening(self, index: int) -> str:
+        """The role."""
+        return self._chunk(_delta(index, {"role": "assistant", "content": ""}))
+
+    def _render_whole(self, index: int, pieces: Sequence[Choice]) -> Json:
+        text, calls = "", list[Json]()
+        for piece in pieces:
+            for part in self._read(piece):
+                if isinstance(part, str):
+                    text += part
+                elif isinstance(part, Opened):
+                    self._calls[index] += 1
+                    calls.append(_call(part.name))
+                else:
+                    calls[-1]["function"]["arguments"] += part.text
+        message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        return {
+            "index": index,
+            "message": message,
+            "finish_reason": self._reason(pieces[-1]),
+            "logprobs": self._logprobs([token for piece in pieces for token in piece.tokens]),
+        }
+
+    def _render_pieces(self, piece: Choice) -> Sequence[Json]:
+        deltas = [self._render_part(piece.index, part) for part in self._read(piece)]
+        logprobs = self._logprobs(piece.tokens)
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        choices = [_delta(piece.index, delta) for delta in deltas]
+        if logprobs:
+            choices[0]["logprobs"] = logprobs
+        if piece.reason:
+            choices.append(_delta(piece.index, {}, self._reason(piece)))
+        return choices
+
+    def _read(self, piece: Choice) -> Sequence[Part]:
+        """What a piece means."""
+        if self._toolbox is None:
+            return [piece.text] if piece.text else []
+        reader = self._readers.get(piece.index)
+        if reader is None:
+            reader = self._readers[piece.index] = self._toolbox.make_reader()
+        parts = reader.push(piece.text, marked=any(token.id in self._toolbox.marks for token in piece.tokens))
+        if piece.reason:
+            parts += reader.flush()
+        if self._toolbox.forced:  # words are what was cut off of a call
+            parts = [part for part in parts if not isinstance(part, str)]
+        return parts
+
+    def _render_part(self, index: int, part: Part) -> Json:
+        if isinstance(part, str):
+            return {"content": part}
+        if isinstance(part, Opened):
+            self._calls[index] += 1
+            return {"tool_calls": [{"index": self._calls[index] - 1, **_call(part.name)}]}
+        return {"tool_calls": [{"index": self._calls[index] - 1, "function": {"arguments": part.text}}]}
+
+    def _reason(self, last: Choice) -> str | None:
+        return "tool_calls" if last.reason == "stop" and self._calls[last.index] else last.reason
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
+        """OpenAI's log probabilities, if the tokens have any."""
+        if not tokens or tokens[0].logprob is None:
+            return None
+        content = [
+            {
+                **self._entry(token.id, token.logprob),
+                "top_logprobs": [self._entry(other, logprob) for other, logprob in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> Json:
+        spelled = self._spell(token)
+        return {"token": spelled.decode(errors="replace"), "logprob": logprob, "bytes": list(spelled)}
+
+
+class CompletionAnswer(Answer):
+    """A completion of a text. Its chunks are small completions."""
+
+    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, base: Base, costume: Costume) -> None:
+        super().__init__(base, costume)
+        self._lengths: dict[int, int] = {}  # characters of the tokens so far, by choice
+
+    def _render_whole(self, index: int, pieces: Sequence[Choice]) -> Json:
+        text = "".join(piece.text for piece in pieces)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        return self._render(Choice(index, text, tokens, pieces[-1].reason))
+
+    def _render_pieces(self, piece: Choice) -> Sequence[Json]:
+        return [self._render(piece)]
+
+    def _render(self, piece: Choice) -> Json:
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": self._logprobs(piece.index, piece.tokens),
+            "finish_reason": piece.reason,
+        }
+
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Json | None:
+        if not tokens or tokens[0].logprob is None:
+            return None
+        names = [self._name(token.id) for token in tokens]
+        place, offsets = self._lengths.get(index, 0), list[int]()
+        for name in names:
+            offsets.append(place)
+            place += len(name)
+        self._lengths[index] = place
+        return {
+            "tokens": names,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                {self._name(other): logprob for other, logprob in token.top} | {name: token.logprob}
+                for name, token in zip(names, tokens, strict=True)
+            ],
+            "text_offset": offsets,
+        }
+
+    def _name(self, token: int) -> str:
+        return self._spell(token).decode(errors="replace")
+
+
+def _delta(index: int, delta: Json, reason: str | None = None) -> Json:
+    return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
+
+
+def _call(name: str) -> Json:
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": ""}}

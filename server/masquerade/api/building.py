@@ -1,0 +1,197 @@
+"""From a job to a persona: the builder's work, cut into steps for the jobs' runner.
+
+Knows both sides: what a job's spec says and what a builder needs. Refuses to know HTTP and threads. The work uses the
+base that is being served; nothing of it is changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from maskstore import ANY, Mask, MaskConflict, MaskExists, StoreBusy
+from maskstore import sweep as clear_masks
+from masquerade.api.serving import Serving
+from masquerade.build import Builder, Progress, Recipe, Scratch, Speaker
+from masquerade.build.cards import read_card
+from masquerade.build.prompted import Script, draw, perform
+from masquerade.build.scores import SCORES
+from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MasqueradeError, PersonaExists, QuotaExceeded
+from masquerade.evaluate.dataset import Example, Side, read_examples, read_questions
+from masquerade.evaluate.splits import check_contrast
+from masquerade.jobs import Cancelled, Desk, Job, Outcome, Step
+from masquerade.jobs.runner import Work
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a persona is built from, read."""
+
+    own: Speaker
+    contrast: Speaker | None
+    neutral: Sequence[Example]
+    script: Script | None = None  # what the base still has to write for both of them
+    ignored: Sequence[str] = ()  # fields of a character card that nothing is made of
+
+
+def build(serving: Serving, desk: Desk, job: Job) -> Work:
+    """The work of a job. Reads its files at once; raises what is wrong with them."""
+    sweep(serving, desk)
+    base = job.spec["base"]
+    if base["fingerprint"] != serving.base.fingerprint:
+        raise BuildFailed(
+            f"the job is for the base {base['name']!r} ({base['fingerprint'][:8]}); the server now serves "
+            f"{serving.base.name!r} ({serving.base.fingerprint[:8]})"
+        )
+    material = gather(desk, job.spec)
+    if material.ignored:
+        desk.table.tell(job.id, "warn", f"of the character card, {', '.join(material.ignored)} are ignored")
+    return _work(serving, desk, job, material)
+
+
+def check(desk: Desk, spec: Mapping[str, Any]) -> None:
+    """Read the files of a spec as the build will.
+
+    Raises `BadDataset`, which names the lines, and `InvalidValue` for a recipe that makes no sense. Both name the
+    field of the job's request.
+    """
+    material = gather(desk, spec)
+    if material.script is not None:
+        return
+    if material.contrast is None:
+        scores = [plan.score for plan in _recipe(spec).plans(contrast=False)]
+        if any(SCORES[score].contrastive for score in scores):
+            raise InvalidValue(
+                f"the score {scores[0]!r} compares two speakers; give contrast_file too", param="method.mask.score"
+            )
+        return
+    with _blaming("method.mask.contrast_file"):
+        check_contrast(material.own.examples, material.contrast.examples)
+
+
+def gather(desk: Desk, spec: Mapping[str, Any]) -> Material:
+    """Read everything that a spec names, except what the base will write."""
+
+    def read(role: str, side: Side = "own") -> list[Example]:
+        return _read(desk, spec, role, partial(read_examples, side=side)) or []
+
+    recipe = _recipe(spec)
+    held, held_contrast, neutral = read("validation"), read("contrast_validation", "contrast"), read("neutral")
+    own = partial(Speaker, spec["persona"], validation=held)
+    other = partial(Speaker, spec["opposite"] or "", validation=held_contrast)
+    if spec["prompt"] is None:
+        examples = read("training")
+        contrast = other(read("contrast", "contrast")) if "contrast" in spec["files"] else None
+        return Material(own(examples), contrast, neutral)
+    card = _read(desk, spec, "card", read_card)
+    questions = _read(desk, spec, "training", read_questions) or []
+    asked = draw(questions, recipe.samples, recipe.seed)
+    system = card.system if card else spec["prompt"]["system"]
+    script = Script(system, asked, spec["prompt"]["contrast"], seed=recipe.seed)
+    return Material(own(card.examples if card else ()), other(()), neutral, script, card.ignored if card else ())
+
+
+def sweep(serving: Serving, desk: Desk) -> None:
+    """Delete what ended jobs and killed writers left behind; what unfinished jobs have is kept, to go on from."""
+    with suppress(StoreBusy):
+        clear_masks(serving.store.root)
+    kept = {_folder(serving, job.id) for job in desk.table.open_jobs()}
+    for folder in (serving.store.root / "builds").glob("job-*"):
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def _work(serving: Serving, desk: Desk, job: Job, material: Material) -> Work:
+    """On the model's thread, except for what is returned."""
+    own, contrast, folder = material.own, material.contrast, _folder(serving, job.id)
+    scratch = Scratch(folder)
+    try:
+        if material.script is not None and contrast is not None:
+            own, contrast = yield from _steps(perform(serving.base, material.script, own, contrast, scratch))
+        recipe = _recipe(job.spec)
+        builder = Builder(serving.base, serving.manager, recipe, own, contrast, material.neutral, scratch)
+        masks = yield from _steps(builder.run())
+    except (Exception, Cancelled):  # a server that stops closes the work instead, and the job goes on from the scratch
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        scratch.release()
+    return partial(_publish, serving, desk, job, masks)
+
+
+def _steps(work: Generator[Progress, None, T]) -> Generator[Step, None, T]:
+    while True:
+        try:
+            step = next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        yield Step(step.stage, step.done, step.total)
+
+
+def _publish(serving: Serving, desk: Desk, job: Job, masks: Sequence[Mask]) -> Outcome:
+    made = []
+    for mask in masks:
+        name = mask.info.persona
+        try:
+            serving.store.add(mask)
+            expected = ANY if job.spec["replace"] else None
+            generation = serving.registry.publish(name, mask.digest, expected, mask.info)
+            path = serving.store.path(mask.digest)
+            file = desk.uploads.adopt(job.owner, f"{name}.safetensors", path, mask.digest)
+        except (MaskConflict, MaskExists) as error:
+            raise PersonaExists(f"the name {name!r} was taken while this was built: {error.message}") from error
+        except OSError as error:
+            raise BuildFailed(f"the mask was found but cannot be written: {error.strerror}") from error
+        certificate = dict(mask.info.certificate)
+        made.append({"persona": name, "digest": generation.digest, "certificate": certificate, "file": file.id})
+    found_in = dict(masks[0].info.calibration)
+    tokens = found_in["tokens"] + (found_in["contrast"] or {}).get("tokens", 0)
+    return Outcome({"personas": made, "trained_tokens": tokens})
+
+
+def _recipe(spec: Mapping[str, Any]) -> Recipe:
+    with _blaming("method.mask."):
+        return Recipe(**spec["recipe"])
+
+
+def _folder(serving: Serving, job_id: str) -> Path:
+    return serving.store.root / "builds" / f"job-{job_id}"
+
+
+def _read(desk: Desk, spec: Mapping[str, Any], role: str, read: Callable[[Path], T]) -> T | None:
+    """What is in the file of a role, if there is one. Errors name the file by its id, which is what its owner knows."""
+    file_id = spec["files"].get(role)
+    if file_id is None:
+        return None
+    path, param = desk.uploads.path(file_id), place(role)
+    try:
+        found = read(path)
+    except BadDataset as error:
+        raise BadDataset(str(error).replace(str(path), file_id), param=param) from error
+    if isinstance(found, list) and len(found) > desk.table.quotas.rows:
+        most = desk.table.quotas.rows
+        raise QuotaExceeded(f"{file_id} has {len(found)} examples; the limit is {most}", param=param)
+    return found
+
+
+@contextmanager
+def _blaming(param: str) -> Iterator[None]:
+    """Errors within are about a field of the request; one that ends in a dot is completed by the error's own."""
+    try:
+        yield
+    except MasqueradeError as error:
+        error.param = f"{param}{error.param}" if param.endswith(".") else param
+        raise
+
+
+def place(role: str) -> str:
+    """The field of a job's request that names the file of a role."""
+    return f"{role}_file" if role in ("training", "validation") else f"method.mask.{role}_file"

@@ -1,0 +1,36 @@
+"""How the server is: `GET /healthz` (the process lives), `GET /readyz` (it takes requests), `GET /metrics`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from masquerade.api.access import Measuring
+from masquerade.api.dependencies import Served
+from masquerade.api.forms import Health
+from masquerade.api.metrics import Metrics
+from masquerade.errors import NotReady
+
+router = APIRouter()
+
+
+@router.get("/healthz", response_model=None, responses={200: {"model": Health}})
+async def check_health() -> dict[str, str]:
+    """Always 200 while the event loop turns."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", response_model=None, responses={200: {"model": Health}})
+async def check_readiness(serving: Served) -> dict[str, str]:
+    """200 while the engine's thread takes requests, else 503."""
+    if ailment := serving.engine.ailment:
+        raise NotReady(ailment)
+    return {"status": "ready"}
+
+
+@router.get("/metrics", include_in_schema=False)
+def show_metrics(http: Request, _: Measuring) -> Response:
+    """Prometheus' text format. Once there are keys, it needs one with the scope `metrics` or `admin`."""
+    metrics: Metrics = http.app.state.metrics
+    return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,146 @@
+"""The interface in words: `/docs`, and `docs/api.md` by `make docs`.
+
+Knows how to read an OpenAPI description. The page needs no script and nothing from elsewhere. Refuses to know routes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse
+from markdown_it import MarkdownIt
+
+from masquerade import __version__
+
+router = APIRouter(include_in_schema=False)
+
+Json = Mapping[str, Any]
+_OPENING = """# The interface
+
+Written by `make docs` from the server's OpenAPI description, which is at `/openapi.json`; a running server shows this
+page at `/docs`.
+
+Every failure has the body `{"error": {"message", "type", "param", "code"}}`, every answer the header `x-request-id`.
+Fields that are not listed are ignored, unless they would change the answer; those are refused by name.
+"""
+_STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse }
+td, th { border: 1px solid #8884; padding: .2rem .6rem; text-align: left; vertical-align: top }
+pre { background: #8881; padding: .8rem; overflow-x: auto } code { font-size: .9em } h2 { margin-top: 3rem }
+:root { color-scheme: light dark }"""
+
+
+@router.get("/docs")
+def show_manual(http: Request) -> HTMLResponse:
+    """The interface as a page."""
+    app: FastAPI = http.app
+    policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+    return HTMLResponse(_page(json.dumps(app.openapi())), headers=policy)
+
+
+@cache
+def _page(openapi: str) -> str:
+    text = MarkdownIt("commonmark", {"html": False}).enable("table").render(write(json.loads(openapi)))
+    head = f'<meta charset="utf-8"><title>Masquerade {__version__}: the interface</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{text}</body></html>'
+
+
+def write(openapi: Json) -> str:
+    """A description as Markdown: for each route what it does, takes and answers, with examples."""
+    return "\n".join([_OPENING, *_contents(openapi), *_chapters(openapi)]).rstrip() + "\n"
+
+
+def _operations(openapi: Json) -> Iterator[tuple[str, str, Json]]:
+    for path, methods in openapi["paths"].items():
+        for method, operation in methods.items():
+            yield method.upper(), path, operation
+
+
+def _contents(openapi: Json) -> Iterator[str]:
+    yield "| route | |\n|---|---|"
+    for method, path, operation in _operations(openapi):
+        yield f"| `{method} {path}` | {_words(operation).split('. ')[0].rstrip('.')} |"
+
+
+def _chapters(openapi: Json) -> Iterator[str]:
+    for method, path, operation in _operations(openapi):
+        yield f"\n## `{method} {path}`\n\n{_words(operation)}"
+        if parameters := [one for one in operation.get("parameters", ()) if not one["name"].startswith("x-")]:
+            yield "\n| parameter | in | type | |\n|---|---|---|---|"
+            for one in parameters:
+                need = "required" if one.get("required") else one.get("description", "")
+                yield f"| `{one['name']}` | {one['in']} | {_type(openapi, one['schema'])} | {need} |"
+        for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+            yield f"\nBody, `{kind}`:\n"
+            yield from _describe(openapi, content)
+        for status, answer in operation["responses"].items():
+            if not status.startswith("2"):
+                continue
+            contents = answer.get("content", {})
+            for kind, content in contents.items():
+                yield f"\nAnswer {status}, `{kind}`:\n"
+                yield from _describe(openapi, content)
+            if not contents:
+                yield f"\nAnswer {status}."
+
+
+def _describe(openapi: Json, content: Json) -> Iterator[str]:
+    """Fields and example of a body."""
+    schema = _resolve(openapi, content.get("schema", {}))
+    if fields := schema.get("properties"):
+        yield "| field | type | |\n|---|---|---|"
+        for name, field in fields.items():
+            need = "required" if name in schema.get("required", ()) else ""
+            yield f"| `{name}` | {_type(openapi, field)} | {need} |"
+    example = find_example(openapi, content)
+    if example is not None:
+        text = example if isinstance(example, str) else json.dumps(example, indent=2, ensure_ascii=False)
+        yield f"\n```{'text' if isinstance(example, str) else 'json'}\n{text.rstrip()}\n```"
+
+
+def find_example(openapi: Json, content: Json) -> Any:
+    """The example of a body, if it has one; that of a list is made of the example of what it lists."""
+    schema = _resolve(openapi, content.get("schema", {}))
+    fields = schema.get("properties", {})
+    example = content.get("example", schema.get("example"))
+    if example is None and "data" in fields:
+        listed = _resolve(openapi, fields["data"].get("items", {})).get("example")
+        more = {"has_more": False} if "has_more" in fields else {}
+        example = {"object": "list", "data": [listed], **more} if listed else None
+    return example
+
+
+def _resolve(openapi: Json, schema: Json) -> Json:
+    while reference := schema.get("$ref"):
+        schema = openapi["components"]["schemas"][reference.rpartition("/")[2]]
+    return schema
+
+
+def _type(openapi: Json, schema: Json) -> str:
+    """A type in a few words."""
+    if "$ref" in schema:
+        resolved = _resolve(openapi, schema)
+        return "object" if "properties" in resolved else _type(openapi, resolved)
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    if "enum" in schema:
+        return " \\| ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    for several in ("anyOf", "oneOf"):
+        if several in schema:
+            return " or ".join(dict.fromkeys(_type(openapi, one) for one in schema[several]))
+    if schema.get("type") == "array":
+        return f"array of {_type(openapi, schema.get('items', {}))}"
+    least = schema.get("minimum", schema.get("exclusiveMinimum"))
+    most = schema.get("maximum", schema.get("exclusiveMaximum"))
+    reach = f" from {least:g}" if least is not None else ""
+    reach += f" to {most:g}" if most is not None else ""
+    return f"{schema.get('type', 'any')}{reach}"
+
+
+def _words(operation: Json) -> str:
+    words: str = " ".join(operation.get("description", operation.get("summary", "")).split())
+    return words

@@ -1,0 +1,54 @@
+"""The `masquerade` command.
+
+Knows exit statuses: 0 success, 1 the work failed, 2 usage. Refuses to do any work itself. Commands import what needs
+torch when they run, so that help and everything about mask files answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from maskstore import InvalidName, InvalidValue, MaskError
+from masquerade import __version__
+from masquerade.cli import build, config, doctor, evaluate, keys, masks, serve
+from masquerade.errors import BadRequest, MasqueradeError
+
+app = typer.Typer(
+    name="masquerade",
+    help="One base model, many personas, one batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "MASQUERADE", "help_option_names": ["-h", "--help"]},
+)
+app.callback()(config.read_config)
+app.command("serve")(serve.serve)
+app.command("build")(build.build)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(masks.app, name="masks")
+app.add_typer(keys.app, name="keys")
+app.add_typer(config.app, name="config")
+app.command("doctor")(doctor.examine)
+
+
+@app.command("version")
+def show_version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Run the command; every failure that is foreseen is one line on stderr."""
+    try:
+        app()
+    except (BadRequest, InvalidName, InvalidValue) as error:
+        _fail(error, 2)
+    except (MasqueradeError, MaskError, OSError) as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, status: int) -> None:
+    print(f"masquerade: {error}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,235 @@
+"""`masquerade doctor`: what this machine, this installation and a store are like, to paste into a bug report.
+
+Knows where to look. Refuses to change anything, to tell a secret, and to name the user's home folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from maskstore import Checkup, MaskError, fsck
+from masquerade import __version__
+from masquerade.cli import config
+from masquerade.cli.options import AsJson, Model, StoreFolder
+from masquerade.cli.stores import LEAST_BYTES, find_store
+from masquerade.errors import MasqueradeError
+from masquerade.keys import Table
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "fastapi", "uvicorn", "huggingface-hub")
+EXTRAS = ("bitsandbytes", "cryptography", "llguidance", "triton", "opentelemetry-sdk", "accelerate", "peft")
+FLAGS = ["sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16"]
+FLAGS += ["asimd", "sve", "bf16"]
+Facts = dict[str, Any]
+
+
+def examine(
+    context: typer.Context,
+    model: Model = "demo",
+    store: StoreFolder = None,
+    verify: Annotated[bool, typer.Option(help="Read every mask of the store in full.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Say what there is, in a form to paste into a bug report; exit status 1 if something is wrong."""
+    ills: list[str] = []
+    report = {
+        "masquerade": {"version": __version__, "python": sys.version.split()[0], "system": _describe_system()},
+        "packages": {name: version for name in (*PACKAGES, *EXTRAS) if (version := _find_version(name))},
+        "hardware": _describe_hardware(),
+        "kernels": _describe_kernels(),
+        "configuration": _describe_configuration(context),
+        "store": _describe_store(store, model, verify, ills),
+        "space": _describe_space(store, model, ills),
+    }
+    report = _hide_home(report)
+    ills = _hide_home(ills)
+    if as_json:
+        print(json.dumps(report | {"wrong": ills}))
+    else:
+        for title, facts in report.items():
+            print(f"{title}\n" + "".join(f"  {key}: {_say(value)}\n" for key, value in facts.items()), end="")
+        print("\n".join(f"wrong: {ill}" for ill in ills) or "nothing is wrong")
+    if ills:
+        raise typer.Exit(1)
+
+
+def _describe_system() -> str:
+    release = Path("/etc/os-release")
+    names = re.search(r'^PRETTY_NAME="?([^"\n]+)', release.read_text() if release.exists() else "", re.MULTILINE)
+    return ", ".join(filter(None, (platform.platform(), names and names[1])))
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _describe_hardware() -> Facts:
+    import torch
+
+    told = Path("/proc/cpuinfo")
+    cpuinfo = told.read_text() if told.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    had = set(flags[1].split()) if flags else set()
+    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts: Facts = {
+        "processor": name[1] if name else platform.processor() or platform.machine(),
+        "cores": f"{os.cpu_count()}, of which this process may use {affine}; torch uses {torch.get_num_threads()}",
+        "instructions": " ".join(flag for flag in FLAGS if flag in had) or "not known",
+        "memory": _describe_memory(),
+    }
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return facts | {"gpus": "none" if built is None else f"none, although torch was built for CUDA {built}"}
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        facts[f"gpu {number}"] = (
+            f"{found.name}, compute capability {found.major}.{found.minor}, "
+            f"{_bytes(free)} of {_bytes(total)} free, CUDA {torch.version.cuda}"
+        )
+    return facts
+
+
+def _describe_memory() -> str:
+    known = Path("/proc/meminfo")
+    if not known.exists():
+        return "not known"
+    kib = {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB", known.read_text(), re.MULTILINE)}
+    text = f"{_bytes(1024 * kib['MemAvailable'])} of {_bytes(1024 * kib['MemTotal'])} available"
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    most = limit.read_text().strip() if limit.exists() else "max"
+    return text if most == "max" else f"{text}; the container may use {_bytes(int(most))}"
+
+
+def _describe_kernels() -> Facts:
+    """Which backend serves a plain Linear, for each way of writing a mask, on each device there is."""
+    import torch
+    from torch import nn
+
+    from masquerade import kernels
+    from masquerade.kernels.native import LIBRARY, find_library
+
+    library = find_library() if LIBRARY.exists() else None
+    facts: Facts = {"native": f"{library.isas[-1]} of {' '.join(library.isas)}" if library else "not built"}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in (torch.float32, torch.bfloat16):
+            linear = nn.Linear(64, 64, device=device, dtype=dtype)
+            chosen = {kind: kernels.choose(linear, kind, 1) for kind in ("sparse", "bitmap")}
+            facts[f"{device} {str(dtype).removeprefix('torch.')}"] = ", ".join(
+                f"{kind} masks by {backend}" for kind, backend in chosen.items()
+            )
+    return facts
+
+
+def _describe_configuration(context: typer.Context) -> Facts:
+    file = context.find_root().obj
+    told = [one for one in config.collect(context) if one.source != "default"]
+    return {"file": str(file) if file else "none"} | {
+        f"{one.command} {one.option}": f"{one.value} (from {one.source})" for one in told
+    }
+
+
+def _describe_store(store: Path | None, model: str, verify: bool, ills: list[str]) -> Facts:
+    try:
+        root = find_store(store, model)
+    except (MasqueradeError, MaskError, OSError) as error:
+        ills.append(str(error))
+        return {"folder": "not found, for want of a model"}
+    facts: Facts = {"folder": str(root)}
+    if not root.is_dir():
+        return facts | {"state": "none yet; the first command that needs it makes it"}
+    try:
+        files = ("registry.sqlite", "keys.sqlite", "jobs/jobs.sqlite")
+        versions = {name: _read_schema(root / name) for name in files if (root / name).exists()}
+        facts["schemas"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or "none"
+        facts |= _check_masks(root, ills) if verify else {"masks": "not looked at"}
+        if "keys.sqlite" in versions:
+            states = Counter(key.ailment(time.time()) or "valid" for key in Table(root).all())
+            facts["keys"] = _count(states)
+        if "jobs/jobs.sqlite" in versions:
+            with closing(_open(root / "jobs" / "jobs.sqlite")) as db:
+                facts["jobs"] = _count(dict(db.execute("select state, count(*) from job group by state").fetchall()))
+    except (MasqueradeError, MaskError, OSError, sqlite3.Error) as error:
+        ills.append(f"the store: {error}")
+    return facts
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+
+
+def _read_schema(path: Path) -> int:
+    with closing(_open(path)) as db:
+        version: int = db.execute("pragma user_version").fetchone()[0]
+    return version
+
+
+def _check_masks(root: Path, ills: list[str]) -> Facts:
+    found: Checkup = fsck(root)
+    ills += [f"the store: {one.kind}: {one.subject} {one.message}" for one in found.findings]
+    nbytes = sum(path.stat().st_size for path in (root / "masks").glob("*/*.safetensors"))
+    health = "clean" if found.clean else f"{len(found.findings)} findings; see `masquerade masks fsck`"
+    return {"masks": f"{found.masks}, {_bytes(nbytes)}, {health}", "leftovers": len(found.leftovers)}
+
+
+def _describe_space(store: Path | None, model: str, ills: list[str]) -> Facts:
+    facts: Facts = {}
+    try:
+        places = {"store": find_store(store, model)}
+    except (MasqueradeError, MaskError, OSError):
+        places = {}
+    for name, place in (places | {"temporary files": Path(tempfile.gettempdir())}).items():
+        there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free
+        writable = os.access(there, os.W_OK)
+        facts[name] = f"{_bytes(free)} free, {'writable' if writable else 'not writable'}"
+        if name == "store" and not writable:
+            ills.append(f"the store: {there} cannot be written by user {os.getuid()}")
+        if name == "store" and free < LEAST_BYTES:
+            ills.append(f"the store: {_bytes(free)} are free, and less than {_bytes(LEAST_BYTES)} is too little")
+    return facts
+
+
+def _count(states: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _say(value: Any) -> str:
+    return "yes" if value is True else "no" if value is False else str(value)
+
+
+def _hide_home(thing: Any) -> Any:
+    """The same with `~` for the home folder wherever it is named."""
+    if isinstance(thing, dict):
+        return {key: _hide_home(value) for key, value in thing.items()}
+    if isinstance(thing, list):
+        return [_hide_home(value) for value in thing]
+    home = str(Path.home())
+    return thing.replace(home, "~") if isinstance(thing, str) and home != "/" else thing

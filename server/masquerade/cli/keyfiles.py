@@ -1,0 +1,64 @@
+"""Keys that a deployment brings along: files with a token each, from a secret of Docker or Kubernetes.
+
+Knows how they become keys of a store. Refuses to know what a key opens, and to tell or to write a token.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from masquerade.errors import InvalidValue
+from masquerade.keys import Audit, Key, Scope, Table, matches, seal, split
+
+_log = logging.getLogger(__name__)
+_BYTES = 1024  # beyond them a file holds no token
+
+
+def admit(root: Path, given: Sequence[str]) -> int:
+    """Make the token in each file a key of the store, unless the store knows it; `given` are `scope=path`.
+
+    Returns how many keys there ever were. A key is known by its id: one that was revoked stays so, and none goes
+    because its file did. Raises `InvalidValue` if a file holds no token, or that of a known id with another secret.
+    """
+    table = Table(root)
+    for one in given:
+        scope, path = _parse(one)
+        key_id, secret = _read(path)
+        known = {key.id: (key, kept) for key, kept in table.all().items()}
+        if key_id not in known:
+            now = time.time()
+            key = Key(key_id, path.name, frozenset({scope}), ("*",), None, None, now, None, None)
+            table.add(key, seal(key_id, secret).hash)
+            Audit(root).write(key=None, action="add_key", target=key_id, outcome="done")
+            continue
+        key, kept = known[key_id]
+        if not matches(secret, kept):
+            raise InvalidValue(f"{path} has another secret for the key {key_id} than the store; draw both anew")
+        if key.scopes != {scope}:
+            raise InvalidValue(f"the key {key_id} of {path} has the scopes {' '.join(sorted(key.scopes))}, not {scope}")
+        if ailment := key.ailment(time.time()):
+            _log.warning("the key %s of %s is %s", key_id, path, ailment)
+    return len(table.all())
+
+
+def _parse(given: str) -> tuple[Scope, Path]:
+    scope, _, path = given.partition("=")
+    known: tuple[Scope, ...] = get_args(Scope)
+    for one in known:
+        if one == scope and path:
+            return one, Path(path)
+    raise InvalidValue(f"{given!r:.80} is not SCOPE=FILE, with one of the scopes {', '.join(known)}")
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """Id and secret. Raises `InvalidValue` and `OSError`, neither with what the file holds."""
+    with path.open("rb") as file:
+        text = file.read(_BYTES).decode(errors="replace").strip()
+    parts = split(text)
+    if parts is None:
+        raise InvalidValue(f"{path} does not hold a key, mq-<12 digits>-<48 digits> in lower-case hexadecimal")
+    return parts

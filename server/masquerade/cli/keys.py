@@ -1,0 +1,151 @@
+"""`masquerade keys`: who may use a store's personas over HTTP. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table as Columns
+
+from masquerade.cli.options import AsJson, Model, StoreFolder
+from masquerade.cli.stores import find_store
+from masquerade.errors import InvalidValue
+from masquerade.keys import Audit, Key, Scope, Table, mint
+
+app = typer.Typer(help="Make, list and revoke the keys of a store.", no_args_is_help=True)
+_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_PATTERN = re.compile(r"[a-z0-9._*?\[\]!-]{1,64}")  # what a name may have, and fnmatch's wildcards
+
+
+@app.command("add")
+def add_key(
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="chat (default), build (and chat), admin (everything) or metrics (only /metrics); may be repeated."
+        ),
+    ] = None,
+    personas: Annotated[
+        list[str] | None,
+        typer.Option(help='Names the key may use and build, such as "npc-*"; may be repeated. By default all.'),
+    ] = None,
+    rpm: Annotated[int | None, typer.Option(min=1, help="Requests a minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(min=1, help="Tokens a minute, of prompts and answers.")] = None,
+    expires: Annotated[str | None, typer.Option(help="30d, 12h, or a date: 2027-01-31 (its start, UTC).")] = None,
+    name: Annotated[str, typer.Option(help="Whose it is, for `keys ls`.")] = "",
+    model: Model = "demo",
+    store: StoreFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. It is printed once, on stdout, and cannot be shown again; a server that runs knows it at once."""
+    scopes = frozenset(_check_scope(one) for one in scope or ["chat"])
+    patterns = tuple(_check_pattern(one) for one in personas or ["*"])
+    now = time.time()
+    expires_at = None if expires is None else _parse_end(expires, now)
+    root = find_store(store, model)
+    minted = mint()
+    key = Key(minted.id, name, scopes, patterns, rpm, tpm, now, expires_at, None)
+    Table(root).add(key, minted.hash)
+    _note(root, "add_key", key)
+    if as_json:
+        print(json.dumps({"key": minted.token} | _describe(key)))
+    else:
+        print(f"{_summary(key)}\nIt cannot be shown again:", file=sys.stderr)
+        print(minted.token)
+
+
+@app.command("ls")
+def list_keys(model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
+    """List every key there ever was; never a secret."""
+    keys = [*Table(find_store(store, model)).all()]
+    if as_json:
+        print(json.dumps({"keys": [_describe(key) for key in keys]}))
+        return
+    table = Columns("id", "name", "state", "scopes", "personas", "a minute", "expires")
+    for key in keys:
+        told = _describe(key)
+        limits = [f"{value} {what}" for value, what in ((key.rpm, "requests"), (key.tpm, "tokens")) if value]
+        table.add_row(
+            key.id,
+            key.name,
+            told["state"],
+            " ".join(told["scopes"]),
+            " ".join(key.personas),
+            ", ".join(limits) or "-",
+            told["expires_at"] or "never",
+        )
+    Console().print(table)
+
+
+@app.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id: what follows `mq-`, up to the dash.")],
+    model: Model = "demo",
+    store: StoreFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """End a key for good. A server that runs refuses it within a second; answers that are being made are finished."""
+    root = find_store(store, model)
+    key = Table(root).revoke(key_id)
+    _note(root, "revoke_key", key)
+    print(json.dumps(_describe(key)) if as_json else f"{key.id} is revoked")
+
+
+def _note(root: Path, action: str, key: Key) -> None:
+    Audit(root).write(key=None, action=action, target=key.id, outcome="done")
+
+
+def _describe(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "name": key.name,
+        "state": key.ailment(time.time()) or "valid",
+        "scopes": sorted(key.scopes),
+        "personas": list(key.personas),
+        "rpm": key.rpm,
+        "tpm": key.tpm,
+        **{name: _moment(getattr(key, name)) for name in ("created_at", "expires_at", "revoked_at")},
+    }
+
+
+def _summary(key: Key) -> str:
+    return f"key {key.id}: {' '.join(sorted(key.scopes))}, personas {' '.join(key.personas)}"
+
+
+def _moment(at: float | None) -> str | None:
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
+def _check_scope(scope: str) -> Scope:
+    known: tuple[Scope, ...] = get_args(Scope)
+    for one in known:
+        if one == scope:
+            return one
+    raise InvalidValue(f"there is no scope {scope!r:.40}; there are {', '.join(known)}")
+
+
+def _check_pattern(pattern: str) -> str:
+    if not _PATTERN.fullmatch(pattern):
+        raise InvalidValue(f"{pattern!r:.80} is no pattern of persona names, such as `npc-*`")
+    return pattern
+
+
+def _parse_end(text: str, now: float) -> float:
+    """A moment, as unix seconds: so many minutes, hours, days or weeks from now, or a date."""
+    if found := re.fullmatch(r"([1-9][0-9]{0,5})([mhdw])", text):
+        return now + int(found[1]) * _SECONDS[found[2]]
+    try:
+        end = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidValue(f"{text!r:.40} is neither a time such as 30d or 12h nor a date such as 2027-01-31") from None
+    moment = (end if end.tzinfo else end.replace(tzinfo=UTC)).timestamp()
+    if moment <= now:
+        raise InvalidValue(f"{text} has passed already")
+    return moment

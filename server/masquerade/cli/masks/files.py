@@ -1,0 +1,73 @@
+"""Masks that come and go as files, and masks made of others: `export`, `import`, `compose`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskstore import ANY, Anything, InvalidValue, compose_persona, export_mask, fingerprint, import_mask
+from masquerade.cli.masks.shelf import Expected, Persona, identify, open_registry, say
+from masquerade.cli.options import AsJson, Model, StoreFolder
+from masquerade.sources import find_folder
+
+
+def write_file(
+    persona: Persona,
+    file: Annotated[Path, typer.Argument(help="Where to, such as NAME.safetensors.")],
+    against: Annotated[
+        str | None, typer.Option(help="Write the difference to this persona instead, where that is smaller.")
+    ] = None,
+    model: Model = "demo",
+    store: StoreFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a persona's mask as one file."""
+    registry = open_registry(model, store)
+    parent = registry.resolve(against).digest if against else None
+    done = export_mask(registry.store, registry.resolve(persona).digest, file, parent)
+    kind = f"as a difference to {done.parent[:8]}" if done.parent else "whole"
+    say(as_json, asdict(done) | {"file": str(file)}, f"{file}: {persona}, {kind}, {done.nbytes} bytes")
+
+
+def read_file(
+    file: Annotated[Path, typer.Argument(help="A mask, whole or a difference to one that is here.")],
+    name: Annotated[str | None, typer.Option(help="Publish as; by default the name that the file says.")] = None,
+    expect: Expected = None,
+    require_signed: Annotated[
+        bool, typer.Option("--require-signed", help="Refuse what no trusted key signed.")
+    ] = False,
+    model: Model = "demo",
+    store: StoreFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Verify a mask file in quarantine, keep it, and publish it."""
+    registry = open_registry(model, store, require_signed=require_signed)
+    mask = import_mask(registry.store, file, fingerprint(find_folder(model)))
+    generation = registry.publish(name or mask.info.persona, mask.digest, parse_expected(expect))
+    say(as_json, identify(generation), f"{generation.name}: generation {generation.number}, {generation.digest}")
+
+
+def compose_mask(
+    words: Annotated[list[str], typer.Argument(metavar='NAME = "EXPRESSION"', help="Such as: quiet = 'a | b - c'")],
+    expect: Expected = None,
+    model: Model = "demo",
+    store: StoreFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a persona of others: | prunes what either prunes, & what both do, - what only the first does, ~ the rest."""
+    name, equals, expression = " ".join(words).partition("=")
+    if not equals:
+        raise InvalidValue(f"{' '.join(words)!r:.80} is no NAME = EXPRESSION")
+    registry = open_registry(model, store)
+    generation = compose_persona(registry, name.strip(), expression.strip(), parse_expected(expect))
+    say(as_json, identify(generation), f"{generation.name}: generation {generation.number}, {generation.digest}")
+
+
+def parse_expected(digest: str | None) -> str | Anything | None:
+    """The registry's idea of what must be current: anything, nothing, or a digest."""
+    if digest is None:
+        return ANY
+    return None if digest == "none" else digest

@@ -1,0 +1,91 @@
+"""Looking at masks: `ls`, `show`, `verify`, `diff`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from maskstore import Mask, Registry, diff, fingerprint, plot, read_mask
+from masquerade.cli.masks.shelf import Persona, identify, open_registry, say, summarise
+from masquerade.cli.options import AsJson, Model, StoreFolder
+from masquerade.sources import find_folder
+
+
+def list_masks(
+    model: Model = "demo",
+    store: StoreFolder = None,
+    tag: Annotated[str | None, typer.Option(help="Only personas that bear this tag.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the personas of a store."""
+    registry = open_registry(model, store)
+    rows = []
+    for persona in registry.personas(tag):
+        path = registry.store.path(persona.current.digest)
+        with registry.store.reader(persona.current.digest) as mask:
+            more = {"aliases": persona.aliases, "tags": persona.tags, "pinned": persona.pinned}
+            rows.append(summarise(mask) | identify(persona.current) | more | {"bytes": path.stat().st_size})
+    table = Table(Column("persona", no_wrap=True), "gen.", "digest", "base", "score", "bytes", "aliases", "tags")
+    for row in rows:
+        cells = (row["generation"], row["digest"][:8], row["base"]["name"], row["score"], row["bytes"])
+        table.add_row(row["persona"], *map(str, cells), " ".join(row["aliases"]), " ".join(row["tags"]))
+    say(as_json, {"personas": rows}, table)
+
+
+def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
+    """Show all that is said about a persona's mask, and its history."""
+    registry = open_registry(model, store)
+    generation = registry.resolve(persona)
+    mask = registry.store.open(generation.digest)
+    known = registry.describe(generation.name)
+    info = asdict(mask.info)
+    details = _measure(mask) | info | identify(generation) | {"made_at": info["created_at"]}
+    details |= {"aliases": known.aliases, "tags": known.tags, "notes": known.notes, "default_gamma": known.gamma}
+    details["history"] = [identify(past) for past in registry.history(generation.name)]
+    if as_json:
+        print(json.dumps(details))
+    else:
+        Console().print_json(json.dumps(details))
+
+
+def verify_mask(
+    file: Annotated[Path, typer.Argument(help="A .safetensors mask.")],
+    model: Annotated[str | None, typer.Option(help="Also check that the mask is for this base.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a mask file; exit status 1 says what is wrong with it."""
+    mask = read_mask(file, base=fingerprint(find_folder(model)) if model else None)
+    text = f"{file}: good; {mask.info.persona}, {mask.pruned} pruned in {len(mask.targets)} Linears, {mask.digest}"
+    say(as_json, _measure(mask), text)
+
+
+def compare_masks(
+    a: Annotated[str, typer.Argument(help="A persona, or a .safetensors file.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    model: Model = "demo",
+    store: StoreFolder = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Also draw a heat map, as a PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two masks: Jaccard and differing share, in all, in attention and MLP, and for each layer."""
+    registry = open_registry(model, store)
+    difference = diff(*(_find(registry, one) for one in (a, b)))
+    if picture:
+        plot(difference, picture)
+    say(as_json, difference.to_json(), difference.text())
+
+
+def _find(registry: Registry, name: str) -> Mask:
+    path = Path(name)
+    return read_mask(path) if path.suffix == ".safetensors" else registry.store.open(registry.resolve(name).digest)
+
+
+def _measure(mask: Mask) -> dict[str, Any]:
+    sizes = {"targets": len(mask.targets), "pruned": mask.pruned, "density": mask.density, "bytes": mask.nbytes}
+    return summarise(mask) | sizes

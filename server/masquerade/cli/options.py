@@ -1,0 +1,24 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", help="`demo`, a folder, or a hub id such as owner/name.")]
+StoreFolder = Annotated[
+    Path | None,
+    typer.Option("--store", help="Folder of the personas; by default one a model in the user's data folder."),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Weights' type; `auto` is float32 on a CPU and the checkpoint's own on a GPU."),
+]
+Quantization = Annotated[
+    Literal["int8", "nf4"] | None,
+    typer.Option(help="Keep the weights of attention and MLP in 8 or 4 bits (needs the extra `quantization`)."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]

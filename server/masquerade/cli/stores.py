@@ -1,0 +1,93 @@
+"""Where a command keeps personas.
+
+Knows the default place, one store a base, whether it can be used, and the personas that come with the demo model.
+Refuses to know what is in a mask.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+from maskstore import Registry, Store, database, fingerprint, read_mask
+from masquerade import demo
+from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
+from masquerade.jobs import table as jobs
+from masquerade.keys import table as keys
+from masquerade.sources import find_folder, name_model
+
+LEAST_BYTES = 2**24  # below so much free space nothing is started that writes
+_SCHEMAS = {
+    "registry.sqlite": database.SCHEMA,
+    keys.FILE: keys.VERSION,
+    "jobs/jobs.sqlite": len(jobs.MIGRATIONS),
+}
+
+
+def find_store(root: Path | None, model: str) -> Path:
+    """The folder of a store, by default of the model's own one; it need not exist yet."""
+    return root or _default(name_model(model), fingerprint(find_folder(model)))
+
+
+def check_store(root: Path) -> None:
+    """Make the folder of a store and see that it can be used, before anything slow is done.
+
+    Raises `UnusableStore`, or `StorageFull` where less than `LEAST_BYTES` are free.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise UnusableStore(
+            f"the store {root} cannot be written by user {os.getuid()}: {error.strerror or error}; give the folder to "
+            "this user, or name another one with --store"
+        ) from error
+    if free < LEAST_BYTES:
+        raise StorageFull(
+            f"the store {root} has {free} bytes of free space, and a server needs {LEAST_BYTES}; make room "
+            "(`masquerade masks gc`), or name another folder with --store"
+        )
+    for name, known in _SCHEMAS.items():
+        _check_schema(root / name, known)
+
+
+def _check_schema(path: Path, known: int) -> None:
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            found = db.execute("pragma user_version").fetchone()[0]
+    except sqlite3.Error as error:
+        raise UnusableStore(f"{path} cannot be read: {error}; restore it from a backup") from error
+    if found > known:
+        raise StoreTooNew(path, found, known)
+
+
+def open_store(
+    root: Path | None, base_name: str, base_fingerprint: str, *, require_signed: bool = False
+) -> tuple[Store, Registry]:
+    """The store of a folder, or the default one of a base.
+
+    A store that is new gets the demo's personas if the base is the demo model.
+    """
+    root = root or _default(base_name, base_fingerprint)
+    new = not (root / "registry.sqlite").exists()
+    registry = Registry(root, require_signed)
+    for file in sorted(demo.PERSONAS.glob("*.safetensors")) if new else ():
+        mask = read_mask(file)
+        if mask.base.fingerprint == base_fingerprint:
+            registry.publish(mask.info.persona, registry.store.add(mask))
+    return registry.store, registry
+
+
+def _default(base_name: str, base_fingerprint: str) -> Path:
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    slug = re.sub(r"[^a-z0-9]+", "-", base_name.lower()).strip("-")
+    return data / "masquerade" / f"{slug}-{base_fingerprint[:8]}"

@@ -1,0 +1,374 @@
+"""The tables of files, jobs and events, in one sqlite file.
+
+Knows transactions, the legal moves of a job and whose turn it is. Refuses to know about HTTP and about files on disk.
+Every change is one transaction: what was acknowledged is there after a crash, and nothing is there by half.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from masquerade.errors import InvalidValue, JobNotFound, QuotaExceeded, StateConflict, StoreTooNew, UploadNotFound
+from masquerade.jobs.records import OPEN, RESULTS, TRANSITIONS, Event, File, Job, Level, State
+
+FIRST = """
+create table file (
+    id text primary key, owner text not null, purpose text not null, name text not null, bytes integer not null,
+    digest text not null, created_at real not null
+) strict;
+create table job (
+    id text primary key, owner text not null, state text not null, spec text not null, created_at real not null,
+    started_at real, finished_at real, error text, result text
+) strict;
+create table event (
+    number integer primary key autoincrement, job text not null references job on delete cascade,
+    created_at real not null, level text not null, message text not null, data text not null
+) strict;
+create index event_of_job on event (job, number);
+"""
+SECOND = """
+alter table job add column key text;
+alter table job add column cancelling integer not null default 0;
+delete from job where json_extract(spec, '$.base') is null;
+"""
+MIGRATIONS = (FIRST, SECOND)  # the file's `user_version` is how many of them it has had
+_JOB = "id, owner, state, spec, created_at, started_at, finished_at, error, result, key, cancelling"
+_OPEN = f"state in ({', '.join(repr(state) for state in sorted(OPEN))})"
+_NEXT = """
+select id from job where state = 'queued' order by
+    (select coalesce(max(past.started_at), 0) from job as past where past.owner = job.owner), job.rowid
+limit 1
+"""
+BUSY_SECONDS = 30.0
+REPEAT_SECONDS = 900.0  # how long after a request its repeat is looked for
+LAST = 2**63 - 1  # beyond every row and event
+TYPICAL = 5  # ended jobs to tell the duration of the next one by
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """What one owner may have at a time."""
+
+    files: int = 200
+    file_bytes: int = 2**30  # of all files together
+    open_jobs: int = 16
+    rows: int = 100_000  # examples of one file
+    days: float = 30.0  # how long ended jobs, and files, are kept
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a client says about a request, by which its repeat is known."""
+
+    key: str | None = None  # that it drew for this request and its repeats
+    again: bool = False  # it has asked before, and got no answer
+
+
+class Table:
+    """One sqlite file in WAL mode. Threads and processes may use it at once; each call is a connection of its own."""
+
+    def __init__(self, path: Path, quotas: Quotas | None = None) -> None:
+        self._path = path
+        self.quotas = quotas or Quotas()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(self._connect()) as db:
+            db.execute("pragma journal_mode = wal")
+        with self._session() as db:
+            applied = db.execute("pragma user_version").fetchone()[0]
+            if applied > len(MIGRATIONS):
+                raise StoreTooNew(path, applied, len(MIGRATIONS))
+            for migration in MIGRATIONS[applied:]:
+                for statement in filter(str.strip, migration.split(";")):
+                    db.execute(statement)
+            db.execute(f"pragma user_version = {len(MIGRATIONS)}")
+
+    def add_file(self, owner: str, purpose: str, name: str, size: int, digest: str, file_id: str) -> File:
+        """Remember an uploaded file. Raises `QuotaExceeded` with the numbers."""
+        file = File(file_id, owner, purpose, name, size, digest, time.time())
+        with self._session() as db:
+            if purpose != RESULTS:
+                self._check_room(db, owner, size)
+            db.execute("insert into file values (?, ?, ?, ?, ?, ?, ?)", tuple(vars(file).values()))
+        return file
+
+    def get_file(self, file_id: str, owner: str) -> File:
+        """A file of an owner; `UploadNotFound` if it is not there or somebody else's."""
+        with self._session("begin") as db:
+            row = db.execute("select * from file where id = ? and owner = ?", (file_id, owner)).fetchone()
+        if row is None:
+            raise UploadNotFound(f"there is no file {file_id!r:.80}")
+        return File(*row)
+
+    def find_file(self, owner: str, purpose: str, name: str, digest: str) -> File | None:
+        """An owner's file of this name and content, if there is one."""
+        with self._session("begin") as db:
+            row = db.execute(
+                "select * from file where owner = ? and purpose = ? and name = ? and digest = ?",
+                (owner, purpose, name, digest),
+            ).fetchone()
+        return File(*row) if row else None
+
+    def list_files(self, owner: str, purpose: str | None = None) -> list[File]:
+        """An owner's files, of a purpose if one is given, the newest first."""
+        with self._session("begin") as db:
+            rows = db.execute(
+                "select * from file where owner = ? and purpose = coalesce(?, purpose) order by rowid desc",
+                (owner, purpose),
+            ).fetchall()
+        return [File(*row) for row in rows]
+
+    def known_files(self) -> set[str]:
+        """The ids of all files there should be."""
+        with self._session("begin") as db:
+            return {row[0] for row in db.execute("select id from file")}
+
+    def remove_file(self, file_id: str, owner: str) -> None:
+        """Forget a file. Raises `StateConflict` while an unfinished job needs it."""
+        self.get_file(file_id, owner)
+        with self._session() as db:
+            for job in self._jobs(db, f"where owner = ? and {_OPEN}", owner):
+                if file_id in job.spec["files"].values():
+                    raise StateConflict(f"the file is needed by the job {job.id}; cancel it first, or wait")
+            db.execute("delete from file where id = ?", (file_id,))
+
+    def add_job(self, owner: str, spec: Mapping[str, Any], request: Asked | None = None) -> Job:
+        """Queue a job; where the request is told, its repeat finds the job that there is. Raises `QuotaExceeded`."""
+        job_id = f"ftjob-{secrets.token_hex(12)}"
+        with self._session() as db:
+            if request and (known := self._find_repeated(db, owner, spec, request)):
+                return known
+            (waiting,) = db.execute(f"select count(*) from job where owner = ? and {_OPEN}", (owner,)).fetchone()
+            if waiting >= self.quotas.open_jobs:
+                raise QuotaExceeded(f"{waiting} jobs are unfinished, which is the limit; wait, or cancel one")
+            fields = (job_id, owner, "queued", json.dumps(spec), time.time(), request.key if request else None)
+            db.execute("insert into job (id, owner, state, spec, created_at, key) values (?, ?, ?, ?, ?, ?)", fields)
+            self._tell(db, job_id, "info", "queued")
+            return self._get(db, job_id)
+
+    def find_repeated(self, owner: str, spec: Mapping[str, Any], request: Asked) -> Job | None:
+        """The job that a request was about if it is the repeat of an earlier one, or None.
+
+        It is if both bear the same key; if the same is asked of a job that is not finished; and, where the client says
+        that it asks again, if the same was asked within `REPEAT_SECONDS`. Raises `InvalidValue` if the key was used
+        for something else.
+        """
+        with self._session("begin") as db:
+            return self._find_repeated(db, owner, spec, request)
+
+    def get_job(self, job_id: str, owner: str | None = None) -> Job:
+        """A job; `JobNotFound` if it is not there, or not the owner's where one is given."""
+        with self._session("begin") as db:
+            job = self._get(db, job_id)
+        if owner is not None and job.owner != owner:
+            raise JobNotFound(f"there is no job {job_id!r:.80}")
+        return job
+
+    def list_jobs(self, owner: str, after: str | None = None, limit: int = 20) -> tuple[list[Job], bool]:
+        """An owner's jobs, the newest first, from behind one of them; and whether there are more."""
+        with self._session("begin") as db:
+            row = db.execute("select rowid from job where owner = ? and id = ?", (owner, after)).fetchone()
+            if after is not None and row is None:
+                raise JobNotFound(f"there is no job {after!r:.80} to go on from")
+            behind = row[0] if row else LAST
+            jobs = self._jobs(db, "where owner = ? and rowid < ? order by rowid desc limit ?", owner, behind, limit + 1)
+        return jobs[:limit], len(jobs) > limit
+
+    def open_jobs(self) -> list[Job]:
+        """Everybody's unfinished jobs, the oldest first."""
+        with self._session("begin") as db:
+            return self._jobs(db, f"where {_OPEN} order by rowid")
+
+    def typical_seconds(self) -> float | None:
+        """How long the last jobs that succeeded were worked at, in the middle; None if there are none."""
+        with self._session("begin") as db:
+            rows = db.execute(
+                "select finished_at - started_at from job where state = 'succeeded' order by finished_at desc limit ?",
+                (TYPICAL,),
+            ).fetchall()
+        return median(row[0] for row in rows) if rows else None
+
+    def expire(self, now: float) -> tuple[list[str], list[str]]:
+        """Forget ended jobs and files of longer ago than the quotas keep them; the ids of both.
+
+        A file stays as long as an unfinished job needs it.
+        """
+        horizon = now - self.quotas.days * 86_400
+        with self._session() as db:
+            needed = {file for job in self._jobs(db, f"where {_OPEN}") for file in job.spec["files"].values()}
+            jobs = [job.id for job in self._jobs(db, "where finished_at < ?", horizon)]
+            old = db.execute("select id from file where created_at < ?", (horizon,)).fetchall()
+            files = [row[0] for row in old if row[0] not in needed]
+            db.executemany("delete from job where id = ?", [(job,) for job in jobs])
+            db.executemany("delete from file where id = ?", [(file,) for file in files])
+        return jobs, files
+
+    def count_jobs(self) -> Mapping[str, int]:
+        """How many jobs there are in each state."""
+        with self._session() as db:
+            found = dict(db.execute("select state, count(*) from job group by state").fetchall())
+        return {state: found.get(state, 0) for state in TRANSITIONS}
+
+    def take_next(self) -> Job | None:
+        """Start the job whose turn it is: of the owner who has waited longest for one, the oldest."""
+        with self._session() as db:
+            row = db.execute(_NEXT).fetchone()
+            return self._move(db, row[0], "running", started_at=time.time()) if row else None
+
+    def finish(
+        self,
+        job_id: str,
+        state: State,
+        *,
+        result: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """End a job. Raises `StateConflict` if it may not end so."""
+        with self._session() as db:
+            return self._move(db, job_id, state, finished_at=time.time(), result=result, error=error)
+
+    def ask_to_cancel(self, job_id: str) -> Job:
+        """Cancel a job: at once if it waits. If it runs, remember it, also over a crash, for whoever works at it.
+
+        Raises `StateConflict` after its end.
+        """
+        with self._session() as db:
+            job = self._get(db, job_id)
+            if job.state != "running":
+                return self._move(db, job_id, "cancelled", finished_at=time.time())
+            if not job.cancelling:
+                db.execute("update job set cancelling = 1 where id = ?", (job_id,))
+                self._tell(db, job_id, "info", "cancelling")
+            return self._get(db, job_id)
+
+    def requeue_running(self) -> list[str]:
+        """Put back what was being worked at when a server stopped or died, or end it if that was asked; the ids."""
+        with self._session() as db:
+            running = self._jobs(db, "where state = 'running'")
+            for job in running:
+                if job.cancelling:
+                    self._move(db, job.id, "cancelled", finished_at=time.time())
+                else:
+                    self._move(db, job.id, "queued")
+                    self._tell(db, job.id, "warn", "the server stopped; the job goes on")
+        return [job.id for job in running]
+
+    def tell(self, job_id: str, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
+        """Add an event."""
+        with self._session() as db:
+            self._tell(db, job_id, level, message, data)
+
+    def list_events(self, job_id: str, after: int = 0, limit: int = 1000) -> list[Event]:
+        """A job's events in order, from behind a number."""
+        return self._events("job = ? and number > ? order by number limit ?", job_id, after, limit)
+
+    def last_events(self, job_id: str, before: int | None = None, limit: int = 20) -> tuple[list[Event], bool]:
+        """A job's events, the newest first, from before one of them; and whether there are more."""
+        clause = "job = ? and number < ? order by number desc limit ?"
+        events = self._events(clause, job_id, LAST if before is None else before, limit + 1)
+        return events[:limit], len(events) > limit
+
+    def progress(self, job_id: str) -> Mapping[str, Any] | None:
+        """What the last event that has figures says; None before there is one."""
+        last = self._events("job = ? and data != '{}' order by number desc limit 1", job_id)
+        return last[0].data if last else None
+
+    def _events(self, clause: str, *values: Any) -> list[Event]:
+        with self._session("begin") as db:
+            rows = db.execute(f"select * from event where {clause}", values).fetchall()
+        return [Event(number, job, at, level, text, json.loads(data)) for number, job, at, level, text, data in rows]
+
+    def _check_room(self, db: sqlite3.Connection, owner: str, size: int) -> None:
+        sql = "select count(*), coalesce(sum(bytes), 0) from file where owner = ? and purpose != ?"
+        count, total = db.execute(sql, (owner, RESULTS)).fetchone()
+        if count >= self.quotas.files:
+            raise QuotaExceeded(f"there are {count} files already, which is the limit; delete some first")
+        if total + size > self.quotas.file_bytes:
+            raise QuotaExceeded(
+                f"{total} bytes of files and {size} more exceed the limit of {self.quotas.file_bytes}; "
+                "delete some first"
+            )
+
+    def _find_repeated(self, db: sqlite3.Connection, owner: str, spec: Mapping[str, Any], request: Asked) -> Job | None:
+        written = json.dumps(spec)
+        keyed = self._jobs(db, "where owner = ? and key = ?", owner, request.key)
+        if keyed and keyed[0].spec != json.loads(written):
+            raise InvalidValue(
+                f"the key {request.key!r:.80} was used for another request, for {keyed[0].id}", param="Idempotency-Key"
+            )
+        since = time.time() - REPEAT_SECONDS if request.again else LAST
+        clause = f"where owner = ? and key is ? and spec = ? and ({_OPEN} or created_at > ?) order by rowid desc"
+        return next(iter(keyed or self._jobs(db, clause, owner, request.key, written, since)), None)
+
+    def _move(self, db: sqlite3.Connection, job_id: str, state: State, **fields: Any) -> Job:
+        """The one place where a job changes its state."""
+        current = self._get(db, job_id).state
+        if state not in TRANSITIONS[current]:
+            raise StateConflict(f"the job {job_id} is {current}; it cannot be {state}")
+        values = {"state": state} | {
+            key: json.dumps(value) if isinstance(value, Mapping) else value for key, value in fields.items()
+        }
+        names = ", ".join(f"{name} = ?" for name in values)
+        db.execute(f"update job set {names} where id = ?", (*values.values(), job_id))
+        if state != "queued":
+            self._tell(db, job_id, "error" if state == "failed" else "info", state)
+        return self._get(db, job_id)
+
+    def _get(self, db: sqlite3.Connection, job_id: str) -> Job:
+        found = self._jobs(db, "where id = ?", job_id)
+        if not found:
+            raise JobNotFound(f"there is no job {job_id!r:.80}")
+        return found[0]
+
+    def _jobs(self, db: sqlite3.Connection, clause: str, *values: Any) -> list[Job]:
+        rows = db.execute(f"select {_JOB} from job {clause}", values).fetchall()
+        return [
+            Job(
+                job,
+                owner,
+                state,
+                json.loads(spec),
+                at,
+                started,
+                finished,
+                _load(error),
+                _load(result),
+                key,
+                bool(ending),
+            )
+            for job, owner, state, spec, at, started, finished, error, result, key, ending in rows
+        ]
+
+    def _tell(
+        self, db: sqlite3.Connection, job_id: str, level: Level, message: str, data: Mapping[str, Any] | None = None
+    ) -> None:
+        fields = (job_id, time.time(), level, message, json.dumps(data or {}))
+        db.execute("insert into event (job, created_at, level, message, data) values (?, ?, ?, ?, ?)", fields)
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
+
+    @contextmanager
+    def _session(self, begin: str = "begin immediate") -> Iterator[sqlite3.Connection]:
+        """One transaction; an exception undoes it. One that only reads waits for nobody with a plain `begin`."""
+        with closing(self._connect()) as db:
+            db.execute("pragma foreign_keys = on")
+            db.execute(begin)
+            try:
+                yield db
+            except BaseException:
+                db.execute("rollback")
+                raise
+            db.execute("commit")
+
+
+def _load(text: str | None) -> Any:
+    return None if text is None else json.loads(text)

@@ -1,0 +1,12 @@
+"""Keys: who may do what, as which persona, how often; and what was done.
+
+Knows secrets, scopes, rates and the audit log, below a store's folder. Refuses to know HTTP.
+"""
+
+from masquerade.keys.audit import Audit
+from masquerade.keys.key import SCOPES, Key, Scope, matches, mint, seal, split
+from masquerade.keys.rates import Rates
+from masquerade.keys.ring import Keyring
+from masquerade.keys.table import Table
+
+__all__ = ["SCOPES", "Audit", "Key", "Keyring", "Rates", "Scope", "Table", "matches", "mint", "seal", "split"]

@@ -1,0 +1,42 @@
+"""What was done to a store, by whom: one JSON object a line, in `audit.jsonl` of its folder.
+
+Knows when, who, what and how it ended. Refuses to know content and secrets: it is given ids and names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+FILE = "audit.jsonl"
+_log = logging.getLogger(__name__)
+
+
+class Audit:
+    """Appends, also beside other processes. The file is opened for each line, so it may be renamed at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+
+    def write(self, *, key: str | None, action: str, target: str, outcome: str, request_id: str | None = None) -> None:
+        """One line, on disk when this returns. A disk that is full is said in the log; it undoes nothing."""
+        entry = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": request_id,
+            "key": key,
+            "action": action,
+            "target": target,
+            "outcome": outcome,
+        }
+        try:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                os.write(file, json.dumps(entry).encode() + b"\n")
+                os.fsync(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            _log.error("the audit log cannot be written (%s): %s", error.strerror, json.dumps(entry))

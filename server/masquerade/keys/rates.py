@@ -1,0 +1,87 @@
+"""How much a key may use: requests and tokens a minute.
+
+Knows buckets that fill evenly. Refuses to know a wall clock; the clock is given. Each process counts for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from masquerade.errors import RateLimited
+from masquerade.keys.key import Key
+
+
+class Bucket:
+    """Holds a minute's worth at most, and fills evenly. It may be overdrawn; the debt is waited for."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+        self.size = per_minute
+        self._rate = per_minute / 60  # a second
+        self._clock = clock
+        self._level = float(per_minute)
+        self._seen = clock()
+
+    @property
+    def level(self) -> float:
+        """What is there now; negative after an overdraft."""
+        now = self._clock()
+        self._level = min(self.size, self._level + (now - self._seen) * self._rate)
+        self._seen = now
+        return self._level
+
+    def take(self, amount: float) -> None:
+        """Draw, whether or not there is so much."""
+        self._level = self.level - amount
+
+    def wait(self, level: float) -> float:
+        """Seconds until a level is reached."""
+        return max(0.0, (level - self.level) / self._rate)
+
+
+class Rates:
+    """The buckets of all keys that have limits. For one thread: the event loop's."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._buckets: dict[str, dict[str, Bucket]] = {}
+
+    def admit(self, key: Key) -> None:
+        """Count a request. Raises `RateLimited` if the minute's requests or tokens are used up; that counts nothing.
+
+        Tokens are known only when an answer ends, so a request is admitted while any are left, and what it takes beyond
+        them is waited for before the next one.
+        """
+        buckets = self._of(key)
+        for kind, bucket in buckets.items():
+            if seconds := bucket.wait(1):
+                whole = max(1, math.ceil(seconds))
+                raise RateLimited(
+                    f"this key may use {bucket.size} {kind} a minute; try again in {whole} s", kind, retry_after=whole
+                )
+        if "requests" in buckets:
+            buckets["requests"].take(1)
+
+    def charge(self, key: Key, tokens: int) -> None:
+        """Enter the tokens that a request has used."""
+        if bucket := self._of(key).get("tokens"):
+            bucket.take(tokens)
+
+    def headers(self, key: Key) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*` headers: what is allowed, what is left, and when all of it is there again."""
+        found = {}
+        for kind, bucket in self._of(key).items():
+            found[f"x-ratelimit-limit-{kind}"] = str(bucket.size)
+            found[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(bucket.level)))
+            found[f"x-ratelimit-reset-{kind}"] = f"{bucket.wait(bucket.size):.3f}s"
+        return found
+
+    def _of(self, key: Key) -> dict[str, Bucket]:
+        if key.rpm is None and key.tpm is None:
+            return {}
+        if key.id not in self._buckets:
+            limits = {"requests": key.rpm, "tokens": key.tpm}
+            self._buckets[key.id] = {
+                kind: Bucket(limit, self._clock) for kind, limit in limits.items() if limit is not None
+            }
+        return self._buckets[key.id]
