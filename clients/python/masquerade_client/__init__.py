@@ -1,0 +1,73 @@
+"""Chat with the personas of a Masquerade server, manage them, and build new ones."""
+
+from ._aclient import AsyncClient, AsyncStream
+from ._client import Client, Stream
+from ._errors import (
+    ApiError,
+    BadRequest,
+    BuildFailed,
+    Conflict,
+    ConnectionFailed,
+    MasqueradeError,
+    NotAllowed,
+    NotFound,
+    Overloaded,
+    ServerError,
+    TimedOut,
+    UnexpectedAnswer,
+)
+from ._types import (
+    Build,
+    BuildEvent,
+    BuildOptions,
+    ChatOptions,
+    Data,
+    Delta,
+    Diff,
+    Generation,
+    Made,
+    Message,
+    Model,
+    Overlap,
+    Persona,
+    Prompt,
+    Reply,
+    Usage,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ApiError",
+    "AsyncClient",
+    "AsyncStream",
+    "BadRequest",
+    "Build",
+    "BuildEvent",
+    "BuildFailed",
+    "BuildOptions",
+    "ChatOptions",
+    "Client",
+    "Conflict",
+    "ConnectionFailed",
+    "Data",
+    "Delta",
+    "Diff",
+    "Generation",
+    "Made",
+    "MasqueradeError",
+    "Message",
+    "Model",
+    "NotAllowed",
+    "NotFound",
+    "Overlap",
+    "Overloaded",
+    "Persona",
+    "Prompt",
+    "Reply",
+    "ServerError",
+    "Stream",
+    "TimedOut",
+    "UnexpectedAnswer",
+    "Usage",
+]

@@ -1,0 +1,180 @@
+"""The client that does not wait.
+
+Knows how to send and receive with `httpx.AsyncClient`. Refuses to know what is sent and received: see `_calls`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+
+import httpx
+
+from . import _chat
+from ._builds import AsyncBuilds
+from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, connecting, settings
+from ._errors import MasqueradeError
+from ._personas import AsyncPersonas
+from ._types import ChatOptions, Delta, Model, Prompt, Reply
+
+if TYPE_CHECKING:
+    import openai
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """Talks to one server. For one event loop; close it, or use it in an `async with` statement.
+
+    `timeout` and `retries` are those of `Client`.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        timeout: Timeout = DEFAULT_TIMEOUT,
+        retries: int = DEFAULT_RETRIES,
+    ) -> None:
+        with connecting():
+            self._http = httpx.AsyncClient(**settings(base_url, api_key, timeout))
+        self._api_key = api_key
+        self._retries = retries
+        self._model: str | None = None
+        self.personas = AsyncPersonas(self)
+        self.builds = AsyncBuilds(self)
+
+    async def chat(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Reply:
+        """Answer a prompt or a list of messages, see `ChatOptions`."""
+        return await self.run(_chat.chat(await self._name_model(_chat.chat_body(prompt, **options))))
+
+    def stream(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> AsyncStream:
+        """Answer piece by piece. The request is sent when the stream is entered or first iterated."""
+        body = _chat.stream_body(prompt, **options)
+
+        async def send() -> httpx.Response:
+            return await self._open(_chat.stream(await self._name_model(body)))
+
+        return AsyncStream(send)
+
+    async def models(self) -> list[Model]:
+        """What can be asked: the base, and every persona that it can wear."""
+        return await self.run(_chat.list_models())
+
+    async def ready(self) -> bool:
+        """Whether the server is there and answers chats."""
+        try:
+            with connecting():
+                return (await self._http.get("/readyz")).is_success
+        except MasqueradeError:
+            return False
+
+    async def metrics(self) -> str:
+        """The server in numbers, in Prometheus' text format."""
+        return await self.run(_chat.metrics())
+
+    def openai(self) -> openai.AsyncOpenAI:
+        """A stock asynchronous OpenAI client for the same server and key; needs the package `openai`."""
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(base_url=f"{self._http.base_url}".rstrip("/") + "/v1", api_key=self._api_key or "none")
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def run(self, call: Call[T]) -> T:
+        """Send a call, again if that helps, and read its answer."""
+        attempts = Attempts(self._retries, call.again)
+        while True:
+            try:
+                with call.request() as request, connecting():
+                    response = await self._http.send(self._http.build_request(**request))
+                check(response)
+                return call.read(response)
+            except MasqueradeError as error:
+                await asyncio.sleep(attempts.pause(error))
+
+    @asynccontextmanager
+    async def open(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
+        """Send a call whose answer is read while it arrives; a refusal is raised."""
+        async with aclosing(await self._open(call)) as response:
+            yield response
+
+    async def _open(self, call: Call[Any]) -> httpx.Response:
+        attempts = Attempts(self._retries, call.again)
+        while True:
+            try:
+                with call.request() as request, connecting():
+                    response = await self._http.send(self._http.build_request(**request), stream=True)
+                    if response.is_success:
+                        return response
+                    async with aclosing(response):
+                        await response.aread()
+                check(response)
+            except MasqueradeError as error:
+                await asyncio.sleep(attempts.pause(error))
+
+    async def _name_model(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "model" not in body:
+            self._model = self._model or _chat.only_base(await self.models())
+            body["model"] = self._model
+        return body
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncStream(_chat.StreamBase):
+    """Iterate for the pieces of the answer. Leaving the `async with` statement early hangs up, and the server stops."""
+
+    def __init__(self, send: Callable[[], Awaitable[httpx.Response]]) -> None:
+        super().__init__()
+        self._send = send
+        self._response: httpx.Response | None = None
+        self._pieces = self._receive()
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        return await anext(self._pieces)
+
+    async def aclose(self) -> None:
+        """Hang up."""
+        await self._pieces.aclose()
+        if self._response is not None:
+            await self._response.aclose()
+
+    async def _receive(self) -> AsyncGenerator[Delta]:
+        response = await self._open()
+        try:
+            with connecting():
+                async for chunk in response.aiter_bytes():
+                    for delta in self._deltas(chunk):
+                        yield delta
+            self._finish()
+        finally:
+            await response.aclose()
+
+    async def _open(self) -> httpx.Response:
+        if self._response is None:
+            self._response = await self._send()
+        return self._response

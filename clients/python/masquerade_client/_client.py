@@ -1,0 +1,176 @@
+"""The client that waits.
+
+Knows how to send and receive with `httpx.Client`. Refuses to know what is sent and received: see `_calls`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+
+import httpx
+
+from . import _chat
+from ._builds import Builds
+from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, connecting, settings
+from ._errors import MasqueradeError
+from ._personas import Personas
+from ._types import ChatOptions, Delta, Model, Prompt, Reply
+
+if TYPE_CHECKING:
+    import openai
+
+T = TypeVar("T")
+
+
+class Client:
+    """Talks to one server. Safe to share between threads; close it, or use it in a `with` statement.
+
+    `timeout` is in seconds, for each read. `retries` is how often a call is tried again that never arrived, that the
+    server could not take just then, or whose answer was lost where doing it twice is doing it once.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        timeout: Timeout = DEFAULT_TIMEOUT,
+        retries: int = DEFAULT_RETRIES,
+    ) -> None:
+        with connecting():
+            self._http = httpx.Client(**settings(base_url, api_key, timeout))
+        self._api_key = api_key
+        self._retries = retries
+        self._model: str | None = None
+        self.personas = Personas(self)
+        self.builds = Builds(self)
+
+    def chat(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Reply:
+        """Answer a prompt or a list of messages, see `ChatOptions`."""
+        return self.run(_chat.chat(self._name_model(_chat.chat_body(prompt, **options))))
+
+    def stream(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Stream:
+        """Answer piece by piece. The request is sent when the stream is entered or first iterated."""
+        body = _chat.stream_body(prompt, **options)
+        return Stream(lambda: self._open(_chat.stream(self._name_model(body))))
+
+    def models(self) -> list[Model]:
+        """What can be asked: the base, and every persona that it can wear."""
+        return self.run(_chat.list_models())
+
+    def ready(self) -> bool:
+        """Whether the server is there and answers chats."""
+        try:
+            with connecting():
+                return self._http.get("/readyz").is_success
+        except MasqueradeError:
+            return False
+
+    def metrics(self) -> str:
+        """The server in numbers, in Prometheus' text format."""
+        return self.run(_chat.metrics())
+
+    def openai(self) -> openai.OpenAI:
+        """A stock OpenAI client for the same server and key; needs the package `openai`."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self._http.base_url}".rstrip("/") + "/v1", api_key=self._api_key or "none")
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def run(self, call: Call[T]) -> T:
+        """Send a call, again if that helps, and read its answer."""
+        attempts = Attempts(self._retries, call.again)
+        while True:
+            try:
+                with call.request() as request, connecting():
+                    response = self._http.send(self._http.build_request(**request))
+                check(response)
+                return call.read(response)
+            except MasqueradeError as error:
+                time.sleep(attempts.pause(error))
+
+    @contextmanager
+    def open(self, call: Call[Any]) -> Iterator[httpx.Response]:
+        """Send a call whose answer is read while it arrives; a refusal is raised."""
+        with closing(self._open(call)) as response:
+            yield response
+
+    def _open(self, call: Call[Any]) -> httpx.Response:
+        attempts = Attempts(self._retries, call.again)
+        while True:
+            try:
+                with call.request() as request, connecting():
+                    response = self._http.send(self._http.build_request(**request), stream=True)
+                    if response.is_success:
+                        return response
+                    with closing(response):
+                        response.read()
+                check(response)
+            except MasqueradeError as error:
+                time.sleep(attempts.pause(error))
+
+    def _name_model(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "model" not in body:
+            self._model = self._model or _chat.only_base(self.models())
+            body["model"] = self._model
+        return body
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stream(_chat.StreamBase):
+    """Iterate for the pieces of the answer. Leaving the `with` statement early hangs up, and the server stops."""
+
+    def __init__(self, send: Callable[[], httpx.Response]) -> None:
+        super().__init__()
+        self._send = send
+        self._response: httpx.Response | None = None
+        self._pieces = self._receive()
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Delta:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._pieces.close()
+        if self._response is not None:
+            self._response.close()
+
+    def _receive(self) -> Generator[Delta]:
+        response = self._open()
+        try:
+            with connecting():
+                for chunk in response.iter_bytes():
+                    yield from self._deltas(chunk)
+            self._finish()
+        finally:
+            response.close()
+
+    def _open(self) -> httpx.Response:
+        if self._response is None:
+            self._response = self._send()
+        return self._response

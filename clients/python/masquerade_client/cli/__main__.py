@@ -1,0 +1,5 @@
+"""`python -m masquerade_client.cli`."""
+
+from masquerade_client.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""The `masq` command: a terminal on a Masquerade server.
+
+Knows exit statuses: 0 success, 1 the work failed, 2 usage, 130 interrupted. Refuses to know how anything is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import typer
+
+from masquerade_client import BadRequest, ConnectionFailed, MasqueradeError, __version__
+from masquerade_client.cli import build, chat, compare, personas, top
+from masquerade_client.cli.options import AsJson
+
+app = typer.Typer(
+    name="masq",
+    help="Chat with personas, compare them, build them. The server is --url, or MASQUERADE_URL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("chat")(chat.chat)
+app.command("compare")(compare.compare)
+app.command("personas")(personas.show)
+app.command("build")(build.build)
+app.command("top")(top.top)
+
+
+@app.command("version")
+def show_version(as_json: AsJson = False) -> None:
+    """Print the version."""
+    print(json.dumps({"version": __version__}) if as_json else __version__)
+
+
+def run() -> None:
+    """Run the command; every failure that is foreseen is one line on stderr."""
+    try:
+        app()
+    except BadRequest as error:
+        _fail(error, 2)
+    except ConnectionFailed as error:
+        _fail(f"{error}: is the server running, and is this where it is (--url, MASQUERADE_URL)?", 1)
+    except MasqueradeError as error:
+        _fail(error, 1)
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(error, 1)
+
+
+def _fail(error: object, status: int) -> None:
+    print(f"masq: {error}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,122 @@
+"""`masq build`: send examples, watch the build, show the certificate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from masquerade_client import Build, BuildEvent, BuildOptions, Client
+from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, connect
+from masquerade_client.cli.personas import certificate
+
+Jsonl = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Examples, one JSON object a line.")]
+
+
+def build(
+    data: Jsonl,
+    name: Annotated[str, typer.Option(help="Name of the persona.")],
+    contrast: Annotated[Path | None, typer.Option(exists=True, help="How the opposite talks.")] = None,
+    contrast_name: Annotated[str | None, typer.Option(help="Publish the opposite too, under this name.")] = None,
+    neutral: Annotated[Path | None, typer.Option(exists=True, help="What it should go on knowing.")] = None,
+    validation: Annotated[Path | None, typer.Option(exists=True, help="Held-out examples.")] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="The base answers the questions in DATA under this prompt.")
+    ] = None,
+    contrast_prompt: Annotated[str | None, typer.Option(help="And for contrast under this one.")] = None,
+    card: Annotated[Path | None, typer.Option(exists=True, help="A character card in place of a prompt.")] = None,
+    score: Annotated[str | None, typer.Option(help="How weights are scored; the server's default compares.")] = None,
+    rho: Annotated[str | None, typer.Option(help="Share of weights to prune, or `auto`.")] = None,
+    phase: Annotated[str | None, typer.Option(help="`all` or `decode`.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Use at most so many examples.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Publish even what does nothing or ruins the model.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Make a new generation of a persona.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay until the build has ended.")] = True,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build a persona from examples, or from a system prompt and questions."""
+    given: dict[str, Any] = {
+        "contrast": contrast,
+        "contrast_name": contrast_name,
+        "neutral": neutral,
+        "validation": validation,
+        "system_prompt": system_prompt,
+        "contrast_prompt": contrast_prompt,
+        "card": card,
+        "score": score,
+        "rho": rho,
+        "phase": phase,
+        "samples": samples,
+        "seed": seed,
+        "force": force or None,
+        "replace": replace or None,
+    }
+    options = cast(BuildOptions, {option: value for option, value in given.items() if value is not None})
+    with connect(url, key) as client, _bars() as bars:
+        upload = bars.add_task("upload", total=data.stat().st_size)
+        begun = client.builds.create(
+            name, data, sent=lambda done, size: bars.update(upload, completed=done, total=size), **options
+        )
+        now = _follow(client, begun.id, bars) if wait else begun
+        made = [client.personas.get(one.persona) for one in now.made]
+    if as_json:
+        print(json.dumps(asdict(now)))
+    elif not wait:
+        print(now.id)
+    for persona in () if as_json else made:
+        Console().print(certificate(persona))
+
+
+def _follow(client: Client, build: str, bars: Progress) -> Build:
+    """One bar a stage, until the end; interrupted, the build is cancelled."""
+    stages: dict[str, TaskID] = {}
+
+    def tell(event: BuildEvent) -> None:
+        if event.stage is None:
+            bars.console.print(event.message, markup=False, highlight=False)
+            return
+        if event.stage not in stages:
+            stages[event.stage] = bars.add_task(event.stage, total=event.total or None)
+        bars.update(stages[event.stage], completed=event.done, total=event.total or None)
+
+    try:
+        ended = client.builds.wait(build, tell)
+    except KeyboardInterrupt:
+        client.builds.cancel(build)
+        bars.console.print("cancelled")
+        sys.exit(130)
+    for stage in stages.values():
+        bars.update(stage, total=bars.tasks[stage].completed)
+    return ended
+
+
+class Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        """As text; nothing while it is not known."""
+        return Text(f"{task.speed:,.1f}/s" if task.speed else "", style="dim")
+
+
+def _bars() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(file=sys.stderr))

@@ -1,0 +1,115 @@
+"""`masq compare`: one question, several personas, side by side.
+
+Knows columns that grow together in a terminal, and how they look where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Column, Table
+from rich.text import Text
+
+from masquerade_client import ChatOptions, Client, Message
+from masquerade_client.cli.options import (
+    DEFAULT_URL,
+    AsJson,
+    Gamma,
+    Key,
+    MaxTokens,
+    Seed,
+    Temperature,
+    Url,
+    complete_persona,
+    connect,
+    plain,
+)
+
+MOST = 4
+BASE = "base"  # no persona; no persona can be called so in a comparison
+
+
+def compare(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two to four personas (`base` for none), then the question.", autocompletion=complete_persona
+        ),
+    ],
+    gamma: Gamma = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask several personas the same: masq compare A B "How are you?"."""
+    *names, prompt = words
+    options: ChatOptions = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
+    messages = [{"role": "user", "content": prompt}]
+    with connect(url, key) as client:
+        if as_json:
+            _check(names)
+            replies = [client.chat(messages, **_wearing(name, gamma, options)) for name in names]
+            print(json.dumps({"replies": [asdict(reply) for reply in replies]}))
+        else:
+            show_side_by_side(client, names, messages, options, gamma)
+
+
+def show_side_by_side(
+    client: Client,
+    names: Sequence[str],
+    messages: Sequence[Message],
+    options: ChatOptions,
+    gamma: float | None = None,
+) -> None:
+    """Stream the answers of all of them at once. Raises the first failure, when all have ended."""
+    _check(names)
+    texts = ["" for _ in names]
+    changed = threading.Event()
+
+    def listen(column: int) -> None:
+        with client.stream(messages, **_wearing(names[column], gamma, options)) as stream:
+            for delta in stream:
+                texts[column] += delta.text
+                changed.set()
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        asked = [pool.submit(listen, column) for column in range(len(names))]
+        if sys.stdout.isatty():
+            with Live(_draw(names, texts), console=Console(), refresh_per_second=15) as live:
+                while not all(one.done() for one in asked):
+                    changed.wait(0.1)
+                    changed.clear()
+                    live.update(_draw(names, texts))
+                live.update(_draw(names, texts))
+        for one in asked:
+            one.result()
+    if not sys.stdout.isatty():
+        for name, text in zip(names, texts, strict=True):
+            print(f"{name}: {text}")
+
+
+def _draw(names: Sequence[str], texts: Sequence[str]) -> Table:
+    table = Table(*(Column(Text(name), ratio=1) for name in names), expand=True)
+    table.add_row(*(Text(plain(text)) for text in texts))
+    return table
+
+
+def _check(names: Sequence[str]) -> None:
+    if not 2 <= len(names) <= MOST:
+        raise typer.BadParameter(f"give two to {MOST} personas and a question; there are {len(names)} personas")
+
+
+def _wearing(name: str, gamma: float | None, options: ChatOptions) -> ChatOptions:
+    return options if name == BASE else {**options, "persona": name, "gamma": gamma}

@@ -1,0 +1,81 @@
+"""`masq personas`: what there is, and everything about one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from masquerade_client import Persona
+from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, complete_persona, connect, plain
+
+
+def show(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.", autocompletion=complete_persona)] = None,
+    tag: Annotated[str | None, typer.Option(help="Only personas with this tag.")] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the personas of a server, or show one."""
+    with connect(url, key) as client:
+        if name is not None:
+            persona = client.personas.get(name)
+            print(json.dumps(asdict(persona))) if as_json else Console().print(certificate(persona))
+            return
+        personas = client.personas.list(tag)
+    if as_json:
+        print(json.dumps({"personas": [asdict(persona) for persona in personas]}))
+        return
+    table = Table(Column("persona", no_wrap=True), "generation", "phase", "gamma", "bytes", "requests", "in memory")
+    for one in personas:
+        cells = (one.generation[:8], one.phase, one.gamma, one.bytes, one.requests, "yes" if one.resident else "no")
+        table.add_row(one.name, *map(str, cells))
+    Console().print(table)
+
+
+_FIGURES: dict[str, tuple[str, str]] = {
+    "margin_shift": ("shift, nats a token", "{:+.3f}"),
+    "flip": ("of prompts flip", "{:.0%}"),
+    "neutral_ratio": ("perplexity, neutral text", "x{:.3f}"),
+    "own_ratio": ("perplexity, its own text", "x{:.3f}"),
+}
+
+
+def certificate(persona: Persona) -> Table:
+    """What was measured about a persona, and how it was made; `--json` has all of it."""
+    table = Table("", Column(Text(persona.name), overflow="fold"))
+    for name, value in _identity(persona) + _measured(persona.certificate):
+        table.add_row(name, Text(plain(value)))
+    return table
+
+
+def _identity(persona: Persona) -> list[tuple[str, str]]:
+    rows = [("generation", f"{persona.generation[:8]} (no. {persona.current.number})"), ("bytes", f"{persona.bytes:,}")]
+    rows += [(key, str(persona.built[key])) for key in ("score", "opposite") if persona.built.get(key)]
+    rho = persona.built.get("parameters", {}).get("rho")
+    return [*rows, *([("rho", str(rho))] if rho else []), ("phase", persona.phase), ("gamma", str(persona.gamma))]
+
+
+def _measured(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures with their 95 % intervals, what was remarked, why it was chosen."""
+    rows = []
+    if preferred := certificate.get("preferred"):
+        rows.append(("prefers its answers", f"{preferred['masked']:.0%} (base {preferred['base']:.0%})"))
+    for name, (label, form) in _FIGURES.items():
+        value = certificate.get(name)
+        if isinstance(value, int | float):
+            low_high = certificate.get("intervals", {}).get(name)
+            interval = f" ({' to '.join(map(form.format, low_high))})" if low_high else ""
+            rows.append((label, form.format(value) + interval))
+    for name in ("reasons", "remarks"):
+        rows += [(name, str(one)) for one in certificate.get(name, ())]
+    if why := certificate.get("choice", {}).get("why"):
+        rows.append(("chosen because it", str(why)))
+    return rows

@@ -1,0 +1,139 @@
+"""`masq top`: what the server is doing, from its metrics.
+
+Knows Prometheus' text format, as far as it is needed, and rates between two looks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, connect
+
+_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+def top(
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look twice, print, and end.")] = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show throughput, latencies, the queue and what is in memory, as they change."""
+    with connect(url, key) as client:
+        looks = _rates(lambda: parse(client.metrics()), interval)
+        if as_json or once or not sys.stdout.isatty():
+            first = next(looks)
+            print(json.dumps(first)) if as_json else Console().print(_draw(first))
+            return
+        with suppress(KeyboardInterrupt), Live(console=Console(), screen=True, auto_refresh=False) as live:
+            for look in looks:
+                live.update(_draw(look), refresh=True)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of the metrics."""
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+def parse(text: str) -> list[Sample]:
+    """The samples of Prometheus' text format; comments are dropped."""
+    samples = []
+    for line in text.splitlines():
+        if match := _SAMPLE.match(line):
+            labels = dict(_LABEL.findall(match["labels"] or ""))
+            samples.append(Sample(match["name"].removeprefix("masquerade_"), labels, float(match["value"])))
+    return samples
+
+
+def _rates(look: Any, interval: float) -> Iterator[dict[str, Any]]:
+    """What is now, and what has changed in a second since the look before."""
+    before, since = look(), time.monotonic()
+    while True:
+        time.sleep(interval)
+        now, at = look(), time.monotonic()
+        yield summarise(before, now, at - since)
+        before, since = now, at
+
+
+def summarise(before: list[Sample], now: list[Sample], seconds: float) -> dict[str, Any]:
+    """The figures of the picture; rates are per second, times in seconds, None where nothing happened."""
+
+    def sum_of(samples: list[Sample], name: str, **labels: str) -> float:
+        return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
+
+    def rate(name: str, **labels: str) -> float:
+        return max(0.0, sum_of(now, name, **labels) - sum_of(before, name, **labels)) / seconds
+
+    def mean(name: str, **labels: str) -> float | None:
+        count = rate(f"{name}_count", **labels)
+        return rate(f"{name}_sum", **labels) / count if count else None
+
+    personas = sorted({one.labels["persona"] for one in now if one.name == "tokens_total"})
+    pages = {one.labels["state"]: one.value for one in now if one.name == "kv_pages"}
+    return {
+        "requests_per_second": rate("requests_total"),
+        "tokens_per_second": rate("tokens_total", kind="completion"),
+        "prompt_tokens_per_second": rate("tokens_total", kind="prompt"),
+        "errors_per_second": rate("errors_total"),
+        "running": sum_of(now, "batch_requests"),
+        "waiting": sum_of(now, "queue_requests"),
+        "batch_capacity": sum_of(now, "batch_capacity_requests"),
+        "batch_personas": sum_of(now, "batch_personas"),
+        "masks": {one.labels["tier"]: one.value for one in now if one.name == "personas"},
+        "kv_pages": pages,
+        "mask_bytes": sum_of(now, "mask_bytes"),
+        "builds": {one.labels["state"]: one.value for one in now if one.name == "jobs"},
+        "personas": {
+            name: {
+                "tokens_per_second": rate("tokens_total", persona=name, kind="completion"),
+                "first_token_seconds": mean("first_token_seconds", persona=name),
+                "inter_token_seconds": mean("inter_token_seconds", persona=name),
+            }
+            for name in personas
+        },
+    }
+
+
+def _draw(figures: Mapping[str, Any]) -> Group:
+    builds = ", ".join(f"{count:.0f} {state}" for state, count in figures["builds"].items() if count)
+    pages = ", ".join(f"{count:.0f} {state}" for state, count in figures["kv_pages"].items())
+    masks = ", ".join(f"{count:.0f} {tier}" for tier, count in figures["masks"].items())
+    running = "{running:.0f} of {batch_capacity:.0f} requests, {waiting:.0f} wait"
+    state = Table(show_header=False, box=None)
+    for name, value in {
+        "requests": "{requests_per_second:.1f}/s, {errors_per_second:.1f} errors/s".format(**figures),
+        "tokens": "{tokens_per_second:.1f}/s out, {prompt_tokens_per_second:.1f}/s in".format(**figures),
+        "batch": running.format(**figures),
+        "worn": f"{figures['batch_personas']:.0f} personas",
+        "masks": f"{masks}; {figures['mask_bytes'] / 1e6:.1f} MB in memory",
+        "KV pages": pages,
+        "builds": builds or "none",
+    }.items():
+        state.add_row(name, value)
+    table = Table("persona", "tokens/s", "first token", "between tokens")
+    for name, one in figures["personas"].items():
+        times = map(_time, (one["first_token_seconds"], one["inter_token_seconds"]))
+        table.add_row(name, f"{one['tokens_per_second']:.1f}", *times)
+    return Group(state, table)
+
+
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.1f} ms"

@@ -1,0 +1,93 @@
+// A persona's certificate: what was measured when it was built, how it was chosen, how it was made.
+
+import { facts, h, percent, short } from "./dom.js";
+
+const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
+const times = (value) => `× ${value.toFixed(3)}`;
+const share = (value) => percent(value, 0);
+
+/** The figures that count: name, how it is written, what it says, and what it means in full. */
+const FIGURES = [
+  ["margin_shift", signed, "shift, nats a token", "How much likelier, a token, the persona's answers became than the opposite's."],
+  ["flip", share, "of prompts flip", "The persona prefers its own answer, and the opposite (or the base) the other one."],
+  ["neutral_ratio", times, "neutral text", "Perplexity of neutral text over the base's: what the persona costs elsewhere."],
+  ["own_ratio", times, "its own text", "Perplexity of answers in character over the base's; below 1 it talks so more readily."],
+];
+const APART = new Set([...FIGURES.map(([name]) => name), "preferred", "choice", "phases", "intervals", "passed", "forced",
+  "reasons", "remarks", "pruned_share"]);
+
+/** Everything that was measured about a persona, the most telling first. */
+export function certificateOf({ certificate, built, generation, phase, gamma }) {
+  const rest = Object.entries(certificate).filter(([name]) => !APART.has(name));
+  return h("div", { class: "certificate" },
+    verdict(certificate),
+    h("dl", { class: "figures" }, preferred(certificate), FIGURES.map((figure) => tile(certificate, ...figure))),
+    facts([
+      ["Generation", h("code", {}, short(generation))], ["Score", built.score], ["Rho", spell(built.parameters.rho ?? "–")],
+      ["Default phase", phase], ["Default gamma", String(gamma)], ["Opposite", built.opposite || "–"],
+      ...spokenPrompt(built),
+    ]),
+    tried(certificate.choice), phases(certificate.phases),
+    rest.length ? h("details", {}, h("summary", {}, "Everything else"), facts(rest.map(([name, value]) => [words(name), spell(value)]))) : null);
+}
+
+function verdict({ passed, forced, reasons = [], remarks = [] }) {
+  const told = [...reasons, ...remarks];
+  if (passed !== false && !forced && !told.length) return null;
+  return h("div", { class: passed === false || forced ? "notice bad" : "notice" },
+    passed === false ? h("strong", {}, forced ? "Published by force." : "It did not pass.") : null,
+    told.map((one) => h("p", {}, one)));
+}
+
+function preferred({ preferred, pairs }) {
+  if (!preferred) return null;
+  return figure(share(preferred.masked), "prefer its answers", `base ${share(preferred.base)}${pairs ? `, ${pairs} pairs` : ""}`,
+    "Share of held-out prompts where the persona's answer is likelier than the opposite's.");
+}
+
+function tile(certificate, name, write, label, meaning) {
+  const value = certificate[name];
+  if (typeof value !== "number") return null;
+  const interval = certificate.intervals?.[name];
+  return figure(write(value), label, interval && `95 %: ${write(interval[0])} to ${write(interval[1])}`, meaning);
+}
+
+const figure = (value, label, note, meaning) =>
+  h("div", { title: meaning }, h("dt", {}, label), h("dd", {}, value), note ? h("dd", { class: "note" }, note) : null);
+
+function spokenPrompt({ calibration }) {
+  const text = calibration?.system_prompt?.text;
+  return text ? [["System prompt", text]] : [];
+}
+
+const COLUMNS = [["flip", "flips", share], ["shift", "shift", signed], ["margin_shift", "shift", signed], ["neutral_ratio", "neutral", times], ["own_ratio", "own", times]];
+
+/** A table of measured rows, with the columns that any of them has. */
+function measured(heads, rows) {
+  const shown = COLUMNS.filter(([name]) => rows.some(([, row]) => typeof row[name] === "number"));
+  const cell = (value, write) => h("td", { class: "number" }, typeof value === "number" ? write(value) : "–");
+  return h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": "Figures" }, h("table", {},
+    h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)), shown.map(([, head]) => h("th", { scope: "col", class: "number" }, head)))),
+    h("tbody", {}, rows.map(([names, row]) => h("tr", {}, names.map((name) => h("td", {}, name)), shown.map(([name, , write]) => cell(row[name], write)))))));
+}
+
+function tried(choice) {
+  if (!choice) return null;
+  const rows = (choice.tried ?? []).map((one) => [[one.score, spell(one.rho)], one]);
+  return h("details", {}, h("summary", {}, "How it was chosen"), choice.why ? h("p", {}, choice.why) : null,
+    rows.length ? measured(["score", "rho"], rows) : null);
+}
+
+function phases(found) {
+  if (!found) return null;
+  return h("details", {}, h("summary", {}, "In each phase"), measured(["phase"], Object.entries(found).map(([name, one]) => [[name], one])));
+}
+
+const words = (name) => name.replaceAll("_", " ").replace(/^./, (first) => first.toUpperCase());
+
+function spell(value) {
+  if (typeof value === "number") return Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toFixed(4)));
+  if (Array.isArray(value)) return value.map(spell).join(", ") || "–";
+  if (value && typeof value === "object") return Object.entries(value).map(([name, one]) => `${name.replaceAll("_", " ")} ${spell(one)}`).join(", ");
+  return value === null ? "–" : String(value);
+}

@@ -1,0 +1,79 @@
+// Makes elements. Text only ever becomes text nodes: nothing that a server or a file says is parsed as HTML.
+
+/** An element; `on…` properties are listeners, the others are attributes (true: present, false or null: absent). */
+export function h(tag, props = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, String(value));
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+let serial = 0;
+
+/** A label and its control, tied together. */
+export function field(label, control, hint = null) {
+  control.id ||= `field-${++serial}`;
+  const note = hint && h("small", { id: `${control.id}-hint` }, hint);
+  if (note) control.setAttribute("aria-describedby", note.id);
+  return h("div", { class: "field" }, h("label", { for: control.id }, label), control, note);
+}
+
+/** A label for those who do not see that it needs none, and its control. */
+export function labelled(label, control) {
+  control.id ||= `field-${++serial}`;
+  return h("div", {}, h("label", { for: control.id, class: "hidden" }, label), control);
+}
+
+/** A box and its label beside it. */
+export function check(label, control, hint) {
+  const whole = field(label, control, hint);
+  whole.classList.add("check");
+  return whole;
+}
+
+/** A drop-down of [value, text] pairs. */
+export function select(pairs, chosen, props = {}) {
+  const options = pairs.map(([value, text]) => h("option", { value, selected: value === chosen }, text));
+  return h("select", props, options);
+}
+
+/** A message that assistive technology reads out at once. */
+export function alarm(error) {
+  return h("p", { class: "error", role: "alert" }, error.message ?? String(error));
+}
+
+/** A table of [heading, value] rows. */
+export function facts(rows) {
+  const body = rows.map(([name, value]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, value)));
+  return h("table", { class: "facts" }, h("tbody", {}, body));
+}
+
+/** A button that copies what `text()` returns, and says so. */
+export function copier(label, text) {
+  const button = h("button", {
+    type: "button",
+    async onclick() {
+      try {
+        await navigator.clipboard.writeText(text());
+        button.textContent = "Copied";
+      } catch {
+        button.textContent = "Select the text and copy it";
+      }
+      setTimeout(() => (button.textContent = label), 2000);
+    },
+  }, label);
+  return button;
+}
+
+export const bytes = (count) => {
+  const units = ["B", "kB", "MB", "GB"];
+  const power = count < 1 ? 0 : Math.min(3, Math.floor(Math.log10(count) / 3));
+  return `${(count / 1000 ** power).toFixed(power && count / 1000 ** power < 100 ? 1 : 0)} ${units[power]}`;
+};
+export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+export const moment = (when) => new Date(typeof when === "number" ? 1000 * when : when).toLocaleString();
+export const short = (digest) => digest.slice(0, 8);
