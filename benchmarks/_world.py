@@ -1,0 +1,33 @@
+"""A base to measure on: a random Llama of any size, and a tokenizer of as many words as it has tokens.
+
+Knows how it is made, the same every time. Knows no benchmark.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from masquerade.model import Base, load
+
+VOCABULARY = 8192
+
+
+def write_base(folder: Path, shape: dict[str, int]) -> None:
+    """Save a random Llama of a shape, with grouped heads and tied embeddings, as a user's model is."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, **shape
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w3").save_pretrained(folder)
+
+
+def make_base(shape: dict[str, int]) -> Base:
+    """The same, loaded on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_base(Path(folder), shape)
+        return load(folder, device="cpu")

@@ -1,0 +1,172 @@
+"""The native masked product against its own dense product and against torch's `F.linear`, and what a model gains.
+
+`python -m benchmarks.kernels --json [--quick]`, on one thread. Weights rotate through a pool far larger than the
+processor's cache, so that every product reads them from memory, as a decode step does. Candidates are interleaved call
+by call; a figure is the ratio of the 25th percentiles of the thread's CPU time. End to end, the model of
+`benchmarks.engine` decodes in bf16; runs are interleaved, and the ratio of the medians counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import logging
+
+from benchmarks import engine
+from benchmarks._report import Figure, report
+from maskstore import encode
+from masquerade.engine import EngineConfig
+from masquerade.kernels import NativeMask, NativeParts, NativeProduct, Worn, correct
+from masquerade.model import MaskManager, Wear
+
+FULL = ((2048, 2048), (4096, 4096), (14336, 4096))
+QUICK = ((2048, 2048),)
+POOL = 400e6  # bytes of weights
+RHO = 0.003
+BITMAP = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of a batch, how they are dressed, and what is asked for."""
+
+    dtype: torch.dtype
+    rows: int
+    personas: int
+    kinds: tuple[str, ...]  # of `list` and `bits`
+    reaches: tuple[tuple[str, str, str], ...]  # kind, peer, bound
+    gamma: float = 0.0
+
+    @property
+    def label(self) -> str:
+        dtype = "bf16" if self.dtype is torch.bfloat16 else "fp32"
+        dressed = f"{self.personas} personas" if self.personas > 1 else "one persona"
+        return f"{dtype}, {self.rows} rows of {dressed}" if self.rows > 1 else f"{dtype}, 1 row"
+
+
+NAMES = {"list": "sparse 0.3 %", "bits": "bitmap", "own": "own dense", "torch": "torch dense"}
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES = (
+    Case(
+        BF16,
+        1,
+        1,
+        ("bits", "list"),
+        (
+            ("bits", "own", "<= 1.06"),
+            ("list", "own", "<= 1.02"),
+            ("bits", "torch", "<= 0.65"),
+            ("list", "torch", "<= 0.65"),
+        ),
+    ),
+    Case(FP32, 1, 1, ("bits", "list"), (("bits", "torch", "<= 1.05"), ("list", "torch", "<= 1.05"))),
+    Case(BF16, 16, 16, ("bits", "list"), (("bits", "torch", "<= 1.0"), ("list", "torch", "<= 0.75"))),
+    Case(BF16, 256, 1, ("bits", "list"), (("bits", "torch", "<= 0.85"), ("list", "torch", "<= 0.85"))),
+    Case(FP32, 16, 16, ("bits", "list"), ()),
+    Case(FP32, 256, 1, ("bits", "list"), ()),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="one shape and few repeats; within a minute")
+    parser.add_argument("--only", choices=("products", "model"), help="one part of it")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    shapes, seconds = (QUICK, 1.5) if options.quick else (FULL, 8.0)
+    figures: list[Figure] = []
+    if options.only != "model":
+        figures += [figure for case in CASES for figure in measure(case, shapes, seconds)]
+    if options.only != "products":
+        figures += measure_model(engine.QUICK if options.quick else engine.FULL, 2 if options.quick else 5)
+    report("kernels", figures, options.json)
+
+
+def measure(case: Case, shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Figure]:
+    """The ratios of one case over the shapes."""
+    medians = [compare(case, shape, seconds) for shape in shapes]
+    asked = {(kind, peer): bound for kind, peer, bound in case.reaches}
+    for kind in case.kinds:
+        for peer in ("own", "torch"):
+            ratios = [times[kind] / times[peer] for times in medians]
+            bound = asked.get((kind, peer))
+            for (out, columns), ratio in zip(shapes, ratios, strict=True):
+                yield Figure(f"{case.label}, {NAMES[kind]} / {NAMES[peer]}, {out} x {columns}", ratio, "x", bound)
+
+
+def compare(case: Case, shape: tuple[int, int], seconds: float) -> dict[str, float]:
+    """The 25th percentile of each candidate's CPU time."""
+    out, columns = shape
+    count = max(3, int(POOL / (out * columns * case.dtype.itemsize)))
+    linears = [nn.Linear(columns, out, bias=False, dtype=case.dtype).requires_grad_(False) for _ in range(count)]
+    x = torch.randn(case.rows, columns).to(case.dtype)
+    candidates: dict[str, Callable[[nn.Linear], object]] = {"own": turn([NativeProduct()], x)}
+    for kind in case.kinds:
+        candidates[kind] = turn([dress(case, linears[0], kind, seed) for seed in range(max(1, 4 // case.personas))], x)
+    candidates["torch"] = lambda linear: F.linear(x, linear.weight)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    weights, until = cycle(linears), time.monotonic() + seconds
+    while time.monotonic() < until or len(times["own"]) < 5:
+        for name, run in candidates.items():
+            linear = next(weights)
+            started = time.thread_time()
+            run(linear)
+            times[name].append(time.thread_time() - started)
+    return {name: float(np.percentile(spent, 25)) for name, spent in times.items()}
+
+
+def turn(products: Sequence[NativeProduct], x: torch.Tensor) -> Callable[[nn.Linear], object]:
+    """Take products in turn, so that masks come from memory, too."""
+    ring = cycle(products)
+    return lambda linear: (product := next(ring))(x, linear.weight, None, product.find("linear"))
+
+
+def dress(case: Case, linear: nn.Linear, kind: str, seed: int) -> NativeProduct:
+    """A product of rows that are dealt out to random masks."""
+    rng, share = np.random.default_rng(seed), RHO if kind == "list" else BITMAP
+    worn = []
+    for persona in range(case.personas):
+        mask = correct(linear, encode(rng.random(tuple(linear.weight.shape), np.float32) < share), kind)
+        assert isinstance(mask, NativeMask)
+        parts = NativeParts({"linear": mask}, {"linear": 0})
+        worn += [Worn(parts, 1 - case.gamma, row, row + 1) for row in range(persona, case.rows, case.personas)]
+    return NativeProduct(worn)
+
+
+def measure_model(scale: engine.Scale, repeats: int) -> Iterator[Figure]:
+    """One stream against `generate` on the same bf16 model, and 16 streams of 16 sparse personas against the base's."""
+    base = engine.make_base(scale.model)
+    base.model.to(BF16)
+    one, many = engine.make_prompts(1, (8, 8)), engine.make_prompts(16, (8, 8))
+    manager = MaskManager.attach(base.model)
+    wears: list[Wear | None] = [Wear(manager.fit(engine.make_mask(base, seed)), 0.0) for seed in range(16)]
+    manager.detach()
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(repeats):
+        times["generate"].append(engine.run_generate(base, one, scale.new))
+        manager = MaskManager.attach(base.model)
+        times["one"].append(engine.run_engine(base, one, [None], scale.new, EngineConfig()))
+        times["bare"].append(engine.run_engine(base, many, [None], scale.new, EngineConfig()))
+        times["worn"].append(engine.run_engine(base, many, wears, scale.new, EngineConfig()))
+        manager.detach()
+    spent = {name: float(np.median(runs)) for name, runs in times.items()}
+    yield Figure("engine, 1 stream of a bf16 model", scale.new / spent["one"], "tokens/CPU-s")
+    yield Figure("engine / generate, 1 stream of a bf16 model", spent["generate"] / spent["one"], "x", ">= 1.4")
+    yield Figure("engine, 16 streams of the base, bf16", 16 * scale.new / spent["bare"], "tokens/CPU-s")
+    yield Figure("16 streams over 16 sparse personas / the base, bf16", spent["bare"] / spent["worn"], "x", ">= 0.93")
+
+
+if __name__ == "__main__":
+    main()

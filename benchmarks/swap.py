@@ -1,0 +1,409 @@
+"""What it costs to have more personas than there is room for, and to change between those there are.
+
+`python -m benchmarks.swap --json [--quick]`. Four questions: what a step pays for another persona than the last one;
+how fast a mask that is on disk is ready, against reading its file through a buffer; what happens to the time to the
+first token and to throughput when 32 personas take turns in the room of 8; and what others notice of a load that hangs.
+
+A cold load is everything from the request for a digest to a mask that can be worn: header, identity, sha256 of all
+bytes the first time a file is seen (afterwards a pass that brings them into the system's cache), shapes and pad bits,
+and the corrections of all Linears. "From disk" means that the file was dropped from the system's cache before.
+
+Clients are threads that ask, wait for their mask, submit to the running engine and wait for the last token. What a step
+pays is CPU time, all else wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from benchmarks._report import Figure, report
+from benchmarks._world import VOCABULARY, make_base
+from benchmarks.engine import GREEDY, make_prompts
+from benchmarks.engine import QUICK as SMALL
+from benchmarks.maskstore import BASE, LAYERS
+from benchmarks.maskstore import write as write_large
+from maskstore import Base as MaskBase
+from maskstore import Mask, MaskInfo, MaskReader, Store, encode
+from masquerade.engine import Engine, Finished, Request
+from masquerade.model import Base, MaskManager, Residency, Shelf, Span, Wear, WornMask, find_targets, route
+
+SPARSE, DENSE = 0.003, 0.5
+KINDS = (("sparse 0.3 %", SPARSE), ("bitmap", DENSE))
+PERSONAS, ROOM = 32, 8
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    model: dict[str, int]
+    layers: int  # of the 8B-shaped mask
+    prompt: int
+    new: int
+    turns: int  # requests of a run, of each persona
+    repeats: int
+    switches: int
+    cases: tuple[tuple[str, float, int], ...]  # of the cliff: kind, share pruned, clients
+
+
+MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+NARROW = MODEL | {"hidden_size": 64, "intermediate_size": 128}
+CASES = (("sparse 0.3 %", SPARSE, 8), ("bitmap", DENSE, 8), ("sparse 0.3 %", SPARSE, 32))
+FULL = Scale(MODEL, LAYERS, 128, 16, 1, 1, 1500, CASES)  # 30 M parameters
+QUICK = Scale(SMALL.model, 4, 64, 8, 1, 1, 300, CASES[:1])
+
+
+class Hanging(Shelf):
+    """A shelf on which one mask cannot be read until it may."""
+
+    held: str | None = None
+    free = threading.Event()
+
+    def read(self, digest: str) -> Mask:
+        if digest == self.held:
+            self.free.wait()
+        return super().read(digest)
+
+
+@dataclass(frozen=True)
+class World:
+    """A base, its manager, and a store with personas."""
+
+    base: Base
+    manager: MaskManager
+    shelf: Hanging
+    digests: list[str]
+    largest: int  # device bytes of a mask
+
+    def residency(self, room: int) -> Residency:
+        return Residency(self.manager, self.shelf, room * self.largest)
+
+
+def make_world(scale: Scale, rho: float, folder: Path, personas: int = PERSONAS) -> World:
+    base = make_base(scale.model)
+    manager, store = MaskManager.attach(base.model), Store(folder)
+    shelf = Hanging(store, base.fingerprint)
+    digests = [store.add(make_mask(base, rho, seed)) for seed in range(personas)]
+    sizes = []
+    for digest in digests:
+        with shelf.open(digest) as reader:
+            sizes.append(manager.measure(reader))
+    time.sleep(2.5)  # younger files are verified at every load
+    return World(base, manager, shelf, digests, max(sizes))
+
+
+def make_mask(base: Base, rho: float, seed: int) -> Mask:
+    rng = np.random.default_rng(seed)
+    targets = {
+        name: encode(rng.random((linear.out_features, linear.in_features), np.float32) < rho)
+        for name, linear in find_targets(base.model).items()
+    }
+    return Mask(MaskBase(base.fingerprint, base.name), targets, MaskInfo(persona="p", score="random"))
+
+
+# --- another persona than the last step's
+
+
+def measure_switch(scale: Scale) -> Iterator[Figure]:
+    """A decode step that wears another mask than the one before, asking for a mask, and a step that wears one."""
+    for name, rho in KINDS:
+        for rows in (1, 16):
+            case = f"{rows} requests, all of them others" if rows > 1 else "one request"
+            figure = f"what wearing another persona than the last step's adds to a step, {case}, {name}"
+            yield Figure(figure, time_switch(rho, rows, scale.switches), "CPU-us", "<= 10" if rows == 1 else None)
+    for name, rho in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            world = make_world(scale, rho, Path(folder), personas=2)
+            residency = world.residency(2)
+            worn = [residency.get(digest) for digest in world.digests[:2]]
+            if rho == SPARSE:
+                yield Figure(
+                    "asking for a mask that is there", time_asking(residency, world.digests[:2]), "CPU-us", "<= 10"
+                )
+            bare, dressed = time_steps(world.base, worn)
+            yield Figure(f"decode step of one request, {name}", dressed, "CPU-us")
+            yield Figure(f"what a persona adds to a decode step, {name} / base", dressed / bare, "x")
+            residency.close()
+
+
+def time_asking(residency: Residency, digests: Sequence[str]) -> float:
+    turns = cycle(digests)
+    started = time.thread_time()
+    for _ in range(10_000):
+        residency.request(next(turns)).result()
+    return (time.thread_time() - started) / 10_000 * 1e6
+
+
+@torch.inference_mode()
+def time_switch(rho: float, rows: int, switches: int) -> float:
+    """us by which a step whose rows wear others than in the last one is longer, route and all: a median over pairs.
+
+    The model has as many Linears as the others here, and they are small, lest their reading drown the difference.
+    """
+    base = make_base(NARROW)
+    manager = MaskManager.attach(base.model)
+    worn = [manager.fit(make_mask(base, rho, seed)) for seed in range(rows + 1)]
+    ids, planned = torch.full((rows, 1), 7), route([], base.device)
+
+    def step(spans: Sequence[Span]) -> float:
+        nonlocal planned
+        started = time.thread_time()
+        if spans:
+            planned = route(spans, base.device)
+        base.model(ids, use_cache=False, route=planned)
+        return time.thread_time() - started
+
+    differences = []
+    for turn in range(switches):
+        changed = step([Span(Wear(worn[(row + turn) % len(worn)], 0.0), row, row + 1) for row in range(rows)])
+        differences.append(changed - step([]))
+    return float(np.median(differences[20:])) * 1e6
+
+
+@torch.inference_mode()
+def time_steps(base: Base, worn: Sequence[WornMask]) -> tuple[float, float]:
+    """us of a step of the base, and of one that wears a mask, two masks in turns."""
+    ids, routes = torch.tensor([[7]]), cycle(route([Span(Wear(mask, 0.0), 0, 1)], base.device) for mask in worn)
+    bare = route([], base.device)
+    times: list[list[float]] = [[], []]
+    for _ in range(400):
+        for place, planned in enumerate((bare, next(routes))):
+            started = time.thread_time()
+            base.model(ids, use_cache=False, route=planned)
+            times[place].append(time.thread_time() - started)
+    plain, dressed = (float(np.percentile(t[20:], 25)) * 1e6 for t in times)
+    return plain, dressed
+
+
+# --- from disk to ready
+
+
+def measure_cold(scale: Scale) -> Iterator[Figure]:
+    """An 8B-shaped bitmap mask, over a model of that shape whose weights are never touched and so take no memory."""
+    base = make_outline(scale.layers)
+    manager = MaskManager.attach(base)
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be memory
+        store = Store(folder)
+        write_large(Path(folder, "mask"), scale.layers)
+        digest = adopt(store, Path(folder, "mask"))
+        path = store.path(digest)
+        size = path.stat().st_size
+        time.sleep(2.5)
+        yield Figure(f"file (8B-shaped bitmap, {scale.layers} of {LAYERS} layers)", size / 1e6, "MB")
+        yield Figure("sha256 of bytes in memory, one thread", time_hash() / 1e9, "GB/s")
+        for where, before in (("from disk", drop), ("from the system's cache", read)):
+            seconds: dict[str, list[float]] = {"read": [], "first": [], "again": []}
+            for _ in range(3):
+                before(path)
+                seconds["read"].append(clock(partial(read, path)))
+                shelf = Shelf(store, BASE.fingerprint)
+                for kind in ("first", "again"):
+                    residency = Residency(manager, shelf, 2**31)
+                    before(path)
+                    seconds[kind].append(clock(partial(residency.get, digest)))
+                    residency.close()
+            best = {kind: min(times) for kind, times in seconds.items()}
+            yield Figure(f"reading the file {where}", size / best["read"] / 1e9, "GB/s")
+            for kind, what in (("first", "verified"), ("again", "verified before")):
+                bound = ">= 0.5" if before is drop else None
+                yield Figure(f"cold load {where}, {what}", size / best[kind] / 1e9, "GB/s")
+                yield Figure(f"cold load {where}, {what} / reading", best["read"] / best[kind], "x", bound)
+
+
+def time_hash() -> float:
+    """Bytes a second, the best of some: what a load that verifies cannot exceed on each of its threads."""
+    block = bytes(2**26)
+    return len(block) / min(clock(lambda: hashlib.sha256(block).digest()) for _ in range(5))
+
+
+def adopt(store: Store, path: Path) -> str:
+    with MaskReader(path, verify=False) as reader:
+        digest = reader.digest
+    store.path(digest).parent.mkdir(parents=True)
+    os.replace(path, store.path(digest))
+    return digest
+
+
+def make_outline(layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    return model.to_empty(device="cpu").eval().requires_grad_(False)
+
+
+def drop(path: Path) -> None:
+    """Out of the system's cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(path: Path) -> None:
+    buffer = bytearray(2**20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def clock(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+# --- more personas than room
+
+
+def measure_cliff(scale: Scale) -> Iterator[Figure]:
+    """Everybody resident and room for a quarter, in turns."""
+    for name, rho, clients in scale.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            world = make_world(scale, rho, Path(folder))
+            runs: dict[int, list[Run]] = {PERSONAS: [], ROOM: []}
+            for _ in range(scale.repeats):
+                for room, made in runs.items():
+                    made.append(run_turns(world, scale, room, clients))
+        first = {room: float(np.median([t for run in made for t in run.firsts])) for room, made in runs.items()}
+        rate = {room: max(run.rate for run in made) for room, made in runs.items()}
+        case, less = f"{PERSONAS} personas in turns, {clients} clients, {name}", f"room for {ROOM} / all resident"
+        bounds = ("<= 2", ">= 0.7") if clients <= ROOM else (None, None)
+        yield Figure(f"{case}: first token, all resident, median", first[PERSONAS] * 1e3, "ms")
+        yield Figure(f"{case}: first token, {less}", first[ROOM] / first[PERSONAS], "x", bounds[0])
+        yield Figure(f"{case}: throughput, all resident", rate[PERSONAS], "tokens/s")
+        yield Figure(f"{case}: throughput, {less}", rate[ROOM] / rate[PERSONAS], "x", bounds[1])
+        yield Figure(f"{case}: loads, room for {ROOM}", runs[ROOM][0].loads, "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of some requests."""
+
+    firsts: list[float]  # seconds from asking to the first token
+    rate: float  # tokens of answers a second
+    loads: int
+
+
+def run_turns(world: World, scale: Scale, room: int, clients: int) -> Run:
+    residency = world.residency(room)
+    if room == PERSONAS:
+        for digest in world.digests:
+            residency.get(digest)
+    engine = Engine(world.base)
+    engine.start()
+    before = residency.loads.done
+    turns, total = count(), PERSONAS * scale.turns
+    prompts = make_prompts(total, (scale.prompt, scale.prompt))
+    firsts: list[float] = []
+
+    def live() -> None:
+        while (turn := next(turns)) < total:
+            firsts.append(ask(engine, residency, world.digests[turn % PERSONAS], prompts[turn], scale.new))
+
+    seconds = clock(lambda: run_threads([live] * clients))
+    engine.stop()
+    residency.close()
+    return Run(firsts, total * scale.new / seconds, residency.loads.done - before)
+
+
+def ask(engine: Engine, residency: Residency, digest: str, prompt: list[int], new: int) -> float:
+    """Seconds to the first token of an answer; returns after the last."""
+    started, first, done = time.perf_counter(), [0.0], threading.Event()
+
+    def listen(event: object) -> None:
+        if isinstance(event, Finished):
+            done.set()
+        elif not first[0]:
+            first[0] = time.perf_counter() - started
+
+    engine.submit(Request(prompt, new, listen, Wear(residency.get(digest), 0.0), sampling=GREEDY))
+    done.wait()
+    return first[0]
+
+
+def run_threads(works: Sequence[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+# --- a load that hangs
+
+
+def measure_hanging(scale: Scale) -> Iterator[Figure]:
+    """Four clients of resident and of cold personas, quiet and while somebody else's mask cannot be read."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(scale, SPARSE, Path(folder))
+        engine = Engine(world.base)
+        engine.start()
+        firsts: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(2 * scale.repeats):
+            for hanging in firsts:
+                residency = world.residency(PERSONAS)
+                for digest in world.digests[1:17]:
+                    residency.get(digest)
+                world.shelf.held = world.digests[0] if hanging else None
+                world.shelf.free.clear()
+                stuck = residency.request(world.digests[0]) if hanging else None
+
+                def live(start: int, residency: Residency = residency, times: list[float] = firsts[hanging]) -> None:
+                    rng = random.Random(start)
+                    for digest in world.digests[1 + start :: 4]:  # half of them resident
+                        prompt = [rng.randrange(4, VOCABULARY) for _ in range(scale.prompt)]
+                        times.append(ask(engine, residency, digest, prompt, 4))
+
+                run_threads([lambda start=start, live=live: live(start) for start in range(4)])  # type: ignore[misc]
+                assert stuck is None or not stuck.done()
+                world.shelf.free.set()
+                residency.close()
+        engine.stop()
+    quiet, held = (firsts[hanging] for hanging in (False, True))
+    yield Figure("median time to first token of others, quiet", float(np.median(quiet)) * 1e3, "ms")
+    for name, pick in (("median", 50), ("95th percentile of the", 95)):
+        ratio = float(np.percentile(held, pick) / np.percentile(quiet, pick))
+        yield Figure(f"{name} time to first token of others while a load hangs / quiet", ratio, "x", "<= 1.25")
+
+
+PARTS = {"switch": measure_switch, "cold": measure_cold, "cliff": measure_cliff, "hanging": measure_hanging}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a smaller model and mask; within a minute")
+    parser.add_argument("--only", choices=sorted(PARTS), help="one part of it")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    scale = QUICK if options.quick else FULL
+    parts = [PARTS[options.only]] if options.only else list(PARTS.values())
+    report("swap", [figure for part in parts for figure in part(scale)], options.json)
+
+
+if __name__ == "__main__":
+    main()
