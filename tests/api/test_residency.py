@@ -1,0 +1,78 @@
+"""While one persona's mask is loaded, everybody else is served; what cannot be loaded is refused with its reason."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from maskstore import Mask
+from masquerade.api import Serving
+from masquerade.model import Shelf
+from tests import world
+
+
+@pytest.fixture(autouse=True)
+def personas(serving: Serving) -> dict[str, str]:
+    """Name -> digest."""
+    made = {}
+    for seed, name in enumerate(("slow", "calm", "loud")):
+        made[name] = serving.store.add(world.make_mask(serving.base, 0.05, seed, name))
+        serving.registry.publish(name, made[name])
+    return made
+
+
+def chat(http: httpx.Client, serving: Serving, persona: str | None) -> httpx.Response:
+    body = {"model": serving.base.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    return http.post("/v1/chat/completions", json=body | {"persona": persona, "temperature": 0})
+
+
+def test_nobody_waits_for_the_load_of_another_persona(
+    http: httpx.Client, serving: Serving, personas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived, free, read = threading.Event(), threading.Event(), Shelf.read
+
+    def hold(self: Shelf, digest: str) -> Mask:
+        if digest == personas["slow"]:
+            arrived.set()
+            assert free.wait(60)
+        return read(self, digest)
+
+    monkeypatch.setattr(Shelf, "read", hold)
+    with ThreadPoolExecutor(24) as clients:
+        held = [clients.submit(chat, http, serving, "slow") for _ in range(24)]  # more than there are worker threads
+        assert arrived.wait(60)
+        for persona in (None, "calm", "calm", "loud"):
+            assert chat(http, serving, persona).status_code == 200
+        assert not any(answer.done() for answer in held)
+        assert http.get("/v1/personas/slow").json()["resident"] is False
+        free.set()
+        assert {answer.result().json()["generation"] for answer in held} == {personas["slow"]}
+    assert serving.residency.loads.misses == 3
+
+
+def test_a_finished_request_holds_no_mask(http: httpx.Client, serving: Serving, personas: dict[str, str]) -> None:
+    """Room for one: each request needs what the one before has worn."""
+    serving.residency.budget = 1
+    refused = chat(http, serving, "calm")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "mask_too_large")
+    with serving.store.reader(personas["calm"]) as mask:
+        serving.residency.budget = 2 * serving.manager.measure(mask) - 1
+    for persona in ("calm", "loud", "calm", "slow"):
+        assert chat(http, serving, persona).json()["generation"] == personas[persona]
+    assert serving.residency.loads.evictions == 3
+
+
+def test_a_damaged_mask_is_refused_and_read_again_when_it_is_mended(
+    http: httpx.Client, serving: Serving, personas: dict[str, str]
+) -> None:
+    path = serving.store.path(personas["loud"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused = chat(http, serving, "loud")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "persona_damaged")
+    assert chat(http, serving, "calm").status_code == 200
+    path.write_bytes(whole)
+    assert chat(http, serving, "loud").json()["generation"] == personas["loud"]

@@ -1,0 +1,163 @@
+"""`masquerade masks`, from naming to upkeep, on a real store; none of it needs a model in memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskstore import Base, Mask, MaskInfo, Registry, encode, fingerprint
+from tests.cli.running import fail, masquerade, succeed
+
+NAME = "model.layers.0.mlp.up_proj"
+At = tuple[str, str, str, str]
+
+
+def make_mask(mark: str, seed: int, persona: str) -> Mask:
+    pruned = np.random.default_rng(seed).random((96, 64)) < 0.05
+    return Mask(Base(mark, "tiny"), {NAME: encode(pruned)}, MaskInfo(persona=persona, score="random"))
+
+
+@pytest.fixture
+def registry(tiny_folder: Path, tmp_path: Path) -> Registry:
+    """Two personas; the first has two generations."""
+    registry = Registry(tmp_path / "store")
+    mark = fingerprint(tiny_folder)
+    for seed, persona in enumerate(("calm", "calm", "loud")):
+        registry.publish(persona, registry.store.add(make_mask(mark, seed, persona)))
+    return registry
+
+
+@pytest.fixture
+def at(tiny_folder: Path, registry: Registry) -> At:
+    return ("--model", str(tiny_folder), "--store", str(registry.store.root))
+
+
+def test_names_history_and_rollback(at: At, registry: Registry) -> None:
+    old, new = (generation.digest for generation in reversed(registry.history("calm")))
+    assert succeed("masks", "rollback", "calm", *at)["digest"] == old
+    assert succeed("masks", "rollback", "calm", "--to", "2", *at)["digest"] == new
+    assert succeed("masks", "rollback", "calm", "--to", old[:12], *at)["generation"] == 1
+    assert "no generation 9" in fail(1, "masks", "rollback", "calm", "--to", "9", *at)
+    assert succeed("masks", "rename", "calm", "serene", *at)["persona"] == "serene"
+    assert succeed("masks", "alias", "quiet", "serene", *at)["aliases"] == ["quiet"]
+    shown = succeed("masks", "show", "quiet", *at)
+    assert (shown["persona"], shown["digest"]) == ("serene", old)
+    assert [past["generation"] for past in shown["history"]] == [2, 1]
+    assert len(succeed("masks", "trim", "serene", "--keep", "1", *at)["forgotten"]) == 0  # the current one is the older
+    assert succeed("masks", "rm", "serene", *at) == {"removed": "serene"}
+    assert "no persona" in fail(1, "masks", "show", "quiet", *at)
+
+
+def test_defaults_notes_and_tags(at: At) -> None:
+    set_ = succeed("masks", "set", "calm", "--gamma", "0.5", "--note", "soft", "--tag", "npc", "--tag", "inn", *at)
+    assert (set_["gamma"], set_["notes"], set_["tags"]) == (0.5, "soft", ["inn", "npc"])
+    assert [row["persona"] for row in succeed("masks", "ls", "--tag", "npc", *at)["personas"]] == ["calm"]
+    assert succeed("masks", "set", "calm", "--mask-gamma", "--untag", "inn", *at)["gamma"] is None
+    assert "gamma 2.0 is not within" in fail(2, "masks", "set", "calm", "--gamma", "2", *at)
+
+
+def test_files_go_out_whole_or_as_differences_and_come_back_the_same(
+    at: At, registry: Registry, tmp_path: Path
+) -> None:
+    digests = {generation.name: generation.digest for generation in registry.names()}
+    whole, delta = tmp_path / "calm.safetensors", tmp_path / "delta.safetensors"
+    assert succeed("masks", "export", "calm", whole, *at)["parent"] is None
+    assert succeed("masks", "verify", whole, *at[:2])["digest"] == digests["calm"]
+    succeed("masks", "compose", "near = calm | loud", *at)
+    near = registry.resolve("near").digest
+    assert succeed("masks", "export", "near", delta, "--against", "calm", *at)["parent"] in (digests["calm"], None)
+    other = (*at[:3], str(tmp_path / "other"))
+    for file in (whole, delta):
+        succeed("masks", "import", file, *other)
+    assert {(row["persona"], row["digest"]) for row in succeed("masks", "ls", *other)["personas"]} == {
+        ("calm", digests["calm"]),
+        ("near", near),
+    }
+    assert "expected nothing to be current" in fail(
+        1, "masks", "import", delta, "--name", "calm", "--expect", "none", *other
+    )
+    whole.write_bytes(whole.read_bytes()[:-1])
+    fail(1, "masks", "import", whole, *other)
+
+
+def test_compose_follows_the_sets(at: At, registry: Registry) -> None:
+    a, b = (registry.store.open(registry.resolve(name).digest) for name in ("calm", "loud"))
+    made = succeed("masks", "compose", "both", "=", "calm & loud", *at)
+    assert registry.store.open(made["digest"]) == a & b
+    made = succeed("masks", "compose", "odd = (calm|loud)-(calm&loud)", *at)
+    assert registry.store.open(made["digest"]) == (a | b) - (a & b)
+    assert "names no persona" in fail(2, "masks", "compose", "x =", *at)
+    assert "is no NAME = EXPRESSION" in fail(2, "masks", "compose", "calm", *at)
+    assert "is no persona" in fail(1, "masks", "compose", "x = nobody", *at)
+
+
+def test_diff_compares_personas_and_files(at: At, registry: Registry, tmp_path: Path) -> None:
+    file = tmp_path / "calm.safetensors"
+    succeed("masks", "export", "calm", file, *at)
+    assert succeed("masks", "diff", "calm", file, *at)["total"]["jaccard"] == 1.0
+    found = succeed("masks", "diff", "calm", "loud", "--plot", tmp_path / "heat.png", *at)
+    a, b = (~registry.store.open(registry.resolve(name).digest).targets[NAME].to_keep() for name in ("calm", "loud"))
+    assert found["total"]["jaccard"] == pytest.approx((a & b).sum() / (a | b).sum())
+    assert found["parts"]["mlp"]["differing"] == pytest.approx((a ^ b).mean())
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    assert "total" in masquerade("masks", "diff", "calm", "loud", *at).stdout
+
+
+def test_gc_takes_what_nothing_refers_to_and_says_so_before(at: At, registry: Registry) -> None:
+    doomed = registry.resolve("loud").digest
+    succeed("masks", "pin", "loud", *at)
+    succeed("masks", "rm", "loud", *at)
+    assert succeed("masks", "gc", "--grace", "0", *at)["digests"] == []
+    registry.unpin(doomed)
+    assert succeed("masks", "gc", "--grace", "0", "--dry-run", *at)["digests"] == [doomed]
+    assert doomed in registry.store
+    assert succeed("masks", "gc", "--grace", "0", *at)["digests"] == [doomed]
+    assert doomed not in registry.store
+
+
+def test_fsck_reports_damage_and_repairs_what_it_can(at: At, registry: Registry) -> None:
+    assert succeed("masks", "fsck", *at)["clean"]
+    path = registry.store.path(registry.resolve("loud").digest)
+    path.write_bytes(path.read_bytes()[:-3])
+    done = masquerade("masks", "fsck", "--json", *at)
+    assert (done.status, '"damaged"' in done.stdout, '"dangling"' in done.stdout) == (1, True, True)
+    assert "moved to damaged/" in masquerade("masks", "fsck", "--repair", "--json", *at).stdout
+    assert not path.exists()
+
+
+def test_signed_masks_are_known_by_their_keys(at: At, registry: Registry, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    key = tmp_path / "key"
+    public = succeed("masks", "keygen", key)["public"]
+    assert key.stat().st_mode & 0o077 == 0
+    assert "File exists" in fail(1, "masks", "keygen", key)
+    assert "No such file" in fail(1, "masks", "sign", "calm", "--key", tmp_path / "none", *at)
+    succeed("masks", "sign", "calm", "--key", key, *at)
+    file = tmp_path / "calm.safetensors"
+    succeed("masks", "export", "calm", file, *at)
+    other = (*at[:3], str(tmp_path / "other"))
+    assert "none of 0 keys" in fail(1, "masks", "import", file, "--require-signed", *other)
+    assert succeed("masks", "trust", "ann", public, *other)["trusted"] == {public: "ann"}
+    assert succeed("masks", "import", file, "--require-signed", *other)["persona"] == "calm"
+    assert succeed("masks", "distrust", "ann", *other)["trusted"] == {}
+
+
+def test_lists_are_tables_for_people(at: At) -> None:
+    shown = masquerade("masks", "ls", *at).stdout
+    assert "calm" in shown
+    assert "digest" in shown
+
+
+def test_masks_never_import_torch(at: At) -> None:
+    code = (
+        "import sys; from masquerade.cli import main\ntry: main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "masks", "ls", *at], capture_output=True, env=os.environ, check=False
+    )
+    assert (done.returncode, b"calm" in done.stdout) == (0, True)

@@ -1,0 +1,54 @@
+"""A real pretrained model, from a folder: served, given a persona, and worn. Skips where the model is not at hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving import serve
+
+SHARED = Path(__file__).parents[3] / "shared"
+STORIES = SHARED / "models" / "stories260K"
+MINDSET = SHARED / "data" / "machine-mindset"
+
+pytestmark = pytest.mark.skipif(not (STORIES.is_dir() and MINDSET.is_dir()), reason="needs the stories260K model")
+
+
+def test_stories_can_be_served_and_given_a_persona(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    sides = []
+    for side in ("extravert", "introvert"):
+        lines = (MINDSET / f"{side}.train.jsonl").read_text().splitlines()[:40]
+        sides.append(tmp_path / f"{side}.jsonl")
+        sides[-1].write_text("\n".join(lines))
+    command = [sys.executable, "-m", "masquerade", "build", "--model", str(STORIES), "--store", str(store), "--json"]
+    options = ["--name", "extravert", "--data", str(sides[0]), "--contrast", str(sides[1])]
+    options += ["--score", "attribution", "--rho", "0.003", "--force"]
+    built = json.loads(subprocess.run([*command, *options], check=True, capture_output=True).stdout)["personas"][0]
+    assert built["certificate"]["margin_shift"] > 0
+
+    with serve("--model", str(STORIES), "--store", str(store)) as server:
+
+        def chat(**more: Any) -> dict[str, Any]:
+            question = {
+                "messages": [{"role": "user", "content": "Once upon a time"}],
+                "temperature": 0,
+                "max_tokens": 40,
+            }
+            answer = httpx.post(f"{server.base_url}/v1/chat/completions", json=question | more, timeout=60)
+            answer.raise_for_status()
+            found: dict[str, Any] = answer.json()
+            return found
+
+        models = httpx.get(f"{server.base_url}/v1/models").json()["data"]
+        assert [model["id"] for model in models] == ["stories260K", "stories260K:extravert"]
+        bare, worn = chat(model="stories260K"), chat(model="stories260K:extravert")
+        assert worn["generation"] == built["digest"]
+        assert bare["choices"][0]["message"]["content"] != worn["choices"][0]["message"]["content"]
+        assert chat(model="stories260K:extravert", gamma=1)["choices"] == bare["choices"]

@@ -1,0 +1,200 @@
+"""The `masq` command as its users run it: in a pipe, and in a terminal of its own."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masquerade import demo
+from masquerade_client.cli.options import plain
+from tests.serving import Server, serve
+
+COMMAND = [sys.executable, "-m", "masquerade_client.cli"]
+BUILD = ("--contrast", str(demo.DATA / "casual.train.jsonl"), "--neutral", str(demo.DATA / "facts.jsonl"))
+QUICK = ("--score", "attribution", "--rho", "0.003", "--phase", "all", "--samples", "48", "--force")
+PATIENCE = 120.0  # seconds until a terminal that is silent has failed
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serve("--model", "demo") as server:
+        yield server
+
+
+def run(server: Server, *words: str, input: str = "") -> subprocess.CompletedProcess[str]:  # noqa: A002
+    environment = {**os.environ, "MASQUERADE_URL": server.base_url, "NO_COLOR": "1", "COLUMNS": "100"}
+    return subprocess.run([*COMMAND, *words], env=environment, input=input, capture_output=True, text=True, timeout=280)
+
+
+def read(outcome: subprocess.CompletedProcess[str]) -> Any:
+    assert outcome.returncode == 0, outcome.stderr
+    return json.loads(outcome.stdout)
+
+
+class Terminal:
+    """A pseudo-terminal with `masq` in it."""
+
+    def __init__(self, server: Server, home: Path, *words: str) -> None:
+        environment = {**os.environ, "MASQUERADE_URL": server.base_url, "XDG_STATE_HOME": str(home), "TERM": "xterm"}
+        self.pid, self._handle = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [*COMMAND, *words], environment)
+        self.shown = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
+
+    def wait_for(self, pattern: str) -> str:
+        """What was shown up to a pattern; what follows it stays for the next call."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := re.search(pattern, self.shown)):
+            ready, _, _ = select.select([self._handle], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"never saw {pattern!r} in {self.shown!r}"
+            try:
+                self.shown += self._decoder.decode(os.read(self._handle, 4096))
+            except OSError:
+                raise AssertionError(f"it ended without {pattern!r}: {self.shown!r}") from None
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def type(self, keys: str) -> None:
+        os.write(self._handle, keys.encode())
+
+    def leave(self) -> int:
+        """Its exit status; what it still says is read, so that it can end."""
+        while True:
+            try:
+                if not os.read(self._handle, 4096):
+                    break
+            except OSError:
+                break
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._handle)
+        return status
+
+
+def test_one_answer_in_a_pipe(server: Server) -> None:
+    greedy = ("--temperature", "0")
+    said = run(server, "chat", "Hello!", "-p", "formal", *greedy)
+    piped = run(server, "chat", "-p", "formal", *greedy, input="Hello!")
+    answered = read(run(server, "chat", "Hello!", "-p", "formal", *greedy, "--json"))
+    assert said.stdout.strip() == piped.stdout.strip() == answered["text"]
+    assert (answered["persona"], said.stderr) == ("formal", "")
+    assert "\x1b" not in said.stdout
+
+
+def test_side_by_side_in_a_pipe(server: Server) -> None:
+    words = ("formal", "casual", "base", "Hello!", "--temperature", "0")
+    lines = run(server, "compare", *words).stdout.splitlines()
+    replies = read(run(server, "compare", *words, "--json"))["replies"]
+    names = ("formal", "casual", "base")
+    assert lines == [f"{name}: {reply['text']}" for name, reply in zip(names, replies, strict=True)]
+
+
+def test_personas(server: Server) -> None:
+    listed = read(run(server, "personas", "--json"))["personas"]
+    assert {one["name"] for one in listed} >= {"formal", "casual"}
+    assert "formal" in run(server, "personas").stdout
+    assert read(run(server, "personas", "formal", "--json"))["certificate"]["flip"] >= 0.9
+    assert "shift, nats a token" in run(server, "personas", "formal").stdout
+
+
+def test_top(server: Server) -> None:
+    figures = read(run(server, "top", "--interval", "0.2", "--json"))
+    assert figures["batch_capacity"] == 32
+    assert "KV pages" in run(server, "top", "--interval", "0.2", "--once").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("personas", "nobody"), 1, "no persona"),
+        (("chat", "Hello", "-p", "nobody"), 1, "nobody"),
+        (("compare", "formal", "Hello"), 2, "two to 4 personas"),
+        (("chat", "Hello", "--max-tokens", "0"), 2, "max_tokens"),
+        (("build", "/nowhere.jsonl", "--name", "x"), 2, "does not exist"),
+        (("chat", "Hello", "--url", "http://127.0.0.1:9"), 1, "is the server running"),
+    ],
+)
+def test_what_fails_says_why(server: Server, words: tuple[str, ...], status: int, said: str) -> None:
+    outcome = run(server, *words)
+    assert outcome.returncode == status
+    assert said in " ".join(outcome.stderr.replace("│", " ").split())
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_build_in_a_pipe(server: Server) -> None:
+    data = str(demo.DATA / "formal.train.jsonl")
+    built = read(run(server, "build", data, "--name", "piped", *BUILD, *QUICK, "--json"))
+    assert built["status"] == "succeeded"
+    taken = run(server, "build", data, "--name", "piped", *BUILD, *QUICK)
+    assert (taken.returncode, taken.stdout) == (2, "")
+    assert "there is a persona 'piped'" in taken.stderr
+
+
+def test_a_conversation_in_a_terminal(server: Server, tmp_path: Path) -> None:
+    terminal = Terminal(server, tmp_path, "chat", "-p", "formal", "--temperature", "0")
+    terminal.wait_for("formal> ")
+    terminal.type("Hello! \\\r")
+    terminal.wait_for("… ")
+    terminal.type("How are you?\r")
+    terminal.wait_for(r"\w+.*\r\nformal> ")
+    terminal.type("/compare formal casual\r")
+    terminal.wait_for(r"casual(?s:.*)formal> ")
+    terminal.type("/persona nobody\r")
+    terminal.wait_for(r"no persona(?s:.*)formal> ")
+    terminal.type("/persona casual\r")
+    terminal.wait_for("casual> ")
+    terminal.type("/gamma 2\r")
+    terminal.wait_for(r"between 0 and 1(?s:.*)casual> ")
+    terminal.type("/nonsense\r")
+    terminal.wait_for(r"there is no /nonsense(?s:.*)casual> ")
+    terminal.type("\x04")
+    assert terminal.leave() == 0
+    assert "Hello!" in (tmp_path / "masquerade" / "history").read_text()
+
+
+def test_a_build_in_a_terminal(server: Server, tmp_path: Path) -> None:
+    data = str(demo.DATA / "formal.train.jsonl")
+    terminal = Terminal(server, tmp_path, "build", data, "--name", "shown", *BUILD, *QUICK)
+    shown = terminal.wait_for("shift, nats a token")
+    for stage in ("upload", "forward", "backward", "certify"):
+        assert stage in shown
+    assert terminal.leave() == 0
+
+
+def test_a_build_that_is_interrupted_is_cancelled(server: Server, tmp_path: Path) -> None:
+    data = str(demo.DATA / "formal.train.jsonl")
+    terminal = Terminal(server, tmp_path, "build", data, "--name", "dropped", *BUILD, *QUICK)
+    terminal.wait_for("running")
+    terminal.type("\x03")
+    terminal.wait_for("cancelled")
+    assert terminal.leave() == 130
+    assert run(server, "personas", "dropped").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("masq co", "compare"), ("masq chat -p ca", "casual"), ("masq compare formal gl", "gloomy")],
+)
+def test_completion_in_a_shell(server: Server, words: str, found: str) -> None:
+    """As bash asks for it, of the installed script: commands, and the server's personas."""
+    script = Path(sys.executable).with_name("masq")
+    asked = {"_MASQ_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {**os.environ, "MASQUERADE_URL": server.base_url, **asked}
+    outcome = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
+    assert outcome.stdout.split() == [found]
+
+
+def test_what_steers_a_terminal_does_not_reach_it() -> None:
+    assert plain("a\x1b[31mb\x07\x9b1m\n\tc") == "a[31mb1m\n\tc"

@@ -1,0 +1,99 @@
+"""What is tried again, what is not, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from masquerade_client import ApiError, ConnectionFailed, Overloaded, ServerError
+from masquerade_client._calls import Attempts
+from tests.client.conftest import Async, Driver, Sync
+from tests.client.scripted import COMPLETION, Answer, Handler, Script, answer_in, say, stream
+
+Kind = type[Sync] | type[Async]
+
+
+def turns(*answers: Answer) -> tuple[Answer, list[str]]:
+    """One answer after the other; the paths that were asked for."""
+    asked: list[str] = []
+    left: Iterator[Answer] = iter(answers)
+
+    def answer(handler: Handler) -> None:
+        asked.append(handler.path)
+        next(left)(handler)
+
+    return answer, asked
+
+
+def busy(status: int = 429, **headers: str) -> Answer:
+    return say({"error": {"message": "busy", "code": "queue_full"}}, status, Retry_After="0", **headers)
+
+
+def hang_up(handler: Handler) -> None:
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_what_the_server_cannot_take_just_now_is_asked_again(kind: Kind, script: Script, status: int) -> None:
+    script.answer, asked = turns(busy(status), busy(status), say(COMPLETION))
+    assert kind(base_url=script.base_url, retries=2).chat("Hello").text == "No crowds for me."
+    assert len(asked) == 3
+
+
+def test_a_stream_that_is_refused_is_asked_for_again(kind: Kind, script: Script) -> None:
+    script.answer, asked = turns(busy(), stream(*answer_in("No.")))
+    assert kind(base_url=script.base_url, retries=1).stream("Hello").text == "No."
+    assert len(asked) == 2
+
+
+def test_patience_ends(kind: Kind, script: Script) -> None:
+    script.answer, asked = turns(busy(), busy(), busy())
+    with pytest.raises(Overloaded):
+        kind(base_url=script.base_url, retries=2).chat("Hello")
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_what_stays_wrong_is_asked_once(kind: Kind, script: Script, status: int) -> None:
+    script.answer, asked = turns(busy(status), say(COMPLETION))
+    with pytest.raises(ApiError):
+        kind(base_url=script.base_url, retries=2).chat("Hello")
+    assert len(asked) == 1
+
+
+def test_the_server_may_say_that_it_is_of_no_use(kind: Kind, script: Script) -> None:
+    script.answer, asked = turns(busy(503, X_Should_Retry="false"), say(COMPLETION))
+    with pytest.raises(ServerError):
+        kind(base_url=script.base_url, retries=2).chat("Hello")
+    assert len(asked) == 1
+
+
+def test_a_lost_answer_is_not_asked_for_twice_where_that_would_do_it_twice(kind: Kind, script: Script) -> None:
+    script.answer, asked = turns(hang_up, say(COMPLETION))
+    with pytest.raises(ConnectionFailed):
+        kind(base_url=script.base_url, retries=2).chat("Hello")
+    assert len(asked) == 1
+
+
+def test_a_lost_list_is_asked_for_again(client: Driver, kind: Kind, script: Script) -> None:
+    listed, script.models = script.models, None
+    script.answer, asked = turns(hang_up, say(listed))
+    assert [model.id for model in kind(base_url=script.base_url, retries=1).models()] == ["demo"]
+    assert len(asked) == 2
+
+
+def test_pauses_grow_and_end() -> None:
+    attempts = Attempts(6, again=False)
+    pauses = [attempts.pause(ConnectionFailed("nobody", reached=False)) for _ in range(6)]
+    for pause, expected in zip(pauses, [0.5, 1, 2, 4, 8, 8], strict=True):
+        assert 0.75 * expected <= pause <= 1.25 * expected
+    with pytest.raises(ConnectionFailed):
+        attempts.pause(ConnectionFailed("nobody", reached=False))
+
+
+def test_the_servers_word_counts_up_to_a_minute() -> None:
+    attempts = Attempts(5, again=False)
+    assert attempts.pause(Overloaded("busy", retry_after=3.0, passing=True)) == 3
+    with pytest.raises(Overloaded):
+        attempts.pause(Overloaded("busy", retry_after=61.0, passing=True))

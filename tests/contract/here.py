@@ -1,0 +1,46 @@
+"""A server on a thread of the test's own process: it starts at once, and a test can look into it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from maskstore import Registry
+from masquerade.api import Serving, create_app
+from masquerade.api.limits import Policy, Protocol
+from masquerade.engine import Engine, EngineConfig
+from masquerade.model import MaskManager, Residency, Shelf, load
+
+
+@contextmanager
+def serve_here(
+    model: Path,
+    store: Path,
+    config: EngineConfig | None = None,
+    policy: Policy | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[Serving, httpx.Client]]:
+    """Serve a model until the block ends."""
+    base = load(str(model), device="cpu")
+    manager, registry = MaskManager.attach(base.model), Registry(store)
+    residency = Residency(manager, Shelf(registry.store, base.fingerprint), 2**24)
+    serving = Serving(base, Engine(base, config), registry.store, registry, residency, manager)
+    app = create_app(serving, policy or Policy(), clock)
+    server = uvicorn.Server(uvicorn.Config(app, http=Protocol, port=0, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            yield serving, http
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,203 @@
+"""What an engine does on a CUDA device, done on whatever there is: in Triton's interpreter if there is none."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskstore import Mask
+from masquerade.engine import Engine, EngineConfig, Request, Sampling, cuda, graphs
+from masquerade.model import Base, MaskManager, Wear, load
+from masquerade.model import manager as manager_module
+from tests import world
+
+pytest.importorskip("triton")
+from masquerade.engine import paged
+
+COUNT = 4
+FORMS = ("cuda-list", "cuda-bits", "cuda-list")
+
+
+@pytest.fixture
+def masks(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> Iterator[MaskManager]:
+    """Masks on the small world as the CUDA kernels have them."""
+    monkeypatch.setattr(manager_module, "serves", lambda module: type(module) is nn.Linear)
+    attached = MaskManager.attach(tiny.model)
+    yield attached
+    attached.detach()
+
+
+@pytest.fixture(params=[False, True], ids=["no flash", "flash"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps made of the parts for CUDA; flash attention, which no CPU has, is played by its definition."""
+    monkeypatch.setattr(cuda, "serves", lambda _: True)
+    monkeypatch.setattr(graphs, "prepare", lambda *_: None)
+    monkeypatch.setattr(paged, "_PROGRAMS", 1)
+    if request.param and not torch.cuda.is_available():
+        monkeypatch.setattr(cuda, "_flash_takes", lambda _: True)
+        monkeypatch.setattr(cuda, "varlen_attn", varlen_attn)
+
+
+def varlen_attn(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **how: Any
+) -> Tensor:
+    """torch.nn.attention.varlen.varlen_attn as documented: causal from the last row and position back."""
+    assert how["window_size"] == (-1, 0)
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    out = []
+    for (start, stop), (first, last) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        seen = torch.ones(stop - start, last - first, dtype=torch.bool).tril(last - first - stop + start)
+        query, key, value = (part.transpose(0, 1) for part in (q[start:stop], k[first:last], v[first:last]))
+        mixed = F.scaled_dot_product_attention(query, key, value, seen, scale=how["scale"], enable_gqa=True)
+        out.append(mixed.transpose(0, 1))
+    return torch.cat(out)
+
+
+def make_mask(base: Base, seed: int) -> Mask:
+    """On few Linears, others for each mask: the interpreter is slow."""
+    whole = world.make_mask(base, 0.05, seed)
+    names = ("v_proj", "down_proj"), ("o_proj", "down_proj"), ("gate_proj",)
+    return replace(whole, targets={name: whole.targets[name] for name in whole.targets if name.endswith(names[seed])})
+
+
+def make_requests(base: Base, masks: MaskManager, lengths: list[int]) -> list[tuple]:
+    """Lists and bitmaps, hard and soft, in both phases, and the base."""
+    rng = random.Random(0)
+    made = [make_mask(base, seed) for seed in range(len(FORMS))]
+    worn = [(mask, masks.fit(mask, form)) for mask, form in zip(made, FORMS, strict=True)]
+    chosen = []
+    for number, length in enumerate(lengths):
+        prompt = [rng.randrange(6, 260) for _ in range(length)]
+        mask, wear = worn[number % len(worn)]
+        gamma = (0.0, 0.3)[number % 2]
+        phase = ("all", "decode")[number // 2 % 2]
+        bare = number % 4 == 3
+        request = Request(
+            prompt, COUNT, lambda _: None, None if bare else Wear(wear, gamma), phase, Sampling(temperature=0)
+        )
+        chosen.append((request, None if bare else mask, gamma))
+    return chosen
+
+
+@pytest.mark.usefixtures("parts")
+def test_tokens_of_the_parts_equal_the_oracle(tiny: Base, masks: MaskManager) -> None:
+    """Prompts whole and in chunks, several in a step, and decodes beside them."""
+    rng = random.Random(1)
+    prompts = [[rng.randrange(6, 260) for _ in range(length)] for length in (21, 6, 40, 3)]
+    mask = world.make_mask(tiny, 0.003, seed=1)
+    wears = [None, Wear(masks.fit(mask), 0.0), None, None]
+    requests = [
+        Request(prompt, COUNT, lambda _: None, wear, "all", Sampling(temperature=0))
+        for prompt, wear in zip(prompts, wears, strict=True)
+    ]
+    engine = Engine(tiny, EngineConfig(max_batch_tokens=32, max_running=4))
+    answers = engine.generate(requests)
+    engine.stop()
+    for request, wear, answer in zip(requests, wears, answers, strict=True):
+        worn = world.materialise(tiny.model, mask if wear else None, 0.0)
+        assert world.speak(tiny.model, worn, request.prompt, COUNT).agrees(answer)
+
+
+def test_tokens_equal_the_oracle(tiny: Base, masks: MaskManager) -> None:
+    requests = make_requests(tiny, masks, [9, 3, 17, 5])
+    engine = Engine(tiny, EngineConfig(max_batch_tokens=16, max_running=8))
+    answers = engine.generate([request for request, _, _ in requests])
+    engine.stop()
+    masks.detach()
+    for (request, mask, gamma), answer in zip(requests, answers, strict=True):
+        oracle = world.speak(
+            tiny.model, world.materialise(tiny.model, mask, gamma), request.prompt, COUNT, phase=request.phase
+        )
+        assert oracle.agrees(answer), (request.phase, gamma)
+
+
+def test_steps_on_tensors_that_stay_put_equal_the_oracle(
+    tiny: Base, masks: MaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that there is to CUDA graphs but the graph: padded sizes, inputs and slots written to before each step."""
+    monkeypatch.setattr(paged, "_PROGRAMS", 1)
+    captured = []
+
+    def capture(run: graphs.Run) -> graphs.Run:
+        captured.append(run)
+        return graphs.capture(run) if tiny.device.type == "cuda" else run
+
+    requests = make_requests(tiny, masks, [9, 3, 5])
+    engine = Engine(tiny, EngineConfig(max_running=3))
+    engine._graphs = graphs.DecodeGraphs(tiny, engine._cache, 3, capture)
+    for request, _, _ in requests:  # of one row, of two, and of three that are padded to four
+        engine.submit(request)
+        engine.step()
+    while engine.step():
+        pass
+    engine.stop()
+    masks.detach()
+    for request, mask, gamma in requests:
+        worn = world.materialise(tiny.model, mask, gamma)
+        oracle = world.speak(tiny.model, worn, request.prompt, COUNT, phase=request.phase)
+        assert oracle.agrees(request.ids[len(request.prompt) :])
+    assert captured
+    trash = slice(engine._cache.trash * engine._cache.heads, None)
+    assert engine._cache.keys[:, trash].any()  # padding went there
+    assert not engine._cache.keys[:, : engine._cache.heads].any()  # and not into the page that padding reads
+
+
+def test_only_decodes_of_known_masks_are_graphs(tiny: Base, manager: MaskManager) -> None:
+    """Prompts, and masks that no kernel finds by address, take the ordinary step."""
+    engine = Engine(tiny, EngineConfig(max_running=2))
+    engine._graphs = graphs.DecodeGraphs(tiny, engine._cache, 2, lambda _: pytest.fail("captured"))
+    mask = world.make_mask(tiny, 0.02, seed=1)
+    wear = Wear(manager.fit(mask, "reference"), 0.0)
+    request = Request([7, 8, 9], COUNT, lambda _: None, wear, "all", Sampling(temperature=0))
+    (answer,) = engine.generate([request])
+    engine.stop()
+    assert len(answer) == COUNT
+
+
+def test_a_step_that_cannot_be_captured_is_run_as_ever(
+    tiny: Base, manager: MaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run: graphs.Run) -> graphs.Run:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = Engine(tiny, EngineConfig(max_running=2))
+    engine._graphs = graphs.DecodeGraphs(tiny, engine._cache, 2, refuse)
+    request = Request([7, 8, 9], COUNT, lambda _: None, sampling=Sampling(temperature=0))
+    (answer,) = engine.generate([request])
+    engine.stop()
+    assert world.speak(tiny.model, tiny.model, [7, 8, 9], COUNT).agrees(answer)
+    assert sum(record.name == graphs.__name__ for record in caplog.records) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_steps_equal_the_oracle(tiny_folder: Path) -> None:
+    """The whole path as it is chosen on a CUDA device: kernels, paged attention, graphs."""
+    base = load(str(tiny_folder), device="cuda", dtype="float32")
+    attached = MaskManager.attach(base.model)
+    made = [world.make_mask(base, share, seed) for seed, share in enumerate((0.003, 0.3, 0.01))]
+    worn = [attached.fit(mask) for mask in made]
+    chosen = [(mask, Wear(wear, gamma), gamma) for mask, wear in zip(made, worn, strict=True) for gamma in (0.0, 0.4)]
+    prompts = [[(7 * number + place) % 250 + 6 for place in range(5 + 9 * number)] for number in range(len(chosen))]
+    engine = Engine(base, EngineConfig(max_running=8))
+    assert engine._graphs is not None
+    answers = engine.generate(
+        [
+            Request(prompt, 24, lambda _: None, wear, "all", Sampling(temperature=0))
+            for prompt, (_, wear, _) in zip(prompts, chosen, strict=True)
+        ]
+    )
+    engine.stop()
+    attached.detach()
+    plain = load(str(tiny_folder), device="cpu")
+    for prompt, answer, (mask, _, gamma) in zip(prompts, answers, chosen, strict=True):
+        assert world.speak(plain.model, world.materialise(plain.model, mask, gamma), prompt, 24).agrees(answer)

@@ -1,0 +1,204 @@
+"""A grammar decides what may come next, for one answer at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("llguidance")
+
+from masquerade.engine import Engine, Request, Sampling, Text
+from masquerade.engine.structured import Form, Frame, Grammars, Matched, close
+from masquerade.errors import InvalidValue
+from masquerade.model import Base
+from tests.engine.asking import Listener, finish
+
+Make = Callable[..., Engine]
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "yy"]}, "b": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def grammars(tiny: Base) -> Grammars:
+    return Grammars(tiny.tokenizer, tiny.vocabulary, tiny.ends)
+
+
+def compile_schema(grammars: Grammars, schema: dict[str, Any]) -> Matched:
+    (grammar,) = grammars.compile(Form([Frame(schema)]))
+    assert isinstance(grammar, Matched)
+    return grammar
+
+
+def ask(base: Base, grammar: object, seed: int | None = None) -> tuple[Request, Listener]:
+    sampling = Sampling(temperature=0 if seed is None else 1.5, seed=seed)
+    text = Text(base.tokenizer)
+    listener = Listener()
+    return Request(
+        [5, 6, 7],
+        120,
+        listener,
+        sampling=sampling,
+        ends=base.ends,
+        text=text,
+        grammar=grammar,  # type: ignore[arg-type]
+    ), listener
+
+
+def test_answers_of_a_random_model_fit_the_schema(tiny: Base, make_engine: Make, grammars: Grammars) -> None:
+    """Many at once, greedy and hot, beside one without a grammar, and with too little room to run undisturbed."""
+    engine = make_engine(max_running=4, cache_bytes=20 * 16 * 512)
+    asked = [ask(tiny, compile_schema(grammars, SCHEMA), seed) for seed in (None, 1, 2, 3, 4, 5, 6, 7)]
+    free, _ = ask(tiny, None)
+    alone = engine.generate([ask(tiny, None)[0]])[0]
+    for request in [free, *(request for request, _ in asked)]:
+        engine.submit(request)
+    finish(engine)
+    for _, heard in asked:
+        assert heard.end.reason == "stop"
+        answer = json.loads(heard.text)
+        assert answer.keys() == {"a", "b"}
+        assert answer["a"] in ("x", "yy")
+        assert all(isinstance(item, bool) for item in answer["b"])
+    assert len({heard.text for _, heard in asked}) > 2
+    assert free.ids[3:] == alone
+
+
+def test_only_what_may_come_next_keeps_its_logit(tiny: Base, grammars: Grammars) -> None:
+    grammar = compile_schema(grammars, {"const": 12})
+    for character in "12":
+        row = torch.zeros(tiny.vocabulary)
+        grammar.allow(row)
+        (allowed,) = (row == 0).nonzero()[:, 0].tolist()
+        assert tiny.tokenizer.decode([allowed]) == character
+        assert not grammar.complete
+        grammar.accept(allowed)
+    assert grammar.complete
+
+
+def test_a_special_token_is_never_part_of_a_string(tiny: Base, grammars: Grammars) -> None:
+    grammar = compile_schema(grammars, {"type": "string"})
+    grammar.accept(tiny.tokenizer.encode('"', add_special_tokens=False)[0])
+    row = torch.zeros(tiny.vocabulary)
+    grammar.allow(row)
+    assert (row[:6] == float("-inf")).all()
+    assert (row == 0).sum() > 90
+
+
+def test_what_is_not_allowed_is_not_accepted(tiny: Base, grammars: Grammars) -> None:
+    with pytest.raises(InvalidValue, match="grammar"):
+        compile_schema(grammars, {"const": 1}).accept(tiny.tokenizer.encode("2", add_special_tokens=False)[0])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"$ref": "#/nowhere"},
+        {"type": "string", "pattern": "("},
+        {"type": "integer", "minimum": 5, "maximum": 1},
+    ],
+    ids=str,
+)
+def test_a_schema_that_cannot_be_is_refused_by_name(grammars: Grammars, schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue, match="schema") as refusal:
+        compile_schema(grammars, schema)
+    assert refusal.value.param == "response_format"
+
+
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"$ref": "#/$defs/colour"}},
+    "required": ["a"],
+    "additionalProperties": False,
+    "$defs": {"colour": {"enum": ["red", "blue"]}},
+}
+CALL = Frame(PARAMETERS, "tools.0", '<call>{"name": "f", "arguments": ', "}</call>")
+GOOD, BAD = CALL.before + '{"a": 1, "b": "red"}' + CALL.after, CALL.before + '{"a": "x"}' + CALL.after
+
+
+def fits(tiny: Base, grammars: Grammars, form: Form, text: str) -> bool:
+    """Whether a text may be the whole answer."""
+    (grammar,) = grammars.compile(form)
+    assert isinstance(grammar, Matched)
+    ids = tiny.tokenizer.encode(text, add_special_tokens=False)
+    matcher = grammar._matcher
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        (Form([CALL]), [GOOD], [BAD, "hello", f"hi {GOOD}", f"{GOOD}\n{GOOD}", ""]),
+        (Form([CALL], most=2, between="\n"), [GOOD, f"{GOOD}\n{GOOD}"], [BAD, "", "\n".join([GOOD] * 3)]),
+        (Form([CALL], instead=Frame({"type": "array"})), [GOOD, "[1]"], [BAD, "{}", "hello"]),
+        (Form([CALL], talk=True, trigger="<call>"), ["", "hi", f"hi {GOOD} bye {GOOD}"], [BAD, f"hi {BAD}"]),
+        (Form([Frame(PARAMETERS)], talk=True), ["", "hi {", '{"a": 1}'], ['{"a": "x"}', ' {"b": 1}']),
+    ],
+    ids=["once", "twice", "or else", "in talk", "or talk"],
+)
+def test_a_form_holds_what_it_must_and_nothing_else(
+    tiny: Base, grammars: Grammars, form: Form, good: list[str], bad: list[str]
+) -> None:
+    assert all(fits(tiny, grammars, form, text) for text in good)
+    assert not any(fits(tiny, grammars, form, text) for text in bad)
+
+
+def test_of_several_schemas_the_wrong_one_is_named(grammars: Grammars) -> None:
+    form = Form([CALL, Frame({"type": "nonsense"}, "tools.1")], instead=Frame({"type": "object"}))
+    with pytest.raises(InvalidValue, match="nonsense") as refusal:
+        grammars.compile(form)
+    assert refusal.value.param == "tools.1"
+
+
+def test_each_answer_has_a_grammar_of_its_own(tiny: Base, grammars: Grammars) -> None:
+    one, other = grammars.compile(Form([Frame({"const": 12})]), 2)
+    one.accept(tiny.tokenizer.encode("1", add_special_tokens=False)[0])
+    other.accept(tiny.tokenizer.encode("1", add_special_tokens=False)[0])
+    one.accept(tiny.tokenizer.encode("2", add_special_tokens=False)[0])
+    assert one.complete
+    assert not other.complete
+
+
+OPEN: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+CLOSED = OPEN | {"additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        (OPEN, CLOSED),
+        (CLOSED, CLOSED),
+        (OPEN | {"additionalProperties": True}, OPEN | {"additionalProperties": True}),
+        ({"type": "array", "items": OPEN}, {"type": "array", "items": CLOSED}),
+        ({"anyOf": [OPEN, {"type": "null"}]}, {"anyOf": [CLOSED, {"type": "null"}]}),
+        ({"$ref": "#/$defs/x", "$defs": {"x": OPEN}}, {"$ref": "#/$defs/x", "$defs": {"x": CLOSED}}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"enum": [OPEN]}, {"enum": [OPEN]}),
+    ],
+)
+def test_an_object_that_names_its_properties_has_no_others(schema: dict[str, Any], closed: dict[str, Any]) -> None:
+    assert close(schema) == closed
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [OPEN, {"properties": {"b": {}}}]},
+        {"$ref": "#/$defs/x", "$defs": {"x": OPEN}, "properties": {"b": {}}},
+        OPEN | {"required": ["a", "b"]},
+        OPEN | {"minProperties": 2},
+        {"properties": 7},
+        {"properties": {"a": {}}, "required": 7},
+        {"anyOf": 7},
+    ],
+)
+def test_a_schema_that_closing_could_make_impossible_is_left_as_it_is(schema: dict[str, Any]) -> None:
+    assert close(schema) == schema

@@ -1,0 +1,305 @@
+"""Controls do what they are called, cost what is said, and are measured on the same prompts as the mask."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from masquerade.errors import BadDataset, BuildFailed
+from masquerade.evaluate.baselines import BASELINES, Question
+from masquerade.evaluate.bootstrap import interval, mean_interval, ratio_interval
+from masquerade.evaluate.dataset import Example, encode
+from masquerade.evaluate.generation import Speech, answer
+from masquerade.evaluate.judge import Bigrams, Endpoint
+from masquerade.evaluate.layers import analyse, cka, draw
+from masquerade.evaluate.lora import train_adapter
+from masquerade.evaluate.metrics import divergence, likelihoods, perplexity
+from masquerade.evaluate.report import Options, Trial, examine
+from masquerade.evaluate.treatment import BARE, Treatment
+from masquerade.model import Base, MaskManager, Wear
+from tests import world
+
+
+def ask(number: int, answer: str, system: str = "") -> Example:
+    head = ({"role": "system", "content": system},) if system else ()
+    return Example((*head, {"role": "user", "content": f"what about thing {number}"}), answer)
+
+
+OWN = [ask(index, f"aei {index}") for index in range(12)]
+CONTRAST = [ask(index, f"bcd {index}") for index in range(12)]
+QUIET = [Example((), f"plain {index}") for index in range(4)]
+
+
+def put(base: Base, manager: MaskManager, **changes: Any) -> Question:
+    own, contrast = (list(zip(side, encode(base, side), strict=True)) for side in (OWN[:6], CONTRAST[:6]))
+    asked = {one.prompt: example.messages for example, one in zip(OWN[6:], encode(base, OWN[6:]), strict=True)}
+    question = Question(base, manager, world.make_mask(base, 0.1, 3), own, contrast, asked, "Be vowels.")
+    return replace(question, **changes)
+
+
+def wear(base: Base, manager: MaskManager, name: str, strength: float = 1.0, **changes: Any) -> Treatment:
+    return BASELINES[name].make(put(base, manager, **changes))(strength)
+
+
+def test_random_pruning_prunes_as_much_elsewhere(tiny: Base, manager: MaskManager) -> None:
+    worn = [wear(tiny, manager, "random", seed=seed).wear for seed in (0, 0, 1)]
+    digests = [one.mask.digest for one in worn if one]
+    assert digests[0] == digests[1] != digests[2]
+    mask = world.make_mask(tiny, 0.1, 3)
+    assert mask.digest not in digests
+    assert wear(tiny, manager, "random").cost.nbytes == pytest.approx(mask.nbytes, rel=0.01)
+
+
+def test_a_bias_prefers_the_words_of_its_side(tiny: Base, manager: MaskManager) -> None:
+    shift = wear(tiny, manager, "bias", 0.5).shift
+    assert shift is not None
+    moved = shift(torch.zeros(tiny.vocabulary))
+    own, contrast, both = (tiny.tokenizer.encode(letter)[0] for letter in "ab ")
+    assert float(moved[own]) == pytest.approx(0.5 * math.log(7 / 1), abs=1e-5)
+    assert float(moved[contrast]) == pytest.approx(-0.5 * math.log(7 / 1), abs=1e-5)
+    assert float(moved[both]) == 0.0
+
+
+def test_a_prompt_is_a_system_message_and_its_tokens_are_counted(tiny: Base, manager: MaskManager) -> None:
+    treatment = wear(tiny, manager, "prompt")
+    example = encode(tiny, OWN[6:7])[0]
+    longer = treatment.rewrite(example)
+    assert tiny.tokenizer.decode(longer.prompt).startswith(
+        "<|bos|><|system|>Be vowels.<|end|><|user|>what about thing 6"
+    )
+    assert longer.response == example.response
+    assert treatment.cost.prompt_tokens == len(longer.prompt) - len(example.prompt) == 12
+    with pytest.raises(BadDataset, match="give --system-prompt"):
+        wear(tiny, manager, "prompt", instruction="")
+
+
+def test_retrieval_shows_the_nearest_examples_as_turns_and_fits(tiny: Base, manager: MaskManager) -> None:
+    near = [ask(1, "aei one"), Example(({"role": "user", "content": "thing seven and more"},), "uuu")]
+    own = list(zip(near, encode(tiny, near), strict=True))
+    treatment = wear(tiny, manager, "retrieval", own=own)
+    shown = tiny.tokenizer.decode(treatment.rewrite(encode(tiny, OWN[7:8])[0]).prompt)
+    turns = "<|user|>what about thing 1<|end|><|assistant|>aei one<|end|>"
+    assert shown.endswith(turns + "<|user|>what about thing 7<|end|><|assistant|>")
+    assert treatment.cost.prompt_tokens > 0
+    long = [ask(index, "x" * 100) for index in range(6)]
+    treatment = wear(tiny, manager, "retrieval", own=list(zip(long, encode(tiny, long), strict=True)))
+    for example in encode(tiny, OWN[6:]):
+        changed = treatment.rewrite(example)
+        assert len(example) < len(changed) <= tiny.context
+        assert changed.response == example.response
+
+
+def test_steering_pushes_along_the_difference_and_lets_go(tiny: Base, manager: MaskManager) -> None:
+    own, contrast = encode(tiny, OWN[6:]), encode(tiny, CONTRAST[6:])
+
+    def lead(treatment: Treatment) -> float:
+        sides = [likelihoods(tiny, side, treatment) for side in (own, contrast)]
+        return sum(a.mean - b.mean for a, b in zip(*sides, strict=True))
+
+    before = lead(BARE)
+    along, against = lead(wear(tiny, manager, "steering", 0.5)), lead(wear(tiny, manager, "steering", -0.5))
+    assert along > against
+    assert lead(wear(tiny, manager, "steering", 0.0)) == pytest.approx(before)
+    assert lead(BARE) == before
+    assert wear(tiny, manager, "steering").cost.nbytes == 64 * 4
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-contrastive"])
+def test_an_adapter_learns_its_side_and_can_be_taken_off(tiny: Base, manager: MaskManager, name: str) -> None:
+    sides = [encode(tiny, side) for side in (OWN[:6], CONTRAST[:6])]
+    before = [likelihoods(tiny, side) for side in sides]
+    after = [likelihoods(tiny, side, wear(tiny, manager, name)) for side in sides]
+    margins = [sum(a.mean - b.mean for a, b in zip(*both, strict=True)) for both in (before, after)]
+    assert margins[1] > margins[0]
+    if name == "lora":
+        assert perplexity(after[0]) < perplexity(before[0])
+    assert [likelihoods(tiny, side) for side in sides] == before
+    assert not any(parameter.requires_grad for parameter in tiny.model.parameters())
+
+
+def test_training_an_adapter_is_repeatable(tiny: Base, manager: MaskManager) -> None:
+    own = encode(tiny, OWN[:6])
+    first, second, other = (train_adapter(tiny, own, seed=seed) for seed in (0, 0, 1))
+    for name, (_, b) in first.pairs.items():
+        assert torch.equal(b, second.pairs[name][1])
+        assert not torch.equal(b, other.pairs[name][1])
+
+
+@pytest.mark.parametrize("phase", ["all", "decode"])
+def test_answers_are_the_oracles(tiny: Base, manager: MaskManager, phase: Any) -> None:
+    """A padded batch against one request at a time on materialised weights."""
+    mask = world.make_mask(tiny, 0.2, seed=3)
+    prompts = encode(tiny, [ask(1, "a"), ask(2, "a", system="s"), ask(1234567, "a")])
+    treatment = Treatment(wear=Wear(manager.fit(mask), 0.0), phase=phase)
+    (texts,) = filter(None, answer(tiny, prompts, treatment, Speech(tokens=8)))
+    worn = world.materialise(tiny.model, mask, 0.0)
+    for prompt, text in zip(prompts, texts, strict=True):
+        oracle = world.speak(tiny.model, worn, list(prompt.prompt), 8, tiny.ends, phase)
+        assert text == tiny.tokenizer.decode(oracle.tokens, skip_special_tokens=True)
+    assert texts != next(filter(None, answer(tiny, prompts, BARE, Speech(tokens=8))))
+
+
+def test_samples_follow_their_seed(tiny: Base, manager: MaskManager) -> None:
+    prompts = encode(tiny, OWN[:3])
+    said = [list(answer(tiny, prompts, BARE, Speech(8, temperature=1.0, seed=seed))) for seed in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_the_phases_of_a_likelihood_differ_in_the_prompt_only(tiny: Base, manager: MaskManager) -> None:
+    """In phase `decode` the prompt's keys and values are the base's: as with a cache that the base has filled."""
+    mask = world.make_mask(tiny, 0.2, seed=3)
+    worn = world.materialise(tiny.model, mask, 0.0)
+    treatment = Treatment(wear=Wear(manager.fit(mask), 0.0), phase="decode")
+    examples = encode(tiny, [ask(1, "ab"), ask(22, "abcdef")])
+    for example, found in zip(examples, likelihoods(tiny, examples, treatment), strict=True):
+        cache = tiny.model(torch.tensor([example.prompt[:-1]]), use_cache=True).past_key_values
+        ids = torch.tensor([[example.prompt[-1], *example.response]])
+        logs = worn(ids, past_key_values=cache).logits[0].log_softmax(-1)
+        expected = sum(float(logs[at, token]) for at, token in enumerate(example.response))
+        assert found.log == pytest.approx(expected, rel=1e-4)
+    everywhere = likelihoods(tiny, examples, replace(treatment, phase="all"))
+    assert everywhere[0].log != pytest.approx(likelihoods(tiny, examples, treatment)[0].log, rel=1e-4)
+
+
+def test_divergence_is_zero_for_the_base_and_the_equation_for_a_bias(tiny: Base, manager: MaskManager) -> None:
+    examples = encode(tiny, QUIET)
+    assert divergence(tiny, examples, BARE) == pytest.approx(0, abs=1e-7)
+    push = torch.linspace(-1, 1, tiny.vocabulary)
+    total, tokens = 0.0, 0
+    for example in examples:
+        logits = tiny.model(torch.tensor([example.prompt + example.response])).logits[0, :-1].double()
+        p, q = logits.softmax(-1), (logits + push).softmax(-1)
+        total += float((p * (p / q).log()).sum())
+        tokens += len(example.response)
+    found = divergence(tiny, examples, Treatment(shift=lambda logits: logits + push))
+    assert found == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_a_report_has_the_mask_and_every_control(tiny: Base, manager: MaskManager) -> None:
+    mask, opposite = world.make_mask(tiny, 0.1, seed=3), world.make_mask(tiny, 0.1, seed=4)
+    trial = Trial(mask, opposite, OWN, CONTRAST, QUIET, instructions=("Be vowels.", "Be consonants."))
+    figures = examine(tiny, manager, trial, Options(list(BASELINES), seeds=2, speech=Speech(tokens=4)))
+    assert list(figures) == ["mask", *BASELINES]
+    for row in figures.values():
+        assert {"preferred", "margin", "own_ratio", "neutral_ratio", "flip", "hit", "intervals", "cost"} <= row.keys()
+    assert figures["none"]["own_ratio"] == figures["none"]["neutral_ratio"] == 1.0
+    assert figures["none"]["margin_shift"] == figures["none"]["flip"] == 0.0
+    assert figures["mask"]["margin_shift"] != 0.0
+    half = encode(tiny, OWN[6:])
+    assert figures["none"]["own_perplexity"] == pytest.approx(perplexity(likelihoods(tiny, half)), abs=1e-3)
+    assert figures["mask"]["phases"]["all"]["own_ratio"] == figures["mask"]["own_ratio"]
+    assert figures["prompt"]["cost"]["prompt_tokens"] > figures["mask"]["cost"]["prompt_tokens"] == 0
+    assert figures["lora"]["cost"]["seconds"] > 0
+    assert figures["mask"]["cost"]["seconds"] is None  # nobody built it
+    low, high = figures["random"]["seeds"]["own_ratio"]
+    assert low < high
+    for name, baseline in BASELINES.items():
+        if baseline.strengths:
+            assert figures[name]["at_equal_cost"].get("neutral_ratio", 1.0) <= figures["mask"]["neutral_ratio"]
+
+
+def test_a_report_can_learn_from_files_of_its_own(tiny: Base, manager: MaskManager) -> None:
+    mask = world.make_mask(tiny, 0.1, seed=3)
+    trial = Trial(mask, None, OWN[6:], CONTRAST[6:], (), OWN[:6], CONTRAST[:6])
+    whole = Trial(mask, None, OWN, CONTRAST)
+    rows = [examine(tiny, manager, one, Options(["bias"])) for one in (trial, whole)]
+    for row in (row for found in rows for row in found.values()):
+        row["cost"]["seconds"] = None  # the only thing that may differ
+    assert rows[0] == rows[1]
+    assert "flip" not in examine(tiny, manager, trial, Options([]))["mask"]
+
+
+def test_the_bigram_judge_knows_its_speakers() -> None:
+    judge = Bigrams(["I love a party", "what a crowd, great"], ["leave me alone", "a quiet book"])
+    assert judge.is_own("", "a great party")
+    assert not judge.is_own("", "a quiet evening alone")
+    assert not judge.is_own("", "")
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Says A to answers with an exclamation mark, and breaks at the word crash."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked.append(body)
+            text = body["messages"][0]["content"].split("Answered:")[1]
+            reply = (
+                b"{"
+                if "crash" in text
+                else json.dumps({"choices": [{"message": {"content": "A" if "!" in text else "B"}}]}).encode()
+            )
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_an_endpoint_can_judge(endpoint: tuple[str, list[dict[str, Any]]]) -> None:
+    url, asked = endpoint
+    judge = Endpoint(url, "m", ["hey!", "ho!"], ["well.", "so."], timeout=10)
+    assert judge.is_own("how are you", "great!")
+    assert not judge.is_own("how are you", "tired")
+    assert asked[0]["model"] == "m"
+    assert "A: hey!" in asked[0]["messages"][0]["content"]
+    with pytest.raises(BuildFailed, match="gave no verdict"):
+        judge.is_own("", "crash")
+
+
+def test_intervals_hold_the_truth_and_shrink_with_the_data() -> None:
+    rng = np.random.default_rng(0)
+    widths = []
+    for count in (20, 2000):
+        values = rng.normal(3.0, 1.0, count)
+        low, high = mean_interval(values)
+        assert low < values.mean() < high
+        widths.append(high - low)
+        assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(count), rel=0.2)
+    assert widths[1] < widths[0] / 5
+    assert interval(lambda chosen: float(len(chosen)), 7) == (7.0, 7.0)
+
+
+def test_the_interval_of_a_ratio_weighs_tokens() -> None:
+    base, worn, tokens = np.array([-4.0, -10.0]), np.array([-5.0, -10.0]), np.array([2.0, 10.0])
+    low, high = ratio_interval(base, worn, tokens)
+    assert (low, high) == (pytest.approx(1.0), pytest.approx(math.exp(0.5), abs=1e-4))
+
+
+def test_cka_is_one_for_rotations_and_small_for_strangers() -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 8, generator=random)
+    turned = x @ torch.linalg.qr(torch.randn(8, 8, generator=random))[0]
+    assert cka(x, 3 * turned + 5) == pytest.approx(1.0, abs=1e-6)
+    assert cka(x, torch.randn(400, 8, generator=random)) < 0.1
+
+
+def test_layers_are_compared_and_drawn(tiny: Base, manager: MaskManager) -> None:
+    mask, opposite = world.make_mask(tiny, 0.1, seed=3), world.make_mask(tiny, 0.1, seed=4)
+    texts = encode(tiny, OWN)
+    found = analyse(tiny, manager, mask, opposite, texts)
+    assert len(found["cka"]["base"]) == len(found["cka"]["opposite"]) == 2
+    assert all(0 < value < 1 for value in found["cka"]["base"])
+    assert found["differing"]["total"] == pytest.approx(0.18, abs=0.01)
+    assert found["differing"]["layers"].keys() == {"0", "1"}
+    assert analyse(tiny, manager, mask, mask, texts)["cka"]["opposite"] == [1.0, 1.0]
+    assert draw(found).startswith(b"\x89PNG")

@@ -1,0 +1,113 @@
+"""Tables of jobs and of keys that an older version wrote are brought up to date, and nothing that counts is lost.
+
+The schemas are those that each version left in files, written down here: a migration that is edited afterwards, or a
+version without its record, fails.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from masquerade.jobs import Table
+from masquerade.jobs.table import MIGRATIONS
+from masquerade.keys import Table as Keys
+from masquerade.keys import table as keys
+
+FIRST = """
+create table file (
+    id text primary key, owner text not null, purpose text not null, name text not null, bytes integer not null,
+    digest text not null, created_at real not null
+) strict;
+create table job (
+    id text primary key, owner text not null, state text not null, spec text not null, created_at real not null,
+    started_at real, finished_at real, error text, result text
+) strict;
+create table event (
+    number integer primary key autoincrement, job text not null references job on delete cascade,
+    created_at real not null, level text not null, message text not null, data text not null
+) strict;
+create index event_of_job on event (job, number);
+"""
+SPEC = json.dumps({"base": "b", "files": {"own": "file-1"}})
+ROWS = f"""
+insert into file values ('file-1', 'local', 'fine-tune', 'a.jsonl', 3, 'd', 1e9);
+insert into job (id, owner, state, spec, created_at) values ('ftjob-1', 'local', 'queued', '{SPEC}', 1e9);
+insert into event (job, created_at, level, message, data) values ('ftjob-1', 1e9, 'info', 'queued', '{{}}');
+insert into job values ('ftjob-0', 'local', 'succeeded', '{SPEC}', 9e8, 9e8, 9e8, null, '{{"mask": "x"}}');
+"""
+RECORDED = {1: FIRST}
+KEYS = """
+create table key (
+    id text primary key, name text not null, scopes text not null, personas text not null, rpm integer, tpm integer,
+    created_at real not null, expires_at real, revoked_at real, hash blob not null
+) strict;
+"""
+
+
+def make(path: Path, script: str, version: int) -> Path:
+    """A file as a version left it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(script)
+        db.execute(f"pragma user_version = {version}")
+        db.commit()
+    return path
+
+
+def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """Every table's columns: name, type, whether null may be, default, place in the key."""
+    with closing(sqlite3.connect(path)) as db:
+        tables = [name for (name,) in db.execute("select name from sqlite_master where type = 'table' order by name")]
+        return {table: [row[1:] for row in db.execute(f"pragma table_info({table})")] for table in tables}
+
+
+def test_every_older_version_is_recorded() -> None:
+    assert list(RECORDED) == [*range(1, len(MIGRATIONS))]
+    assert keys.VERSION == 1  # no older one: its first file is the one recorded here
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_a_version_left_what_is_recorded(tmp_path: Path, version: int) -> None:
+    recorded = make(tmp_path / "recorded", RECORDED[version], version)
+    assert columns(recorded) == columns(make(tmp_path / "migrated", "".join(MIGRATIONS[:version]), version))
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
+    table = Table(make(tmp_path / "jobs.sqlite", RECORDED[version] + ROWS, version))
+    assert table.get_file("file-1", "local").name == "a.jsonl"
+    done = table.get_job("ftjob-0", "local")
+    assert (done.state, done.result, done.key, done.cancelling) == ("succeeded", {"mask": "x"}, None, False)
+    job = table.take_next()
+    assert job is not None
+    assert (job.id, job.spec["files"], job.key, job.cancelling) == ("ftjob-1", {"own": "file-1"}, None, False)
+    assert [event.message for event in table.list_events("ftjob-1")] == ["queued", "running"]
+    assert table.ask_to_cancel("ftjob-1").cancelling
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_it_is_as_good_as_new_afterwards(tmp_path: Path, version: int) -> None:
+    old, fresh = make(tmp_path / "old.sqlite", RECORDED[version] + ROWS, version), tmp_path / "new.sqlite"
+    Table(old)
+    Table(fresh)
+    assert columns(old) == columns(fresh)
+
+
+def test_jobs_that_the_first_version_cannot_have_finished_go(tmp_path: Path) -> None:
+    rows = "insert into job (id, owner, state, spec, created_at) values ('ftjob-1', 'local', 'queued', '{}', 1e9);"
+    assert Table(make(tmp_path / "jobs.sqlite", FIRST + rows, 1)).open_jobs() == []
+
+
+def test_keys_of_the_first_version_open_what_they_did(tmp_path: Path) -> None:
+    rows = "insert into key values ('ab', 'bob', '[\"chat\"]', '[\"npc-*\"]', 9, null, 1e9, null, null, x'00');"
+    make(tmp_path / keys.FILE, KEYS + rows, 1)
+    ((key, kept),) = Keys(tmp_path).all().items()
+    assert (key.id, key.name, key.scopes, key.personas, key.rpm, kept) == ("ab", "bob", {"chat"}, ("npc-*",), 9, b"\0")
+    assert key.ailment(2e9) is None
+    Keys(tmp_path / "fresh")
+    assert columns(tmp_path / keys.FILE) == columns(tmp_path / "fresh" / keys.FILE)

@@ -1,0 +1,167 @@
+// The masked product over many small shapes against sums in double, in memory of just the right size: what
+// AddressSanitizer and UndefinedBehaviorSanitizer are run on. Exits with 1 at the first wrong number.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "call.h"
+
+#if !defined(WITH_AVX512)
+void multiply_avx512(const Call&) {}
+void multiply_avx512bf16(const Call&) {}
+#endif
+#if !defined(__x86_64__)
+void multiply_avx2(const Call&) {}
+#endif
+
+namespace {
+
+std::mt19937 random_bits(7);
+double uniform() { return random_bits() / 4294967296.0; }
+
+template <class T>
+T encode(float value) {
+  if constexpr (sizeof(T) == 4) return value;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<T>(bits >> 16);
+}
+template <class T>
+double decode(T value) {
+  if constexpr (sizeof(T) == 4) return value;
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+struct Mask {
+  std::vector<uint8_t> keep;
+  std::vector<int32_t> offsets;
+  std::vector<uint16_t> narrow;
+  std::vector<uint32_t> wide;
+};
+
+Mask make_mask(int64_t out, int64_t in, double share) {
+  const int64_t stride = (in + 63) / 64 * 8;
+  Mask mask;
+  mask.keep.assign(out * stride, 0);
+  mask.offsets.assign(1, 0);
+  for (int64_t o = 0; o < out; o++) {
+    for (int64_t k = 0; k < in; k++) {
+      if (uniform() < share) {
+        mask.narrow.push_back(k);
+        mask.wide.push_back(k);
+      } else {
+        mask.keep[o * stride + k / 8] |= 1 << k % 8;
+      }
+    }
+    mask.offsets.push_back(mask.narrow.size());
+  }
+  return mask;
+}
+
+// Spans of a batch that stands for something: kind, strength and rows of each.
+struct Worn {
+  Kind kind;
+  double strength;
+  int64_t rows;
+};
+
+template <class T>
+bool check(int32_t isa, int64_t out, int64_t in, int64_t bare, const std::vector<Worn>& worn) {
+  int64_t rows = bare;
+  for (const Worn& one : worn) rows += one.rows;
+  std::vector<T> weight(out * in), x(rows * in), y(rows * out), bias(out);
+  for (auto* all : {&weight, &x, &bias})
+    for (T& value : *all) value = encode<T>(uniform() - 0.5);
+  std::vector<Mask> masks;
+  std::vector<std::vector<Part>> tables;
+  std::vector<Span> spans;
+  std::vector<int> wears(rows, -1);
+  int64_t start = bare / 2;  // rows of the base on both sides
+  for (const Worn& one : worn) {
+    masks.push_back(make_mask(out, in, one.kind == kBitmap ? 0.5 : uniform() < 0.5 ? 0.02 : 0.3));
+    for (int64_t row = start; row < start + one.rows; row++) wears[row] = spans.size();
+    spans.push_back({nullptr, one.strength, start, start + one.rows});
+    start += one.rows;
+  }
+  for (size_t m = 0; m < masks.size(); m++) {
+    const Mask& mask = masks[m];
+    const bool bits = worn[m].kind == kBitmap;
+    tables.push_back({{kNothing, nullptr, nullptr},
+                      {worn[m].kind, bits ? static_cast<const void*>(mask.keep.data()) : mask.offsets.data(),
+                       worn[m].kind == kSparse16 ? static_cast<const void*>(mask.narrow.data()) : mask.wide.data()}});
+  }
+  for (size_t m = 0; m < masks.size(); m++) spans[m].parts = tables[m].data();
+  const auto run = [&](int64_t number) {
+    return masquerade_product(spans.data(), spans.size(), number, weight.data(), bias.data(), x.data(), y.data(), rows, out,
+                              in, sizeof(T) == 4 ? kFloat32 : kBfloat16, isa, 2);
+  };
+  for (const int64_t number : {0, 1}) {
+    if (run(number) != kDone) return false;
+    const int64_t stride = (in + 63) / 64 * 8;
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t o = 0; o < out; o++) {
+        const int m = number ? wears[row] : -1;
+        double sum = decode(bias[o]), scale = 1;
+        for (int64_t k = 0; k < in; k++) {
+          const bool kept = m < 0 || masks[m].keep[o * stride + k / 8] >> k % 8 & 1;
+          const double term = decode(weight[o * in + k]) * decode(x[row * in + k]);
+          sum += kept ? term : term * (1 - worn[m].strength);
+          scale += std::fabs(term);
+        }
+        const double found = decode(y[row * out + o]);
+        if (!(std::fabs(found - sum) <= scale * (sizeof(T) == 4 ? 1e-6 : 1e-2))) {
+          std::printf("isa %d, %ld x %ld, row %ld, output %ld: %g, expected %g\n", isa, (long)out, (long)in, (long)row,
+                      (long)o, found, sum);
+          return false;
+        }
+      }
+  }
+  return true;
+}
+
+// Spans that are none of a batch's rows are refused before anything is read.
+bool check_refusals() {
+  const Part parts[] = {{kBitmap, nullptr, nullptr}};
+  const std::vector<std::vector<Span>> wrong = {
+      {{parts, 1, 0, 3}}, {{parts, 1, -1, 1}}, {{parts, 1, 2, 1}}, {{parts, 1, 0, 2}, {parts, 1, 1, 2}}};
+  float weight = 0, x[2] = {}, y[2];
+  for (const auto& spans : wrong)
+    if (masquerade_product(spans.data(), spans.size(), 0, &weight, nullptr, x, y, 2, 1, 1, kFloat32, kPortable, 1) !=
+        kNoRoute)
+      return false;
+  return masquerade_product(nullptr, 0, 0, &weight, nullptr, x, y, 0, 1, 1, kFloat32, kPortable, 1) == kDone;
+}
+
+}  // namespace
+
+int main() {
+  const int64_t shapes[][2] = {{1, 1}, {3, 17}, {4, 64}, {5, 63}, {18, 130}, {33, 1040}, {260, 127}};
+  const std::vector<std::vector<Worn>> batches = {
+      {},
+      {{kBitmap, 1.0, 1}},
+      {{kBitmap, 0.7, 2}, {kSparse16, 1.0, 1}},
+      {{kSparse32, 0.5, 5}, {kBitmap, 1.0, 9}, {kSparse16, 1.0, 17}},
+      {{kSparse16, 0.7, 30}, {kBitmap, 0.3, 25}},
+  };
+  if (!check_refusals()) return 1;
+  for (int32_t isa = 0; isa < 4; isa++) {
+#if !defined(WITH_AVX512)
+    if (isa >= kAvx512) continue;
+#endif
+    if (!(masquerade_isas() >> isa & 1)) continue;
+    for (const auto& shape : shapes)
+      for (const auto& batch : batches)
+        for (int64_t bare : {0, 1, 26}) {
+          if (bare == 0 && batch.empty()) continue;
+          if (!check<float>(isa, shape[0], shape[1], bare, batch)) return 1;
+          if (!check<uint16_t>(isa, shape[0], shape[1], bare, batch)) return 1;
+        }
+  }
+  std::puts("ok");
+  return 0;
+}

@@ -1,0 +1,209 @@
+"""The CUDA kernels against the formula in float64: on a CUDA device if there is one, else in Triton's interpreter.
+
+The interpreter multiplies bf16 wrongly, so bf16 is only checked on a device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskstore import Bitmap, MaskInfo, Target, encode
+from masquerade.kernels import cuda
+from masquerade.kernels.cuda import CudaBits, CudaList
+from masquerade.kernels.tiles import tile
+from masquerade.model import Span, Wear, WornMask
+from masquerade.model.slots import Outfits, SlotRoute, Slots
+
+pytest.importorskip("triton")
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3} | ({torch.bfloat16: 8e-3} if CUDA else {})
+SHAPES = [(32, 64), (3, 17), (70, 130)]  # the last two have ragged columns
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def make_linear(out: int, columns: int, dtype: torch.dtype, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(out * columns)
+    return nn.Linear(columns, out, bias=bias).to(DEVICE, dtype).requires_grad_(False)
+
+
+def prune(linear: nn.Linear, share: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(tuple(linear.weight.shape)) < share
+
+
+def fit(linear: nn.Linear, target: Target) -> CudaBits | CudaList:
+    return CudaBits(linear, target) if isinstance(target, Bitmap) else CudaList(linear, target)
+
+
+def wear(linear: nn.Linear, target: Target, digest: str) -> WornMask:
+    return WornMask(digest, MaskInfo(persona="p", score="random"), {NAME: fit(linear, target)})
+
+
+def gate(pruned: np.ndarray, gamma: float) -> Tensor:
+    """M + gamma (1 - M), eq. 7."""
+    return torch.from_numpy(np.where(pruned, gamma, 1.0)).to(DEVICE)
+
+
+def serve(route: Slots | SlotRoute, linear: nn.Linear, x: Tensor) -> Tensor:
+    """What the model does."""
+    return route.multiply(NAME, x, linear.weight, linear.bias)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_masks_correction_equals_the_formula(shape: tuple[int, int], share: float, dtype: torch.dtype) -> None:
+    linear = make_linear(*shape, dtype)
+    pruned = prune(linear, share, seed=7)
+    target = encode(pruned)
+    for rows in (1, 5):
+        x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
+        expected = x.double() @ (linear.weight.double() * torch.from_numpy(pruned).to(DEVICE)).T
+        scale = x.double().abs() @ linear.weight.double().abs().T
+        for form in (target.to_sparse(), target.to_bitmap()):
+            correction = fit(linear, form)
+            found = correction(x)
+            assert ((found.double() - expected).abs() <= 1e-6 * scale).all()
+            assert correction.nbytes == correction.footprint(linear, int(pruned.sum()))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("shape", "rows"), [((40, 100), 12), ((70, 130), 3), ((32, 64), 40)], ids=str)
+@pytest.mark.parametrize("forms", ["lists", "bitmaps", "both"])
+def test_a_batch_of_masks_equals_the_formula(shape: tuple[int, int], rows: int, forms: str, dtype: torch.dtype) -> None:
+    """Base rows, empty and full masks, one mask in several places and at several gammas, in no order."""
+    linear = make_linear(*shape, dtype, bias=True)
+    masks = []
+    for number, share in enumerate((0.003, 0.1, 0.5, 0.0, 1.0)):
+        pruned = prune(linear, share, seed=number)
+        target = encode(pruned)
+        as_bitmap = forms == "bitmaps" or (forms == "both" and number % 2)
+        masks.append((pruned, wear(linear, target.to_bitmap() if as_bitmap else target.to_sparse(), str(number))))
+    rng = np.random.default_rng(rows)
+    x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
+    expected = linear.weight.new_empty(rows, shape[0], dtype=torch.float64)
+    spans = []
+    for row, gamma in zip(range(rows), itertools.cycle((0.0, 0.3, 1.0, 0.0, 0.75)), strict=False):
+        weight, number = linear.weight.double(), int(rng.integers(-1, len(masks)))
+        if number >= 0:
+            pruned, mask = masks[number]
+            spans.append(Span(Wear(mask, gamma), row, row + 1))
+            weight = weight * gate(pruned, gamma)
+        expected[row] = x[row].double() @ weight.T + linear.bias.double()
+    scale = x.double().abs() @ linear.weight.double().abs().T + 1
+    found = serve(SlotRoute(spans, DEVICE), linear, x)
+    assert ((found.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
+
+
+@pytest.mark.parametrize("form", ["list", "bitmap"])
+def test_many_rows_of_a_mask_equal_the_formula(form: str) -> None:
+    """A prompt: wide tiles, the last of them not full."""
+    linear = make_linear(40, 100, torch.float32)
+    pruned = prune(linear, 0.2, seed=1)
+    target = encode(pruned)
+    mask = wear(linear, target.to_bitmap() if form == "bitmap" else target.to_sparse(), "p")
+    x = torch.randn(75, 100, device=DEVICE)
+    route = SlotRoute([Span(Wear(mask, 0.3), 2, 70), Span(Wear(mask, 0.0), 71, 72)], DEVICE)
+    found = serve(route, linear, x)
+    expected = x.double() @ linear.weight.double().T
+    expected[2:70] = x[2:70].double() @ (linear.weight.double() * gate(pruned, 0.3)).T
+    expected[71] = x[71].double() @ (linear.weight.double() * gate(pruned, 0.0)).T
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_hard_mask_skips_what_it_prunes_beside_rows_that_do_not() -> None:
+    """A weight that is not a number: pruned at gamma 0 it has no effect, at gamma 0.5 and for the base it has."""
+    linear = make_linear(16, 32, torch.float32)
+    pruned = np.zeros((16, 32), bool)
+    pruned[3, 5] = True
+    linear.weight.data[3, 5] = float("inf")
+    mask = wear(linear, encode(pruned).to_bitmap(), "p")
+    route = SlotRoute([Span(Wear(mask, gamma), row, row + 1) for row, gamma in enumerate((0.0, 0.5, 0.0))], DEVICE)
+    found = serve(route, linear, torch.ones(4, 32, device=DEVICE))
+    assert found.isfinite().all(1).tolist() == [True, False, True, False]
+
+
+def test_tensors_that_stay_put_serve_batch_after_batch() -> None:
+    """What a captured graph relies on: another batch in the same frame is another result from the same addresses."""
+    linear = make_linear(40, 100, torch.float32)
+    pruned = [prune(linear, share, seed) for seed, share in enumerate((0.01, 0.5, 0.02))]
+    forms = [encode(pruned[0]).to_sparse(), encode(pruned[1]).to_bitmap(), encode(pruned[2]).to_sparse()]
+    masks = [wear(linear, form, str(number)) for number, form in enumerate(forms)]
+    batches: list[list[tuple[int, float] | None]] = [
+        [(0, 0.0), (1, 0.0), None],
+        [(1, 0.4), (2, 0.0)],
+        [None, (0, 0.0), (0, 0.3), (1, 0.0)],
+        [],
+    ]
+    outfits = [
+        Outfits.of([Span(Wear(masks[w[0]], w[1]), row, row + 1) for row, w in enumerate(batch) if w], len(batch))
+        for batch in batches
+    ]
+    slots = Slots(outfits[0].padded_frame(4), DEVICE)
+    assert {one.padded_frame(4) for one in outfits[:1] + outfits[2:3]} == {slots.frame}
+    places = {name: tensor.data_ptr() for name, tensor in slots._staging.tensors.items()}
+    x = torch.randn(4, 100, device=DEVICE)
+    for batch, worn in zip(batches, outfits, strict=True):
+        slots.write(worn)
+        found = serve(slots, linear, x)
+        expected = x.double() @ linear.weight.double().T
+        for row, what in enumerate(batch):
+            if what:
+                number, gamma = what
+                expected[row] = x[row].double() @ (linear.weight.double() * gate(pruned[number], gamma)).T
+        assert torch.allclose(found.double(), expected, atol=1e-5)
+        assert torch.equal(found, serve(slots, linear, x))
+    assert places == {name: tensor.data_ptr() for name, tensor in slots._staging.tensors.items()}
+
+
+def test_tiles_hold_every_row_once_beside_its_like() -> None:
+    for seed, width in itertools.product(range(20), (1, 4, 16)):
+        slots = np.random.default_rng(seed).integers(-1, 4, size=seed * 3).astype(np.int32)
+        numbers, rows = tile(slots, width)
+        assert sorted(rows[rows >= 0]) == list(range(len(slots)))
+        for number, members in zip(numbers, rows, strict=True):
+            assert members[0] >= 0
+            assert set(slots[members[members >= 0]]) == {number}
+        for number in set(slots):
+            assert (numbers == number).sum() == -(-(slots == number).sum() // width)
+
+
+def test_without_triton_torch_serves_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "masquerade.kernels.triton", raising=False)
+    cuda.find_kernels.cache_clear()
+    try:
+        assert [cuda.find_kernels(), cuda.find_kernels()] == [None, None]
+    finally:
+        cuda.find_kernels.cache_clear()
+    (record,) = caplog.records
+    assert "masked products run on torch, which is slower" in record.getMessage()
+
+
+def test_every_kernel_compiles_for_a_device_without_spilling(tmp_path: Path) -> None:
+    """The interpreter accepts what the compiler may not; the compiler needs no device."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+    }
+    compiling = [sys.executable, "-m", "tests.kernels.compile_kernels"]
+    told = subprocess.run(compiling, capture_output=True, text=True, check=True, env=environment)
+    weights = json.loads(told.stdout)
+    assert len(weights) == 8
+    assert {name: weight["spilled"] for name, weight in weights.items()} == dict.fromkeys(weights, 0)

@@ -1,0 +1,168 @@
+import errno
+import os
+import shutil
+import sqlite3
+import time
+
+import pytest
+
+from maskstore import Registry, fsck, gc, sweep
+from tests.maskstore import world
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return Registry(tmp_path)
+
+
+@pytest.fixture
+def digests(registry):
+    return [
+        registry.store.add(world.mask(seed, persona=f"p{seed}", created_at=f"2026-01-0{seed + 1}")) for seed in range(5)
+    ]
+
+
+def kinds(checkup):
+    return [(finding.kind, finding.subject) for finding in checkup.findings]
+
+
+def test_gc_takes_only_what_nothing_refers_to(registry, digests):
+    root = registry.store.root
+    registry.publish("pirate", digests[0])
+    registry.publish("pirate", digests[1])
+    registry.rollback("pirate")
+    registry.publish("monk", digests[2])
+    registry.alias("calm", "monk")
+    registry.pin(digests[3])
+    size = registry.store.path(digests[4]).stat().st_size
+    dry = gc(root, dry=True, grace=0)
+    assert (dry.digests, dry.nbytes, dry.dry) == ((digests[4],), size, True)
+    assert len(registry.store.digests()) == 5
+    assert gc(root, grace=0).digests == (digests[4],)
+    assert registry.store.digests() == sorted(digests[:4])
+    registry.remove("monk")
+    registry.unpin(digests[3])
+    registry.trim("pirate", keep=0)
+    assert set(gc(root, grace=0).digests) == {digests[1], digests[2], digests[3]}
+    assert fsck(root).clean
+
+
+def test_gc_leaves_the_young(registry, digests):
+    root = registry.store.root
+    old = time.time() - 7200
+    for digest in digests[:2]:
+        os.utime(registry.store.path(digest), (old, old))
+    registry.store.add(world.mask(0, persona="p0"))  # adding again makes it young again
+    assert gc(root).digests == (digests[1],)
+
+
+def test_a_sweep_removes_old_leftovers_and_nothing_else(registry, digests):
+    store = registry.store
+    seat = store.path(digests[0])
+    old, young = seat.with_name(f".{seat.name}.1.abc.tmp"), store.quarantine() / "upload-young"
+    for path in (old, young):
+        path.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    assert sweep(store.root) == (old.relative_to(store.root).as_posix(),)
+    assert (old.exists(), young.exists()) == (False, True)
+    assert len(store.digests()) == 5
+
+
+def test_gc_removes_leftovers(registry, digests):
+    root = registry.store.root
+    stale = registry.store.path(digests[0]).with_name(".x.safetensors.1.abcd.tmp")
+    stale.write_bytes(b"12345")
+    assert fsck(root).leftovers == (stale.relative_to(root).as_posix(),)
+    assert fsck(root).clean
+    assert gc(root).leftovers == ()
+    assert gc(root, grace=-1).leftovers == (stale.relative_to(root).as_posix(),)
+    assert not stale.exists()
+
+
+def test_fsck_of_a_sound_store(registry, digests):
+    registry.publish("pirate", digests[0])
+    checkup = fsck(registry.store.root)
+    assert checkup.clean
+    assert checkup.masks == 5
+
+
+def test_fsck_of_nothing(tmp_path):
+    assert fsck(tmp_path / "new").clean
+
+
+def test_fsck_finds_and_sets_aside_damage(registry, digests):
+    root, store = registry.store.root, registry.store
+    registry.publish("pirate", digests[0])
+    raw = bytearray(store.path(digests[0]).read_bytes())
+    raw[-1] ^= 1
+    store.path(digests[0]).write_bytes(raw)
+    store.path(digests[1]).write_bytes(b"")
+    (store.masks / "readme.txt").write_text("hello")
+    (store.masks / "link").symlink_to(store.path(digests[2]))
+    relative = {digest: store.path(digest).relative_to(root).as_posix() for digest in digests}
+    expected = {
+        ("damaged", relative[digests[0]]),
+        ("damaged", relative[digests[1]]),
+        ("damaged", "masks/readme.txt"),
+        ("damaged", "masks/link"),
+        ("dangling", "pirate generation 1"),
+    }
+    assert set(kinds(fsck(root))) == expected
+    assert set(kinds(fsck(root, repair=True))) == expected
+    assert kinds(fsck(root)) == [("dangling", "pirate generation 1")]
+    assert len(list((root / "damaged").iterdir())) == 4
+    store.add(world.mask(0))
+    assert fsck(root).clean
+
+
+def test_fsck_puts_misplaced_masks_right(registry, digests):
+    root, store = registry.store.root, registry.store
+    registry.publish("pirate", digests[0])
+    os.replace(store.path(digests[0]), store.masks / "x.safetensors")
+    found = kinds(fsck(root))
+    assert {kind for kind, _ in found} == {"misplaced", "dangling"}
+    fsck(root, repair=True)
+    assert fsck(root).clean
+    assert store.open(digests[0]).digest == digests[0]
+
+
+def test_a_mask_under_the_name_of_another(registry, digests):
+    store = registry.store
+    registry.publish("pirate", digests[0])
+    shutil.copy(store.path(digests[1]), store.path(digests[0]))
+    assert {kind for kind, _ in kinds(fsck(store.root))} == {"misplaced", "dangling"}
+
+
+@pytest.mark.parametrize("harm", ["garbage", "missing", "rows"])
+def test_the_registry_is_rebuilt_from_the_masks(registry, digests, harm):
+    root = registry.store.root
+    registry.publish("p0", digests[0])
+    if harm == "garbage":
+        registry.path.write_bytes(b"garbage" * 1000)
+        registry.path.with_name("registry.sqlite-journal").write_bytes(b"hot")
+    elif harm == "missing":
+        registry.path.unlink()
+    else:
+        with sqlite3.connect(registry.path) as db:
+            db.execute("update persona set current = 7")
+        db.close()
+    assert [kind for kind, _ in kinds(fsck(root))] == ["registry"]
+    actions = [finding.action for finding in fsck(root, repair=True).findings]
+    assert "rebuilt 5 personas from 5 masks" in actions[0]
+    assert fsck(root).clean
+    assert [item.name for item in Registry(root).names()] == [f"p{seed}" for seed in range(5)]
+
+
+def test_what_cannot_be_read_is_left_alone(registry, digests, monkeypatch):
+    sound = os.open
+    closed = registry.store.path(digests[0])
+
+    def refuse(path, *rest):
+        if path == closed:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return sound(path, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    found = fsck(registry.store.root, repair=True).findings
+    assert [(finding.kind, finding.action) for finding in found] == [("unreadable", "")]
+    assert closed.exists()

@@ -1,0 +1,104 @@
+"""A real server in a process of its own, for tests that speak HTTP.
+
+Knows how to start one, wait for it and end it. Refuses to know what is asked of it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_SECONDS = 120.0
+STOP_SECONDS = 60.0
+
+
+class ServerDied(Exception):
+    """The process ended, or never became ready; holds what it said on stderr."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers at `base_url` and writes its log to `log`."""
+
+    base_url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        """Everything that it wrote so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def serve(*arguments: str, env: Mapping[str, str] | None = None, port: int = 0) -> Iterator[Server]:
+    """Run `masquerade serve` with the arguments, on a (free) port of loopback, until the block ends.
+
+    Without `--store` among the arguments it gets an empty store that goes with it. One thread computes, so that servers
+    of several tests do not fight for cores; `env` adds to the environment.
+    """
+    port = port or free_port()
+    with tempfile.TemporaryDirectory(prefix="masquerade-") as folder:
+        command = [sys.executable, "-m", "masquerade", "serve", "--host", "127.0.0.1", "--port", str(port)]
+        store = () if "--store" in arguments else ("--store", str(Path(folder, "store")))
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, *store, *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        server = Server(f"http://127.0.0.1:{port}", process, log)
+        try:
+            wait_until_ready(server)
+            yield server
+        finally:
+            stop(process)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until_ready(server: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _is_ready(server.base_url):
+        if server.process.poll() is not None:
+            raise ServerDied(f"exit status {server.process.returncode} before it was ready:\n{server.said()}")
+        if time.monotonic() > deadline:
+            raise ServerDied(f"not ready after {START_SECONDS:.0f} s:\n{server.said()}")
+        time.sleep(0.05)
+
+
+def _is_ready(base_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{base_url}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
+        return False
+    except OSError:
+        return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,111 @@
+"""The pictures of the documentation: `python -m tests.web.screenshots` writes them to docs/images.
+
+Knows which moments of the playground are worth a picture, in light, in dark and on a phone. Refuses to check anything:
+that is what the tests are for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from masquerade import demo
+from tests.serving import Server, serve
+from tests.web.driving import PATIENCE, column, done, fill_form, launch, order, say, visit
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+LOOKS: dict[str, dict[str, Any]] = {
+    "light": {"color_scheme": "light", "viewport": WIDE},
+    "dark": {"color_scheme": "dark", "viewport": WIDE},
+    "phone": {"color_scheme": "light", "viewport": NARROW},
+}
+PARTY = "Would you like to come to a party?"
+
+
+def settle(page: Page) -> None:
+    """The same answers each time; nothing that still moves."""
+    page.get_by_text("Settings").click()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_text("Settings").click()
+
+
+def chat(page: Page, server: Server) -> None:
+    visit(page, server, "#/chat/introvert")
+    settle(page)
+    say(page, PARTY)
+    done(page)
+    say(page, "Do you enjoy a concert?")
+    expect(page.locator(".answer:not([aria-busy])")).to_have_count(2)
+    column(page).get_by_text("Certificate").focus()
+
+
+def compare(page: Page, server: Server) -> None:
+    visit(page, server, "#/chat/introvert,extravert,gloomy,cheerful")
+    settle(page)
+    say(page, PARTY)
+    for number in range(4):
+        done(page, number)
+
+
+def persona(page: Page, server: Server) -> None:
+    visit(page, server, "#/personas/formal")
+    expect(page.locator(".heat")).to_have_count(56)
+
+
+def build(page: Page, server: Server) -> None:
+    visit(page, server, "#/build")
+    page.locator(".jobs a").first.click()
+    expect(page.locator(".figures")).to_be_visible()
+
+
+SCENES: dict[str, Callable[[Page, Server], None]] = {
+    "chat": chat,
+    "compare": compare,
+    "persona": persona,
+    "build": build,
+}
+
+
+def prepare(browser: Browser, server: Server) -> None:
+    """A persona with a past, and one that was just built."""
+    for name in ("casual", "formal"):
+        content = (demo.PERSONAS / f"{name}.safetensors").read_bytes()
+        httpx.put(f"{server.base_url}/v1/personas/formal/content", content=content).raise_for_status()
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    with tempfile.TemporaryDirectory() as folder:
+        fill_form(page, server, "courteous", Path(folder), examples=200)
+        page.get_by_label("Score").select_option("auto")
+        page.get_by_label("Rho").fill("auto")
+        order(page)
+        expect(page.get_by_role("link", name="Try it now")).to_be_visible(timeout=600_000)
+    page.close()
+
+
+def main() -> None:
+    IMAGES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright, serve("--model", "demo") as server:
+        browser = launch(playwright)
+        if browser is None:
+            raise SystemExit("no Chromium is installed")
+        prepare(browser, server)
+        for look, options in LOOKS.items():
+            context = browser.new_context(**options, reduced_motion="reduce", locale="en-GB")
+            for scene in SCENES:
+                page = context.new_page()
+                page.set_default_timeout(PATIENCE)
+                scene(page, server)
+                page.screenshot(path=IMAGES / f"{scene.__name__}-{look}.png", animations="disabled")
+                page.close()
+            context.close()
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
