@@ -62,7 +62,7 @@ def test_a_file_is_checked_as_it_is_dropped(page: Page, server: Server, tmp_path
     bad.write_bytes(b'{"text": "\xff"}\n')
     choose(page, "Answers in character", bad)
     expect(place(page, "Answers in character")).to_contain_text("line 1: not UTF-8 text")
-    assert page.title() == "Build · Masquerade"
+    expect(page).to_have_title("Build · Masquerade")
 
 
 def test_a_refused_build_says_why(page: Page, server: Server, tmp_path: Path) -> None:

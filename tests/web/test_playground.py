@@ -35,6 +35,7 @@ def test_chat(page: Page, server: Server) -> None:
     column(page).get_by_text("Certificate").click()
     expect(column(page).get_by_role("row", name="score")).to_contain_text("attribution")
     column(page).get_by_text("This request as code").click()
+    expect(column(page).locator("pre")).to_have_count(2)
     curl, python = column(page).locator("pre").all_inner_texts()
     assert '"persona": "formal"' in curl
     assert "How was your weekend?" in curl
@@ -128,8 +129,8 @@ def test_text_is_never_html(page: Page, server: Server) -> None:
     expect(column(page).locator(".question")).to_have_text(HOSTILE)
     visit(page, server, "#/personas")
     expect(page.get_by_role("link", name=HOSTILE, exact=True)).to_be_visible()
+    expect(page).to_have_title("Personas · Masquerade")
     assert page.locator("main img").count() == 0
-    assert page.title() == "Personas · Masquerade"
 
 
 def test_the_browser_is_told_to_stay_here(server: Server) -> None:
