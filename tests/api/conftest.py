@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 from maskstore import Registry
 from masquerade.api import Serving, create_app
 from masquerade.engine import Engine
 from masquerade.model import Base, MaskManager, Residency, Shelf
+from tests.contract.here import listen
 
 
 @pytest.fixture
@@ -26,13 +24,5 @@ def serving(tiny: Base, manager: MaskManager, tmp_path: Path) -> Serving:
 
 @pytest.fixture
 def http(serving: Serving) -> Iterator[httpx.Client]:
-    server = uvicorn.Server(uvicorn.Config(create_app(serving), port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+    with listen(create_app(serving)) as client:
         yield client
-    server.should_exit = True
-    thread.join()

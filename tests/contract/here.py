@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from maskstore import Registry
 from masquerade.api import Serving, create_app
@@ -32,6 +33,13 @@ def serve_here(
     residency = Residency(manager, Shelf(registry.store, base.fingerprint), 2**24)
     serving = Serving(base, Engine(base, config), registry.store, registry, residency, manager)
     app = create_app(serving, policy or Policy(), clock)
+    with listen(app) as http:
+        yield serving, http
+
+
+@contextmanager
+def listen(app: FastAPI) -> Iterator[httpx.Client]:
+    """Have an app answer on a free port, as `masquerade serve` would, until the block ends."""
     server = uvicorn.Server(uvicorn.Config(app, http=Protocol, port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -40,7 +48,7 @@ def serve_here(
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-            yield serving, http
+            yield http
     finally:
         server.should_exit = True
         thread.join()
