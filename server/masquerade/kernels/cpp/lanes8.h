@@ -1,7 +1,8 @@
 // Eight fp32 lanes, in the compiler's vector types: AVX2 and FMA where the unit is built for them, anything elsewhere.
 //
-// `weight<mode, part>` loads effective weights of one step: of 32 of fp32 a quarter, of 16 of bf16 the even (part 0) or
-// the odd ones. Keep bits are LSB first; a pruned weight is replaced by 0 (hard) or scaled (soft), never read as is.
+// `read<part>` loads weights of one step, and `effective<mode, part>` makes fp32 of them as a mask has them: of 32 of
+// fp32 a quarter, of 16 of bf16 the even (part 0) or the odd ones. Keep bits are LSB first; a pruned weight is replaced
+// by 0 (hard) or scaled (soft), never used as is. `line<part>` loads vectors of a cache line of inputs, in that order.
 #pragma once
 #if defined(__FMA__)
 #include <immintrin.h>
@@ -18,8 +19,6 @@ struct Lanes {
   typedef float Quad __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(32)));
   typedef uint16_t S __attribute__((vector_size(32)));
-  typedef F Octet;
-  typedef I Octet32;
 
   static constexpr int width = 8;
   template <class T>
@@ -29,14 +28,15 @@ struct Lanes {
   template <class T>
   using Input = float;
   static constexpr int rows = 3;  // 4 x 3 accumulators, 3 inputs and a weight fill sixteen registers
+  static constexpr int each = 2;  // rows that wear a mask each
 
   template <class V, class T>
-  static inline V read(const T* from) {
+  static inline V copy(const T* from) {
     V value;
     std::memcpy(&value, from, sizeof value);
     return value;
   }
-  static inline F load(const float* from) { return read<F>(from); }
+  static inline F load(const float* from) { return copy<F>(from); }
   static inline void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
   static inline F fill(float value) { return F{} + value; }
 
@@ -54,38 +54,34 @@ struct Lanes {
     std::memcpy(to, &sums, sizeof sums);
   }
 
-  template <class C>
-  static inline F gather(const float* from, const C* at) {
-    return F{from[at[0]], from[at[1]], from[at[2]], from[at[3]], from[at[4]], from[at[5]], from[at[6]], from[at[7]]};
-  }
-  template <class C>
-  static inline F gather(const uint16_t* from, const C* at) {
-    typedef uint16_t Half __attribute__((vector_size(16)));
-    typedef uint32_t U __attribute__((vector_size(32)));
-    const Half found{from[at[0]], from[at[1]], from[at[2]], from[at[3]], from[at[4]], from[at[5]], from[at[6]], from[at[7]]};
-    return (F)(__builtin_convertvector(found, U) << 16);
-  }
+  template <int part>
+  static inline F read(const float* from) { return load(from + part * width); }
+  template <int part>
+  static inline S read(const uint16_t* from) { return copy<S>(from); }
 
   template <Mode mode, int part>
-  static inline F weight(const float* from, const uint8_t* keep, F gamma) {
-    const F value = load(from + part * width);
-    if constexpr (mode == Mode::dense) return value;
+  static inline F effective(F raw, const uint8_t* keep, F gamma) {
+    if constexpr (mode == Mode::dense) return raw;
     const I bit = I{1, 2, 4, 8, 16, 32, 64, 128} << 8 * part;
-    const I kept = ((I{} + read<int32_t>(keep)) & bit) == bit;
-    if constexpr (mode == Mode::hard) return (F)((I)value & kept);
-    return value * (kept ? fill(1.0f) : gamma);
+    const I kept = ((I{} + copy<int32_t>(keep)) & bit) == bit;
+    if constexpr (mode == Mode::hard) return (F)((I)raw & kept);
+    return raw * (kept ? fill(1.0f) : gamma);
   }
 
   template <Mode mode, int part>
-  static inline F weight(const uint16_t* from, const uint8_t* keep, F gamma) {
-    S value = read<S>(from);
-    if constexpr (mode == Mode::dense) return widen<part>(value);
+  static inline F effective(S raw, const uint8_t* keep, F gamma) {
+    if constexpr (mode == Mode::dense) return widen<part>(raw);
     const S bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-    const S kept = (S)(((S{} + read<uint16_t>(keep)) & bit) == bit);
-    if constexpr (mode == Mode::hard) return widen<part>(value & kept);
+    const S kept = (S)(((S{} + copy<uint16_t>(keep)) & bit) == bit);
+    if constexpr (mode == Mode::hard) return widen<part>(raw & kept);
     const I sign = part ? (I)kept : (I)kept << 16;
-    return widen<part>(value) * (sign < 0 ? fill(1.0f) : gamma);
+    return widen<part>(raw) * (sign < 0 ? fill(1.0f) : gamma);
   }
+
+  template <int part>
+  static inline F line(const float* from) { return load(from + part * width); }
+  template <int part>
+  static inline F line(const uint16_t* from) { return widen<part % 2>(copy<S>(from + part / 2 * 16)); }
 
  private:
   template <int part>

@@ -1,0 +1,101 @@
+// Few rows of a mask: tiles of kTile outputs, multiplied straight from the weights.
+#pragma once
+#include "job.h"
+
+namespace {
+
+// Where a tile's weights and keep bits begin, and how far its outputs are apart; 0 where one output fills the tile.
+template <class T>
+struct Place {
+  const T* weight;
+  int64_t apart, keep, keep_apart;
+};
+
+// kTile outputs of `n` rows, all with one mask or `each` with its own, over some inputs.
+template <class T, Mode mode, bool each, int n>
+void direct(const Job<T>& job, const Pass& pass, const Place<T>& place, const Reach& reach, Ahead& ahead_) {
+  constexpr int step = kStep<T>, masks = each ? n : 1;
+  const int64_t in = reach.stop, stride = job.stride, apart = place.apart, keep_apart = place.keep_apart;
+  const T* weight = place.weight;
+  const Input<T>* x = job.x + pass.row * stride;
+  Ahead ahead = ahead_;
+  const uint8_t* keep[masks];
+  F gamma[masks];
+  for (int r = 0; r < masks; r++) {
+    keep[r] = mode == Mode::dense ? nullptr : pass.keep[r] + place.keep;
+    gamma[r] = Lanes::fill(pass.gamma[r]);
+  }
+  F total[kTile][n];
+  reach.begin<n>(total);
+  const auto add = [&](const T* from, int64_t from_apart, int64_t k) __attribute__((always_inline)) {
+    each_of<Lanes::parts<T>>([&](auto part) __attribute__((always_inline)) {
+      Vector<T> input[n];
+      for (int r = 0; r < n; r++) input[r] = Lanes::load(x + r * stride + k + part.value * kVector<T>);
+#pragma GCC unroll 4
+      for (int m = 0; m < kTile; m++) {
+        const auto raw = Lanes::read<part.value>(from + m * from_apart);
+        const auto effective = [&](int r) __attribute__((always_inline)) {
+          const uint8_t* bits = mode == Mode::dense ? nullptr : keep[r] + m * keep_apart + k / 8;
+          return Lanes::effective<mode, part.value>(raw, bits, gamma[r]);
+        };
+        const Vector<T> shared = effective(0);
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++)
+          total[m][r] = Lanes::fma(each && r ? effective(r) : shared, input[r], total[m][r]);
+      }
+    });
+  };
+  int64_t k = reach.start;
+  for (; k + step <= in; k += step) {
+    ahead.fetch();
+    if constexpr (mode != Mode::dense)
+      if (k % 128 == 0)
+        for (int r = 0; r < masks; r++) __builtin_prefetch(keep[r] + kTile * keep_apart + k / 2, 0, 2);
+    add(weight + k, apart, k);
+  }
+  if (k < in) {
+    T rest[kTile][step] = {};
+    for (int m = 0; m < kTile; m++) std::memcpy(rest[m], weight + m * apart + k, (in - k) * sizeof(T));
+    add(rest[0], step, k);
+  }
+  ahead_ = ahead;
+  reach.end<n>(total);
+}
+
+template <class T, Mode mode, bool each, int n = Lanes::rows>
+void direct_rows(const Job<T>& job, const Pass& pass, const Place<T>& place, const Reach& reach, Ahead& ahead) {
+  if constexpr (n > 1)
+    if (pass.rows < n) return direct_rows<T, mode, each, n - 1>(job, pass, place, reach, ahead);
+  direct<T, mode, each, n>(job, pass, place, reach, ahead);
+}
+
+// The tile that begins at an output, for all passes.
+template <class T>
+void direct_tile(const Job<T>& job, int64_t output, float* totals, const Stage& stage) {
+  constexpr decltype(&direct_rows<T, Mode::dense, false>) kDirect[3][2] = {
+      {direct_rows<T, Mode::dense, false>, nullptr},
+      {direct_rows<T, Mode::hard, false>, direct_rows<T, Mode::hard, true, Lanes::each>},
+      {direct_rows<T, Mode::soft, false>, direct_rows<T, Mode::soft, true, Lanes::each>}};
+  const int64_t in = job.call.in, steps = job.passes.size() * (in / kStep<T> + 1);
+  Ahead ahead(job.weight(output + kTile), kTile * in * sizeof(T), steps);
+  const auto compute = [&](int64_t at, int64_t outputs, int64_t apart) {
+    const Place<T> place{job.weight(at), apart * in, at * job.keep_stride(), apart * job.keep_stride()};
+    for (int64_t k = 0; k < in; k += kChunk) {
+      const int64_t stop = std::min(k + kChunk, in);
+      float* kept = totals;
+      for (const Pass& pass : job.passes) {
+        float sums[Pass::most * kTile];
+        const Reach reach{k, stop, k == 0, stop == in, kept, sums, kTile};
+        kDirect[static_cast<int>(pass.mode)][pass.each](job, pass, place, reach, ahead);
+        kept += pass.rows * kTile * Lanes::width;
+        if (reach.done)
+          for (int r = 0; r < pass.rows; r++)
+            std::memcpy(stage.of(pass.whole, pass.row + r, at), sums + r * kTile, outputs * sizeof(float));
+      }
+    }
+  };
+  if (output + kTile <= stage.last) return compute(output, kTile, 1);
+  for (; output < stage.last; output++) compute(output, 1, 0);
+}
+
+}  // namespace
