@@ -6,49 +6,17 @@ Knows field names, types and ranges, and which fields must not be ignored. Refus
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from masquerade.api import unsupported
 from masquerade.engine import MOST_LOGPROBS, Frame, Phase, Sampling
 from masquerade.errors import InvalidValue, MasqueradeError, UnsupportedParameter
 
 MOST_CHOICES = 16  # answers to one prompt
 MOST_PROMPTS = 64  # in one request for completions
 MOST_MESSAGES = 2048  # in one chat
-
-# Fields that would change the answer and are not implemented, with the values that ask for nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "adapter": (),
-    "adapter_id": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "ignore_eos": (False,),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "lora_path": (),
-    "prompt_logprobs": (0,),
-    "stop_token_ids": ([],),
-    "structured_outputs": (),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-}
-_UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "prediction": (),
-    "web_search_options": (),
-}
-_UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",)}
 
 _CHAT: dict[str, Any] = {
     "model": "demo",
@@ -90,12 +58,12 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-def refuse(fields: Any, unsupported: Mapping[str, Sequence[Any]]) -> Any:
+def refuse(fields: Any, table: unsupported.Table) -> Any:
     """The fields, unless one is there that must not be ignored."""
     if isinstance(fields, dict):
-        for name, idle in unsupported.items():
-            value = fields.get(name)
-            if value is not None and value not in idle:
+        for name, value in fields.items():
+            idle = table.get(name)
+            if idle is not None and value is not None and value not in idle:
                 raise Refusal(UnsupportedParameter(f"`{name}` is not supported", param=name))
     return fields
 
@@ -179,7 +147,7 @@ class Message(Schema):
                     param=named,
                 )
             )
-        return refuse(fields, {"function_call": (), "audio": ()})
+        return refuse(fields, unsupported.MESSAGE)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -257,11 +225,6 @@ class GenerationRequest(Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
-        return refuse(fields, _UNSUPPORTED)
-
     @property
     def reported(self) -> int | None:
         """How many of the likeliest tokens are reported with each token; None if no log probability is."""
@@ -312,8 +275,8 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported_in_chat(cls, fields: Any) -> Any:
-        return refuse(fields, _UNSUPPORTED_IN_CHAT)
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        return refuse(fields, unsupported.CHAT)
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
@@ -368,8 +331,8 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported_in_completions(cls, fields: Any) -> Any:
-        return refuse(fields, _UNSUPPORTED_IN_COMPLETIONS)
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        return refuse(fields, unsupported.COMPLETIONS)
 
     @property
     def reported(self) -> int | None:

@@ -9,12 +9,12 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
-from masquerade.api import chat, completions
+from masquerade.api import chat, completions, unsupported
 from masquerade.api.access import Chatting
 from masquerade.api.dependencies import Served
-from masquerade.api.schemas import MOST_MESSAGES, Id, Message, Schema, Text, Tool
+from masquerade.api.schemas import MOST_MESSAGES, Id, Message, Schema, Text, Tool, refuse
 from masquerade.errors import InvalidValue
 
 router = APIRouter()
@@ -31,6 +31,11 @@ class TokenizeRequest(Schema):
     tools: list[Tool] | None = None
     add_special_tokens: bool = True  # of a prompt; a chat has those of its template
     return_token_strs: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        return refuse(fields, unsupported.TOKENIZE)
 
 
 class Tokenized(Schema):
@@ -56,6 +61,11 @@ class DetokenizeRequest(Schema):
     model: Text | None = None
     tokens: list[Id]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        return refuse(fields, unsupported.DETOKENIZE)
+
 
 class Detokenized(Schema):
     """The text of token ids."""
@@ -72,6 +82,8 @@ async def tokenize(asked: TokenizeRequest, serving: Served, caller: Chatting) ->
         caller.check_choice(serving.choose(asked.model, None, None))
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidValue("give `prompt` or `messages`, one of them", param="prompt")
+    if asked.tools and asked.messages is None:
+        raise InvalidValue("`tools` are offered in a chat: they need `messages`", param="tools")
     tokenizer = serving.base.tokenizer
     if asked.messages is not None:
         ids = await chat.tokenise(tokenizer, asked.messages, asked.tools)

@@ -1,0 +1,126 @@
+"""Fields of requests, OpenAI's and other servers', that would change the answer and are not implemented.
+
+Knows their names, and the values with which they ask for nothing: those are no fault. Refuses to know what is
+implemented. A field that is in no table is harmless and ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Table = Mapping[str, tuple[Any, ...]]
+
+GENERATION: Table = {
+    # which weights answer; `gamma` and `persona_phase` are this server's names
+    "adapter": (),
+    "adapter_id": (),
+    "lora": ([],),
+    "lora_path": (),
+    "phase": (),
+    "steering": (),
+    "strength": (),
+    # what the model hears
+    "prompt_embeds": (),
+    "truncate": (),
+    "truncate_prompt_tokens": (),
+    # which tokens may come
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "ebnf": (),
+    "grammar": (),
+    "guided_choice": (),
+    "guided_decoding": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "json_schema": (),
+    "regex": (),
+    "structural_tag": (),
+    "structured_outputs": (),
+    # how they are drawn
+    "best_of": (1,),
+    "custom_logit_processor": (),
+    "do_sample": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "early_stopping": (False,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mirostat": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "repeat_penalty": (1,),
+    "samplers": (),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
+    "typical": (1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "watermark": (False,),
+    "xtc_probability": (0,),
+    # where they end
+    "ignore_eos": (False,),
+    "max_length": (),
+    "max_new_tokens": (),
+    "max_output_tokens": (),
+    "min_new_tokens": (0,),
+    "n_predict": (-1,),
+    "num_predict": (-1,),
+    "stop_regex": ([],),
+    "stop_sequences": ([],),
+    "stop_token_ids": ([],),
+    # how they are shown
+    "include_stop_str_in_output": (False,),
+    "no_stop_trim": (False,),
+    "prompt_logprobs": (0,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "top_n_tokens": (0,),
+}
+_TEMPLATE: Table = {
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
+}
+CHAT: Table = {
+    **GENERATION,
+    **_TEMPLATE,
+    "add_special_tokens": (False,),
+    "audio": (),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "input": (),
+    "instructions": ("",),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt": (),
+    "suffix": ("",),
+    "system": ("",),
+    "web_search_options": (),
+}
+COMPLETIONS: Table = {
+    **GENERATION,
+    "add_special_tokens": (True,),
+    "echo": (False,),
+    "max_completion_tokens": (),
+    "messages": ([],),
+    "response_format": ({"type": "text"},),
+    "return_full_text": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+MESSAGE: Table = {"audio": (), "function_call": (), "prefix": (False,)}
+TOKENIZE: Table = {**_TEMPLATE, "tool_choice": ("auto",)}
+DETOKENIZE: Table = {"skip_special_tokens": (False,)}
