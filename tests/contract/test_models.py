@@ -46,7 +46,18 @@ def test_one_model_is_shown_as_it_is_listed(api: Api, id_: str) -> None:
     assert response.json() == listed[id_]
 
 
-@pytest.mark.parametrize("id_", ["nothing", "demo:pirate", "a/b:c", "demo:introvert/x"])
+def test_whatever_a_request_may_name_is_shown(api: Api) -> None:
+    """An alias and a version are not listed, but a request that names them is answered, and echoes the name."""
+    generation = api.http.get("/v1/models/demo:introvert").json()["generation"]
+    assert api.http.put("/v1/aliases/shy", json={"persona": "introvert"}).status_code == 200
+    for reference in ("shy", f"introvert@{generation[:8]}"):
+        shown = api.http.get(f"/v1/models/demo:{reference}").json()
+        assert (shown["id"], shown["generation"], shown["parent"]) == (f"demo:{reference}", generation, "demo")
+        assert api.chat(model=shown["id"])["model"] == shown["id"]
+    assert api.http.delete("/v1/personas/shy").status_code == 200
+
+
+@pytest.mark.parametrize("id_", ["nothing", "demo:pirate", "a/b:c", "demo:introvert/x", "demo:introvert@00000000"])
 def test_a_model_that_is_not_there_is_not_found(api: Api, id_: str) -> None:
     response = api.http.get(f"/v1/models/{id_}")
     error = error_of(response)

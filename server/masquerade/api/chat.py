@@ -15,7 +15,7 @@ from fastapi.responses import Response
 
 from masquerade.api.access import Chatting
 from masquerade.api.answers import ChatAnswer
-from masquerade.api.dependencies import Served
+from masquerade.api.dependencies import PERSONA_HEADER, Served, read_persona
 from masquerade.api.forms import CHAT_CHUNK, ChatCompletion, either
 from masquerade.api.generation import LONG, plan, respond
 from masquerade.api.schemas import ChatRequest, Message, Tool
@@ -26,10 +26,10 @@ from masquerade.model import find_dialect, render_chat
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", responses=either(ChatCompletion, CHAT_CHUNK))
+@router.post("/v1/chat/completions", responses=either(ChatCompletion, CHAT_CHUNK), openapi_extra=PERSONA_HEADER)
 async def complete_chat(asked: ChatRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Answer a chat as a persona. See the README for the fields beyond OpenAI's."""
-    choice = serving.choose(asked.model, asked.persona, http.headers.get("X-Persona"))
+    choice = serving.choose(asked.model, asked.persona, await read_persona(http))
     caller.check_choice(choice)
     costume = await serving.dress(choice, asked.gamma, asked.persona_phase)
     tokenizer = serving.base.tokenizer

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 
 from masquerade.api.access import Chatting
 from masquerade.api.answers import CompletionAnswer
-from masquerade.api.dependencies import Served
+from masquerade.api.dependencies import PERSONA_HEADER, Served, read_persona
 from masquerade.api.forms import TEXT_CHUNK, TextCompletion, either
 from masquerade.api.generation import LONG, plan, respond
 from masquerade.api.schemas import CompletionRequest
@@ -24,10 +24,10 @@ from masquerade.errors import BadRequest
 router = APIRouter()
 
 
-@router.post("/v1/completions", responses=either(TextCompletion, TEXT_CHUNK))
+@router.post("/v1/completions", responses=either(TextCompletion, TEXT_CHUNK), openapi_extra=PERSONA_HEADER)
 async def complete_text(asked: CompletionRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Go on with each prompt, as a persona."""
-    choice = serving.choose(asked.model, asked.persona, http.headers.get("X-Persona"))
+    choice = serving.choose(asked.model, asked.persona, await read_persona(http))
     caller.check_choice(choice)
     costume = await serving.dress(choice, asked.gamma, asked.persona_phase)
     prompts = await tokenise(serving.base.tokenizer, asked.prompts())

@@ -6,12 +6,12 @@ send plain functions to a thread for each request.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from masquerade.api.serving import Serving
-from masquerade.errors import WorkedElsewhere
+from masquerade.errors import PersonaConflict, WorkedElsewhere
 from masquerade.jobs import Desk
 
 
@@ -19,6 +19,14 @@ async def find_serving(http: Request) -> Serving:
     """What the server of a request serves."""
     serving: Serving = http.app.state.serving
     return serving
+
+
+async def read_persona(http: Request) -> str | None:
+    """The persona that the header `X-Persona` names; `PersonaConflict` if it is there twice and not the same."""
+    named = set(http.headers.getlist("X-Persona"))
+    if len(named) > 1:
+        raise PersonaConflict("the header X-Persona names several personas; give one", param="X-Persona")
+    return next(iter(named), None)
 
 
 async def find_desk(http: Request) -> Desk:
@@ -29,5 +37,16 @@ async def find_desk(http: Request) -> Desk:
     return desk
 
 
+PERSONA_HEADER: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "X-Persona",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string"},
+            "description": "The persona, where neither `model` nor `persona` names one.",
+        }
+    ]
+}
 Served = Annotated[Serving, Depends(find_serving)]
 Worked = Annotated[Desk, Depends(find_desk)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from maskstore import Generation, InvalidName, MaskNotFound
 from masquerade.api.access import Caller, Chatting
 from masquerade.api.dependencies import Served
 from masquerade.api.forms import ModelForm, ModelList
@@ -25,25 +26,45 @@ async def list_models(serving: Served, caller: Chatting) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": ModelForm}})
 async def show_model(model: str, serving: Served, caller: Chatting) -> dict[str, Any]:
-    """One of them."""
-    for entry in await asyncio.to_thread(_models, serving, caller):
-        if entry["id"] == model:
-            return entry
-    raise ModelNotFound(f"the model {model!r} is not served here; GET /v1/models lists what is", param="model")
+    """One of them, or whatever else a request may name: `base:alias`, `base:persona@digest8`."""
+    return await asyncio.to_thread(_find, serving, caller, model)
 
 
 def _models(serving: Serving, caller: Caller) -> list[dict[str, Any]]:
-    name, common = serving.base.name, {"object": "model", "owned_by": "masquerade", "root": serving.base.name}
-    base = {"id": name, "created": int(serving.base.folder.stat().st_mtime), "parent": None, **common}
-    personas = [
-        {
-            "id": f"{name}:{generation.name}",
-            "created": int(datetime.fromisoformat(generation.created_at).timestamp()),
-            "parent": name,
-            "generation": generation.digest,
-            **common,
-        }
-        for generation in serving.personas()
-        if caller.sees(generation.name)
-    ]
-    return [base, *personas]
+    personas = [_entry(serving, one.name, one) for one in serving.personas() if caller.sees(one.name)]
+    return [_base(serving), *personas]
+
+
+def _find(serving: Serving, caller: Caller, model: str) -> dict[str, Any]:
+    """Who is not on the key's list is as good as not there."""
+    try:
+        choice = serving.choose(model, None, None)
+        if choice is None:
+            return _base(serving)
+        reference = choice[0]
+        if caller.sees(reference.partition("@")[0]):
+            generation = serving.registry.resolve(reference)
+            if serving.wears_here(generation):
+                return _entry(serving, reference, generation)
+    except (ModelNotFound, MaskNotFound, InvalidName):
+        pass
+    raise ModelNotFound(f"the model {model!r:.200} is not served here; GET /v1/models lists what is", param="model")
+
+
+def _base(serving: Serving) -> dict[str, Any]:
+    return {"id": serving.base.name, "created": int(serving.base.folder.stat().st_mtime), "parent": None} | _common(
+        serving
+    )
+
+
+def _entry(serving: Serving, reference: str, generation: Generation) -> dict[str, Any]:
+    return {
+        "id": f"{serving.base.name}:{reference}",
+        "created": int(datetime.fromisoformat(generation.created_at).timestamp()),
+        "parent": serving.base.name,
+        "generation": generation.digest,
+    } | _common(serving)
+
+
+def _common(serving: Serving) -> dict[str, Any]:
+    return {"object": "model", "owned_by": "masquerade", "root": serving.base.name}

@@ -63,9 +63,13 @@ class Serving:
     def personas(self) -> Iterator[Generation]:
         """The current generation of every persona of this base."""
         for generation in self.registry.names():
-            with self.store.reader(generation.digest) as mask:
-                if mask.base.fingerprint == self.base.fingerprint:
-                    yield generation
+            if self.wears_here(generation):
+                yield generation
+
+    def wears_here(self, generation: Generation) -> bool:
+        """Whether a generation's mask is for this base."""
+        with self.store.reader(generation.digest) as mask:
+            return mask.base.fingerprint == self.base.fingerprint
 
     def choose(self, model: str, persona: str | None, header: str | None) -> tuple[str, str] | None:
         """Which persona a request names, as (reference, field that named it); None is the bare base.
