@@ -165,7 +165,7 @@ def test_too_many_headers_and_too_long_ones(http: httpx.Client) -> None:
 
 
 def talk(http: httpx.Client, *pieces: bytes) -> tuple[int, dict[str, Any]]:
-    """What is said to bytes on a socket, until the server hangs up or has answered in full."""
+    """What is said to bytes on a socket, until the server hangs up or has answered in full. Always with an id."""
     with socket.create_connection((http.base_url.host, http.base_url.port or 80), timeout=60) as wire:
         for piece in pieces:
             wire.sendall(piece)
@@ -176,6 +176,7 @@ def talk(http: httpx.Client, *pieces: bytes) -> tuple[int, dict[str, Any]]:
                 break
             heard += more
     head, _, body = heard.partition(b"\r\n\r\n")
+    assert b"\r\nx-request-id: " in head.lower()
     return int(head.split()[1]), json.loads(body)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -210,6 +211,7 @@ class Protocol(H11Protocol):
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(content))),
+            ("x-request-id", uuid.uuid4().hex),
             ("connection", "close"),
         ]
         for event in (

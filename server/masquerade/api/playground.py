@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse
 
+from masquerade.api.downloads import Download
 from masquerade.errors import NotFound
 
 router = APIRouter(include_in_schema=False)
@@ -28,15 +28,15 @@ HEADERS = {
 
 
 @router.get("/")
-async def show_playground() -> FileResponse:
+async def show_playground() -> Download:
     """The page."""
-    return FileResponse(FOLDER / "index.html", headers=HEADERS)
+    return Download(FOLDER / "index.html", headers=HEADERS)
 
 
 @router.get("/web/{name}")
-async def show_part(name: str) -> FileResponse:
+async def show_part(name: str) -> Download:
     """A script, style or picture of the page."""
     path = _PARTS.get(name)
     if path is None:
         raise NotFound(f"the playground has no file {name!r:.80}")
-    return FileResponse(path, headers=HEADERS)
+    return Download(path, headers=HEADERS)

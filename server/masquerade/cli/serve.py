@@ -113,7 +113,13 @@ def serve(
         _log.info("listening on http://%s:%d", *listener.getsockname()[:2])
         app = create_app(serving, policy)
         running = uvicorn.Config(
-            app, http=Protocol, timeout_graceful_shutdown=10, log_config=None, access_log=False, server_header=False
+            app,
+            http=Protocol,
+            ws="none",
+            timeout_graceful_shutdown=10,
+            log_config=None,
+            access_log=False,
+            server_header=False,
         )
         server = DrainingServer(running, lambda: serving.engine.drain(drain_seconds))
         server.run(sockets=[listener])
