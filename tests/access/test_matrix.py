@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import pytest
+from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
 from masquerade.api import create_app
@@ -87,13 +91,28 @@ def ask(keyed: Keyed, who: str | None, method: str, path: str) -> Any:
     return keyed.ask(who, method, fill(path), json=BODIES.get(path) if method != "GET" else None)
 
 
-def test_every_route_has_a_decision(keyed: Keyed) -> None:
-    routes = {
+def routes_of(app: FastAPI) -> set[tuple[str, str]]:
+    """Every route with its methods; what has none, a mounted application or a web socket, counts as any."""
+    return {
         (method, route.path)
-        for route in iter_route_contexts(create_app(keyed.serving).app.routes)
-        for method in (route.methods or ()) - {"HEAD"}
+        for route in iter_route_contexts(app.routes)
+        for method in (set(getattr(route, "methods", None) or {"ANY"}) - {"HEAD"} or {"HEAD"})
     }
-    assert routes == set(DECISIONS)
+
+
+def test_every_route_has_a_decision(keyed: Keyed) -> None:
+    assert routes_of(create_app(keyed.serving).app) == set(DECISIONS)
+
+
+def test_whatever_is_added_needs_one(keyed: Keyed) -> None:
+    app = create_app(keyed.serving).app
+    app.add_api_route("/v1/new", lambda: None)
+    app.add_api_route("/v1/head", lambda: None, methods=["HEAD"])
+    app.add_api_websocket_route("/v1/socket", lambda _: None)
+    app.mount("/v1/mounted", FastAPI())
+    added = {path for _, path in routes_of(app) - set(DECISIONS)}
+    assert {"/v1/new", "/v1/head", "/v1/socket"} <= added
+    assert any(path.startswith("/v1/mounted") for path in added)
 
 
 @pytest.mark.parametrize(("method", "path"), DECISIONS)
@@ -118,6 +137,89 @@ def test_who_may_ask(keyed: Keyed, method: str, path: str) -> None:
             assert answer.json()["error"]["code"] == "scope_missing"
             assert answer.json()["error"]["type"] == "permission_error"
             assert needed in answer.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def theirs(keyed: Keyed) -> dict[str, str]:
+    """What is another tenant's, by the place in a path that names it."""
+    line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    sent = {"file": ("lines.jsonl", "\n".join([json.dumps(line)] * 4).encode())}
+    file = keyed.ask("royal build", "POST", "/v1/files", data={"purpose": "fine-tune"}, files=sent).json()["id"]
+    body = {"model": keyed.serving.base.name, "training_file": file, "suffix": "royal"}
+    method = {"type": "mask", "mask": {"score": "magnitude", "rho": 0.01, "replace": True}}
+    job = keyed.ask("royal build", "POST", JOBS, json=body | {"method": method}).json()["id"]
+    keyed.ask("royal build", "POST", f"{JOBS}/{job}/cancel")
+    model = f"{keyed.serving.base.name}:royal"
+    return {
+        "{name}": "royal",
+        "{other}": "royal",
+        "{alias}": "royal",
+        "{file_id}": file,
+        "{job_id}": job,
+        "{model:path}": model,
+    }
+
+
+# The same places, with what nobody has.
+NOWHERE = {"{name}": "ghost", "{other}": "ghost", "{alias}": "ghost", "{model:path}": "{base}:ghost"}
+NOWHERE |= {"{file_id}": "file-0", "{job_id}": "ftjob-0"}
+
+
+def places(paths: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Each place of each path that is not open to everybody."""
+    return [
+        (method, path, place)
+        for method, path in paths
+        if DECISIONS[method, path] != "open"
+        for place in re.findall(r"{[^}]+}", path)
+    ]
+
+
+@pytest.mark.parametrize(("method", "path", "place"), places(DECISIONS))
+def test_what_is_another_tenants_is_as_good_as_nowhere(
+    keyed: Keyed, theirs: dict[str, str], method: str, path: str, place: str
+) -> None:
+    """Whatever the key's scope: the answer is that for what does not exist, to the letter, and nothing has changed."""
+    before = keyed.serving.registry.personas(), keyed.serving.registry.aliases()
+    base = keyed.serving.base.name
+    body = BODIES.get(path) if method != "GET" else None
+    for who in ("npc chat", "npc build", "npc admin"):
+        told = []
+        for name in (theirs[place], NOWHERE[place].replace("{base}", base)):
+            own = {"{name}": "npc-bob", "{other}": "npc-bob"} | {place: name}
+            filled = path
+            for one, value in own.items():
+                filled = filled.replace(one, value)
+            answer = keyed.ask(who, method, filled, json=body)
+            told.append((answer.status_code, answer.text.replace(name, "")))
+        assert told[0] == told[1]
+        assert told[0][0] in (403, 404), told
+    assert (keyed.serving.registry.personas(), keyed.serving.registry.aliases()) == before
+
+
+def test_lists_are_without_what_is_another_tenants(keyed: Keyed, theirs: dict[str, str]) -> None:
+    for path in (path for (method, path), needed in DECISIONS.items() if method == "GET" and needed != "open"):
+        if "{" in path or path == "/metrics":
+            continue
+        for who in ("npc chat", "npc build", "npc admin"):
+            answer = keyed.ask(who, "GET", path)
+            assert not [name for name in theirs.values() if name in answer.text], (who, path)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [route for route, needed in DECISIONS.items() if needed in ("build", "admin") and route[0] != "GET"],
+)
+def test_the_scope_is_asked_for_before_the_body_is_looked_at(keyed: Keyed, method: str, path: str) -> None:
+    """Who may not hears that, whatever is wrong with what was sent; who may is noted when it is wrong."""
+    wrong: dict[str, Any] = {"content": b"{", "headers": {"Content-Type": "application/json", "x-request-id": path}}
+    answer = keyed.ask("chat", method, fill(path), **wrong)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "scope_missing")
+    answer = keyed.ask("admin", method, fill(path), **wrong)
+    assert answer.status_code in (400, 404)
+    written = (keyed.serving.store.root / "audit.jsonl").read_text().splitlines()
+    outcomes = [line["outcome"] for line in map(json.loads, written) if line["request_id"] == path]
+    assert outcomes[-2:] == ["scope_missing", answer.json()["error"]["code"]]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -109,6 +110,33 @@ def test_the_name_that_is_asked_for_decides(keyed: Keyed) -> None:
         registry.remove("boss")
 
 
+def test_who_may_use_a_persona_by_an_alias_may_not_manage_it(keyed: Keyed) -> None:
+    """The alias is on the list of a key that manages; the persona behind it is not."""
+    registry = keyed.serving.registry
+    registry.alias("npc-king", "royal")
+    before = registry.describe("royal")
+    try:
+        assert chat(keyed, "npc admin", persona="npc-king").status_code == 200
+        for method, path, body in (
+            ("PATCH", "/v1/personas/npc-king", {"notes": "mine"}),
+            ("POST", "/v1/personas/npc-king/rename", {"name": "npc-mine"}),
+            ("POST", "/v1/personas/npc-king/rollback", {}),
+            ("PUT", "/v1/personas/npc-king/pin", None),
+            ("DELETE", "/v1/personas/npc-king/pin", None),
+            ("GET", "/v1/personas/npc-king/content", None),
+            ("PUT", "/v1/aliases/npc-prince", {"persona": "npc-king"}),
+        ):
+            refused = keyed.ask("npc admin", method, path, json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "persona_forbidden"), path
+            assert "royal" not in refused.text
+        assert registry.describe("royal") == before
+        assert keyed.ask("npc admin", "DELETE", "/v1/personas/npc-king").status_code == 200  # the alias is its own
+        assert registry.describe("royal").current == before.current
+    finally:
+        if "npc-king" in registry.aliases():
+            registry.remove("npc-king")
+
+
 def upload(keyed: Keyed, who: str) -> str:
     file = (demo.DATA / "formal.train.jsonl").read_bytes()
     answer = keyed.ask(who, "POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("f.jsonl", file)})
@@ -168,6 +196,20 @@ def test_jobs_belong_to_keys(keyed: Keyed) -> None:
             assert foreign.status_code == absent.status_code == 404
             assert foreign.text.replace(job, "ftjob-0") == absent.text
     assert keyed.ask("npc build", "GET", f"/v1/fine_tuning/jobs/{job}").status_code == 200
+
+
+def test_whose_job_takes_a_name_is_told_to_its_owner_only(keyed: Keyed) -> None:
+    held = threading.Event()
+    keyed.serving.engine.run_errand(lambda: held.wait(60))
+    try:
+        job = order(keyed, "npc build", upload(keyed, "npc build"), "npc-twin").json()["id"]
+        for who, told in (("npc build", True), ("build", False)):
+            refused = order(keyed, who, upload(keyed, who), "npc-twin", rho=0.02)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "persona_exists")
+            assert (job in refused.text) == told
+        assert keyed.ask("npc build", "POST", f"/v1/fine_tuning/jobs/{job}/cancel").status_code == 200
+    finally:
+        held.set()
 
 
 def test_the_engine_knows_whose_work_it_does(keyed: Keyed, monkeypatch: pytest.MonkeyPatch) -> None:

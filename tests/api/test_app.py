@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
+
 import httpx
 import pytest
 
 from masquerade.api import Serving
+from masquerade.api.answers import ChatAnswer
+from masquerade.jobs import Table
 from tests import world
+from tests.contract.asking import events_of
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
@@ -24,6 +30,44 @@ def test_a_failure_that_nobody_foresaw_is_answered_and_the_connection_lives(
         assert answer.headers["x-request-id"] == "mine"
     monkeypatch.undo()
     assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_failure_in_the_midst_of_a_stream_is_its_last_event(
+    http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that nobody foresaw: the status has been sent, the client is told all the same, and the log has it."""
+    monkeypatch.setattr(ChatAnswer, "chunks", lambda *_: 1 / 0)
+    body = CHAT | {"model": serving.base.name, "stream": True}
+    answer = http.post("/v1/chat/completions", json=body)
+    *_, last = events_of(answer)
+    assert answer.status_code == 200
+    assert json.loads(last)["error"]["code"] == "internal_error"
+    assert "division" not in answer.text
+    assert any("ZeroDivisionError" in caplog.handler.format(record) for record in caplog.records)
+    monkeypatch.undo()
+    assert http.get("/metrics").text.count('masquerade_errors_total{code="internal_error"} 1.0') == 1
+    assert http.post("/v1/chat/completions", json=body).text.endswith("data: [DONE]\n\n")
+    assert not serving.engine.occupancy.running
+
+
+def test_a_failure_in_the_midst_of_events_is_the_last_one(
+    http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    sent = {"file": ("f.jsonl", "\n".join([json.dumps(line)] * 4).encode())}
+    file = http.post("/v1/files", data={"purpose": "fine-tune"}, files=sent).json()["id"]
+    method = {"type": "mask", "mask": {"score": "magnitude", "rho": 0.01}}
+    asked = {"model": serving.base.name, "training_file": file, "suffix": "p", "method": method}
+    job = http.post("/v1/fine_tuning/jobs", json=asked).json()["id"]
+
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error in /secret/place")
+
+    monkeypatch.setattr(Table, "list_events", fail)
+    answer = http.get(f"/v1/fine_tuning/jobs/{job}/events", params={"stream": "true"})
+    *_, last = events_of(answer)
+    assert json.loads(last)["error"]["code"] == "internal_error"
+    assert "secret" not in answer.text
 
 
 @pytest.mark.parametrize(("given", "kept"), [("abc-1", True), ("x" * 129, False), ("", False)])

@@ -77,6 +77,32 @@ def test_a_page_or_a_file_that_is_none_is_refused(http: httpx.Client) -> None:
         assert refuse(http.request(method, f"/v1/files/file-none{path}"))[:2] == (404, "file_not_found")
 
 
+def test_a_file_that_should_expire_or_is_there_twice_is_refused(http: httpx.Client, serving: Serving) -> None:
+    anchor = {"purpose": "fine-tune", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    refused = http.post("/v1/files", data=anchor, files={"file": ("a", b"x")})
+    assert refuse(refused) == (400, "unsupported_parameter", "expires_after")
+    twice = [("file", ("a", b"x")), ("file", ("b", b"y"))]
+    refused = http.post("/v1/files", data={"purpose": "fine-tune"}, files=twice)
+    assert refuse(refused) == (400, "invalid_value", "file")
+    for path in ("/v1/files", "/v1/personas"):
+        refused = http.post(path, data={"purpose": "fine-tune", "name": "p"})
+        assert refuse(refused) == (400, "invalid_value", "file")
+        assert "multipart/form-data" in refused.json()["error"]["message"]
+    assert kept(serving) == []
+
+
+def test_parts_of_a_file_and_ranges_that_are_none(http: httpx.Client) -> None:
+    path = f"/v1/files/{send(http, b'0123456789').json()['id']}/content"
+    part = http.get(path, headers={"Range": "bytes=2-4"})
+    assert (part.status_code, part.content) == (206, b"234")
+    for where in (path, "/", "/web/main.js"):
+        assert refuse(http.get(where, headers={"Range": "bytes=x"})) == (400, "invalid_value", "Range")
+        beyond = http.get(where, headers={"Range": "bytes=99999999-"})
+        assert refuse(beyond) == (416, "range_not_satisfiable", "Range")
+        assert beyond.headers["content-range"].startswith("bytes */")
+    assert http.get(path).content == b"0123456789"
+
+
 def test_names_are_shown_and_never_believed(http: httpx.Client, serving: Serving) -> None:
     for name in ("../../etc/passwd", "a" * 1000, "ü\u202e.jsonl", "\x00"):
         file = send(http, name.encode() + b"!", name).json()

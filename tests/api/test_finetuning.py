@@ -149,7 +149,7 @@ def test_everything_that_a_method_may_say_may_be_said_in_a_form(http: httpx.Clie
 
 def test_a_bad_form_is_refused_by_its_field_and_nothing_of_it_is_kept(http: httpx.Client) -> None:
     cases: list[tuple[dict[str, str], dict[str, bytes], str, str]] = [
-        ({"name": "p", "sparsity": "0.3"}, {"file": OWN}, "invalid_value", "sparsity"),
+        ({"name": "p", "sparsity": "0.3"}, {"file": OWN}, "unsupported_parameter", "sparsity"),
         ({"name": "p"}, {"file": OWN, "voice": OWN}, "unsupported_parameter", "voice"),
         ({}, {"file": OWN}, "invalid_value", "name"),
         ({"name": "A b"}, {"file": OWN, "contrast": OTHER}, "invalid_value", "name"),
@@ -193,6 +193,23 @@ def test_a_bad_job_is_refused_by_its_field(http: httpx.Client, serving: Serving)
         body = json.dumps(order(http, serving, **change))
         answer = http.post(JOBS, content=body, headers={"Content-Type": "application/json"})
         assert refuse(answer) == (400, "invalid_value", param)
+    assert http.get(JOBS).json()["data"] == []
+
+
+def test_a_field_that_would_be_lost_is_refused(http: httpx.Client, serving: Serving) -> None:
+    """A typing error must not make another persona than the one that was asked for."""
+    for change, param in (
+        ({"score": "wanda"}, "score"),
+        ({"contrast_file": "file-0"}, "contrast_file"),
+        ({"name": "new"}, "name"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations"),
+        ({"method": {"type": "mask", "mask": {"sparsity": 0.3}}}, "method.mask.sparsity"),
+        ({"method": {"type": "mask", "score": "wanda"}}, "method.score"),
+    ):
+        assert refuse(http.post(JOBS, json=order(http, serving) | change)) == (400, "unsupported_parameter", param)
+    assert refuse(http.get(JOBS, params={"metadata[a]": "b"})) == (400, "unsupported_parameter", "metadata")
+    for body in (b"[]", b'["score"]', b"7", b"null"):
+        assert http.post(JOBS, content=body, headers={"Content-Type": "application/json"}).status_code == 400
     assert http.get(JOBS).json()["data"] == []
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +25,7 @@ from masquerade.api.limits import Policy
 from masquerade.errors import (
     InvalidKey,
     MasqueradeError,
+    NotReady,
     OriginForbidden,
     PersonaForbidden,
     RateLimited,
@@ -43,6 +47,7 @@ class Caller:
     key: Key | None
     entry: Entry
     seconds: float  # that answers to it may take
+    keyring: Keyring
 
     @property
     def owner(self) -> str:
@@ -57,6 +62,16 @@ class Caller:
         """Whether a persona of this name is on the key's list."""
         return self.key is None or self.key.allows(persona)
 
+    def ailment(self) -> MasqueradeError | None:
+        """What has become of the key since it was let in; costs next to nothing, so that streams can ask often."""
+        if self.key is not None:
+            with suppress(NotReady):  # the table cannot be read now: nothing is known
+                try:
+                    self.keyring.check(self.key.id)
+                except InvalidKey as error:
+                    return error
+        return None
+
     def check_persona(self, reference: str, param: str | None = None) -> None:
         """Raises `PersonaForbidden` for a name (`name`, `name@digest`, an alias) that is not on the key's list.
 
@@ -67,6 +82,15 @@ class Caller:
         if not self.sees(name):
             raise PersonaForbidden(f"this key may not use the name {name!r:.80}", param=param)
         self.entry.targets.append(name)
+
+    def check_managed(self, reference: str, aliases: Mapping[str, str], param: str | None = None) -> None:
+        """The same for what is done to a persona, not as one: behind an alias, its own name must be on the list too."""
+        self.check_persona(reference, param)
+        name = reference.partition("@")[0]
+        if not self.sees(aliases.get(name, name)):
+            raise PersonaForbidden(
+                f"this key may use the persona behind the alias {name!r:.80}, and no more", param=param
+            )
 
     def check_choice(self, choice: tuple[str, str] | None) -> None:
         """The same for what a request chose, with the field that named it; the bare base is everybody's."""
@@ -87,6 +111,22 @@ class Needs:
         if not caller.may(self.scope):
             raise ScopeMissing(f"this needs a key with the scope `{self.scope}`")
         return caller
+
+
+class ScopedRoute(APIRoute):
+    """Asks for the scope before the body is read: who may not ask hears that, whatever is wrong with the body."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Any]]:  # type: ignore[override]
+        """The framework's, and the question before it."""
+        handle = super().get_route_handler()
+        needs = next((one.call for one in self.dependant.dependencies if isinstance(one.call, Needs)), None)
+
+        async def ask_first(http: Request) -> Any:
+            if needs is not None:
+                await needs(http)
+            return await handle(http)
+
+        return ask_first
 
 
 Measuring = Annotated[Caller, Depends(Needs("metrics"))]
@@ -131,7 +171,7 @@ class Gate:
             headers = self._rates.headers(key) if key else None
             await errors.respond(error, headers)(scope, receive, send)
             return
-        scope["state"]["caller"] = Caller(key, entry, self._seconds)
+        scope["state"]["caller"] = Caller(key, entry, self._seconds, self._keyring)
         try:
             await self._app(scope, receive, self._telling(key, send) if key else send)
         finally:

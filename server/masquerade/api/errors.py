@@ -36,6 +36,7 @@ from masquerade.errors import (
     StorageFull,
     TimedOut,
     TooLarge,
+    UnsupportedParameter,
     UnusableStore,
 )
 
@@ -45,6 +46,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNUSABLE = (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 _SQLITE_UNUSABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _SQLITE_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_FAILED = "the server failed; its log says why"
 _UNION_MEMBERS = ("str", "list", "float", "int", "dict")
 
 _MASK_ERRORS: Mapping[type, type[MasqueradeError]] = {
@@ -128,6 +130,17 @@ def respond(error: MasqueradeError, headers: dict[str, str] | None = None) -> JS
     return JSONResponse(body(error), status_code=error.status, headers=headers)
 
 
+def translate(error: Exception) -> MasqueradeError:
+    """What is said about a failure after the status has been sent; of what nobody foresaw, the log has the rest."""
+    if isinstance(error, MasqueradeError):
+        return error
+    if isinstance(error, MaskError):
+        return _name_fault(error)
+    refusal = _name_refusal(getattr(error, "errno", None), getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    _log.error("an answer failed in its midst", exc_info=error)
+    return refusal or MasqueradeError(_FAILED)
+
+
 def _on_known(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MasqueradeError)
     return respond(error)
@@ -136,10 +149,15 @@ def _on_known(_: Request, error: Exception) -> JSONResponse:
 def _on_mask(request: Request, error: Exception) -> JSONResponse:
     """What the store says, without the paths it knows."""
     assert isinstance(error, MaskError)
-    kind = next(_MASK_ERRORS[base] for base in type(error).__mro__ if base in _MASK_ERRORS)
-    if kind.status >= 500:
+    named = _name_fault(error)
+    if named.status >= 500:
         _log.error("%s %s: %s", request.method, request.url.path, error)
-    return respond(kind(error.message))
+    return respond(named)
+
+
+def _name_fault(error: MaskError) -> MasqueradeError:
+    kind = next(_MASK_ERRORS[base] for base in type(error).__mro__ if base in _MASK_ERRORS)
+    return kind(error.message)
 
 
 def _on_invalid(_: Request, error: Exception) -> JSONResponse:
@@ -155,6 +173,8 @@ def _on_invalid(_: Request, error: Exception) -> JSONResponse:
         return respond(refused)
     if not path:
         return respond(InvalidValue("the body must be a JSON object, with the header `Content-Type: application/json`"))
+    if fault["type"] == "extra_forbidden":
+        return respond(UnsupportedParameter(f"`{path}` is not supported", param=path))
     return respond(InvalidValue(f"{path}: {fault['msg']}", param=path))
 
 
@@ -196,7 +216,7 @@ def _on_gone(*_: object) -> Response:
 
 def _on_unknown(request: Request, error: Exception) -> JSONResponse:
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return respond(MasqueradeError("the server failed; its log says why"))
+    return respond(MasqueradeError(_FAILED))
 
 
 def _methods(request: Request) -> list[str]:
@@ -212,4 +232,4 @@ def _path(location: Sequence[int | str]) -> str:
 
 
 def _is_field(name: str) -> bool:
-    return name.isidentifier() and name.islower() and name not in _UNION_MEMBERS
+    return name.replace("-", "_").isidentifier() and name.islower() and name not in _UNION_MEMBERS

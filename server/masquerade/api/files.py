@@ -9,21 +9,24 @@ import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.types import Message
 
-from masquerade.api.access import Building, Caller
+from masquerade.api import downloads
+from masquerade.api.access import Building, Caller, ScopedRoute
 from masquerade.api.dependencies import Worked
+from masquerade.api.downloads import Download
 from masquerade.api.objects import Deleted, FileObject, Page
 from masquerade.errors import InvalidValue, TooLarge, UnsupportedParameter, UploadNotFound
 from masquerade.jobs import Desk, File
 
-router = APIRouter(prefix="/v1/files", tags=["building"])
+router = APIRouter(prefix="/v1/files", tags=["building"], route_class=ScopedRoute)
 PURPOSE = "fine-tune"
 ENVELOPE = 2**16  # bytes that a multipart body may have beside its files
 LONGEST_NAME = 255
 
+EXAMPLE = '{"messages": [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Oh. Hello."}]}'
 _FORM = {
     "requestBody": {
         "required": True,
@@ -36,6 +39,7 @@ _FORM = {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": [PURPOSE]},
                     },
+                    "example": {"file": EXAMPLE, "purpose": PURPOSE},
                 }
             }
         },
@@ -47,10 +51,13 @@ _FORM = {
 async def upload(http: Request, desk: Worked, caller: Building) -> FileObject:
     """Keep a file; `purpose` must be `fine-tune`. Sent again, the same content is the same file."""
     async with read_form(http, desk.uploads.limit) as form:
-        purpose = form.get("purpose")
+        texts, parts = take_apart(form)
+        purpose = texts.get("purpose")
         if purpose != PURPOSE:
             raise UnsupportedParameter(f"the purpose {purpose!r:.40} is not supported; {PURPOSE!r} is", param="purpose")
-        return describe(await keep(desk, caller, form.get("file"), "file"))
+        if any(name.startswith("expires_after") for name in texts):
+            raise UnsupportedParameter("files do not expire; delete them", param="expires_after")
+        return describe(await keep(desk, caller, parts.get("file"), "file"))
 
 
 @router.get("")
@@ -81,11 +88,13 @@ def show_file(file_id: str, desk: Worked, caller: Building) -> FileObject:
     return describe(desk.table.get_file(file_id, caller.owner))
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
+@router.get(
+    "/{file_id}/content", response_class=Download, responses=downloads.describe(EXAMPLE, "The file, byte for byte.")
+)
 def read_content(file_id: str, desk: Worked, caller: Building) -> Response:
     """The file itself."""
     file = desk.table.get_file(file_id, caller.owner)
-    return FileResponse(desk.uploads.path(file.id), media_type="application/octet-stream")
+    return Download(desk.uploads.path(file.id), media_type="application/octet-stream")
 
 
 @router.delete("/{file_id}")
@@ -125,6 +134,11 @@ def read_form(http: Request, limit: int) -> Any:
     coding = http.headers.get("content-encoding", "identity")
     if coding != "identity":
         raise UnsupportedParameter(f"the body is {coding!r:.40}; send it uncompressed", param="Content-Encoding")
+    kind = http.headers.get("content-type", "")
+    if not kind.startswith("multipart/form-data"):
+        raise InvalidValue(
+            f"the body must be multipart/form-data; the header Content-Type says {kind!r:.80}", param="file"
+        )
     received = 0
 
     async def receive() -> Message:

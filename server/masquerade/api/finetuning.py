@@ -14,18 +14,18 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
 from maskstore import InvalidName, MaskNotFound, check_name
-from masquerade.api import building
-from masquerade.api.access import Building, Caller
+from masquerade.api import building, errors
+from masquerade.api.access import Building, Caller, ScopedRoute
 from masquerade.api.answers import sse
 from masquerade.api.dependencies import Served, Worked
-from masquerade.api.files import PURPOSE, keep, read_form, take_apart
+from masquerade.api.files import EXAMPLE, PURPOSE, keep, read_form, take_apart
 from masquerade.api.forms import stream_of
 from masquerade.api.objects import EVENT, CheckpointObject, EventObject, JobObject, Page
-from masquerade.api.schemas import Schema, Text
+from masquerade.api.schemas import Refusal, Schema, Text, refuse
 from masquerade.api.serving import Serving
 from masquerade.build import Recipe
 from masquerade.errors import (
@@ -39,8 +39,8 @@ from masquerade.errors import (
 from masquerade.jobs import Asked, Desk, Event, File, Job
 from masquerade.jobs.records import OPEN
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["building"])
-one_shot = APIRouter(tags=["building"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["building"], route_class=ScopedRoute)
+one_shot = APIRouter(tags=["building"], route_class=ScopedRoute)
 POLL_SECONDS = 0.3  # how often a stream of events looks for more
 PING_SECONDS = 15.0  # how long it is silent at most
 
@@ -120,6 +120,15 @@ class JobRequest(Schema):
     metadata: Metadata | None = None
     hyperparameters: dict[str, Literal["auto"]] | None = None  # OpenAI's; a mask has its own, in `method`
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        names = fields if isinstance(fields, dict) else ()
+        astray = next((name for name in names if name in MaskMethod.model_fields), None)
+        if astray is not None:
+            raise Refusal(UnsupportedParameter(f"`{astray}` belongs in `method.mask`", param=astray))
+        return refuse(fields, {"integrations": ([],), "name": ()})
+
     @property
     def mask(self) -> MaskMethod:
         """How the mask is to be made."""
@@ -147,6 +156,11 @@ _FORM = {
                     "properties": {part: {"type": "string", "format": "binary"} for part in _PARTS}
                     | PersonaForm.model_json_schema()["properties"],
                     "additionalProperties": False,
+                    "example": {
+                        "name": "gloomy",
+                        "file": EXAMPLE,
+                        "contrast": EXAMPLE.replace("Oh. Hello.", "Hello!!"),
+                    },
                 }
             }
         },
@@ -199,9 +213,11 @@ async def build_persona(http: Request, serving: Served, desk: Worked, caller: Bu
 
 @router.get("")
 def list_jobs(
-    desk: Worked, caller: Building, after: Annotated[str | None, Query()] = None, limit: Limit = 20
+    http: Request, desk: Worked, caller: Building, after: Annotated[str | None, Query()] = None, limit: Limit = 20
 ) -> Page[JobObject]:
     """The key's jobs, the newest first."""
+    if any(name.startswith("metadata") for name in http.query_params):
+        raise UnsupportedParameter("jobs cannot be picked by their metadata", param="metadata")
     jobs, more = desk.table.list_jobs(caller.owner, after, limit)
     return Page(data=[_describe(desk, job) for job in jobs], has_more=more)
 
@@ -232,8 +248,10 @@ async def list_events(
 ) -> Any:
     """What happened, the newest first, as OpenAI lists it; with `stream=true` as server-sent events, as it happens."""
     await asyncio.to_thread(desk.table.get_job, job_id, caller.owner)
+    if stream and after is not None:
+        raise InvalidValue("a stream begins with the first event; it takes no `after`", param="after")
     if stream:
-        return StreamingResponse(_follow(desk, job_id), media_type="text/event-stream", headers=_NO_CACHE)
+        return StreamingResponse(_follow(desk, caller, job_id), media_type="text/event-stream", headers=_NO_CACHE)
     before = None if after is None else _read_event_id(after)
     events, more = await asyncio.to_thread(desk.table.last_events, job_id, before, limit)
     return Page(data=[_tell(event) for event in events], has_more=more)
@@ -265,7 +283,7 @@ def _create(serving: Serving, desk: Desk, caller: Caller, asked: JobRequest, rep
     if job is None:
         for role, file_id in spec["files"].items():
             _check_file(desk, caller.owner, file_id, building.place(role))
-        _check_names(serving, desk, asked.suffix, asked.mask)
+        _check_names(serving, desk, caller.owner, asked.suffix, asked.mask)
         building.check(desk, spec)
         job = desk.table.add_job(caller.owner, spec, repeat)
         desk.runner.notice()
@@ -328,12 +346,12 @@ def _check_file(desk: Desk, owner: str, file_id: str, param: str) -> None:
         raise InvalidValue(f"{file_id} has the purpose {file.purpose!r}; it must be {PURPOSE!r}", param=param)
 
 
-def _check_names(serving: Serving, desk: Desk, name: str, mask: MaskMethod) -> None:
+def _check_names(serving: Serving, desk: Desk, owner: str, name: str, mask: MaskMethod) -> None:
     """Names must be names, and free unless they may be replaced."""
     if mask.contrast_name == name:
         raise InvalidValue("the opposite needs a name of its own", param="method.mask.contrast_name")
     building_now = {
-        taken: job.id for job in desk.table.open_jobs() for taken in (job.spec["persona"], job.spec["opposite"])
+        taken: job for job in desk.table.open_jobs() for taken in (job.spec["persona"], job.spec["opposite"])
     }
     for persona, param in ((name, "suffix"), (mask.contrast_name, "method.mask.contrast_name")):
         if persona is None:
@@ -347,7 +365,9 @@ def _check_names(serving: Serving, desk: Desk, name: str, mask: MaskMethod) -> N
         if mask.replace:
             continue
         if persona in building_now:
-            raise PersonaExists(f"the job {building_now[persona]} is building {persona!r} already", param=param)
+            job = building_now[persona]
+            which = f"the job {job.id}" if job.owner == owner else "a job of another key"
+            raise PersonaExists(f"{which} is building {persona!r} already", param=param)
         try:
             serving.registry.resolve(persona)
         except MaskNotFound:
@@ -418,10 +438,22 @@ def _forget(desk: Desk, files: list[File]) -> None:
             continue
 
 
-async def _follow(desk: Desk, job_id: str) -> AsyncIterator[str]:
-    """Every event from the first on, until the job has ended."""
+async def _follow(desk: Desk, caller: Caller, job_id: str) -> AsyncIterator[str]:
+    """Every event from the first on, until the job has ended, or the key."""
+    try:
+        async for event in _events(desk, caller, job_id):
+            yield event
+    except Exception as error:  # the status has been sent
+        told = errors.translate(error)
+        caller.entry.fail(told)
+        yield sse(errors.body(told))
+
+
+async def _events(desk: Desk, caller: Caller, job_id: str) -> AsyncIterator[str]:
     seen, spoken = 0, time.monotonic()
     while True:
+        if ailment := caller.ailment():
+            raise ailment
         job = await asyncio.to_thread(desk.table.get_job, job_id)
         events = await asyncio.to_thread(desk.table.list_events, job_id, seen)
         for event in events:

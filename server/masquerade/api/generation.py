@@ -105,6 +105,12 @@ class Generation:
             if not request.finished:
                 self._engine.cancel(request)
 
+    def fail(self, error: Exception) -> MasqueradeError:
+        """An answer that has begun comes to this end."""
+        told = errors.translate(error)
+        self._caller.entry.fail(told)
+        return told
+
     def _receive(self, index: int, event: Event) -> None:
         """Called on the engine's thread. The loop is woken once for what comes before it looks."""
         self._box.append((index, event, perf_counter()))
@@ -134,6 +140,7 @@ class Generation:
             timer.cancel()
             self._filled.clear()
             self._rung = False
+            failure = self._caller.ailment()
             pieces = []
             while self._box and not failure:
                 index, event, came = self._box.popleft()
@@ -206,8 +213,8 @@ async def _stream(generation: Generation, answer: Answer, wants_usage: bool) -> 
         if wants_usage:
             yield answer.usage_chunk(generation.usage)
         yield sse("[DONE]")
-    except MasqueradeError as error:
-        yield sse(errors.body(error))
+    except Exception as error:  # the status has been sent
+        yield sse(errors.body(generation.fail(error)))
     finally:
         generation.cancel()
 

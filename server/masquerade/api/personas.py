@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
-from pydantic import Field
+from fastapi.responses import JSONResponse, Response
+from pydantic import ConfigDict, Field
 
 from maskstore import (
     ANY,
@@ -31,19 +31,31 @@ from maskstore import (
     diff,
     import_mask,
 )
-from masquerade.api.access import Building, Caller, Chatting, Managing
+from masquerade.api import downloads
+from masquerade.api.access import Building, Caller, Chatting, Managing, ScopedRoute
 from masquerade.api.dependencies import Served
+from masquerade.api.downloads import Download
 from masquerade.api.objects import Deleted, PersonaDetails, PersonaDiff, PersonaList, PersonaObject, show
 from masquerade.api.schemas import Schema, Text
 from masquerade.api.serving import Serving
 from masquerade.errors import InvalidMask, InvalidValue
 
-router = APIRouter(prefix="/v1/personas", tags=["personas"])
-aliases = APIRouter(prefix="/v1/aliases", tags=["personas"])
+router = APIRouter(prefix="/v1/personas", tags=["personas"], route_class=ScopedRoute)
+aliases = APIRouter(prefix="/v1/aliases", tags=["personas"], route_class=ScopedRoute)
 HEADER_BYTES = 2**24  # allowance for what a mask file says beside its tensors
 
 
-class Change(Schema):
+_MASK = {"schema": {"type": "string", "format": "binary"}}
+_BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": _MASK}}}
+
+
+class Command(Schema):
+    """What is to be done; a field that is not known would be left undone, so it is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Change(Command):
     """What a PATCH may set; fields that are absent stay. A gamma of null leaves the default to the mask."""
 
     model_config = show({"gamma": 0.2, "notes": "for rainy days", "tags": ["npc"]})
@@ -53,7 +65,7 @@ class Change(Schema):
     tags: list[Text] | None = None
 
 
-class Composition(Schema):
+class Composition(Command):
     """A new generation of `name` from an expression over personas, such as `a | b - c`."""
 
     model_config = show({"name": "moody", "expression": "gloomy | cheerful"})
@@ -62,7 +74,7 @@ class Composition(Schema):
     expression: Text
 
 
-class Renaming(Schema):
+class Renaming(Command):
     """The new name."""
 
     model_config = show({"name": "sombre"})
@@ -70,7 +82,7 @@ class Renaming(Schema):
     name: Text
 
 
-class Rollback(Schema):
+class Rollback(Command):
     """Number or digest prefix of a generation; by default the one before the current."""
 
     model_config = show({"to": 1})
@@ -78,7 +90,7 @@ class Rollback(Schema):
     to: int | Text | None = None
 
 
-class Meaning(Schema):
+class Meaning(Command):
     """The persona an alias stands for."""
 
     model_config = show({"persona": "gloomy"})
@@ -130,8 +142,8 @@ def show_persona(name: str, serving: Served, caller: Chatting) -> Response:
 @router.patch("/{name}", response_model=PersonaDetails)
 def change_persona(name: str, asked: Change, serving: Served, caller: Managing) -> Response:
     """Set the default gamma, the notes, the tags."""
-    caller.check_persona(name, "name")
     registry = serving.registry
+    caller.check_managed(name, registry.aliases(), "name")
     if "gamma" in asked.model_fields_set:
         registry.set_gamma(name, asked.gamma)
     if asked.notes is not None:
@@ -162,22 +174,22 @@ def compare(name: str, other: str, serving: Served, caller: Building) -> Persona
 @router.post("/{name}/rename", response_model=PersonaDetails)
 def rename(name: str, asked: Renaming, serving: Served, expected: Expected, caller: Managing) -> Response:
     """Give a persona, with its history, aliases and tags, another name."""
-    for one in (name, asked.name):
-        caller.check_persona(one, "name")
+    caller.check_managed(name, serving.registry.aliases(), "name")
+    caller.check_persona(asked.name, "name")
     return _show(serving, caller, serving.registry.rename(name, asked.name, expected).name)
 
 
 @router.post("/{name}/rollback", response_model=PersonaDetails)
 def roll_back(name: str, asked: Rollback, serving: Served, expected: Expected, caller: Managing) -> Response:
     """Make an older generation current again."""
-    caller.check_persona(name, "name")
+    caller.check_managed(name, serving.registry.aliases(), "name")
     return _show(serving, caller, serving.registry.rollback(name, asked.to, expected).name)
 
 
 @router.put("/{name}/pin", response_model=PersonaDetails)
 def pin(name: str, serving: Served, caller: Managing) -> Response:
     """Keep the mask of a generation (`name` or `name@digest`) whatever happens to its name."""
-    caller.check_persona(name, "name")
+    caller.check_managed(name, serving.registry.aliases(), "name")
     generation = serving.registry.resolve(name)
     serving.registry.pin(generation.digest)
     return _show(serving, caller, generation.name)
@@ -186,18 +198,22 @@ def pin(name: str, serving: Served, caller: Managing) -> Response:
 @router.delete("/{name}/pin", response_model=PersonaDetails)
 def unpin(name: str, serving: Served, caller: Managing) -> Response:
     """Let go of a pinned mask."""
-    caller.check_persona(name, "name")
+    caller.check_managed(name, serving.registry.aliases(), "name")
     generation = serving.registry.resolve(name)
     serving.registry.unpin(generation.digest)
     return _show(serving, caller, generation.name)
 
 
-@router.get("/{name}/content", response_class=FileResponse)
+@router.get(
+    "/{name}/content",
+    response_class=Download,
+    responses=downloads.describe("(a .safetensors file)", "The mask; its digest is the `ETag`."),
+)
 def export(name: str, serving: Served, caller: Managing) -> Response:
     """The mask as a file: `name`, or `name@digest` for an older generation."""
-    caller.check_persona(name, "name")
+    caller.check_managed(name, serving.registry.aliases(), "name")
     generation = serving.registry.resolve(name)
-    return FileResponse(
+    return Download(
         serving.store.path(generation.digest),
         media_type="application/octet-stream",
         filename=f"{generation.name}.safetensors",
@@ -205,7 +221,7 @@ def export(name: str, serving: Served, caller: Managing) -> Response:
     )
 
 
-@router.put("/{name}/content", response_model=PersonaDetails, status_code=201)
+@router.put("/{name}/content", response_model=PersonaDetails, status_code=201, openapi_extra=_BODY)
 async def import_content(name: str, http: Request, serving: Served, expected: Expected, caller: Managing) -> Response:
     """Publish the mask file in the body under a name. It is verified in full before anything changes."""
     caller.check_persona(name, "name")
@@ -220,8 +236,8 @@ async def import_content(name: str, http: Request, serving: Served, expected: Ex
 @aliases.put("/{alias}", response_model=PersonaDetails)
 def set_alias(alias: str, asked: Meaning, serving: Served, caller: Managing) -> Response:
     """Let another name mean a persona, whatever is current there."""
-    for one in (alias, asked.persona):
-        caller.check_persona(one, "persona")
+    caller.check_persona(alias, "persona")
+    caller.check_managed(asked.persona, serving.registry.aliases(), "persona")
     serving.registry.alias(alias, asked.persona)
     return _show(serving, caller, asked.persona)
 

@@ -91,7 +91,7 @@ def revoke_key(
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """End a key for good. A server that runs refuses it within a second; answers that are being made are finished."""
+    """End a key for good. A server that runs refuses it within a second, and ends the answers to it that have begun."""
     root = find_store(store, model)
     key = Table(root).revoke(key_id)
     _note(root, "revoke_key", key)

@@ -82,6 +82,11 @@ class Keyring:
             raise InvalidKey(_UNKNOWN)
         return self._check(parts[0])
 
+    def check(self, key_id: str) -> None:
+        """Raises `InvalidKey` if a key that was verified opens nothing any more."""
+        self._refresh()
+        self._check(key_id)
+
     def close(self) -> None:
         """Let go of the table."""
         self._watch.close()
