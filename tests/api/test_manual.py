@@ -7,21 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import pytest
 
 from masquerade.api.app import describe
 from masquerade.api.manual import find_example, write
+from tests.access.test_matrix import DECISIONS
 
 API_MD = Path(__file__).parents[2] / "docs" / "api.md"
 OPENAPI: dict[str, Any] = describe().openapi()
-BODIES = [
-    (f"{method} {path}", content)
+OPERATIONS = {
+    f"{method.upper()} {path}": operation
     for path, methods in OPENAPI["paths"].items()
     for method, operation in methods.items()
-    for part in (operation.get("requestBody", {}), *(operation["responses"][s] for s in operation["responses"]))
+}
+BODIES = [
+    (f"{route}, {kind}", content)
+    for route, operation in OPERATIONS.items()
+    for part in (operation.get("requestBody", {}), *operation["responses"].values())
     for kind, content in part.get("content", {}).items()
-    if kind == "application/json"
 ]
+BYTES = "PUT /v1/personas/{name}/content, application/octet-stream"  # no text shows what is in there
 
 
 def test_the_manual_in_the_repository_is_what_make_docs_writes() -> None:
@@ -29,8 +35,27 @@ def test_the_manual_in_the_repository_is_what_make_docs_writes() -> None:
 
 
 @pytest.mark.parametrize(("route", "content"), BODIES, ids=[route for route, _ in BODIES])
-def test_every_body_and_every_answer_has_an_example(route: str, content: dict[str, Any]) -> None:
-    assert find_example(OPENAPI, content) is not None, route
+def test_every_body_and_every_answer_has_an_example_that_fits(route: str, content: dict[str, Any]) -> None:
+    example = find_example(OPENAPI, content)
+    assert (example is None) == (route == BYTES), route
+    if "schema" in content and example is not None:
+        schema = content["schema"] | {"components": OPENAPI["components"]}
+        jsonschema_rs.validate(schema, example)
+
+
+@pytest.mark.parametrize("route", OPERATIONS)
+def test_every_route_shows_what_it_answers(route: str) -> None:
+    good = [answer for status, answer in OPERATIONS[route]["responses"].items() if status.startswith("2")]
+    assert good
+    for answer in good:
+        assert answer.get("content"), route
+
+
+def test_every_route_is_described_but_those_of_the_pages() -> None:
+    described = {tuple(route.split(" ")) for route in OPERATIONS}
+    served = {(method, re.sub(r":path}", "}", path)) for method, path in DECISIONS}
+    pages = {("GET", "/"), ("GET", "/web/{name}"), ("GET", "/docs"), ("GET", "/openapi.json")}
+    assert described == served - pages
 
 
 def test_no_route_answers_422() -> None:

@@ -97,7 +97,7 @@ def create_app(
             Sharing, policy.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
         )
         around.insert(2, sharing)
-    app = FastAPI(
+    app = manual.Described(
         title="Masquerade",
         version=__version__,
         lifespan=live,
@@ -117,7 +117,7 @@ def create_app(
 
 def describe() -> FastAPI:
     """The routes with nothing behind them, for their description."""
-    app = FastAPI(title="Masquerade", version=__version__, responses=errors.RESPONSES)
+    app = manual.Described(title="Masquerade", version=__version__, responses=errors.RESPONSES)
     for router in _ROUTERS:
         app.include_router(router)
     return app

@@ -13,6 +13,10 @@ from masquerade.api.metrics import Metrics
 from masquerade.errors import NotReady
 
 router = APIRouter()
+_METRICS = {
+    "schema": {"type": "string"},
+    "example": 'masquerade_answers_total{persona="introvert",reason="stop"} 17.0\n',
+}
 
 
 @router.get("/healthz", response_model=None, responses={200: {"model": Health}})
@@ -29,7 +33,7 @@ async def check_readiness(serving: Served) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/metrics", include_in_schema=False)
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _METRICS}}})
 def show_metrics(http: Request, _: Measuring) -> Response:
     """Prometheus' text format. Once there are keys, it needs one with the scope `metrics` or `admin`."""
     metrics: Metrics = http.app.state.metrics

@@ -54,6 +54,37 @@ def write(openapi: Json) -> str:
     return "\n".join([_OPENING, *_contents(openapi), *_chapters(openapi)]).rstrip() + "\n"
 
 
+class Described(FastAPI):
+    """An application whose description has whole examples: the framework leaves out what is null in them."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description."""
+        if not self.openapi_schema:
+            openapi = super().openapi()
+            for schema in openapi["components"]["schemas"].values():
+                if "example" in schema:
+                    _restore_nulls(openapi, schema, schema["example"])
+        return super().openapi()
+
+
+def _restore_nulls(openapi: Json, schema: Json, value: Any) -> None:
+    """Put null where a field is required, may be null, and is not there."""
+    for one in (_resolve(openapi, one) for one in schema.get("anyOf", (schema,))):
+        if isinstance(value, list):
+            for item in value:
+                _restore_nulls(openapi, one.get("items", {}), item)
+        elif isinstance(value, dict):
+            for name, field in one.get("properties", {}).items():
+                if name in value:
+                    _restore_nulls(openapi, field, value[name])
+                elif name in one.get("required", ()) and _may_be_null(field):
+                    value[name] = None
+
+
+def _may_be_null(schema: Json) -> bool:
+    return any(one.get("type") == "null" for one in schema.get("anyOf", (schema,)))
+
+
 def _operations(openapi: Json) -> Iterator[tuple[str, str, Json]]:
     for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
@@ -69,7 +100,7 @@ def _contents(openapi: Json) -> Iterator[str]:
 def _chapters(openapi: Json) -> Iterator[str]:
     for method, path, operation in _operations(openapi):
         yield f"\n## `{method} {path}`\n\n{_words(operation)}"
-        if parameters := [one for one in operation.get("parameters", ()) if not one["name"].startswith("x-")]:
+        if parameters := [one for one in operation.get("parameters", ()) if not one["name"].startswith("x-stainless")]:
             yield "\n| parameter | in | type | |\n|---|---|---|---|"
             for one in parameters:
                 need = "required" if one.get("required") else one.get("description", "")
