@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,8 @@ import pytest
 
 from maskstore import Mask
 from masquerade.api import Serving
+from masquerade.engine import Engine
+from masquerade.errors import Overloaded
 from masquerade.model import Shelf
 from tests import world
 
@@ -24,9 +27,9 @@ def personas(serving: Serving) -> dict[str, str]:
     return made
 
 
-def chat(http: httpx.Client, serving: Serving, persona: str | None) -> httpx.Response:
+def chat(http: httpx.Client, serving: Serving, persona: str | None, **more: object) -> httpx.Response:
     body = {"model": serving.base.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-    return http.post("/v1/chat/completions", json=body | {"persona": persona, "temperature": 0})
+    return http.post("/v1/chat/completions", json=body | {"persona": persona, "temperature": 0} | more)
 
 
 def test_nobody_waits_for_the_load_of_another_persona(
@@ -63,6 +66,28 @@ def test_a_finished_request_holds_no_mask(http: httpx.Client, serving: Serving, 
     for persona in ("calm", "loud", "calm", "slow"):
         assert chat(http, serving, persona).json()["generation"] == personas[persona]
     assert serving.residency.loads.evictions == 3
+
+
+def test_a_refused_request_holds_no_mask_and_costs_nothing(
+    http: httpx.Client, serving: Serving, personas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even until garbage is collected: with room for one, the next one would wait for that."""
+    with serving.store.reader(personas["calm"]) as mask:
+        serving.residency.budget = 2 * serving.manager.measure(mask) - 1
+
+    def refuse(*_: object) -> None:
+        raise Overloaded("the queue is full")
+
+    gc.disable()
+    try:
+        with monkeypatch.context() as full:
+            full.setattr(Engine, "submit", refuse)
+            assert chat(http, serving, "calm").status_code == 429
+            assert chat(http, serving, "calm", stream=True).status_code == 429
+        assert chat(http, serving, "loud").status_code == 200
+    finally:
+        gc.enable()
+    assert 'masquerade_tokens_total{kind="prompt",persona="calm"} 0.0' in http.get("/metrics").text
 
 
 def test_a_damaged_mask_is_refused_and_read_again_when_it_is_mended(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from openai import OpenAI
 from masquerade.api import Serving
 from masquerade.engine import EngineConfig
 from tests import world
+from tests.access.conftest import publish
 from tests.contract.asking import CHAT, error_of
 from tests.contract.conftest import NEVER
 from tests.contract.here import serve_here
@@ -116,19 +118,31 @@ def said(narrow: httpx.Client) -> float:
     )
 
 
+def read_resident_bytes() -> int:
+    """Of this process, which is the server's."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
 class TestLoad:
-    """200 at once, of whom a third leave at a moment that was drawn."""
+    """200 at once, of whom a third leave at a moment that was drawn; some want the base, others personas."""
 
     CLIENTS = 200
+    WORN = (None, "anna", "ben", "cleo")
 
     def crowd(self, http: httpx.Client, seed: int) -> list[str]:
         """How each fared: `whole`, `left` or `refused`."""
         chance = random.Random(seed)
-        plans = [(number % 3 == 0, chance.random() < 0.5, chance.randrange(6)) for number in range(self.CLIENTS)]
+        plans = [
+            (number % 3 == 0, chance.random() < 0.5, chance.randrange(6), chance.choice(self.WORN))
+            for number in range(self.CLIENTS)
+        ]
 
-        async def visit(client: httpx.AsyncClient, leaves: bool, streams: bool, patience: int) -> str:
+        async def visit(
+            client: httpx.AsyncClient, leaves: bool, streams: bool, patience: int, persona: str | None
+        ) -> str:
             said = [{"role": "user", "content": f"Hi {patience}."}]
             fields = {"model": "random", "messages": said, "max_tokens": 12 + 4 * patience, "stream": streams}
+            fields["persona"] = persona
             if leaves and not streams:
                 try:
                     async with asyncio.timeout(0.05 + patience / 20):
@@ -158,7 +172,8 @@ class TestLoad:
         folder = world.make_model(tmp_path / "random", eos_token_id=NEVER)
         config = EngineConfig(max_running=16, max_waiting=150)
         with serve_here(folder, tmp_path / "store", config) as (serving, http):
-            sizes = []
+            publish(serving, *(name for name in self.WORN if name), "last")
+            sizes, resident = [], []
             for seed in range(3):
                 fared = self.crowd(http, seed)
                 assert len(fared) == self.CLIENTS
@@ -170,7 +185,24 @@ class TestLoad:
                 self.wait_until_empty(serving)
                 gc.collect()
                 sizes.append(len(gc.get_objects()))
+                resident.append(read_resident_bytes())
+            self.check_that_no_mask_is_held(serving, http)
         assert sizes[2] < sizes[1] * 1.02
+        assert resident[2] < resident[1] + 2**25
+
+    def check_that_no_mask_is_held(self, serving: Serving, http: httpx.Client) -> None:
+        """Those who left hold none: with room for one, a newcomer's mask takes the place of all others at once."""
+        residency = serving.residency
+        assert residency.nbytes > 0
+        digest = serving.registry.resolve("last").digest
+        with serving.store.reader(digest) as mask:
+            residency.budget = serving.manager.measure(mask)
+        said = [{"role": "user", "content": "Hi."}]
+        asked = {"model": "random:last", "messages": said, "max_tokens": 2}
+        assert http.post(CHAT, json=asked).status_code == 200
+        self.wait_until_empty(serving)
+        assert (residency.leaving, residency.waiting) == (0, 0)
+        assert residency.nbytes <= residency.budget
 
     def wait_until_empty(self, serving: Serving) -> None:
         """No request runs or waits, and no page is held by one; who left is noticed within a step."""

@@ -94,8 +94,12 @@ class Generation:
         )
 
     def start(self) -> None:
-        """Submit to the engine; raises its refusals."""
-        self._engine.submit(*self._requests)
+        """Submit to the engine; raises its refusals, after which there is nothing to pay for and no mask is held."""
+        try:
+            self._engine.submit(*self._requests)
+        except MasqueradeError:
+            self._requests.clear()
+            raise
         self._end = self._loop.call_later(self._caller.seconds, self._expire)
 
     def cancel(self) -> None:
