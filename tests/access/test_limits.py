@@ -105,6 +105,9 @@ def test_cors_is_for_those_who_were_named(http: httpx.Client, serving: Serving) 
     assert "x-request-id" in answer.headers["access-control-expose-headers"]
     assert http.post("/v1/chat/completions", headers=friend, json={}).headers["access-control-allow-origin"]
     assert "access-control-allow-origin" not in http.get("/v1/models", headers=foe).headers
+    large = http.post("/v1/chat/completions", headers=friend, json=chat(serving, user="x" * POLICY.body_bytes))
+    check(large, 413, "body_too_large")  # a page can read that, too
+    assert large.headers["access-control-allow-origin"] == "https://friend.example"
 
 
 def test_without_names_nobody_hears_of_cors(tiny_folder: Path, tmp_path: Path) -> None:
@@ -192,6 +195,25 @@ def test_a_body_that_stops_arriving(http: httpx.Client) -> None:
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     status, told = talk(http, head + b"Content-Length: 1000\r\n\r\n", b'{"model"')
     assert (status, told["error"]["code"]) == (408, "request_timeout")
+
+
+def test_a_body_that_arrives_drop_by_drop(tiny_folder: Path, tmp_path: Path) -> None:
+    """Never silent for long enough to be refused for that, and never done."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serve_here(tiny_folder, tmp_path / "store", policy=Policy(body_seconds=0.3)) as (_, http):
+        address = http.base_url.host, http.base_url.port or 80
+        with socket.create_connection(address, timeout=60) as wire:
+            wire.sendall(head + b"Content-Length: 100000\r\n\r\n{")
+            wire.settimeout(0.05)
+            started, heard = time.monotonic(), b""
+            while not heard:
+                assert time.monotonic() - started < 60
+                wire.sendall(b" ")
+                try:
+                    heard = wire.recv(65536)
+                except TimeoutError:
+                    continue
+    assert heard.startswith(b"HTTP/1.1 408 ")
 
 
 def test_who_sent_half_a_body_is_hung_up_on(http: httpx.Client) -> None:

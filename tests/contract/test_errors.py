@@ -135,14 +135,14 @@ def test_a_wrong_value_is_refused_by_name(api: Api, fields: Json, param: str) ->
     assert facts(api, **fields) == (400, "invalid_request_error", "invalid_value", param)
 
 
-@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal"])
 def test_a_content_part_that_is_not_text_is_refused_by_its_place(api: Api, kind: str) -> None:
     part = {"type": kind, kind: {}}
-    status, type_, _, param = facts(
-        api, messages=[{"role": "user", "content": [{"type": "text", "text": "Hi."}, part]}]
-    )
-    assert (status, type_) == (400, "invalid_request_error")
-    assert param.startswith("messages.0.content")
+    response = api.post(messages=[{"role": "user", "content": [{"type": "text", "text": "Hi."}, part]}])
+    error = error_of(response)
+    assert (response.status_code, error["code"]) == (400, "unsupported_parameter")
+    assert error["param"] == "messages.0.content.1.type"
+    assert kind in error["message"]
 
 
 @pytest.mark.parametrize("missing", ["model", "messages"])

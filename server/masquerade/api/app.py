@@ -96,7 +96,7 @@ def create_app(
         sharing = Middleware(
             Sharing, policy.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
         )
-        around.insert(2, sharing)
+        around.insert(1, sharing)  # before whatever may refuse, so that pages can read the refusal
     app = manual.Described(
         title="Masquerade",
         version=__version__,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import uuid
 from contextlib import suppress
@@ -25,6 +26,7 @@ from masquerade.errors import BadRequest, HeadersTooLarge, MasqueradeError, Orig
 # Routes that take files; each has a limit of its own.
 _UPLOADS = re.compile(r"/v1/(files|personas|personas/[^/]+/content)")
 _KINDS = ("requests", "tokens")
+_PATIENCE = 10  # times as long as one wait for a byte may all of a body take that is no file
 LINGER_SECONDS, LINGER_BYTES = 5.0, 2**26  # for and up to which what is too much is read and thrown away
 EXPOSED = (
     *("ETag", "Retry-After", "X-Persona-Generation", "x-request-id"),
@@ -127,6 +129,7 @@ class _Body:
         self._receive, self._send = receive, send
         self._limit, self._seconds = limit, seconds
         self._received = 0
+        self._deadline: float | None = None
         self._whole = False
         self.answered = False
         self.refusal: MasqueradeError | None = None
@@ -134,11 +137,16 @@ class _Body:
     async def receive(self) -> Message:
         if self._whole:
             return await self._receive()
+        now = asyncio.get_running_loop().time()
+        patience = _PATIENCE * self._seconds if self._limit is not None else math.inf
+        self._deadline = now + patience if self._deadline is None else self._deadline
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout_at(min(now + self._seconds, self._deadline)):
                 message = await self._receive()
         except TimeoutError:
-            self.refusal = TimedOut(f"nothing of the body arrived for {self._seconds:g} s")
+            self.refusal = TimedOut(
+                f"nothing of the body arrived for {self._seconds:g} s, or not all of it within {patience:g} s"
+            )
             raise self.refusal from None
         self._received += len(message.get("body", b""))
         self._whole = not message.get("more_body", False)

@@ -147,6 +147,12 @@ class Message(Schema):
                     param=named,
                 )
             )
+        parts = fields.get("content") if isinstance(fields, dict) else None
+        for number, part in enumerate(parts if isinstance(parts, list) else ()):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                param = f"content.{number}.type"
+                raise Refusal(UnsupportedParameter(f"parts of the type {kind!r:.40} are not supported", param=param))
         return refuse(fields, unsupported.MESSAGE)
 
     @model_validator(mode="after")
