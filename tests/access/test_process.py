@@ -207,3 +207,11 @@ def test_without_keys_only_loopback_is_served(tmp_path: Path) -> None:
     assert "masquerade keys add" in fail(2, "serve", "--store", tmp_path / "a", "--host", "0.0.0.0", "--port", "0")
     with pytest.raises(ServerDied, match="exit status 2"), serve("--store", str(tmp_path / "b"), "--host", "0.0.0.0"):
         pass
+
+
+def test_without_keys_others_are_served_if_that_is_insisted_on(tmp_path: Path) -> None:
+    model = world.make_model(tmp_path / "tiny")
+    options = ("--model", str(model), "--store", str(tmp_path / "c"), "--host", "0.0.0.0", "--insecure-no-auth")
+    with serve(*options) as server:
+        answer = httpx.get(server.base_url + "/v1/models", headers={"Host": "gate.example"})
+        assert answer.status_code == 200  # by whatever name the one in front calls it
