@@ -78,24 +78,20 @@ void direct_tile(const Job<T>& job, int64_t output, float* totals, const Stage& 
       {direct_rows<T, Mode::soft, false>, direct_rows<T, Mode::soft, true, Lanes::each>}};
   const int64_t in = job.call.in, steps = job.passes.size() * (in / kStep<T> + 1);
   Ahead ahead(job.weight(output + kTile), kTile * in * sizeof(T), steps);
-  const auto compute = [&](int64_t at, int64_t outputs, int64_t apart) {
+  const auto compute = [&](int64_t at, int64_t apart) {
     const Place<T> place{job.weight(at), apart * in, at * job.keep_stride(), apart * job.keep_stride()};
     for (int64_t k = 0; k < in; k += kChunk) {
       const int64_t stop = std::min(k + kChunk, in);
       float* kept = totals;
       for (const Pass& pass : job.passes) {
-        float sums[Pass::most * kTile];
-        const Reach reach{k, stop, k == 0, stop == in, kept, sums, kTile};
+        const Reach reach{k, stop, k == 0, stop == in, kept, stage.of(pass.whole, pass.row, at)};
         kDirect[static_cast<int>(pass.mode)][pass.each](job, pass, place, reach, ahead);
         kept += pass.rows * kTile * Lanes::width;
-        if (reach.done)
-          for (int r = 0; r < pass.rows; r++)
-            std::memcpy(stage.of(pass.whole, pass.row + r, at), sums + r * kTile, outputs * sizeof(float));
       }
     }
   };
-  if (output + kTile <= stage.last) return compute(output, kTile, 1);
-  for (; output < stage.last; output++) compute(output, 1, 0);
+  if (output + kTile <= stage.last) return compute(output, 1);
+  for (; output < stage.last; output++) compute(output, 0);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ namespace {
 constexpr int kTile = 4;           // outputs of a tile
 constexpr int64_t kPanel = 16;     // outputs of a panel: what is unpacked and used for many rows
 constexpr int64_t kBlock = 64;     // outputs that are computed, corrected and written together
+constexpr int64_t kRow = kBlock + 16;  // floats of a row on its way: a tile may begin with the last output
 constexpr int64_t kChunk = 2048;   // inputs of a tile that is multiplied straight from the weights
 template <class T>
 constexpr int64_t kDepth = 512 * Lanes::width / sizeof(Lanes::Input<T>);  // inputs of a panel
@@ -140,13 +141,13 @@ struct Job {
   int64_t keep_stride() const { return round_up(call.in, 64) / 8; }
 };
 
-// A block of outputs on its way: fp32 sums as [rows, kBlock].
+// A block of outputs on its way: fp32 sums as [rows, kRow].
 struct Stage {
   float *sums, *whole;  // of all rows; `whole` has those of the weights as they are, to blend in
   int64_t first, last;  // outputs
 
   float* of(bool dense, int64_t row, int64_t output) const {
-    return (dense ? whole : sums) + row * kBlock + output - first;
+    return (dense ? whole : sums) + row * kRow + output - first;
   }
 };
 
@@ -168,8 +169,7 @@ struct Reach {
   int64_t start, stop;
   bool fresh, done;  // whether these are the first, the last inputs
   float* totals;     // [n, kTile, width]: from one reach to the next
-  float* sums;       // [n, stride]: of the last
-  int64_t stride;
+  float* sums;       // [n, kRow]: of the last
 
   template <int n>
   inline __attribute__((always_inline)) void begin(F (&total)[kTile][n]) const {
@@ -184,7 +184,7 @@ struct Reach {
 #pragma GCC unroll 8
     for (int r = 0; r < n; r++)
       if (done)
-        Lanes::reduce(total[0][r], total[1][r], total[2][r], total[3][r], sums + r * stride);
+        Lanes::reduce(total[0][r], total[1][r], total[2][r], total[3][r], sums + r * kRow);
       else
 #pragma GCC unroll 4
         for (int m = 0; m < kTile; m++) Lanes::store(totals + (r * kTile + m) * Lanes::width, total[m][r]);

@@ -95,7 +95,7 @@ __attribute__((noinline)) void sum_row(const T* w, const T* x, int64_t in, const
   const C* columns = list.columns;
   const uint8_t* numbers = pad.numbers - list.begin();
   float* chains = pad.chains;
-  std::memset(chains, 0, kChains * kBlock * sizeof(float));
+  for (uint64_t i = 0; i < kChains * kBlock; i += Lanes::width) Lanes::store(chains + i, Lanes::fill(0.0f));
   const auto add = [&](uint64_t j, float* chain) __attribute__((always_inline)) {
     const int64_t output = numbers[j], column = columns[j];
     chain[output] = Lanes::fma(widen(w[output * in + column]), widen(x[column]), chain[output]);

@@ -80,7 +80,7 @@ void panel_piece(const Job<T>& job, const Piece& piece, int64_t first, int64_t l
         for (int64_t tile = 0; tile < tiles; tile++) {
           float* kept = totals + ((row - begin) * tiles + tile * (next - row)) * kTileLanes;
           float* sums = stage.of(piece.whole, row, first + tile * kTile);
-          const Reach reach{k, k + depth, k == 0, k + depth == in, kept, sums, kBlock};
+          const Reach reach{k, k + depth, k == 0, k + depth == in, kept, sums};
           ahead.fetch();
           sweep_rows<T>(next - row, panel + tile * kTile * depth, job.x + row * job.stride + k, job.stride, reach);
         }

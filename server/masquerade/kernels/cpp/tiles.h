@@ -61,7 +61,7 @@ struct Bench {
   Pad pad;
 
   Bench(Scratch& scratch, const Job<T>& job, int64_t start, int64_t stop) {
-    const int64_t rows = job.call.rows, staged = rows * kBlock, blended = job.blends.size() ? staged : 0;
+    const int64_t rows = job.call.rows, staged = rows * kRow, blended = job.blends.size() ? staged : 0;
     const int64_t panels = job.panels.size() ? kPanel : 0, lists = job.listed.size() ? kBlock : 0;
     const int64_t kept = std::max(panels * kBand, 2 * rows * kTile) * Lanes::width;
     const int64_t values = count_listed(job, start, stop), numbers = values + kIdLanes;
@@ -90,7 +90,7 @@ void run(const Job<T>& job, int64_t start, int64_t stop) {
       for (int64_t first = stage.first; first < stage.last; first += kPanel)
         panel_piece(job, piece, first, std::min(first + kPanel, stage.last), bench.panel, bench.totals, stage);
     for (const Piece& piece : job.blends)
-      for (int64_t at = piece.start * kBlock; at < piece.stop * kBlock; at++)
+      for (int64_t at = piece.start * kRow; at < piece.stop * kRow; at++)
         stage.sums[at] = Lanes::fma(piece.gamma, stage.whole[at], (1.0f - piece.gamma) * stage.sums[at]);
     for (const Listed<T>& listed : job.listed) {
       if (listed.group->part.kind == kSparse16)
