@@ -1,8 +1,10 @@
-"""One sqlite file, one transaction at a time. Knows the tables and their migrations; knows no rule about names.
+"""One sqlite file, one transaction at a time, and whether it has changed. Knows the tables and their migrations; knows
+no rule about names.
 
 The journal is sqlite's rollback journal: one file to copy, and a crashed writer is undone by whoever opens it next.
 """
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -85,6 +87,41 @@ class Database:
                 " (select 1 from generation where generation.name = persona.name and number = current)"
             )
             return broken + [f"persona {name} has no current generation" for (name,) in lost]
+
+
+class Watch:
+    """Tells whether a file has changed, and never waits for whoever writes to it. For one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: tuple[int, int] | None = None  # that the connection is to: device and inode
+        self._db: sqlite3.Connection | None = None
+
+    def look(self) -> tuple[int, int, int] | None:
+        """What stays equal from one look to the next if nothing was changed in between; None if that cannot be told
+        now, as while somebody writes.
+        """
+        try:
+            found = os.stat(self._path)
+            if self._db is None or self._file != (found.st_dev, found.st_ino):
+                self._open((found.st_dev, found.st_ino))
+            assert self._db is not None
+            version: int = self._db.execute("pragma data_version").fetchone()[0]
+        except (OSError, sqlite3.Error):
+            return None
+        return found.st_dev, found.st_ino, version
+
+    def close(self) -> None:
+        """Let go of the file, until the next look."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def _open(self, file: tuple[int, int]) -> None:
+        self.close()
+        uri = f"{self._path.absolute().as_uri()}?mode=ro"
+        self._db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
+        self._file = file
 
 
 def _version(db: sqlite3.Connection) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from maskstore.database import Database
+from maskstore.database import Database, Watch
 from maskstore.errors import InvalidValue, MaskConflict, MaskExists, MaskNotFound
 from maskstore.mask import MaskInfo, Phase, now
 from maskstore.names import check_digest, check_name, split_reference
@@ -106,6 +106,10 @@ class Registry:
         with self._session() as db:
             name = self._real(db, name)
             return self._pick(self._history(db, name), prefix, reference) if prefix else self._get(db, name)
+
+    def watch(self) -> Watch:
+        """Tells when anything here has changed, whichever process changed it."""
+        return Watch(self.path)
 
     def names(self) -> list[Generation]:
         """The current generation of every persona, by name."""

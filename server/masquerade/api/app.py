@@ -79,6 +79,7 @@ def create_app(
             desk.close()
         serving.engine.stop()
         serving.residency.close()
+        serving.names.close()
         keyring.close()
 
     def count_jobs() -> Mapping[str, int]:

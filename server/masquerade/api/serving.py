@@ -10,11 +10,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from maskstore import Generation, InvalidName, MaskMismatch, MaskNotFound, Registry, Store
+from masquerade.api.names import Names
 from masquerade.engine import Engine, Phase
 from masquerade.errors import InvalidValue, ModelNotFound, Overloaded, PersonaConflict, PersonaNotFound
-from masquerade.model import Base, MaskManager, Residency, Wear, find_targets
+from masquerade.model import Base, MaskManager, Residency, Wear, WornMask, find_targets
 
 PATIENCE = 120.0  # seconds that a request waits for its mask
 
@@ -60,6 +62,11 @@ class Serving:
     manager: MaskManager
     wears: Wears = field(default_factory=Wears)
 
+    @cached_property
+    def names(self) -> Names:
+        """What the names of its personas mean."""
+        return Names(self.registry)
+
     def personas(self) -> Iterator[Generation]:
         """The current generation of every persona of this base."""
         for generation in self.registry.names():
@@ -102,8 +109,8 @@ class Serving:
             return Costume(self.base.name)
         reference, field = choice
         try:
-            generation, preferred = await asyncio.to_thread(self._resolve, reference)
-            worn = await asyncio.wait_for(asyncio.wrap_future(self.residency.request(generation.digest)), PATIENCE)
+            generation, preferred = await self.names.resolve(reference)
+            worn = await self._fetch(generation.digest)
         except TimeoutError as error:
             raise Overloaded(
                 f"the mask of {reference!r} has not got room on the device for {PATIENCE:.0f} s; try again later",
@@ -127,10 +134,10 @@ class Serving:
             wear=Wear(worn, strength) if strength < 1 else None,
         )
 
-    def _resolve(self, reference: str) -> tuple[Generation, float | None]:
-        """What a reference means, and the registry's word on its gamma, which counts before the mask's own."""
-        generation = self.registry.resolve(reference)
-        return generation, self.registry.describe(generation.name).gamma
+    async def _fetch(self, digest: str) -> WornMask:
+        """A mask on the device; without a turn of the event loop if it is there."""
+        asked = self.residency.request(digest)
+        return asked.result() if asked.done() else await asyncio.wait_for(asyncio.wrap_future(asked), PATIENCE)
 
     @property
     def largest_mask(self) -> int:
