@@ -213,7 +213,7 @@ async def _stream(generation: Generation, answer: Answer, wants_usage: bool) -> 
     try:
         yield "".join(map(answer.opening, range(generation.count)))
         async for pieces in generation.pieces():
-            yield "".join(chunk for piece in pieces for chunk in answer.chunks(piece)) if pieces else ": ping\n\n"
+            yield "".join(map(answer.chunks, pieces)) if pieces else ": ping\n\n"
         if wants_usage:
             yield answer.usage_chunk(generation.usage)
         yield sse("[DONE]")
