@@ -102,8 +102,8 @@ class Answer(ABC):
         """The last chunk of a stream that was asked for its usage."""
         return f'data: {self._head},"choices":[],"usage":{_encode(usage.render())}}}\n\n'
 
-    def _chunk(self, choice: Json) -> str:
-        return f'data: {self._head},"choices":[{_encode(choice)}],"usage":null}}\n\n'
+    def _chunk(self, choice: str) -> str:
+        return f'data: {self._head},"choices":[{choice}],"usage":null}}\n\n'
 
     def _spell(self, token: int) -> bytes:
         return spell(self._tokenizer, token)
@@ -113,8 +113,8 @@ class Answer(ABC):
         """A choice of the whole answer."""
 
     @abstractmethod
-    def _render_pieces(self, piece: Choice) -> Sequence[Json]:
-        """The choices of the chunks that a piece becomes."""
+    def _render_pieces(self, piece: Choice) -> Sequence[str]:
+        """The choices of the chunks that a piece becomes, as JSON."""
 
 
 class ChatAnswer(Answer):
@@ -130,7 +130,7 @@ class ChatAnswer(Answer):
 
     def opening(self, index: int) -> str:
         """The role."""
-        return self._chunk(_delta(index, {"role": "assistant", "content": ""}))
+        return self._chunk(_delta(index, '{"role":"assistant","content":""}'))
 
     def _render_whole(self, index: int, pieces: Sequence[Choice]) -> Json:
         text, calls = "", list[Json]()
@@ -153,16 +153,16 @@ class ChatAnswer(Answer):
             "logprobs": self._logprobs([token for piece in pieces for token in piece.tokens]),
         }
 
-    def _render_pieces(self, piece: Choice) -> Sequence[Json]:
+    def _render_pieces(self, piece: Choice) -> Sequence[str]:
         deltas = [self._render_part(piece.index, part) for part in self._read(piece)]
         logprobs = self._logprobs(piece.tokens)
         if logprobs and not deltas:
-            deltas = [{"content": ""}]
+            deltas = [_say("")]
         choices = [_delta(piece.index, delta) for delta in deltas]
         if logprobs:
-            choices[0]["logprobs"] = logprobs
+            choices[0] = _delta(piece.index, deltas[0], logprobs=_encode(logprobs))
         if piece.reason:
-            choices.append(_delta(piece.index, {}, self._reason(piece)))
+            choices.append(_delta(piece.index, "{}", _encode(self._reason(piece))))
         return choices
 
     def _read(self, piece: Choice) -> Sequence[Part]:
@@ -179,13 +179,13 @@ class ChatAnswer(Answer):
             parts = [part for part in parts if not isinstance(part, str)]
         return parts
 
-    def _render_part(self, index: int, part: Part) -> Json:
+    def _render_part(self, index: int, part: Part) -> str:
         if isinstance(part, str):
-            return {"content": part}
+            return _say(part)
         if isinstance(part, Opened):
             self._calls[index] += 1
-            return {"tool_calls": [{"index": self._calls[index] - 1, **_call(part.name)}]}
-        return {"tool_calls": [{"index": self._calls[index] - 1, "function": {"arguments": part.text}}]}
+        call = _call(part.name) if isinstance(part, Opened) else {"function": {"arguments": part.text}}
+        return _encode({"tool_calls": [{"index": self._calls[index] - 1, **call}]})
 
     def _reason(self, last: Choice) -> str | None:
         return "tool_calls" if last.reason == "stop" and self._calls[last.index] else last.reason
@@ -222,8 +222,8 @@ class CompletionAnswer(Answer):
         tokens = [token for piece in pieces for token in piece.tokens]
         return self._render(Choice(index, text, tokens, pieces[-1].reason))
 
-    def _render_pieces(self, piece: Choice) -> Sequence[Json]:
-        return [self._render(piece)]
+    def _render_pieces(self, piece: Choice) -> Sequence[str]:
+        return [_encode(self._render(piece))]
 
     def _render(self, piece: Choice) -> Json:
         return {
@@ -256,8 +256,13 @@ class CompletionAnswer(Answer):
         return self._spell(token).decode(errors="replace")
 
 
-def _delta(index: int, delta: Json, reason: str | None = None) -> Json:
-    return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
+def _delta(index: int, delta: str, reason: str = "null", logprobs: str = "null") -> str:
+    """A choice of a chunk, of parts that are JSON already."""
+    return f'{{"index":{index},"delta":{delta},"finish_reason":{reason},"logprobs":{logprobs}}}'
+
+
+def _say(text: str) -> str:
+    return f'{{"content":{_encode(text)}}}'
 
 
 def _call(name: str) -> Json:
