@@ -72,6 +72,7 @@ def create_app(
 
     @asynccontextmanager
     async def live(_: FastAPI) -> AsyncIterator[None]:
+        serving.post.open(serving.engine)
         serving.engine.start()
         app.state.desk = desk = _open_desk(serving)
         yield

@@ -21,7 +21,7 @@ from masquerade.api.access import Caller
 from masquerade.api.answers import Answer, Choice, Usage, sse
 from masquerade.api.schemas import GenerationRequest
 from masquerade.api.serving import Costume, Serving
-from masquerade.engine import Engine, Event, Finished, Grammar, Request, Text, Token
+from masquerade.engine import Event, Finished, Grammar, Request, Text, Token
 from masquerade.errors import AnswerTimedOut, ContextTooLong, MasqueradeError, NotReady
 
 PING_SECONDS = 10.0  # silence after which a stream says that it is alive
@@ -60,7 +60,7 @@ def plan(
         for prompt in prompts
         for choice in range(count)
     ]
-    generation = Generation(serving.engine, requests, caller, streams=bool(asked.stream))
+    generation = Generation(serving, requests, caller, streams=bool(asked.stream))
     caller.entry.begin(costume, lambda: generation.usage)
     return generation
 
@@ -68,14 +68,17 @@ def plan(
 class Generation:
     """The answers to one request of a client."""
 
-    def __init__(self, engine: Engine, requests: Sequence[partial[Request]], caller: Caller, *, streams: bool) -> None:
-        self._engine = engine
+    def __init__(
+        self, serving: Serving, requests: Sequence[partial[Request]], caller: Caller, *, streams: bool
+    ) -> None:
+        self._engine, self._post = serving.engine, serving.post
         self._caller = caller
         self._streams = streams  # else nobody is told before an answer has ended
         self._loop = asyncio.get_running_loop()
         self._box: deque[tuple[int, Event, float]] = deque()  # what came for which answer, and when
         self._filled = asyncio.Event()
-        self._rung = self._silent = False
+        self._silent = False
+        self.left = False  # nobody waits any more
         self._requests = [make(emit=partial(self._receive, index)) for index, make in enumerate(requests)]
 
     @property
@@ -100,11 +103,18 @@ class Generation:
         except MasqueradeError:
             self._requests.clear()
             raise
-        self._end = self._loop.call_later(self._caller.seconds, self._expire)
+        self._heard = self._loop.time()
+        self._deadline = self._heard + self._caller.seconds
+        self._tick()
+
+    def leave(self) -> None:
+        """Nobody waits for what is still to come: `pieces` ends."""
+        self.left = True
+        self._filled.set()
 
     def cancel(self) -> None:
         """Free the places in the batch. Harmless after the end."""
-        self._end.cancel()
+        self._timer.cancel()
         for request in self._requests:
             if not request.finished:
                 self._engine.cancel(request)
@@ -116,19 +126,25 @@ class Generation:
         return told
 
     def _receive(self, index: int, event: Event) -> None:
-        """Called on the engine's thread. The loop is woken once for what comes before it looks."""
+        """Called on the engine's thread."""
         self._box.append((index, event, perf_counter()))
-        if not self._rung and (self._streams or isinstance(event, Finished)):
-            self._rung = True
-            self._loop.call_soon_threadsafe(self._filled.set)
+        if self._streams or isinstance(event, Finished):
+            self._post.ring(self._filled)
+
+    def _tick(self) -> None:
+        """Notice that the time is up, or that nothing has come for a while; if not, look again when it may be so."""
+        now = self._loop.time()
+        if now >= self._deadline:
+            self._expire()
+            return
+        if now >= self._heard + PING_SECONDS:
+            self._heard, self._silent = now, True
+            self._filled.set()
+        self._timer = self._loop.call_at(min(self._deadline, self._heard + PING_SECONDS), self._tick)
 
     def _expire(self) -> None:
         error = AnswerTimedOut(f"the answer was not finished within {self._caller.seconds:g} s, which is the limit")
         self._box.append((0, Finished("error", error), perf_counter()))
-        self._filled.set()
-
-    def _notice_silence(self) -> None:
-        self._silent = True
         self._filled.set()
 
     async def pieces(self) -> AsyncIterator[list[Choice]]:
@@ -138,12 +154,10 @@ class Generation:
         """
         told: list[list[Token]] = [[] for _ in self._requests]  # tokens whose text was held back
         left, failure = self.count, None
-        while left and not failure:
-            timer = self._loop.call_later(PING_SECONDS, self._notice_silence)
+        while left and not failure and not self.left:
+            self._heard, self._silent = self._loop.time(), False
             await self._filled.wait()
-            timer.cancel()
             self._filled.clear()
-            self._rung = False
             failure = self._caller.ailment()
             pieces = []
             while self._box and not failure:
@@ -162,7 +176,6 @@ class Generation:
                     pieces.append(Choice(index, event.text, told[index], reason))
                     told[index] = []
             if pieces or self._silent:
-                self._silent = False
                 yield pieces
         if failure:
             self._caller.entry.fail(failure)
@@ -183,29 +196,24 @@ async def respond(generation: Generation, answer: Answer, asked: GenerationReque
 
 async def _whole(generation: Generation, answer: Answer, receive: Receive) -> Response:
     """The answers in one piece; the client's going away cancels them."""
-    collected = asyncio.create_task(_collect(generation))
-    gone = asyncio.create_task(_disconnected(receive))
+    watch = asyncio.create_task(_watch(receive, generation))
     try:
-        await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not collected.done():
-            return Response(status_code=499)  # nobody reads it
-        pieces = collected.result()
+        pieces = [piece async for pieces in generation.pieces() for piece in pieces]
     finally:
         generation.cancel()
-        for task in (collected, gone):
-            task.cancel()
-            with suppress(asyncio.CancelledError, MasqueradeError):
-                await task
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+    if generation.left:
+        return Response(status_code=499)  # nobody reads it
     return JSONResponse(answer.whole(pieces, generation.usage), headers=answer.headers)
 
 
-async def _collect(generation: Generation) -> list[Choice]:
-    return [piece async for pieces in generation.pieces() for piece in pieces]
-
-
-async def _disconnected(receive: Receive) -> None:
+async def _watch(receive: Receive, generation: Generation) -> None:
+    """The client's going away ends a generation."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    generation.leave()
 
 
 async def _stream(generation: Generation, answer: Answer, wants_usage: bool) -> AsyncIterator[str]:

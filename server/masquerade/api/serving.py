@@ -14,6 +14,7 @@ from functools import cached_property
 
 from maskstore import Generation, InvalidName, MaskMismatch, MaskNotFound, Registry, Store
 from masquerade.api.names import Names
+from masquerade.api.post import Post
 from masquerade.engine import Engine, Phase
 from masquerade.errors import InvalidValue, ModelNotFound, Overloaded, PersonaConflict, PersonaNotFound
 from masquerade.model import Base, MaskManager, Residency, Wear, WornMask, find_targets
@@ -61,6 +62,7 @@ class Serving:
     residency: Residency
     manager: MaskManager
     wears: Wears = field(default_factory=Wears)
+    post: Post = field(default_factory=Post)
 
     @cached_property
     def names(self) -> Names:

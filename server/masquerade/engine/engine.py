@@ -70,6 +70,7 @@ class Engine:
         self.base = base
         self.config = config or EngineConfig()
         self.counts = Counts()
+        self.told: Callable[[], None] = lambda: None  # called after each step, on its thread; must return at once
         self.grammars = Grammars(base.tokenizer, base.vocabulary, base.ends)
         self._clock = clock
         self._salts = Salts(base.fingerprint)
@@ -198,6 +199,8 @@ class Engine:
         except Exception as error:
             self._recover(error)
             return True
+        finally:
+            self.told()
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """Run requests to their end on the calling thread; the answers' token ids. Only without `start`."""
