@@ -231,6 +231,22 @@ def test_an_exception_at_any_line_of_a_step_never_stops_the_loop(
     assert serve(Injector())[0] == right
 
 
+def test_who_fails_to_hear_of_a_step_stops_nothing(make_engine: Make) -> None:
+    engine, told = make_engine(), list[int]()
+
+    def fail() -> None:
+        told.append(len(heard.tokens))
+        raise RuntimeError("deaf")
+
+    request, heard = ask()
+    engine.told = fail
+    engine.submit(request)
+    finish(engine)
+    assert heard.end.reason == "length"
+    assert told[-1] == len(heard.tokens)
+    assert len(told) >= len(heard.tokens)
+
+
 def test_a_hung_step_is_reported(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     now, entered, released = [0.0], threading.Event(), threading.Event()
     forward = tiny.model.model.forward

@@ -200,7 +200,7 @@ class Engine:
             self._recover(error)
             return True
         finally:
-            self.told()
+            self._tell()
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """Run requests to their end on the calling thread; the answers' token ids. Only without `start`."""
@@ -228,6 +228,13 @@ class Engine:
         if not self._unfinished:
             self._find_route([])  # the last one's masks may go
         return bool(chunks)
+
+    def _tell(self) -> None:
+        """Whoever fails to hear that a step is over must not stop the next one."""
+        try:
+            self.told()
+        except Exception:
+            _log.exception("nobody heard that a step is over")
 
     def _attempt(self, chunks: Sequence[Chunk]) -> list[Pick | None]:
         """The chunks' picks, of those that sample; what fails alone is retired."""
