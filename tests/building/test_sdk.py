@@ -174,7 +174,7 @@ def test_files_are_kept_listed_read_and_deleted(sdk: OpenAI) -> None:
         ({"method": {"type": "supervised"}}, 400, "invalid_value", "method.type"),
         ({"mask": {"score": "magic"}}, 400, "invalid_value", "method.mask.score"),
         ({"mask": {"rho": 2.0}}, 400, "invalid_value", "method.mask.rho"),
-        ({"mask": {"sparsity": 0.5}}, 400, "invalid_value", "method.mask.sparsity"),
+        ({"mask": {"sparsity": 0.5}}, 400, "unsupported_parameter", "method.mask.sparsity"),
         ({"mask": {"contrast_file": "SAME"}}, 400, "bad_dataset", "method.mask.contrast_file"),
         ({"mask": {"contrast_name": "x"}, "no_contrast": True}, 400, "invalid_value", "method.mask.contrast_name"),
         ({"training_file": "BROKEN"}, 400, "bad_dataset", "training_file"),

@@ -14,16 +14,16 @@ from tests.serving import Server, serve
 from tests.web.driving import PATIENCE, launch
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """The demo, with a store that these tests may change."""
     with serve("--model", "demo") as server:
         yield server
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """It runs an event loop on this thread, which nobody else can have one on: it goes before other tests begin."""
+    """It runs an event loop on this thread, beside which there can be no other: it goes before other tests begin."""
     with sync_playwright() as playwright:
         browser = launch(playwright)
         if browser is None:

@@ -20,7 +20,7 @@ PAGES = {
 WIDTHS = {"wide": 1280, "phone": 390}
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def job(browser: Browser, server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of a build that has ended."""
     page = browser.new_page()
