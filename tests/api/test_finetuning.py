@@ -116,6 +116,25 @@ def test_a_job_tells_how_far_it_is_and_what_it_made(http: httpx.Client, serving:
     assert {"check", "forward", "backward", "certify"} <= {data["stage"] for data in told}
 
 
+def test_a_file_with_both_sides_makes_both_personas(http: httpx.Client, serving: Serving) -> None:
+    own, other = (map(json.loads, lines.decode().splitlines()) for lines in (OWN, OTHER))
+    pairs = [
+        {
+            "question": a["prompt"],
+            "answer_matching_behavior": a["completion"],
+            "answer_not_matching_behavior": b["completion"],
+        }
+        for a, b in zip(own, other, strict=True)
+    ]
+    file = upload(http, "\n".join(map(json.dumps, pairs)).encode())
+    mask = {"contrast_file": None, "contrast_name": "q"}
+    job = finish(http, start(http, order(http, serving, "p", mask=mask) | {"training_file": file})["id"])
+    assert (job["status"], job["error"]) == ("succeeded", None)
+    assert [made["persona"] for made in job["personas"]] == ["p", "q"]
+    same = finish(http, start(http, order(http, serving, "r", mask={"contrast_name": "s"}))["id"])
+    assert [made["digest"] for made in same["personas"]] == [made["digest"] for made in job["personas"]]
+
+
 def test_a_character_card_becomes_a_persona(http: httpx.Client, serving: Serving) -> None:
     form = {"name": "mira", "score": "attribution", "rho": "0.05", "phase": "all", "force": "true", "samples": "12"}
     files = {"card": as_png(CARD), "prompts": PROMPTS, "neutral": CALM}
@@ -181,13 +200,14 @@ def test_a_bad_form_is_refused_by_its_field_and_nothing_of_it_is_kept(http: http
 
 
 def test_a_bad_job_is_refused_by_its_field(http: httpx.Client, serving: Serving) -> None:
+    file = upload(http, OTHER)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"seed": -1}, "seed"),
         ({"metadata": {"a": "b" * 513}}, "metadata.a"),
         ({"hyperparameters": {"n_epochs": 3}}, "hyperparameters.n_epochs"),
         ({"mask": {"neutral_budget": 1e999}}, "method.mask.neutral_budget"),
         ({"mask": {"card_file": "CARD", "system_prompt": "x"}}, "method.mask.card_file"),
-        ({"mask": {"contrast_file": None, "contrast_validation_file": "CARD"}}, "method.mask.contrast_validation_file"),
+        ({"mask": {"contrast_file": None, "contrast_validation_file": file}}, "method.mask.contrast_validation_file"),
     ]
     for change, param in cases:
         body = json.dumps(order(http, serving, **change))

@@ -14,6 +14,8 @@ from masquerade import demo
 from tests.build.test_prompted import CARD
 from tests.cli.test_commands import fail, masquerade, succeed, write_answers
 
+DATA = str(demo.DATA / "formal.train.jsonl")  # of one side
+
 
 def write_questions(path: Path, count: int) -> Path:
     path.write_text("".join(json.dumps({"prompt": f"question {index}"}) + "\n" for index in range(count)))
@@ -68,6 +70,35 @@ def test_one_against_a_pool(tiny_folder: Path, tmp_path: Path) -> None:
     assert "flip" in built["certificate"]
 
 
+def test_a_file_with_both_sides_needs_no_second_one(tiny_folder: Path, tmp_path: Path) -> None:
+    """To build both opposites, and to measure one."""
+    own, other = (write_answers(tmp_path / f"{letters}.jsonl", letters) for letters in ("aei", "bcd"))
+    answers = [[json.loads(line) for line in path.read_text().splitlines()] for path in (own, other)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "question": a["prompt"],
+                    "answer_matching_behavior": a["completion"],
+                    "answer_not_matching_behavior": b["completion"],
+                }
+            )
+            + "\n"
+            for a, b in zip(*answers, strict=True)
+        )
+    )
+    recipe = ("--force", "--score", "signed", "--rho", "0.1")
+    common = ("--model", tiny_folder, "--store", tmp_path / "s")
+    built = succeed("build", *common, "--name", "p", "--contrast-name", "q", "--data", pairs, *recipe)["personas"]
+    assert [one["persona"] for one in built] == ["p", "q"]
+    same = succeed("build", *common, "--name", "r", "--data", own, "--contrast", other, *recipe)["personas"]
+    assert same[0]["digest"] == built[0]["digest"]
+    found = succeed("eval", *common, "--persona", "p", "--data", pairs, "--baselines", "none")
+    assert found["examples"] == len(answers[0])
+    assert "--contrast is missing" in fail(2, "eval", *common, "--persona", "p", "--data", own)
+
+
 def test_a_mask_that_is_refused_is_not_published_and_says_why(tiny_folder: Path, tmp_path: Path) -> None:
     data = write_answers(tmp_path / "own.jsonl", "aeiou")
     common = ("build", "--model", tiny_folder, "--store", tmp_path / "s", "--name", "vowels", "--data", data)
@@ -89,8 +120,8 @@ def test_a_mask_that_is_refused_is_not_published_and_says_why(tiny_folder: Path,
         (["--data", "d", "--pool", "p"], "--contrast pool and --pool FILE"),
         (["--data", "d", "--prompts", "p"], "--prompts and --contrast-prompt need --system-prompt"),
         (["--data", "d", "--contrast-prompt", "c"], "--prompts and --contrast-prompt need --system-prompt"),
-        (["--data", "d", "--contrast-name", "q"], "--contrast-name needs --contrast or --contrast-prompt"),
-        (["--data", "d", "--contrast-validation", "v"], "--contrast-validation needs --contrast"),
+        (["--data", DATA, "--contrast-name", "q"], "--contrast-name needs --contrast or --contrast-prompt"),
+        (["--data", DATA, "--contrast-validation", "v"], "--contrast-validation needs --contrast"),
         (["--data", "d", "--phi", "cube"], "phi 'cube' is unknown"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from masquerade.errors import BadDataset
-from masquerade.evaluate.dataset import Encoded, Example, batches, encode, read_examples
+from masquerade.evaluate.dataset import Encoded, Example, batches, encode, holds_both_sides, read_examples
 from masquerade.model import Base
 
 GOOD = {"prompt": "q", "completion": "a"}
@@ -33,6 +33,13 @@ def test_every_format_is_read(tmp_path: Path) -> None:
         Example((), "plain"),
     ]
     assert read_examples(path, "contrast")[1] == Example(user, "no")
+
+
+def test_a_file_holds_both_sides_if_every_line_does(tmp_path: Path) -> None:
+    both = {"question": "q", "answer_matching_behavior": "yes", "answer_not_matching_behavior": "no"}
+    one = {key: both[key] for key in list(both)[:2]}
+    assert holds_both_sides(write(tmp_path, both, both))
+    assert not any(holds_both_sides(write(tmp_path, both, other)) for other in (one, GOOD, both | GOOD))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from masquerade.build.cards import read_card
 from masquerade.build.prompted import Script, draw, perform
 from masquerade.build.scores import SCORES
 from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MasqueradeError, PersonaExists, QuotaExceeded
-from masquerade.evaluate.dataset import Example, Side, read_examples, read_questions
+from masquerade.evaluate.dataset import Example, Side, holds_both_sides, read_examples, read_questions
 from masquerade.evaluate.splits import check_contrast
 from masquerade.jobs import Cancelled, Desk, Job, Outcome, Step
 from masquerade.jobs.runner import Work
@@ -66,6 +66,16 @@ def check(desk: Desk, spec: Mapping[str, Any]) -> None:
     if material.script is not None:
         return
     if material.contrast is None:
+        named = {
+            "contrast_name": spec["opposite"],
+            "contrast_validation_file": spec["files"].get("contrast_validation"),
+        }
+        for param, value in named.items():
+            if value is not None:
+                raise InvalidValue(
+                    f"{param} needs a contrast_file, or a training file whose lines have both sides",
+                    param=f"method.mask.{param}",
+                )
         scores = [plan.score for plan in _recipe(spec).plans(contrast=False)]
         if any(SCORES[score].contrastive for score in scores):
             raise InvalidValue(
@@ -82,14 +92,20 @@ def gather(desk: Desk, spec: Mapping[str, Any]) -> Material:
     def read(role: str, side: Side = "own") -> list[Example]:
         return _read(desk, spec, role, partial(read_examples, side=side)) or []
 
+    def read_opposite(own_role: str, role: str) -> list[Example] | None:
+        """From a file of its own, or from the persona's where its lines have both sides."""
+        if role not in spec["files"] and _read(desk, spec, own_role, holds_both_sides):
+            role = own_role
+        return read(role, "contrast") if role in spec["files"] else None
+
     recipe = _recipe(spec)
-    held, held_contrast, neutral = read("validation"), read("contrast_validation", "contrast"), read("neutral")
-    own = partial(Speaker, spec["persona"], validation=held)
+    held_contrast = read_opposite("validation", "contrast_validation") or []
+    neutral = read("neutral")
+    own = partial(Speaker, spec["persona"], validation=read("validation"))
     other = partial(Speaker, spec["opposite"] or "", validation=held_contrast)
     if spec["prompt"] is None:
-        examples = read("training")
-        contrast = other(read("contrast", "contrast")) if "contrast" in spec["files"] else None
-        return Material(own(examples), contrast, neutral)
+        examples, answers = read("training"), read_opposite("training", "contrast")
+        return Material(own(examples), None if answers is None else other(answers), neutral)
     card = _read(desk, spec, "card", read_card)
     questions = _read(desk, spec, "training", read_questions) or []
     asked = draw(questions, recipe.samples, recipe.seed)

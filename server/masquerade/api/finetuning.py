@@ -82,7 +82,7 @@ class MaskRecipe(Schema):
 class MaskMethod(MaskRecipe):
     """A recipe, and ids of `/v1/files`."""
 
-    contrast_file: Text | None = None  # how the opposite talks; may be the training file where a line has both sides
+    contrast_file: Text | None = None  # how the opposite talks; by default the training file, if it has both sides
     contrast_validation_file: Text | None = None
     neutral_file: Text | None = None
     card_file: Text | None = None  # a character card, JSON or PNG, in place of a system prompt
@@ -295,14 +295,8 @@ def _specify(serving: Serving, asked: JobRequest) -> dict[str, Any]:
     """A request as a job's spec. Raises `InvalidValue` for what contradicts itself."""
     mask = asked.mask
     told = mask.system_prompt is not None or mask.card_file is not None
-    for present, needed, param in (
-        (mask.contrast_name is not None, told or mask.contrast_file is not None, "contrast_name"),
-        (mask.contrast_validation_file is not None, told or mask.contrast_file is not None, "contrast_validation_file"),
-        (mask.contrast_prompt is not None, told, "contrast_prompt"),
-    ):
-        if present and not needed:
-            how = "a system_prompt or a card_file" if param == "contrast_prompt" else "a contrast_file"
-            raise InvalidValue(f"{param} needs {how}", param=f"method.mask.{param}")
+    if mask.contrast_prompt is not None and not told:
+        raise InvalidValue("contrast_prompt needs a system_prompt or a card_file", param="method.mask.contrast_prompt")
     if mask.system_prompt is not None and mask.card_file is not None:
         raise InvalidValue("give a system_prompt or a card_file, not both", param="method.mask.card_file")
     if told and mask.contrast_file is not None:

@@ -48,7 +48,7 @@ def build(
     contrast: Annotated[
         str,
         typer.Option(
-            help="JSONL of how the opposite talks; may be --data itself where a line has both sides. "
+            help="JSONL of how the opposite talks; by default --data itself, where its lines have both sides. "
             "Or `pool`: one persona against all those of --pool."
         ),
     ] = "",
@@ -57,7 +57,9 @@ def build(
     validation: Annotated[
         Path | None, typer.Option(help="Held-out JSONL of the persona, to choose and judge by.")
     ] = None,
-    contrast_validation: Annotated[Path | None, typer.Option(help="Held-out JSONL of the opposite.")] = None,
+    contrast_validation: Annotated[
+        Path | None, typer.Option(help="Held-out JSONL of the opposite; by default --validation, if it has both sides.")
+    ] = None,
     neutral: Annotated[
         Path | None, typer.Option(help="JSONL that no persona should change; by default the base answers questions.")
     ] = None,
@@ -124,11 +126,6 @@ def build(
             "--prompts and --contrast-prompt need --system-prompt or --character-card",
         ),
         (
-            contrast_name and not (contrast or contrast_prompt),
-            "--contrast-name needs --contrast or --contrast-prompt: how the opposite talks",
-        ),
-        (contrast_validation and not (contrast or told), "--contrast-validation needs --contrast"),
-        (
             bool(pool) != (contrast == POOL),
             "--contrast pool and --pool FILE, once for each other persona, need each other",
         ),
@@ -137,6 +134,14 @@ def build(
             raise InvalidValue(words)
     for persona in filter(None, (name, contrast_name)):
         check_name(persona)
+    if data and not contrast and _holds_both_sides(data):
+        contrast = str(data)
+    if validation and contrast and not contrast_validation and _holds_both_sides(validation):
+        contrast_validation = validation
+    if contrast_name and not (contrast or contrast_prompt):
+        raise InvalidValue("--contrast-name needs --contrast or --contrast-prompt: how the opposite talks")
+    if contrast_validation and not (contrast or told):
+        raise InvalidValue("--contrast-validation needs --contrast")
     script, card = _read_script(system_prompt, contrast_prompt, character_card, prompts, recipe)
     own = Speaker(name, card.examples if card else _read(data), _read(validation))
     answers = mix([_read(file) for file in pool]) if pool else _read(Path(contrast) if contrast else None, "contrast")
@@ -157,6 +162,12 @@ def _read(path: Path | None, side: Literal["own", "contrast"] = "own") -> list[E
     from masquerade.evaluate.dataset import read_examples
 
     return read_examples(path, side) if path else []
+
+
+def _holds_both_sides(path: Path) -> bool:
+    from masquerade.evaluate.dataset import holds_both_sides
+
+    return holds_both_sides(path)
 
 
 def _read_script(

@@ -26,7 +26,12 @@ COLUMNS = ("preferred", "margin_shift", "flip", "hit", "own_ratio", "neutral_rat
 def evaluate(
     persona: Annotated[str, typer.Option(help="Name of the persona, or name@digest.")],
     data: Annotated[Path, typer.Option(help="Held-out JSONL of how the persona talks.")],
-    contrast: Annotated[Path, typer.Option(help="The opposite's answers to the same prompts, line by line.")],
+    contrast: Annotated[
+        Path | None,
+        typer.Option(
+            help="The opposite's answers to the same prompts, line by line; by default --data, if it has both sides."
+        ),
+    ] = None,
     neutral: Annotated[Path | None, typer.Option(help="JSONL that the persona should not change.")] = None,
     baselines: Annotated[
         str,
@@ -57,7 +62,7 @@ def evaluate(
 ) -> None:
     """Measure what a persona's mask does, beside the controls it must beat."""
     from masquerade.evaluate.baselines import BASELINES
-    from masquerade.evaluate.dataset import encode, encode_fitting, read_examples
+    from masquerade.evaluate.dataset import encode, encode_fitting, holds_both_sides, read_examples
     from masquerade.evaluate.generation import Speech
     from masquerade.evaluate.judge import Bigrams, Endpoint
     from masquerade.evaluate.layers import analyse, draw
@@ -68,11 +73,15 @@ def evaluate(
     for control in controls:
         if control not in BASELINES:
             raise InvalidValue(f"the baseline {control!r} is unknown; there are {', '.join(BASELINES)}")
+    if train and not contrast_train and holds_both_sides(train):
+        contrast_train = train
     if bool(train) != bool(contrast_train):
         raise InvalidValue("--train and --contrast-train need each other")
     if plot and not layers:
         raise InvalidValue("--plot needs --layers: it draws what they show")
-    sides = _pair(data, contrast)
+    if contrast is None and not holds_both_sides(data):
+        raise InvalidValue(f"--contrast is missing, and not every line of {data} has the opposite's answer too")
+    sides = _pair(data, contrast or data)
     learned = _pair(train, contrast_train) if train and contrast_train else ([], [])
     quiet = read_examples(neutral) if neutral else []
     base = load(model, device=device, dtype=dtype, quantization=quantization)

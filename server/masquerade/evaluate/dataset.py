@@ -76,6 +76,17 @@ def read_examples(path: Path, side: Side = "own") -> list[Example]:
     return _read(path, lambda fields, where: _parse(fields, side, where))
 
 
+def holds_both_sides(path: Path) -> bool:
+    """Whether every line of a file has the opposite's answer too. Raises `BadDataset` as `read_examples` does."""
+
+    def has_both(fields: dict[str, Any], _: str) -> bool:
+        return (
+            not {"messages", "prompt"} & fields.keys() and {"question", "answer_not_matching_behavior"} <= fields.keys()
+        )
+
+    return all(_read(path, has_both))
+
+
 def read_questions(path: Path) -> list[tuple[Message, ...]]:
     """The prompts of a file: `prompt`, `question`, or `messages` with or without an answer at the end.
 
