@@ -60,6 +60,12 @@ demo-masks: setup
 	    --contrast-validation $(DEMO)/data/$$other.heldout.jsonl \
 	    --neutral $(DEMO)/data/facts.jsonl --score attribution --rho 0.003 --phase all --out $(DEMO)/personas || exit 1; done; rm -r $$store
 
-# docker/verify tries out what this has built; docker/README.md says how to go about GPUs, and without Docker
+# docker/verify tries out what this has built; docker/README.md says how to go about GPUs. OFFLINE is a command that builds
+# a Dockerfile where there is neither an engine nor a registry of images.
+OFFLINE ?= ../shared/scripts/image-offline
 image:
-	docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag masquerade --tag masquerade:cpu .
+	@if docker info >/dev/null 2>&1; then \
+	  docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag masquerade --tag masquerade:cpu .; \
+	elif test -x $(OFFLINE); then \
+	  $(OFFLINE) build . --tag masquerade -- --build-arg TORCH_INDEX= --build-arg REVISION=$$(git rev-parse HEAD); \
+	else echo "make image needs a Docker engine that runs: \`docker info\` says what is wrong"; exit 1; fi
