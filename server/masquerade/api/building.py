@@ -26,6 +26,7 @@ from masquerade.evaluate.dataset import Example, Side, holds_both_sides, read_ex
 from masquerade.evaluate.splits import check_contrast
 from masquerade.jobs import Cancelled, Desk, Job, Outcome, Step
 from masquerade.jobs.runner import Work
+from masquerade.model import hand_back
 
 T = TypeVar("T")
 
@@ -121,7 +122,7 @@ def sweep(serving: Serving, desk: Desk) -> None:
     kept = {_folder(serving, job.id) for job in desk.table.open_jobs()}
     for folder in (serving.store.root / "builds").glob("job-*"):
         if folder not in kept:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # work that was cut off may be deleting it itself
 
 
 def _work(serving: Serving, desk: Desk, job: Job, material: Material) -> Work:
@@ -139,6 +140,7 @@ def _work(serving: Serving, desk: Desk, job: Job, material: Material) -> Work:
         raise
     finally:
         scratch.release()
+        hand_back()
     return partial(_publish, serving, desk, job, masks)
 
 

@@ -7,6 +7,7 @@ from masquerade.model.chat import render_chat
 from masquerade.model.host import Host
 from masquerade.model.load import Base, load
 from masquerade.model.manager import MaskManager
+from masquerade.model.memory import hand_back
 from masquerade.model.residency import Residency
 from masquerade.model.route import Route, Span, Wear, WornMask
 from masquerade.model.shelf import Shelf
@@ -38,6 +39,7 @@ __all__ = [
     "enter",
     "find_dialect",
     "find_targets",
+    "hand_back",
     "load",
     "render_chat",
     "route",
