@@ -67,5 +67,6 @@ image:
 	@if docker info >/dev/null 2>&1; then \
 	  docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag masquerade --tag masquerade:cpu .; \
 	elif test -x $(OFFLINE); then \
-	  $(OFFLINE) build . --tag masquerade -- --build-arg TORCH_INDEX= --build-arg REVISION=$$(git rev-parse HEAD); \
+	  $(OFFLINE) build . --tag masquerade -- --build-arg TORCH_INDEX= --build-arg PIP_FIND_LINKS \
+	    --build-arg PIP_EXTRA_INDEX_URL --build-arg REVISION=$$(git rev-parse HEAD); \
 	else echo "make image needs a Docker engine that runs: \`docker info\` says what is wrong"; exit 1; fi

@@ -6,6 +6,7 @@ Knows both the files and the names. Refuses to guess: what cannot be rebuilt is 
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,10 +61,10 @@ def gc(root: str | os.PathLike[str], dry: bool = False, grace: float = GRACE) ->
     with store.lock(exclusive=True), registry.referred() as referred:
         digests = [digest for digest in store.digests() if digest not in referred]
         paths = {digest: store.path(digest) for digest in digests if store.path(digest).stat().st_mtime <= horizon}
-        leftovers = [path for path in _leftovers(store) if path.stat().st_mtime <= horizon]
-        nbytes = sum(path.stat().st_size for path in (*paths.values(), *leftovers))
+        leftovers = _old_leftovers(store, horizon)
+        nbytes = sum(path.stat().st_size for path in paths.values()) + sum(leftovers.values())
         for path in () if dry else (*paths.values(), *leftovers):
-            path.unlink()
+            path.unlink(missing_ok=True)
     return Collected(tuple(paths), tuple(_relative(store, path) for path in leftovers), nbytes, dry)
 
 
@@ -71,9 +72,9 @@ def sweep(root: str | os.PathLike[str], grace: float = GRACE) -> tuple[str, ...]
     """Remove leftovers of killed writers that are older than `grace` seconds, and nothing else; what they were."""
     store = Store(root)
     with store.lock(exclusive=True):
-        old = [path for path in _leftovers(store) if path.stat().st_mtime <= time.time() - grace]
+        old = _old_leftovers(store, time.time() - grace)
         for path in old:
-            path.unlink()
+            path.unlink(missing_ok=True)
     return tuple(_relative(store, path) for path in old)
 
 
@@ -99,6 +100,17 @@ def fsck(root: str | os.PathLike[str], repair: bool = False) -> Checkup:
 def _leftovers(store: Store) -> list[Path]:
     """Temporary files: of writers at work, or killed."""
     return sorted([*store.masks.glob("??/.*.tmp"), *(store.root / "quarantine").glob("*")])
+
+
+def _old_leftovers(store: Store, horizon: float) -> dict[Path, int]:
+    """Those not written to since, and their bytes. Quarantine is in no lock: a file may go while it is looked at."""
+    found = {}
+    for path in _leftovers(store):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            if status.st_mtime <= horizon:
+                found[path] = status.st_size
+    return found
 
 
 def _relative(store: Store, path: Path) -> str:

@@ -2,6 +2,7 @@ import errno
 import os
 import shutil
 import sqlite3
+import threading
 import time
 
 import pytest
@@ -166,3 +167,27 @@ def test_what_cannot_be_read_is_left_alone(registry, digests, monkeypatch):
     found = fsck(registry.store.root, repair=True).findings
     assert [(finding.kind, finding.action) for finding in found] == [("unreadable", "")]
     assert closed.exists()
+
+
+def test_imports_come_and_go_while_leftovers_are_looked_for(registry):
+    """What is in quarantine is in no lock, so a file may go between being listed and being looked at."""
+    folder, over = registry.store.quarantine(), threading.Event()
+
+    def upload():
+        number = 0
+        while not over.is_set():
+            path = folder / f"upload-{(number := number + 1)}"
+            path.touch()
+            path.unlink()
+
+    threads = [threading.Thread(target=upload) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(300):
+            sweep(registry.store.root)
+            gc(registry.store.root)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
