@@ -173,14 +173,12 @@ def test_imports_come_and_go_while_leftovers_are_looked_for(registry):
     """What is in quarantine is in no lock, so a file may go between being listed and being looked at."""
     folder, over = registry.store.quarantine(), threading.Event()
 
-    def upload():
-        number = 0
+    def upload(name):
         while not over.is_set():
-            path = folder / f"upload-{(number := number + 1)}"
-            path.touch()
-            path.unlink()
+            (folder / name).touch()
+            (folder / name).unlink()
 
-    threads = [threading.Thread(target=upload) for _ in range(3)]
+    threads = [threading.Thread(target=upload, args=(f"upload-{number}",)) for number in range(3)]
     for thread in threads:
         thread.start()
     try:
