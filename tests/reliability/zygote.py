@@ -13,7 +13,9 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tests import serving
@@ -28,6 +30,7 @@ class Process:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
+        self._closing = threading.Lock()  # one waits for it, and another kills it
         try:
             self._handle: int | None = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -35,11 +38,12 @@ class Process:
 
     def poll(self) -> int | None:
         """0 once it has ended, however it did."""
-        if self._handle is not None and select.select([self._handle], [], [], 0)[0]:
-            os.close(self._handle)
-            self._handle = None
-        self.returncode = 0 if self._handle is None else None
-        return self.returncode
+        with self._closing:
+            if self._handle is not None and select.select([self._handle], [], [], 0)[0]:
+                os.close(self._handle)
+                self._handle = None
+            self.returncode = 0 if self._handle is None else None
+            return self.returncode
 
     def wait(self, timeout: float | None = REAP_SECONDS) -> int:
         """Until it has ended; raises `subprocess.TimeoutExpired`."""
@@ -48,11 +52,9 @@ class Process:
         return self.poll() or 0
 
     def send_signal(self, number: int) -> None:
-        if self._handle is not None:
-            try:
+        with self._closing, suppress(ProcessLookupError):
+            if self._handle is not None:
                 signal.pidfd_send_signal(self._handle, number)
-            except ProcessLookupError:
-                self.poll()
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
