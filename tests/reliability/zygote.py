@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -47,9 +49,12 @@ class Process:
 
     def wait(self, timeout: float | None = REAP_SECONDS) -> int:
         """Until it has ended; raises `subprocess.TimeoutExpired`."""
-        if self._handle is not None and not select.select([self._handle], [], [], timeout)[0]:
-            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-        return self.poll() or 0
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+            time.sleep(0.005)
+        return 0
 
     def send_signal(self, number: int) -> None:
         with self._closing, suppress(ProcessLookupError):
