@@ -38,7 +38,7 @@ double decode(T value) {
 }
 
 struct Mask {
-  std::vector<uint8_t> keep;
+  std::vector<uint8_t> keep, list;
   std::vector<int32_t> offsets;
   std::vector<uint16_t> narrow;
   std::vector<uint32_t> wide;
@@ -70,6 +70,22 @@ struct Worn {
   int64_t rows;
 };
 
+// Lay out a mask's list, and read the same again.
+template <class T>
+bool check_list(Mask& mask, Kind kind, const std::vector<T>& weight, int64_t out, int64_t in) {
+  const int32_t dtype = sizeof(T) == 4 ? kFloat32 : kBfloat16;
+  const auto round_trip = [&](auto& columns) {
+    auto found = columns;
+    std::vector<int32_t> offsets(out + 1);
+    mask.list.resize(masquerade_list_size(kind, dtype, out, columns.size()));
+    masquerade_list_write(kind, dtype, mask.offsets.data(), columns.data(), weight.data(), out, in, mask.list.data());
+    std::fill(found.begin(), found.end(), 0);
+    masquerade_list_read(kind, dtype, mask.list.data(), out, offsets.data(), found.data());
+    return offsets == mask.offsets && found == columns;
+  };
+  return kind == kList16 ? round_trip(mask.narrow) : round_trip(mask.wide);
+}
+
 template <class T>
 bool check(int32_t isa, int64_t out, int64_t in, int64_t bare, const std::vector<Worn>& worn) {
   int64_t rows = bare;
@@ -89,11 +105,10 @@ bool check(int32_t isa, int64_t out, int64_t in, int64_t bare, const std::vector
     start += one.rows;
   }
   for (size_t m = 0; m < masks.size(); m++) {
-    const Mask& mask = masks[m];
-    const bool bits = worn[m].kind == kBitmap;
-    tables.push_back({{kNothing, nullptr, nullptr},
-                      {worn[m].kind, bits ? static_cast<const void*>(mask.keep.data()) : mask.offsets.data(),
-                       worn[m].kind == kSparse16 ? static_cast<const void*>(mask.narrow.data()) : mask.wide.data()}});
+    const Kind kind = worn[m].kind;
+    if (kind != kBitmap && !check_list<T>(masks[m], kind, weight, out, in)) return false;
+    std::vector<uint8_t>& data = kind == kBitmap ? masks[m].keep : masks[m].list;
+    tables.push_back({Part{kNothing, nullptr}, Part{kind, data.data()}});
   }
   for (size_t m = 0; m < masks.size(); m++) spans[m].parts = tables[m].data();
   const auto run = [&](int64_t number) {
@@ -126,7 +141,7 @@ bool check(int32_t isa, int64_t out, int64_t in, int64_t bare, const std::vector
 
 // Spans that are none of a batch's rows are refused before anything is read.
 bool check_refusals() {
-  const Part parts[] = {{kBitmap, nullptr, nullptr}};
+  const Part parts[] = {{kBitmap, nullptr}};
   const std::vector<std::vector<Span>> wrong = {
       {{parts, 1, 0, 3}}, {{parts, 1, -1, 1}}, {{parts, 1, 2, 1}}, {{parts, 1, 0, 2}, {parts, 1, 1, 2}}};
   float weight = 0, x[2] = {}, y[2];
@@ -144,9 +159,9 @@ int main() {
   const std::vector<std::vector<Worn>> batches = {
       {},
       {{kBitmap, 1.0, 1}},
-      {{kBitmap, 0.7, 2}, {kSparse16, 1.0, 1}},
-      {{kSparse32, 0.5, 5}, {kBitmap, 1.0, 9}, {kSparse16, 1.0, 17}},
-      {{kSparse16, 0.7, 30}, {kBitmap, 0.3, 25}},
+      {{kBitmap, 0.7, 2}, {kList16, 1.0, 1}},
+      {{kList32, 0.5, 5}, {kBitmap, 1.0, 9}, {kList16, 1.0, 17}},
+      {{kList16, 0.7, 30}, {kBitmap, 0.3, 25}},
   };
   if (!check_refusals()) return 1;
   for (int32_t isa = 0; isa < 4; isa++) {

@@ -13,31 +13,33 @@ from __future__ import annotations
 import ctypes
 import logging
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from maskstore import Bitmap, Target
+from maskstore import Target
 from masquerade.errors import UnusableModel
 from masquerade.kernels.correction import accumulator
 
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
-INTERFACE = 3  # of product.h
+INTERFACE = 4  # of product.h
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # from the slowest to the fastest, numbered as in product.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_SPARSE, _WIDE_SPARSE, _BITMAP = range(1, 4)
-_PART = np.dtype([("kind", np.int64), ("first", np.uintp), ("second", np.uintp)])
+_LIST, _WIDE_LIST, _BITMAP = range(1, 4)
+_PART = np.dtype([("kind", np.int64), ("data", np.uintp)])
 _SPAN = "Pdqq"  # address of the parts, strength, start, stop
-Record = tuple[int, int, int]  # kind and addresses, as a table of parts has them
+Record = tuple[int, int]  # kind and address, as a table of parts has them
 
 
 class Library:
@@ -54,6 +56,16 @@ class Library:
             *(ctypes.c_int64,) * 3,  # rows, out, in
             *(ctypes.c_int32,) * 3,  # dtype, isa, threads
         )
+        kind_and_dtype, address, number = (ctypes.c_int64, ctypes.c_int32), ctypes.c_void_p, ctypes.c_int64
+        self.measure_list = library.masquerade_list_size
+        self.measure_list.argtypes = (*kind_and_dtype, number, number)  # out, pruned
+        self.measure_list.restype = ctypes.c_int64
+        self.write_list = library.masquerade_list_write
+        self.write_list.argtypes = (*kind_and_dtype, address, address, address, number, number, address)
+        self.write_list.restype = None
+        self.read_list = library.masquerade_list_read
+        self.read_list.argtypes = (*kind_and_dtype, address, number, address, address)
+        self.read_list.restype = None
         found = library.masquerade_isas()
         self.isas = [name for number, name in enumerate(ISAS) if found >> number & 1]
         self.fastest = ISAS.index(self.isas[-1])
@@ -71,6 +83,12 @@ def find_library() -> Library | None:
     return library
 
 
+def _library() -> Library:
+    if (library := find_library()) is None:
+        raise UnusableModel("the native kernels were not built; is there a C++ compiler?")
+    return library
+
+
 def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the library can compute a module: a plain Linear on the CPU, of fp32 or bf16."""
     if type(module) is not nn.Linear or module.weight.device.type != "cpu" or module.weight.dtype not in _DTYPES:
@@ -78,61 +96,101 @@ def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
     return module.weight.is_contiguous() and find_library() is not None
 
 
-class NativeMask:
-    """A mask as the kernels read it: the target's own arrays."""
+class NativeMask(ABC):
+    """What a mask prunes of one Linear, as the kernels read it."""
 
-    def __init__(self, linear: nn.Linear, target: Target) -> None:
+    def __init__(self, linear: nn.Linear, pruned: int) -> None:
         self._linear = linear  # its weight is shared with the base
-        self._target = target
-        self.shape = target.shape
+        self.shape = (linear.out_features, linear.in_features)
+        self.pruned = pruned  # how many weights are
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes held beside the base's weights."""
-        return self._target.nbytes
 
     @property
-    def pruned(self) -> int:
-        """How many weights are pruned."""
-        return self._target.pruned
-
-    @property
+    @abstractmethod
     def record(self) -> Record:
         """What a call says of this mask; valid for as long as the mask lives."""
-        if isinstance(self._target, Bitmap):
-            return _BITMAP, self._target.keep.ctypes.data, 0
-        rows, cols = self._target.rows, self._target.cols
-        return (_SPARSE if cols.itemsize == 2 else _WIDE_SPARSE), rows.ctypes.data, cols.ctypes.data
+
+    @abstractmethod
+    def to_keep(self) -> NDArray[np.bool_]:
+        """Where weights are kept, [out, in]."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map rows [n, in] to [n, out], in torch: for who wants what is pruned by itself, or a gradient."""
         dtype = accumulator(x.dtype)
-        kept = torch.from_numpy(self._target.to_keep()).to(x.device)
+        kept = torch.from_numpy(self.to_keep()).to(x.device)
         return F.linear(x.to(dtype), self._linear.weight.to(dtype).masked_fill(kept, 0))
 
 
 class NativeBits(NativeMask):
-    """A mask as one bit a weight."""
+    """A mask as one bit a weight: the target's own."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
-        super().__init__(linear, target.to_bitmap())
+        super().__init__(linear, target.pruned)
+        self._bitmap = target.to_bitmap()
 
     @staticmethod
     def footprint(linear: nn.Linear, _: int) -> int:
         """What `nbytes` will be, whatever is pruned."""
         return linear.out_features * 8 * -(-linear.in_features // 64)
 
+    @property
+    def nbytes(self) -> int:
+        return self._bitmap.nbytes
+
+    @property
+    def record(self) -> Record:
+        return _BITMAP, self._bitmap.keep.ctypes.data
+
+    def to_keep(self) -> NDArray[np.bool_]:
+        return self._bitmap.to_keep()
+
 
 class NativeList(NativeMask):
-    """A mask as a list of the columns that are pruned."""
+    """A mask as a list of the columns that are pruned, with their weights' values beside them (`cpp/list.h`)."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
-        super().__init__(linear, target.to_sparse())
+        sparse = target.to_sparse()
+        super().__init__(linear, sparse.pruned)
+        self._form = _form(linear)
+        self._list = torch.empty(self.footprint(linear, self.pruned), dtype=torch.uint8)  # begins with a cache line
+        cols = sparse.cols.astype(self._column, copy=False)
+        arrays = sparse.rows.ctypes.data, cols.ctypes.data, linear.weight.data_ptr()
+        _library().write_list(*self._form, *arrays, *self.shape, self._list.data_ptr())
 
     @staticmethod
     def footprint(linear: nn.Linear, pruned: int) -> int:
-        """What `nbytes` will be for so many pruned weights."""
-        return 4 * (linear.out_features + 1) + (2 if linear.in_features <= 1 << 16 else 4) * pruned
+        """What `nbytes` will be for so many pruned weights: a column and a value each, and about six bytes an output."""
+        size: int = _library().measure_list(*_form(linear), linear.out_features, pruned)
+        return size
+
+    @property
+    def nbytes(self) -> int:
+        return self._list.nbytes
+
+    @property
+    def record(self) -> Record:
+        return self._form[0], self._list.data_ptr()
+
+    def to_keep(self) -> NDArray[np.bool_]:
+        out = self.shape[0]
+        rows, cols = np.empty(out + 1, np.int32), np.empty(self.pruned, self._column)
+        _library().read_list(*self._form, self._list.data_ptr(), out, rows.ctypes.data, cols.ctypes.data)
+        keep = np.ones(self.shape, np.bool_)
+        keep[np.repeat(np.arange(out), np.diff(rows)), cols] = False
+        return keep
+
+    @property
+    def _column(self) -> type[np.unsignedinteger[Any]]:
+        return np.uint16 if self._form[0] == _LIST else np.uint32
+
+
+def _form(linear: nn.Linear) -> tuple[int, int]:
+    """The kind and dtype of a Linear's lists."""
+    return _LIST if linear.in_features < 1 << 16 else _WIDE_LIST, _DTYPES[linear.weight.dtype]
 
 
 class NativeParts:
@@ -166,9 +224,7 @@ class NativeProduct:
     """
 
     def __init__(self, worn: Sequence[Worn] = (), isa: str | None = None) -> None:
-        library = find_library()
-        if library is None:
-            raise UnusableModel("the native kernels were not built; is there a C++ compiler?")
+        library = _library()
         self._multiply = library.multiply
         self._isa = ISAS.index(isa) if isa else library.fastest
         self._held = [one.parts for one in worn]  # their tables are what the spans point to

@@ -2,7 +2,7 @@
 #pragma once
 #include "product.h"
 
-// Consecutive rows (in `Call::order`) that wear one mask at one strength. Sparse masks come before bitmaps.
+// Consecutive rows (in `Call::order`) that wear one mask at one strength. Lists come before bitmaps.
 struct Group {
   Part part;
   float strength;  // 1 - gamma

@@ -39,7 +39,7 @@ class Arrangement {
     for (int64_t row = span.start; row < span.stop; row++) order_.push_back(row);
     if (part.kind == kNothing) return;
     const float strength = static_cast<float>(span.strength);
-    if (groups_.empty() || groups_.back().part.first != part.first || groups_.back().strength != strength)
+    if (groups_.empty() || groups_.back().part.data != part.data || groups_.back().strength != strength)
       groups_.push_back({part, strength, 0});
     groups_.back().rows += span.stop - span.start;
   }

@@ -7,13 +7,13 @@
 #include <utility>
 
 #include "call.h"
+#include "list.h"
 
 namespace {
 
 constexpr int kTile = 4;           // outputs of a tile
 constexpr int64_t kPanel = 16;     // outputs of a panel: what is unpacked and used for many rows
-constexpr int64_t kBlock = 64;     // outputs that are computed, corrected and written together
-constexpr int64_t kRow = kBlock + 16;  // floats of a row on its way: a tile may begin with the last output
+constexpr int64_t kRow = kBlock + 16;  // floats of a row of a block: a tile may begin with the last output
 constexpr int64_t kChunk = 2048;   // inputs of a tile that is multiplied straight from the weights
 template <class T>
 constexpr int64_t kDepth = 512 * Lanes::width / sizeof(Lanes::Input<T>);  // inputs of a panel
@@ -56,8 +56,6 @@ template <class T>
 constexpr int64_t kPad = 64 / sizeof(Input<T>);  // inputs in a cache line
 template <class T>
 constexpr bool kScales = std::is_same_v<Input<T>, float>;  // weights, in registers; else two products are blended
-
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Memory that a thread keeps from call to call, handed out piece by piece, each on a cache line of its own.
 class Scratch {
@@ -112,7 +110,6 @@ struct Listed {
   const Group* group;
   int64_t start, stop;
   const T* lines;  // inputs as [in, kLine], zero-padded, where several rows share the list; else null
-  bool leads;      // whether these are the first rows of the list
 };
 
 template <class X>
@@ -141,7 +138,7 @@ struct Job {
   int64_t keep_stride() const { return round_up(call.in, 64) / 8; }
 };
 
-// A block of outputs on its way: fp32 sums as [rows, kRow].
+// A block of outputs that is computed, corrected and written together: fp32 sums as [rows, kRow].
 struct Stage {
   float *sums, *whole;  // of all rows; `whole` has those of the weights as they are, to blend in
   int64_t first, last;  // outputs

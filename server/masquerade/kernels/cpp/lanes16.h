@@ -14,6 +14,7 @@ enum class Mode { dense, hard, soft };
 
 struct Lanes {
   typedef __m512 F;
+  typedef __m512i I;
 
   static constexpr int width = 16;
   template <class T>
@@ -79,6 +80,30 @@ struct Lanes {
   }
 #endif
 
+  // Lists: how many weights the lanes have, which lanes have more than `step`, and inputs from everywhere.
+  static inline I count(const uint16_t* counts) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts)));
+  }
+  static inline I count(const uint32_t* counts) { return _mm512_loadu_si512(counts); }
+  static inline __mmask16 more(I counts, int32_t step) { return _mm512_cmpgt_epi32_mask(counts, _mm512_set1_epi32(step)); }
+  static inline int size(__mmask16 lanes) { return __builtin_popcount(lanes); }
+  static inline F fma_where(__mmask16 lanes, F a, F b, F c) { return _mm512_mask3_fmadd_ps(a, b, c, lanes); }
+  template <class C>
+  static inline F gather(const float* x, const C* at) {
+    return _mm512_setr_ps(x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]], x[at[8]],
+                          x[at[9]], x[at[10]], x[at[11]], x[at[12]], x[at[13]], x[at[14]], x[at[15]]);
+  }
+  template <class C>
+  static inline F gather(const uint16_t* x, const C* at) {
+    return widen(_mm256_setr_epi16(x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]],
+                                   x[at[8]], x[at[9]], x[at[10]], x[at[11]], x[at[12]], x[at[13]], x[at[14]],
+                                   x[at[15]]));
+  }
+  static inline F widen(const float* from) { return _mm512_loadu_ps(from); }
+  static inline F widen(const uint16_t* from) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+
   template <int part>
   static inline F line(const float* from) { return _mm512_loadu_ps(from); }
   template <int part>
@@ -89,6 +114,9 @@ struct Lanes {
     uint32_t kept;
     std::memcpy(&kept, keep, sizeof kept);
     return kept;
+  }
+  static inline F widen(__m256i value) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16));
   }
   template <int part>
   static inline F widen(__m512i value) {

@@ -3,6 +3,7 @@
 // `read<part>` loads weights of one step, and `effective<mode, part>` makes fp32 of them as a mask has them: of 32 of
 // fp32 a quarter, of 16 of bf16 the even (part 0) or the odd ones. Keep bits are LSB first; a pruned weight is replaced
 // by 0 (hard) or scaled (soft), never used as is. `line<part>` loads vectors of a cache line of inputs, in that order.
+// Of lists, `count` loads how many weights the lanes have, `more` says which have more than `step`, `gather` fetches inputs.
 #pragma once
 #if defined(__FMA__)
 #include <immintrin.h>
@@ -19,6 +20,7 @@ struct Lanes {
   typedef float Quad __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(32)));
   typedef uint16_t S __attribute__((vector_size(32)));
+  typedef uint16_t H __attribute__((vector_size(16)));
 
   static constexpr int width = 8;
   template <class T>
@@ -78,12 +80,37 @@ struct Lanes {
     return widen<part>(raw) * (sign < 0 ? fill(1.0f) : gamma);
   }
 
+  static inline I count(const uint16_t* counts) { return __builtin_convertvector(copy<H>(counts), I); }
+  static inline I count(const uint32_t* counts) { return copy<I>(counts); }
+  static inline I more(I counts, int32_t step) { return counts > step; }
+  static inline int size(I lanes) {
+#if defined(__FMA__)
+    return __builtin_popcount(_mm256_movemask_ps((__m256)lanes));
+#else
+    int found = 0;
+    for (int i = 0; i < width; i++) found -= lanes[i];
+    return found;
+#endif
+  }
+  static inline F fma_where(I lanes, F a, F b, F c) { return lanes ? fma(a, b, c) : c; }
+  template <class C>
+  static inline F gather(const float* x, const C* at) {
+    return F{x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]]};
+  }
+  template <class C>
+  static inline F gather(const uint16_t* x, const C* at) {
+    return widen(H{x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]]});
+  }
+  static inline F widen(const float* from) { return load(from); }
+  static inline F widen(const uint16_t* from) { return widen(copy<H>(from)); }
+
   template <int part>
   static inline F line(const float* from) { return load(from + part * width); }
   template <int part>
   static inline F line(const uint16_t* from) { return widen<part % 2>(copy<S>(from + part / 2 * 16)); }
 
  private:
+  static inline F widen(H value) { return (F)(__builtin_convertvector(value, I) << 16); }
   template <int part>
   static inline F widen(S value) {
     if constexpr (part == 0) return (F)((I)value << 16);

@@ -7,18 +7,17 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 3;  // another number whenever anything here changes
+constexpr int32_t kInterface = 4;  // another number whenever anything here changes
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
-enum Kind : int64_t { kNothing = 0, kSparse16 = 1, kSparse32 = 2, kBitmap = 3 };
+enum Kind : int64_t { kNothing = 0, kList16 = 1, kList32 = 2, kBitmap = 3 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2 };  // no route: spans that overlap or end beyond the batch
 
 // What a mask prunes of one Linear.
 struct Part {
   int64_t kind;
-  const void* first;   // bitmap: keep, uint8 [out, 8 ceil(in / 64)]; sparse: offsets, int32 [out + 1]
-  const void* second;  // sparse: columns of the pruned weights, uint16 or uint32, ascending within a row
+  void* data;  // bitmap: keep, uint8 [out, 8 ceil(in / 64)]; list: as `masquerade_list_write` leaves it
 };
 
 // Rows `start` to `stop` of a batch wear one mask at one strength.
@@ -31,6 +30,15 @@ struct Span {
 extern "C" {
 int32_t masquerade_interface();
 int32_t masquerade_isas();  // bit i is set if this processor runs `Isa` i
+
+// Bytes of a list of so many pruned weights, however they are spread.
+int64_t masquerade_list_size(int64_t kind, int32_t dtype, int64_t out, int64_t pruned);
+
+// Lay out a list of the columns that are pruned, uint16 or uint32 [pruned] by kind, ascending within an output; `offsets`
+// are of each output's first one, [out + 1]. Values are those of the weight, [out, in] of dtype, now.
+void masquerade_list_write(int64_t kind, int32_t dtype, const int32_t* offsets, const void* columns, const void* weight,
+                           int64_t out, int64_t in, void* list);
+void masquerade_list_read(int64_t kind, int32_t dtype, void* list, int64_t out, int32_t* offsets, void* columns);
 
 // Spans are in any order; those of one mask and strength should follow one another. Rows of no span are the base's.
 int32_t masquerade_product(const Span* spans, int64_t count, int64_t number,

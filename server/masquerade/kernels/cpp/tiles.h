@@ -40,64 +40,52 @@ void finish(const Job<T>& job, const Stage& stage) {
   }
 }
 
-// The most weights that any mask lists of a block.
-template <class T>
-int64_t count_listed(const Job<T>& job, int64_t start, int64_t stop) {
-  int64_t most = 0;
-  for (const Listed<T>& listed : job.listed) {
-    const auto* offsets = static_cast<const int32_t*>(listed.group->part.first);
-    for (int64_t first = start; first < stop; first += kBlock)
-      most = std::max<int64_t>(most, offsets[std::min(first + kBlock, stop)] - offsets[first]);
-  }
-  return most;
-}
-
 // What a thread works with: a block on its way, accumulators between two reaches, unpacked weights, sums of lists.
 template <class T>
 struct Bench {
   Stage stage;
   float* totals;
   Input<T>* panel;
-  Pad pad;
+  float* lists;
 
-  Bench(Scratch& scratch, const Job<T>& job, int64_t start, int64_t stop) {
+  Bench(Scratch& scratch, const Job<T>& job, int64_t start) {
     const int64_t rows = job.call.rows, staged = rows * kRow, blended = job.blends.size() ? staged : 0;
-    const int64_t panels = job.panels.size() ? kPanel : 0, lists = job.listed.size() ? kBlock : 0;
+    const int64_t panels = job.panels.size() ? kPanel : 0, summed = job.listed.size() ? kLine<T> * kBlock : 0;
     const int64_t kept = std::max(panels * kBand, 2 * rows * kTile) * Lanes::width;
-    const int64_t values = count_listed(job, start, stop), numbers = values + kIdLanes;
-    const int64_t floats = staged + blended + kept + values + lists * (kChains + kLine<T>);
-    scratch.reserve(floats * sizeof(float) + panels * kDepth<T> * sizeof(Input<T>) + numbers, 8);
+    const int64_t floats = staged + blended + kept + summed;
+    scratch.reserve(floats * sizeof(float) + panels * kDepth<T> * sizeof(Input<T>), 5);
     stage = {scratch.take<float>(staged), scratch.take<float>(blended), start, start};
     totals = scratch.take<float>(kept);
     panel = scratch.take<Input<T>>(panels * kDepth<T>);
-    pad = {scratch.take<uint8_t>(numbers), scratch.take<float>(values), scratch.take<float>(lists * kChains),
-           scratch.take<float>(lists * kLine<T>)};
+    lists = scratch.take<float>(summed);
   }
 };
 
-// Outputs `start` to `stop` of all rows; one thread's share.
+// Outputs `start` to `stop` of all rows; one thread's share, whole blocks.
 template <class T>
 void run(const Job<T>& job, int64_t start, int64_t stop) {
   static thread_local Scratch scratch;
-  Bench<T> bench(scratch, job, start, stop);
+  Bench<T> bench(scratch, job, start);
   Stage& stage = bench.stage;
   for (; stage.first < stop; stage.first = stage.last) {
     stage.last = std::min(stage.first + kBlock, stop);
     if (job.passes.size())
-      for (int64_t output = stage.first; output < stage.last; output += kTile)
+      for (int64_t output = stage.first; output < stage.last; output += kTile) {
+        const int64_t lists = job.listed.size(), tile = (output - stage.first) / kTile, tiles = kBlock / kTile;
+        const Listed<T>* first = job.listed.begin();
+        fetch_lists<false>(job, stage, first + lists * tile / tiles, first + lists * (tile + 1) / tiles);
         direct_tile(job, output, bench.totals, stage);
+      }
     for (const Piece& piece : job.panels)
       for (int64_t first = stage.first; first < stage.last; first += kPanel)
         panel_piece(job, piece, first, std::min(first + kPanel, stage.last), bench.panel, bench.totals, stage);
     for (const Piece& piece : job.blends)
       for (int64_t at = piece.start * kRow; at < piece.stop * kRow; at++)
         stage.sums[at] = Lanes::fma(piece.gamma, stage.whole[at], (1.0f - piece.gamma) * stage.sums[at]);
-    for (const Listed<T>& listed : job.listed) {
-      if (listed.group->part.kind == kSparse16)
-        subtract<T, uint16_t>(job, listed, stage, bench.pad);
-      else
-        subtract<T, uint32_t>(job, listed, stage, bench.pad);
-    }
+    with_lists(job.listed.begin(), job.listed.end(), [&](const Listed<T>& listed, auto column) {
+      fetch_lists<true>(job, stage, &listed + 1, &listed + 2);
+      subtract<T, decltype(column)>(job, listed, stage, bench.lists);
+    });
     finish(job, stage);
   }
 }
@@ -158,7 +146,7 @@ void multiply_as(const Call& call) {
   for (; group < end && group->part.kind != kBitmap; dense.stop += group->rows, group++)
     for (int64_t start = dense.stop; start < dense.stop + group->rows; start += kLine<T>) {
       const int64_t stop = std::min(start + kLine<T>, dense.stop + group->rows);
-      job.listed.push({group, start, stop, stop - start < kFew ? nullptr : lines, start == dense.stop});
+      job.listed.push({group, start, stop, stop - start < kFew ? nullptr : lines});
       if (stop - start < kFew) continue;
       lay_out_lines(job, start, stop, lines);
       lines += line;
@@ -167,18 +155,18 @@ void multiply_as(const Call& call) {
   for (int64_t row = dense.stop; group < end; row += group->rows, group++) {
     const bool soft = group->strength != 1.0f;
     Piece piece{soft && kScales<T> ? Mode::soft : Mode::hard, 1.0f - group->strength,
-                static_cast<const uint8_t*>(group->part.first), row, row + group->rows, false};
+                static_cast<const uint8_t*>(group->part.data), row, row + group->rows, false};
     add(piece);
     if (piece.mode == Mode::soft || !soft) continue;
     job.blends.push(piece);
     add({Mode::dense, 1.0f, nullptr, piece.start, piece.stop, true});
   }
 
-  const int64_t panels = (call.out + kPanel - 1) / kPanel;
-  const int64_t shares = std::min<int64_t>(call.threads, std::max<int64_t>(1, call.out * call.in / kWorthAThread));
+  const int64_t blocks = (call.out + kBlock - 1) / kBlock, worth = call.out * call.in / kWorthAThread;
+  const int64_t shares = std::min({int64_t{call.threads}, std::max(int64_t{1}, worth), blocks});
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(shares)) if (shares > 1)
   for (int64_t share = 0; share < shares; share++)
-    run(job, panels * share / shares * kPanel, std::min(panels * (share + 1) / shares * kPanel, call.out));
+    run(job, blocks * share / shares * kBlock, std::min(blocks * (share + 1) / shares * kBlock, call.out));
 }
 
 [[maybe_unused]] void multiply(const Call& call) {
