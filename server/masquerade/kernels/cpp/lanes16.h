@@ -94,10 +94,23 @@ struct Lanes {
                           x[at[9]], x[at[10]], x[at[11]], x[at[12]], x[at[13]], x[at[14]], x[at[15]]);
   }
   template <class C>
-  static inline F gather(const uint16_t* x, const C* at) {
-    return widen(_mm256_setr_epi16(x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]],
-                                   x[at[8]], x[at[9]], x[at[10]], x[at[11]], x[at[12]], x[at[13]], x[at[14]],
-                                   x[at[15]]));
+  static inline F gather(const uint16_t* x, const C* at) {  // one by one: the compiler's way of doing so runs out of registers
+    __m128i low = _mm_setzero_si128(), high = low;
+#define INSERT(lane)                                  \
+  low = _mm_insert_epi16(low, x[at[lane]], lane);     \
+  high = _mm_insert_epi16(high, x[at[lane + 8]], lane);
+    INSERT(0) INSERT(1) INSERT(2) INSERT(3) INSERT(4) INSERT(5) INSERT(6) INSERT(7)
+#undef INSERT
+    return widen(_mm256_set_m128i(high, low));
+  }
+  // 64 floats by their places among 64.
+  static inline void look_up(const float* from, const uint8_t* places, float* to) {
+    const F a = load(from), b = load(from + 16), c = load(from + 32), d = load(from + 48);
+    for (int i = 0; i < 64; i += 16) {
+      const I at = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places + i)));
+      const F low = _mm512_permutex2var_ps(a, at, b), high = _mm512_permutex2var_ps(c, at, d);
+      store(to + i, _mm512_mask_mov_ps(low, _mm512_test_epi32_mask(at, _mm512_set1_epi32(32)), high));
+    }
   }
   static inline F widen(const float* from) { return _mm512_loadu_ps(from); }
   static inline F widen(const uint16_t* from) {

@@ -101,6 +101,9 @@ struct Lanes {
   static inline F gather(const uint16_t* x, const C* at) {
     return widen(H{x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]]});
   }
+  static inline void look_up(const float* from, const uint8_t* places, float* to) {
+    for (int i = 0; i < 64; i++) to[i] = from[places[i]];
+  }
   static inline F widen(const float* from) { return load(from); }
   static inline F widen(const uint16_t* from) { return widen(copy<H>(from)); }
 

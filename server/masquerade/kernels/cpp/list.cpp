@@ -9,14 +9,16 @@
 
 namespace {
 
-// Calls `visit(place, output, step)` for each pruned weight of a block whose outputs are sorted and counted.
+// Calls `visit(at, output, step)` for each pruned weight of a block whose places and counts are known.
 template <class T, class C, class Visit>
 void visit_all(const Block<T, C>& block, const Visit& visit) {
-  int64_t place = 0;
+  uint8_t outputs[kBlock];
+  for (int64_t output = 0; output < kBlock; output++) outputs[block.places[output]] = output;
+  int64_t at = 0;
   for (int64_t slice = 0; slice < kBlock; slice += kSlice)
     for (int64_t step = 0; step < block.counts[slice]; step++)
       for (int64_t lane = slice; lane < slice + kSlice && block.counts[lane] > step; lane++)
-        visit(place++, block.outputs[lane], step);
+        visit(at++, outputs[lane], step);
 }
 
 template <class T, class C>
@@ -32,13 +34,17 @@ void write(const int32_t* offsets, const C* columns, const T* weight, int64_t ou
     const auto count = [&](int64_t output) -> C {
       return output < outputs ? offsets[output + 1] - offsets[output] : 0;
     };
-    std::iota(block.outputs, block.outputs + kBlock, uint8_t{0});
-    std::stable_sort(block.outputs, block.outputs + kBlock, [&](auto a, auto b) { return count(a) > count(b); });
-    std::transform(block.outputs, block.outputs + kBlock, block.counts, count);
-    visit_all(block, [&](int64_t place, int64_t output, int64_t step) {
+    uint8_t sorted[kBlock];
+    std::iota(sorted, sorted + kBlock, uint8_t{0});
+    std::stable_sort(sorted, sorted + kBlock, [&](auto a, auto b) { return count(a) > count(b); });
+    for (int64_t place = 0; place < kBlock; place++) {
+      block.places[sorted[place]] = place;
+      block.counts[place] = count(sorted[place]);
+    }
+    visit_all(block, [&](int64_t at, int64_t output, int64_t step) {
       const C column = columns[offsets[output] + step];
-      block.columns[place] = column;
-      block.values[place] = weight[output * in + column];
+      block.columns[at] = column;
+      block.values[at] = weight[output * in + column];
     });
   }
 }
@@ -50,11 +56,10 @@ void read(void* from, int64_t out, int32_t* offsets, C* columns) {
   for (int64_t first = 0; first < out; first += kBlock, offsets += kBlock) {
     const Block<T, C> block = list[first / kBlock];
     const int64_t outputs = std::min(kBlock, out - first);
-    for (int64_t lane = 0; lane < kBlock; lane++)
-      if (block.outputs[lane] < outputs) offsets[block.outputs[lane] + 1] = block.counts[lane];
-    std::partial_sum(offsets, offsets + outputs + 1, offsets);
-    visit_all(block, [&](int64_t place, int64_t output, int64_t step) {
-      columns[offsets[output] + step] = block.columns[place];
+    for (int64_t output = 0; output < outputs; output++)
+      offsets[output + 1] = offsets[output] + block.counts[block.places[output]];
+    visit_all(block, [&](int64_t at, int64_t output, int64_t step) {
+      columns[offsets[output] + step] = block.columns[at];
     });
   }
 }

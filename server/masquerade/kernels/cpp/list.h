@@ -19,15 +19,15 @@ inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 // One block of a list.
 template <class T, class C>
 struct Block {
-  C* counts;         // [kBlock], descending
-  uint8_t* outputs;  // [kBlock]: whose count that is, from the first of the block
-  T* values;         // [pruned]
-  C* columns;        // [pruned], and kSlice that are 0: a step may be loaded whole, as its values may
+  C* counts;        // [kBlock], descending
+  uint8_t* places;  // [kBlock]: where an output's count is among them
+  T* values;        // [pruned]
+  C* columns;       // [pruned], and kSlice that are 0: a step may be loaded whole, as its values may
 
   Block(char* data, int64_t pruned)
-      : counts(reinterpret_cast<C*>(data)), outputs(reinterpret_cast<uint8_t*>(counts + kBlock)),
-        values(reinterpret_cast<T*>(outputs + kBlock)),
-        columns(reinterpret_cast<C*>(outputs + kBlock + round_up(pruned * sizeof(T), sizeof(C)))) {}
+      : counts(reinterpret_cast<C*>(data)), places(reinterpret_cast<uint8_t*>(counts + kBlock)),
+        values(reinterpret_cast<T*>(places + kBlock)),
+        columns(reinterpret_cast<C*>(places + kBlock + round_up(pruned * sizeof(T), sizeof(C)))) {}
 
   // Bytes; a block begins a cache line.
   static int64_t size(int64_t pruned) {

@@ -48,19 +48,19 @@ template <class T, class C>
 struct Walk {
   static constexpr int parts = kSlice / kLanes;
   const C* counts;
-  const uint8_t* outputs;
+  const uint8_t* places;
   const T* values;
   const C *columns, *end;
 
   Walk(const Block<T, C>& block, int64_t pruned)
-      : counts(block.counts), outputs(block.outputs), values(block.values), columns(block.columns),
+      : counts(block.counts), places(block.places), values(block.values), columns(block.columns),
         end(block.columns + pruned) {}
 
   void pass(int64_t weights) { columns += weights, values += weights; }
-  void next_slice() { counts += kSlice, outputs += kSlice; }
+  void next_slice() { counts += kSlice; }
 };
 
-// The sums of one row, [kBlock].
+// The sums of one row, [kBlock] in the places of its outputs.
 template <class T, class C>
 __attribute__((noinline)) void sum_row(Walk<T, C> walk, const T* x, float* sums) {
   constexpr int parts = Walk<T, C>::parts;
@@ -83,9 +83,7 @@ __attribute__((noinline)) void sum_row(Walk<T, C> walk, const T* x, float* sums)
       });
       walk.pass(active);
     }
-    float some[kSlice];
-    for (int part = 0; part < parts; part++) Lanes::store(some + part * kLanes, total[part]);
-    for (int64_t lane = 0; lane < kSlice; lane++) sums[walk.outputs[lane]] = some[lane];
+    for (int part = 0; part < parts; part++) Lanes::store(sums + slice + part * kLanes, total[part]);
   }
 }
 
@@ -110,14 +108,14 @@ __attribute__((noinline)) void sum_lines(Walk<T, C> walk, const T* lines, int64_
       walk.pass(active);
     }
     for (int64_t lane = 0; lane < kSlice; lane++)
-      for (int64_t row = 0; row < rows; row++) sums[row * kBlock + walk.outputs[lane]] = total[lane][row];
+      for (int64_t row = 0; row < rows; row++) sums[row * kBlock + slice + lane] = total[lane][row];
   }
 }
 
 // The product without the pruned weights, one by one: where one of them is not finite, it cannot be subtracted.
 template <class T, class C>
-float without(const Job<T>& job, Walk<T, C> walk, int64_t output, int64_t first, int64_t row) {
-  int64_t lane = std::find(walk.outputs, walk.outputs + kBlock, output - first) - walk.outputs;
+float without(const Job<T>& job, Walk<T, C> walk, int64_t output, int64_t row) {
+  int64_t lane = walk.places[output % kBlock];
   for (; lane >= kSlice; lane -= kSlice, walk.next_slice())
     for (int64_t other = 0; other < kSlice; other++) walk.pass(walk.counts[other]);
   const T *w = job.weight(output), *x = job.input(row);
@@ -139,17 +137,19 @@ template <class T, class C>
 void take(const Job<T>& job, const Walk<T, C>& walk, float strength, int64_t row, const float* sums,
           const Stage& stage) {
   float* y = stage.of(false, row, stage.first);
+  float sorted[kBlock];
+  Lanes::look_up(sums, walk.places, sorted);
   const int64_t outputs = stage.last - stage.first;
   uint32_t largest = 0;
   for (int64_t i = 0; i < outputs; i++) {
-    y[i] = Lanes::fma(-strength, sums[i], y[i]);
+    y[i] = Lanes::fma(-strength, sorted[i], y[i]);
     uint32_t bits;
     std::memcpy(&bits, y + i, sizeof bits);
     largest = std::max(largest, bits & 0x7fffffffu);
   }
   if (__builtin_expect(largest < 0x7f800000u, 1) || strength != 1.0f) return;
   for (int64_t i = 0; i < outputs; i++)
-    if (!__builtin_isfinite(y[i])) y[i] = without(job, walk, stage.first + i, stage.first, row);
+    if (!__builtin_isfinite(y[i])) y[i] = without(job, walk, stage.first + i, row);
 }
 
 // Take what a list has of the stage's outputs, which are a block, from its rows; `sums` has room for kLine of them.
