@@ -136,9 +136,13 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(y, found[0]) for y in found)
 
 
-def test_columns_beyond_sixteen_bits() -> None:
-    batch = Batch(3, 70_000, torch.bfloat16, [Part("list", 0.01, (0.0,)), Part("list", 0.01, (0.5,) * 5)], 1)
+@pytest.mark.parametrize("columns", [65_535, 65_536, 70_000])
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_columns_around_sixteen_bits(columns: int, share: float) -> None:
+    """Where columns, and how many of them an output's list has, just fit into 16 bits, or do not."""
+    batch = Batch(3, columns, torch.bfloat16, [Part("list", share, (0.0,)), Part("list", share, (0.5,) * 5)], 1)
     assert ((batch.multiply().double() - batch.expected).abs() <= 5e-3 * batch.scale).all()
+    assert batch.masks[0].to_keep().sum() == 3 * columns - batch.masks[0].pruned
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -44,7 +44,7 @@ BACKENDS: Mapping[str, Backend] = {
     "cuda-bits": CudaBits,
     "cuda-list": CudaList,
 }
-LISTED_UP_TO = 0.02  # share pruned up to which a list costs less than bits on a CPU (docs/performance.md)
+LISTED_UP_TO = 0.01  # share pruned up to which a list costs less than bits on a CPU (docs/performance.md)
 
 
 def serves(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -97,22 +97,23 @@ def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 class NativeMask(ABC):
-    """What a mask prunes of one Linear, as the kernels read it."""
+    """What a mask prunes of one Linear, as the kernels read it: bytes of a kind."""
 
-    def __init__(self, linear: nn.Linear, pruned: int) -> None:
+    def __init__(self, linear: nn.Linear, pruned: int, kind: int, data: NDArray[np.uint8]) -> None:
         self._linear = linear  # its weight is shared with the base
+        self._kind, self._data = kind, data
         self.shape = (linear.out_features, linear.in_features)
         self.pruned = pruned  # how many weights are
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes held beside the base's weights."""
+        return self._data.nbytes
 
     @property
-    @abstractmethod
     def record(self) -> Record:
         """What a call says of this mask; valid for as long as the mask lives."""
+        return self._kind, self._data.ctypes.data
 
     @abstractmethod
     def to_keep(self) -> NDArray[np.bool_]:
@@ -129,23 +130,16 @@ class NativeBits(NativeMask):
     """A mask as one bit a weight: the target's own."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
-        super().__init__(linear, target.pruned)
         self._bitmap = target.to_bitmap()
+        super().__init__(linear, target.pruned, _BITMAP, self._bitmap.keep)
 
     @staticmethod
     def footprint(linear: nn.Linear, _: int) -> int:
         """What `nbytes` will be, whatever is pruned."""
         return linear.out_features * 8 * -(-linear.in_features // 64)
 
-    @property
-    def nbytes(self) -> int:
-        return self._bitmap.nbytes
-
-    @property
-    def record(self) -> Record:
-        return _BITMAP, self._bitmap.keep.ctypes.data
-
     def to_keep(self) -> NDArray[np.bool_]:
+        """Where weights are kept, [out, in]."""
         return self._bitmap.to_keep()
 
 
@@ -153,44 +147,36 @@ class NativeList(NativeMask):
     """A mask as a list of the columns that are pruned, with their weights' values beside them (`cpp/list.h`)."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
-        sparse = target.to_sparse()
-        super().__init__(linear, sparse.pruned)
-        self._form = _form(linear)
-        self._list = torch.empty(self.footprint(linear, self.pruned), dtype=torch.uint8)  # begins with a cache line
-        cols = sparse.cols.astype(self._column, copy=False)
-        arrays = sparse.rows.ctypes.data, cols.ctypes.data, linear.weight.data_ptr()
-        _library().write_list(*self._form, *arrays, *self.shape, self._list.data_ptr())
+        sparse, (kind, dtype, column) = target.to_sparse(), _form(linear)
+        data = torch.empty(self.footprint(linear, sparse.pruned), dtype=torch.uint8).numpy()  # begins a cache line
+        super().__init__(linear, sparse.pruned, kind, data)
+        rows, cols, weight = sparse.rows, sparse.cols.astype(column, copy=False), linear.weight
+        _library().write_list(
+            kind, dtype, rows.ctypes.data, cols.ctypes.data, weight.data_ptr(), *self.shape, data.ctypes.data
+        )
 
     @staticmethod
     def footprint(linear: nn.Linear, pruned: int) -> int:
-        """What `nbytes` will be for so many pruned weights: a column and a value each, and about six bytes an output."""
-        size: int = _library().measure_list(*_form(linear), linear.out_features, pruned)
+        """What `nbytes` will be for so many pruned weights: a column and a value each, and some six bytes an output."""
+        kind, dtype, _ = _form(linear)
+        size: int = _library().measure_list(kind, dtype, linear.out_features, pruned)
         return size
 
-    @property
-    def nbytes(self) -> int:
-        return self._list.nbytes
-
-    @property
-    def record(self) -> Record:
-        return self._form[0], self._list.data_ptr()
-
     def to_keep(self) -> NDArray[np.bool_]:
-        out = self.shape[0]
-        rows, cols = np.empty(out + 1, np.int32), np.empty(self.pruned, self._column)
-        _library().read_list(*self._form, self._list.data_ptr(), out, rows.ctypes.data, cols.ctypes.data)
+        """Where weights are kept, [out, in]."""
+        (kind, dtype, column), (out, _) = _form(self._linear), self.shape
+        rows, cols = np.empty(out + 1, np.int32), np.empty(self.pruned, column)
+        _library().read_list(kind, dtype, self._data.ctypes.data, out, rows.ctypes.data, cols.ctypes.data)
         keep = np.ones(self.shape, np.bool_)
         keep[np.repeat(np.arange(out), np.diff(rows)), cols] = False
         return keep
 
-    @property
-    def _column(self) -> type[np.unsignedinteger[Any]]:
-        return np.uint16 if self._form[0] == _LIST else np.uint32
 
-
-def _form(linear: nn.Linear) -> tuple[int, int]:
-    """The kind and dtype of a Linear's lists."""
-    return _LIST if linear.in_features < 1 << 16 else _WIDE_LIST, _DTYPES[linear.weight.dtype]
+def _form(linear: nn.Linear) -> tuple[int, int, type[np.uint16 | np.uint32]]:
+    """The kind, and the dtypes of values and columns, of a Linear's lists."""
+    wide = linear.in_features >= 1 << 16  # a count may be as large as that
+    dtype = _DTYPES[linear.weight.dtype]
+    return (_WIDE_LIST, dtype, np.uint32) if wide else (_LIST, dtype, np.uint16)
 
 
 class NativeParts:
