@@ -90,12 +90,13 @@ def is_kept(parts: Iterable[Part]) -> bool:
     return all(row.kept is not False for part in parts for row in part.rows)
 
 
-def describe_run(scale: Scale) -> dict[str, Any]:
-    """When and where."""
+def describe_run(scale: Scale, seconds: float) -> dict[str, Any]:
+    """When and where, and how long it took."""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": _name_hardware(),
         "python": platform.python_version(),
+        "minutes": round(seconds / 60, 1),
         "share": scale.share,
         "seed": scale.seed,
     }
@@ -110,7 +111,7 @@ def to_markdown(parts: Iterable[Part], about: dict[str, Any]) -> str:
     size = "the full run" if about["share"] == 1 else f"{about['share']:.3g} of the full run"
     lines = [
         f"{about['date']}, {about['hardware']}, Python {about['python']}; {size}, seed {about['seed']}, "
-        f"{sum(part.seconds for part in parts) / 60:.0f} minutes of tests."
+        f"{about['minutes']:.0f} minutes."
     ]
     for part in parts:
         lines += ["", f"### {part.name.capitalize()} ({part.seconds:.0f} s)", ""]
