@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from maskstore import Bitmap, Sparse
 from maskstore.target import Target
 from masquerade.engine.pages import bytes_per_position
+from masquerade.kernels import native
 from tests.cli.running import succeed
 from tests.docker.manifests import ROOT
 from tests.serving import serve
@@ -53,6 +55,24 @@ def test_the_formulas_are_those_of_the_formats(out: int, columns: int) -> None:
     listed: Sparse = bitmap.to_sparse()
     assert bitmap.nbytes == bitmap_bytes(out, columns)
     assert listed.nbytes == list_bytes(out, columns, listed.pruned)
+
+
+@pytest.mark.skipif(native.find_library() is None, reason="the native kernels were not built here")
+def test_lists_on_a_cpu_take_what_is_said() -> None:
+    """But for what rounds a Linear's list up to cache lines."""
+
+    def say(out: int, pruned: int, value: int) -> int:
+        return (2 + value) * pruned + {2: 330, 4: 394}[value] * -(-out // 64)
+
+    total = 0
+    for out, columns in shapes("8B").values():
+        pruned = round(out * columns * RHO)
+        for dtype in (torch.bfloat16, torch.float32):
+            linear = nn.Linear(columns, out, bias=False, dtype=dtype, device="meta")
+            found = native.NativeList.footprint(linear, pruned)
+            assert 0 <= found - say(out, pruned, dtype.itemsize) <= 128
+            total += found if dtype is torch.bfloat16 else 0
+    assert f"{LLAMA['8B'][2] * total / 1e6:.1f} MB for the 8B model" in TEXT
 
 
 def row(model: str) -> list[int]:
