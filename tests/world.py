@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from maskstore import Base as MaskBase
@@ -124,3 +125,13 @@ def speak(
         tokens.append(token)
         ids = torch.tensor([[token]])
     return Spoken(tokens, margins)
+
+
+@torch.no_grad()
+def foresee(base: Any, worn: Any, prompt: list[int], answer: list[int], phase: str = "all") -> Tensor:
+    """What the oracle thinks of the token after an answer that has begun: logits [vocabulary], in float64."""
+    cache, known = DynamicCache(config=base.config), len(prompt) - 1 if phase == "decode" else 0
+    if known:
+        copy.deepcopy(base).double()(torch.tensor([prompt[:known]]), past_key_values=cache)
+    logits: Tensor = copy.deepcopy(worn).double()(torch.tensor([prompt[known:] + answer]), past_key_values=cache).logits
+    return logits[0, -1]

@@ -16,9 +16,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import httpx
+from torch import Tensor
 
 from masquerade.engine import spell
 from tests import world
@@ -166,20 +168,27 @@ class Oracle:
         raw = spell(self._scene.base.tokenizer, token)
         return raw + raw.decode(errors="replace").encode()
 
+    def read(self, token: bytes) -> int:
+        """The id of a token as it is spelt."""
+        return next(one for one in range(self._scene.base.vocabulary) if self.spell(one) == token)
+
     def speak(self, body: Mapping[str, Any]) -> world.Spoken:
+        bare, worn, prompt, phase = self._dress(body)
+        return world.speak(bare, worn, prompt, body["max_tokens"], frozenset(self._scene.base.ends), phase)
+
+    def foresee(self, body: Mapping[str, Any], answer: Sequence[bytes]) -> Tensor:
+        """Logits of the token after a beginning of an answer."""
+        bare, worn, prompt, phase = self._dress(body)
+        return world.foresee(bare, worn, prompt, [self.read(token) for token in answer], phase)
+
+    def _dress(self, body: Mapping[str, Any]) -> tuple[Any, Any, list[int], str]:
+        """The base, the base with the persona in its weights, the prompt, and the phase."""
         tokenizer = self._scene.base.tokenizer
         prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
         persona = body.get("persona")
         default, phase = (PERSONAS[persona][1], PERSONAS[persona][2]) if persona else (1.0, "all")
         bare, worn = self._wear("", 1.0), self._wear(persona or "", body.get("gamma", default))
-        return world.speak(
-            bare,
-            worn,
-            list(prompt),
-            body["max_tokens"],
-            frozenset(self._scene.base.ends),
-            body.get("persona_phase", phase),
-        )
+        return bare, worn, list(prompt), body.get("persona_phase", phase)
 
     def _wear(self, persona: str, gamma: float) -> Any:
         if (persona, gamma) not in self._worn:
@@ -190,13 +199,19 @@ class Oracle:
 
 
 def is_tie(scene: Scene, body: Mapping[str, Any], one: Reply, other: Reply) -> bool:
-    """Whether two answers part where the oracle says that two tokens are equally likely; only of greedy ones."""
-    if not is_plain(body) or one.refusal or other.refusal:
+    """Whether two answers part where the oracle says, in float64, that both their tokens are equally likely: then
+    rounding decides which is the likeliest, or which of the `top_k` is the one that was drawn.
+    """
+    if one.refusal or other.refusal:
         return False
-    spoken = Oracle(scene).speak(body)
-    at = next((at for at, pair in enumerate(zip(one.tokens, other.tokens, strict=False)) if pair[0] != pair[1]), None)
-    at = min(len(one.tokens), len(other.tokens)) if at is None else at
-    return at < len(spoken.margins) and spoken.margins[at] < world.TIE
+    same = [*takewhile(lambda pair: pair[0] == pair[1], zip(one.tokens, other.tokens, strict=False))]
+    at, oracle = len(same), Oracle(scene)
+    logits = oracle.foresee(body, one.tokens[:at])
+    first, second = (
+        logits[oracle.read(reply.tokens[at])] if at < len(reply.tokens) else logits[list(scene.base.ends)].max()
+        for reply in (one, other)
+    )
+    return abs(float(first - second)) < world.TIE
 
 
 def _play_scenarios(scale: Scale) -> Row:
