@@ -77,7 +77,11 @@ void direct_tile(const Job<T>& job, int64_t output, float* totals, const Stage& 
       {direct_rows<T, Mode::hard, false>, direct_rows<T, Mode::hard, true, Lanes::each>},
       {direct_rows<T, Mode::soft, false>, direct_rows<T, Mode::soft, true, Lanes::each>}};
   const int64_t in = job.call.in, steps = job.passes.size() * (in / kStep<T> + 1);
-  Ahead ahead(job.weight(output + kTile), kTile * in * sizeof(T), steps);
+  // A single pass over long rows of plain weights takes memory as fast as it comes, in pairs of lines: to ask for each
+  // line would be in its way.
+  const bool single = job.passes.size() == 1 && job.passes.begin()->mode == Mode::dense;
+  const bool pairs = single && in * sizeof(T) >= kLong;
+  Ahead ahead(job.weight(output + kTile), kTile * in * sizeof(T), steps, pairs ? 2 * kCacheLine : kCacheLine);
   const auto compute = [&](int64_t at, int64_t apart) {
     const Place<T> place{job.weight(at), apart * in, at * job.keep_stride(), apart * job.keep_stride()};
     for (int64_t k = 0; k < in; k += kChunk) {

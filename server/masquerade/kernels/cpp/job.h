@@ -15,6 +15,7 @@ constexpr int kTile = 4;           // outputs of a tile
 constexpr int64_t kPanel = 16;     // outputs of a panel: what is unpacked and used for many rows
 constexpr int64_t kRow = kBlock + 16;  // floats of a row of a block: a tile may begin with the last output
 constexpr int64_t kChunk = 2048;   // inputs of a tile that is multiplied straight from the weights
+constexpr int64_t kLong = 4096;    // bytes of a row that memory is ahead of by itself
 template <class T>
 constexpr int64_t kDepth = 512 * Lanes::width / sizeof(Lanes::Input<T>);  // inputs of a panel
 constexpr int64_t kBand = 264;     // rows whose accumulators are kept from one depth to the next
@@ -148,16 +149,18 @@ struct Stage {
   }
 };
 
-// What comes next from memory, fetched evenly while there is something to compute.
+// What comes next from memory, fetched evenly while there is something to compute; `apart` is the distance of what is
+// fetched, in bytes.
 struct Ahead {
   const char *at, *end;
-  int64_t lines;  // at once
+  int64_t apart, count;  // of those at once
 
-  Ahead(const void* from, int64_t bytes, int64_t times)
-      : at(static_cast<const char*>(from)), end(at + bytes), lines((bytes + 64 * times - 1) / (64 * times)) {}
+  Ahead(const void* from, int64_t bytes, int64_t times, int64_t apart = kCacheLine)
+      : at(static_cast<const char*>(from)), end(at + bytes), apart(apart),
+        count((bytes + apart * times - 1) / (apart * times)) {}
 
   inline __attribute__((always_inline)) void fetch() {
-    for (int64_t line = 0; line < lines && at < end; line++, at += 64) __builtin_prefetch(at, 0, 2);
+    for (int64_t one = 0; one < count && at < end; one++, at += apart) __builtin_prefetch(at, 0, 2);
   }
 };
 
