@@ -33,6 +33,7 @@ CLIENTS = 4
 BLOCKS = 10  # means of so many stretches of time make the slope
 GROWTH = 0.03  # of the memory, over what is judged, that is noise
 SLOWER = 1.5
+CACHE = 16 << 20  # bytes of keys and values, so few that the prefix cache is full before memory is judged
 TELLING = 300  # seconds that a soak must take for its memory to be judged
 
 
@@ -106,7 +107,7 @@ def play(scale: Scale, progress: Progress) -> Iterator[Row]:
     bodies = [draw(rng, "demo", PERSONAS, longest=40) for _ in range(60)]
     with tempfile.TemporaryDirectory(prefix="masquerade-soak-") as folder:
         store = Path(folder, "store")
-        with serve("--model", "demo", "--store", str(store)) as server:
+        with serve("--model", "demo", "--store", str(store), "--cache-bytes", str(CACHE)) as server:
             with httpx.Client(base_url=server.base_url, timeout=TIMEOUT) as http:
                 known = Known.learn(http, bodies)
             churn = Churn(server.base_url, scale.seed)
