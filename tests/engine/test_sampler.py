@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -149,6 +151,19 @@ def test_penalties_and_bias_follow_their_definitions_in_any_company() -> None:
         assert torch.equal(rows, before)
         for one, token in zip(chosen, tokens, strict=True):
             one.accept(token)  # type: ignore[arg-type]
+
+
+def test_what_was_said_is_forgotten_with_the_request() -> None:
+    """Else a server would grow by every answer with a penalty."""
+    sampler = Sampler()
+    request = Request([3], 8, emit=lambda *_: None, sampling=Sampling(frequency_penalty=0.5, temperature=0.0))
+    sampler.sample(torch.zeros(1, 9), [request])
+    other = Request([3], 8, emit=lambda *_: None, sampling=Sampling(temperature=0.0))
+    gone = weakref.ref(request)
+    del request
+    sampler.sample(torch.zeros(1, 9), [other])
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_end_is_impossible_before_the_least_length() -> None:

@@ -99,26 +99,28 @@ class Sampler:
         tally = self._tallies.get(request)
         if tally is None:
             tally = self._tallies[request] = Tally(request, logits)
-        tally.advance()
+        tally.advance(request)
         return tally
 
 
 class Tally:
-    """How often each token of the vocabulary occurs in a request's answer, and which ones in prompt or answer."""
+    """How often each token of the vocabulary occurs in a request's answer, and which ones in prompt or answer.
+
+    It does not hold the request: it is kept for as long as that lives.
+    """
 
     def __init__(self, request: Request, logits: Tensor) -> None:
-        self._request = request
         self._known = len(request.prompt)
         self.counts = torch.zeros_like(logits[0])
         self.seen = torch.zeros_like(logits[0], dtype=torch.bool)
         self.seen[request.prompt] = True
 
-    def advance(self) -> None:
+    def advance(self, request: Request) -> None:
         """Count what was said since the last time."""
-        for token in self._request.ids[self._known :]:
+        for token in request.ids[self._known :]:
             self.counts[token] += 1
             self.seen[token] = True
-        self._known = len(self._request.ids)
+        self._known = len(request.ids)
 
 
 def mix(requests: Sequence[Request], vocabulary: int, device: torch.device) -> Mix:
