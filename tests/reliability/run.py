@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.reliability import report
 
 GROUPS = (("soak",), ("chaos", "faults", "hostile", "isolation"))  # parts of a group run at once; the soak is timed
-AT_ONCE = 3  # the longest first; faults mostly wait
+AT_ONCE = 3  # the longest begins at once; faults mostly wait
 PARTS = tuple(part for group in GROUPS for part in group)
 FULL_MINUTES = 40.0
 QUICK_MINUTES = 1.0  # of the share that is done; what each part needs at least takes another
