@@ -54,7 +54,7 @@ using Vector = decltype(Lanes::load(std::declval<const Input<T>*>()));
 template <class T>
 constexpr int kVector = kStep<T> / Lanes::parts<T>;  // inputs in a vector
 template <class T>
-constexpr int64_t kPad = 64 / sizeof(Input<T>);  // inputs in a cache line
+constexpr int64_t kPad = kCacheLine / sizeof(Input<T>);  // inputs in a cache line
 template <class T>
 constexpr bool kScales = std::is_same_v<Input<T>, float>;  // weights, in registers; else two products are blended
 
@@ -63,10 +63,10 @@ class Scratch {
  public:
   // Forget what was handed out; there is room for so many bytes in so many pieces.
   void reserve(int64_t bytes, int64_t pieces) {
-    const int64_t size = round_up(bytes, 64) + 64 * pieces;
+    const int64_t size = round_up(bytes, kCacheLine) + kCacheLine * pieces;
     if (size > size_) {
       std::free(data_);
-      data_ = static_cast<char*>(std::aligned_alloc(64, size));
+      data_ = static_cast<char*>(std::aligned_alloc(kCacheLine, size));
       if (!data_) std::abort();
       size_ = size;
     }
@@ -75,7 +75,7 @@ class Scratch {
   template <class X>
   X* take(int64_t count) {
     X* piece = reinterpret_cast<X*>(data_ + used_);
-    used_ += round_up(count * sizeof(X), 64);
+    used_ += round_up(count * sizeof(X), kCacheLine);
     return piece;
   }
   ~Scratch() { std::free(data_); }

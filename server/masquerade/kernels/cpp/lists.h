@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kSoon = 16;     // listed weights by which their inputs are fetched before they are used
 constexpr int64_t kAtOnce = 4;    // inputs of a row that are laid out at once
 template <class T>
-constexpr int64_t kLine = 64 / sizeof(T);  // rows that share a list: a cache line of inputs
+constexpr int64_t kLine = kCacheLine / sizeof(T);  // rows that share a list: a cache line of inputs
 constexpr int kLanes = Lanes::width;
 using I = Lanes::I;
 
@@ -30,7 +30,7 @@ void lay_out_lines(const Job<T>& job, int64_t start, int64_t stop, T* to) {
     at[row - start] = place_in_line<T>(row - start);
   }
   const int64_t rows = stop - start, in = job.call.in;
-  if (rows < kLine<T>) std::memset(to, 0, in * 64);
+  if (rows < kLine<T>) std::memset(to, 0, in * kCacheLine);
   int64_t k = 0;
   for (; k + kAtOnce <= in; k += kAtOnce)
     for (int64_t row = 0; row < rows; row++) {
