@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ class Terminal:
         environment = {**os.environ, "MASQUERADE_URL": server.base_url, "XDG_STATE_HOME": str(home), "TERM": "xterm"}
         self.pid, self._handle = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs the tests in the background may ignore it
             os.execve(sys.executable, [*COMMAND, *words], environment)
         self.shown = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character

@@ -281,6 +281,12 @@ class TestFramework:
         response = api.http.get("/v1/fine_tuning/jobs", params={"limit": "many"})
         assert (response.status_code, error_of(response)["param"]) == (400, "query.limit")
 
+    @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+    def test_a_probe_may_ask_for_the_head_alone(self, api: Api, path: str) -> None:
+        head, whole = api.http.head(path), api.http.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == whole.headers["content-length"]
+
     @pytest.mark.parametrize("path", ["/healthz", "/nothing", "/v1/models", CHAT])
     def test_every_answer_has_an_id_and_its_time(self, api: Api, path: str) -> None:
         response = api.http.get(path, headers={"x-request-id": "mine"})

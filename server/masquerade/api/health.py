@@ -1,4 +1,7 @@
-"""How the server is: `GET /healthz` (the process lives), `GET /readyz` (it takes requests), `GET /metrics`."""
+"""How the server is: `GET /healthz` (the process lives), `GET /readyz` (it takes requests), `GET /metrics`.
+
+Both probes answer to HEAD as well, which load balancers ask with.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,14 @@ _METRICS = {
 }
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", response_model=None, responses={200: {"model": Health}})
 async def check_health() -> dict[str, str]:
     """Always 200 while the event loop turns."""
     return {"status": "ok"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", response_model=None, responses={200: {"model": Health}})
 async def check_readiness(serving: Served) -> dict[str, str]:
     """200 while the engine's thread takes requests, else 503."""
