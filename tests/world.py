@@ -108,11 +108,8 @@ def speak(
     base: Any, worn: Any, prompt: list[int], count: int, ends: frozenset[int] = frozenset(), phase: str = "all"
 ) -> Spoken:
     """The oracle: greedy tokens of one request alone. In phase `decode` all but the last prompt token is the base's."""
-    cache = DynamicCache(config=base.config)
-    known = len(prompt) - 1 if phase == "decode" else 0
-    if known:
-        base(torch.tensor([prompt[:known]]), past_key_values=cache)
-    ids = torch.tensor([prompt[known:]])
+    cache, rest = _begin(base, prompt, phase)
+    ids = torch.tensor([rest])
     tokens: list[int] = []
     margins: list[float] = []
     while len(tokens) < count:
@@ -130,8 +127,15 @@ def speak(
 @torch.no_grad()
 def foresee(base: Any, worn: Any, prompt: list[int], answer: list[int], phase: str = "all") -> Tensor:
     """What the oracle thinks of the token after an answer that has begun: logits [vocabulary], in float64."""
+    base, worn = (copy.deepcopy(model).double() for model in (base, worn))
+    cache, rest = _begin(base, prompt, phase)
+    logits: Tensor = worn(torch.tensor([rest + answer]), past_key_values=cache).logits
+    return logits[0, -1]
+
+
+def _begin(base: Any, prompt: list[int], phase: str) -> tuple[DynamicCache, list[int]]:
+    """A cache with what the base reads of a prompt, and the rest, which the persona reads."""
     cache, known = DynamicCache(config=base.config), len(prompt) - 1 if phase == "decode" else 0
     if known:
-        copy.deepcopy(base).double()(torch.tensor([prompt[:known]]), past_key_values=cache)
-    logits: Tensor = copy.deepcopy(worn).double()(torch.tensor([prompt[known:] + answer]), past_key_values=cache).logits
-    return logits[0, -1]
+        base(torch.tensor([prompt[:known]]), past_key_values=cache)
+    return cache, prompt[known:]
