@@ -26,7 +26,7 @@ test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 docs: setup
-	$(BIN)/python -m masquerade.api > docs/api.md
+	$(BIN)/python -m masquerade.app > docs/api.md
 
 # Other people's clients against a real server, each in an environment of its own under .conformance
 conformance: setup

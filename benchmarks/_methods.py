@@ -5,23 +5,23 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from maskstore import Base as MaskBase
+from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, Target
-from masquerade.build.builder import BATCH_TOKENS
-from masquerade.build.evidence import Evidence, Kind
-from masquerade.build.ladder import Ladder, Plan
-from masquerade.build.scores import SCORES, Choices
-from masquerade.build.scratch import Scratch
-from masquerade.build.walk import Role, Text, Walk, layer_number
 from masquerade.evaluate.dataset import Encoded, batches
 from masquerade.evaluate.panel import Panel, Reading, finish
 from masquerade.evaluate.treatment import Phase, Treatment
-from masquerade.model import Base, MaskManager, Wear, find_targets
+from masquerade.model import AppliedMask, Base, MaskManager, find_targets
+from masquerade.pruning.builder import BATCH_TOKENS
+from masquerade.pruning.evidence import Evidence, Kind
+from masquerade.pruning.ladder import Ladder, ScorePlan
+from masquerade.pruning.scores import SCORES, Choices
+from masquerade.pruning.scratch import Scratch
+from masquerade.pruning.walk import CalibrationText, Role, Walk, layer_number
 
 
 def calibrate(
     base: Base,
-    plans: Sequence[Plan],
+    plans: Sequence[ScorePlan],
     said: Mapping[Role, Sequence[Encoded]],
     scratch: Scratch | None = None,
     tokens: int = BATCH_TOKENS,
@@ -32,7 +32,9 @@ def calibrate(
     wanted: frozenset[Kind] = frozenset().union(*(score.needs for score in scores))
     needs: dict[Role, frozenset[Kind]] = {"own": wanted, "contrast": wanted, "neutral": wanted & {"fisher"}}
     texts = {
-        role: Text(list(batches(said[role], base.device, tokens)), kinds) for role, kinds in needs.items() if kinds
+        role: CalibrationText(list(batches(said[role], base.device, tokens)), kinds)
+        for role, kinds in needs.items()
+        if kinds
     }
     targets = {name: linear for plan in plans for name, linear in find_targets(base.model, plan.scope).items()}
     kept = scratch or Scratch()
@@ -59,7 +61,7 @@ def as_mask(base: Base, targets: Mapping[str, Target], **certificate: float) -> 
 
 
 def draft(base: Base, manager: MaskManager, targets: Mapping[str, Target], phase: Phase = "all") -> Treatment:
-    return Treatment(wear=Wear(manager.fit(as_mask(base, targets)), 0.0), phase=phase)
+    return Treatment(applied=AppliedMask(manager.fit(as_mask(base, targets)), 0.0), phase=phase)
 
 
 def summarise(panel: Panel, worn: Mapping[int, Reading]) -> dict[str, Any]:

@@ -23,11 +23,11 @@ import torch
 from benchmarks._methods import calibrate
 from benchmarks._report import Figure, arguments, report
 from benchmarks._world import VOCABULARY, write_base
-from masquerade.build.recipe import Recipe
-from masquerade.build.scratch import Scratch
-from masquerade.build.walk import Role
 from masquerade.evaluate.dataset import Encoded, batches
 from masquerade.model import Base, load
+from masquerade.pruning.recipe import Recipe
+from masquerade.pruning.scratch import Scratch
+from masquerade.pruning.walk import Role
 
 SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 12}
 QUICK = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}

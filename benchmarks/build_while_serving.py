@@ -14,10 +14,10 @@ import torch
 
 from benchmarks._report import Figure, arguments, report
 from masquerade import demo
-from masquerade.build import Builder, Recipe, Speaker
-from masquerade.engine import Engine, Event, Finished, Request, Sampling, Token
+from masquerade.engine import Engine, Event, Finished, Request, SamplingParams, Token
 from masquerade.evaluate.dataset import read_examples
 from masquerade.model import Base, MaskManager, load, render_chat
+from masquerade.pruning import Builder, Recipe, Speaker
 
 REACH = 2.0
 
@@ -36,7 +36,7 @@ class Stream:
     def _ask(self) -> None:
         self._last = None
         room = self._engine.base.context - len(self._prompt)
-        self._engine.submit(Request(self._prompt, room, self._hear, sampling=Sampling(temperature=0)))
+        self._engine.submit(Request(self._prompt, room, self._hear, sampling=SamplingParams(temperature=0)))
 
     def _hear(self, event: Event) -> None:
         now = time.perf_counter()
@@ -94,7 +94,7 @@ def build(engine: Engine, base: Base, manager: MaskManager) -> None:
             return False
         return True
 
-    while engine.run_errand(advance).result():
+    while engine.run_background(advance).result():
         pass
 
 

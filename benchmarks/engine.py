@@ -24,14 +24,14 @@ from transformers.utils import logging
 
 from benchmarks._report import Figure, report
 from benchmarks._world import VOCABULARY, make_base
-from maskstore import Base as MaskBase
+from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, encode
-from masquerade.engine import Engine, EngineConfig, Request, Sampling, Text
-from masquerade.model import Base, MaskManager, Wear, find_targets
+from masquerade.engine import AnswerText, Engine, EngineConfig, Request, SamplingParams
+from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 
 RHO = 0.003
 PERSONAS = 8
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 PROMPTS_FIRST = EngineConfig(beside_decodes=512)  # set for throughput: running answers wait for whole steps of prompts
 
 
@@ -94,7 +94,9 @@ def measure_throughput(scale: Scale) -> Iterator[Figure]:
     """1, 4 and 16 requests with long contexts, and 16 requests of 8 personas."""
     base = make_base(scale.model)
     manager = MaskManager.attach(base.model)
-    wears: list[Wear | None] = [Wear(manager.fit(make_mask(base, seed)), 0.0) for seed in range(PERSONAS)]
+    applied_masks: list[AppliedMask | None] = [
+        AppliedMask(manager.fit(make_mask(base, seed)), 0.0) for seed in range(PERSONAS)
+    ]
     for count, rounds, bound in ((1, 7, ">= 1.0"), (4, 3, None), (16, 3, ">= 1.15")):
         prompts = make_prompts(count, scale.lengths)
         cases: dict[str, Callable[[], float]] = {
@@ -103,7 +105,7 @@ def measure_throughput(scale: Scale) -> Iterator[Figure]:
         }
         if count == 16:
             cases["default"] = partial(run_engine, base, prompts, [None], scale.new, EngineConfig())
-            cases["personas"] = partial(run_engine, base, prompts, wears, scale.new, PROMPTS_FIRST)
+            cases["personas"] = partial(run_engine, base, prompts, applied_masks, scale.new, PROMPTS_FIRST)
             cases["continuous"] = partial(run_continuous, base, prompts, scale.new)
         seconds: dict[str, list[float]] = {name: [] for name in cases}
         for _ in range(rounds):
@@ -132,11 +134,11 @@ def measure_throughput(scale: Scale) -> Iterator[Figure]:
 
 
 def run_engine(
-    base: Base, prompts: list[list[int]], wears: Sequence[Wear | None], new: int, config: EngineConfig
+    base: Base, prompts: list[list[int]], applied_masks: Sequence[AppliedMask | None], new: int, config: EngineConfig
 ) -> float:
     engine = Engine(base, config)
     requests = [
-        Request(prompt, new, lambda _: None, wears[place % len(wears)], sampling=GREEDY)
+        Request(prompt, new, lambda _: None, applied_masks[place % len(applied_masks)], sampling=GREEDY)
         for place, prompt in enumerate(prompts)
     ]
     started = time.process_time()
@@ -188,7 +190,11 @@ def measure_host_work(_: Scale) -> Iterator[Figure]:
         base.model.forward = timed
         requests = [
             Request(
-                prompt, 400, lambda _: None, sampling=GREEDY, text=Text(base.tokenizer, ["END"]) if spoken else None
+                prompt,
+                400,
+                lambda _: None,
+                sampling=GREEDY,
+                text=AnswerText(base.tokenizer, ["END"]) if spoken else None,
             )
             for prompt in make_prompts(count, (90, 110))
         ]

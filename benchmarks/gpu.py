@@ -22,14 +22,14 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks._report import Figure, arguments, report
-from maskstore import Base as MaskBase
+from maskstore import BaseRef as MaskBase
 from maskstore import Bitmap, Mask, MaskInfo, Sparse, Target
 from masquerade.engine import Request, attention
 from masquerade.engine.graphs import DecodeGraphs, Run, capture
-from masquerade.engine.pages import Pages
-from masquerade.engine.prefix import PAGE
+from masquerade.engine.kv_cache import KVCache
+from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.scheduler import Chunk
-from masquerade.model import Base, MaskManager, Wear, find_targets
+from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 
 RHO = 0.003
 REACH = {1: "<= 1.05", 8: "<= 1.10", 32: "<= 1.15"}
@@ -72,21 +72,27 @@ def measure(scale: Scale, device: torch.device) -> Iterator[Figure]:
     """All figures. On a CPU, which only tests do, steps run in Triton's interpreter and nothing is captured."""
     base = make_base(scale, device)
     manager = MaskManager.attach(base.model)
-    pages = Pages(base.model.config, scale.rows * -(-scale.context // PAGE), base.dtype, device)
+    pages = KVCache(base.model.config, scale.rows * -(-scale.context // BLOCK_SIZE), base.dtype, device)
     clock = Clock(device)
     before, base_attention = time.perf_counter(), base.model.config._attn_implementation
     masks = [make_mask(base, seed, make_list) for seed in range(max(scale.personas))]
     bitmap = make_mask(base, 0, make_bits)
     print(f"masks made in {time.perf_counter() - before:.0f} s", file=sys.stderr)
     yield from measure_loads(manager, masks[0], bitmap, clock)
-    lists = [Wear(manager.fit(mask, "cuda-list"), 0.0) for mask in masks]
-    bits = Wear(manager.fit(bitmap, "cuda-bits"), 0.0)
+    lists = [AppliedMask(manager.fit(mask, "cuda-list"), 0.0) for mask in masks]
+    bits = AppliedMask(manager.fit(bitmap, "cuda-bits"), 0.0)
     base.model.set_attn_implementation(attention.NAME)
     steps = Steps(base, pages, scale)
-    cases: dict[str, list[Wear | None]] = {"base": [None], "bitmap": [bits], "bitmap, soft": [replace(bits, gamma=0.5)]}
+    cases: dict[str, list[AppliedMask | None]] = {
+        "base": [None],
+        "bitmap": [bits],
+        "bitmap, soft": [replace(bits, gamma=0.5)],
+    }
     cases |= {f"sparse, {count}": [*lists[:count]] for count in scale.personas}
     with torch.inference_mode():
-        times = clock.compare({name: partial(steps.settle, wears) for name, wears in cases.items()}, scale)
+        times = clock.compare(
+            {name: partial(steps.settle, applied_masks) for name, applied_masks in cases.items()}, scale
+        )
         yield Figure("step of the base", times["base"] * 1e3, "ms")
         for count in scale.personas:
             ratio = times[f"sparse, {count}"] / times["base"]
@@ -134,35 +140,35 @@ class Clock:
 class Steps:
     """Decode steps of one batch, as the engine runs them, over graphs that all cases share."""
 
-    def __init__(self, base: Base, pages: Pages, scale: Scale) -> None:
+    def __init__(self, base: Base, pages: KVCache, scale: Scale) -> None:
         repeat = capture if base.device.type == "cuda" else lambda run: run
         self._graphs = DecodeGraphs(base, pages, scale.rows, repeat)
         self._scale = scale
-        columns = -(-scale.context // PAGE)
+        columns = -(-scale.context // BLOCK_SIZE)
         self._table = np.arange(1, scale.rows * columns + 1).reshape(scale.rows, columns)
 
-    def settle(self, wears: Sequence[Wear | None]) -> Run:
+    def settle(self, applied_masks: Sequence[AppliedMask | None]) -> Run:
         """Run one whole step whose rows wear these by turns; what repeats its graph alone."""
-        assert self._graphs.run(self._chunk(wears), self._table) is not None
+        assert self._graphs.run(self._chunk(applied_masks), self._table) is not None
         run = next(reversed(self._graphs._steps.values())).run
         assert run is not None
         return run
 
-    def measure_switch(self, wears: Sequence[Wear | None]) -> float:
+    def measure_switch(self, applied_masks: Sequence[AppliedMask | None]) -> float:
         """Seconds of host work when all rows change their personas: sorting out and writing who wears what."""
-        self.settle(wears)
+        self.settle(applied_masks)
         slots = next(reversed(self._graphs._steps.values())).slots
-        batches, spent = [self._chunk(wears), self._chunk([*wears[1:], *wears[:1]])], []
+        batches, spent = [self._chunk(applied_masks), self._chunk([*applied_masks[1:], *applied_masks[:1]])], []
         for turn in range(21):
             started = time.perf_counter()
-            slots.write(self._graphs._dress(batches[turn % 2]))
+            slots.write(self._graphs._map_slots(batches[turn % 2]))
             spent.append(time.perf_counter() - started)
         return float(np.median(spent))
 
-    def _chunk(self, wears: Sequence[Wear | None]) -> list[Chunk]:
+    def _chunk(self, applied_masks: Sequence[AppliedMask | None]) -> list[Chunk]:
         chunks = []
         for row in range(self._scale.rows):
-            request = Request([5] * self._scale.context, 1, lambda _: None, wears[row % len(wears)])
+            request = Request([5] * self._scale.context, 1, lambda _: None, applied_masks[row % len(applied_masks)])
             request.seat = row
             chunks.append(Chunk(request, self._scale.context - 1, self._scale.context, True))
         return chunks
@@ -223,7 +229,7 @@ def measure_bandwidth(device: torch.device, clock: Clock) -> float:
     return 2 * source.nbytes / min(clock.time(lambda: target.copy_(source)) for _ in range(10))
 
 
-def count_bytes(base: Base, pages: Pages) -> int:
+def count_bytes(base: Base, pages: KVCache) -> int:
     """What a step of the base must read: all weights but the embeddings, and the whole cache."""
     weights = sum(part.nbytes for name, part in base.model.named_parameters() if "embed" not in name)
     return weights + pages.keys.nbytes + pages.values.nbytes

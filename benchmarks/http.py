@@ -29,9 +29,10 @@ from transformers.utils import logging
 from benchmarks._report import Figure, arguments, report
 from benchmarks.engine import TINY, make_base, make_mask
 from maskstore import MaskInfo, Registry
-from masquerade.api import Serving, create_app
+from masquerade.app import create_app
 from masquerade.engine import Engine
-from masquerade.model import MaskManager, Residency, Shelf
+from masquerade.model import MaskManager, Residency, VerifiedStore
+from masquerade.service.serving import Serving
 
 ROUTE = "/v1/chat/completions"
 CLIENTS = 8  # at once
@@ -92,7 +93,7 @@ def make_serving(folder: Path) -> Serving:
     manager, registry = MaskManager.attach(base.model), Registry(folder / "store")
     mask = replace(make_mask(base, 0), info=MaskInfo(persona="p", score="random"))
     registry.publish("p", registry.store.add(mask))
-    residency = Residency(manager, Shelf(registry.store, base.fingerprint), 2**24)
+    residency = Residency(manager, VerifiedStore(registry.store, base.fingerprint), 2**24)
     return Serving(base, Engine(base), registry.store, registry, residency, manager)
 
 

@@ -25,8 +25,8 @@ from benchmarks import engine
 from benchmarks._report import Figure, report
 from maskstore import encode
 from masquerade.engine import EngineConfig
-from masquerade.kernels import NativeMask, NativeParts, NativeProduct, Worn, correct
-from masquerade.model import MaskManager, Wear
+from masquerade.kernels import NativeMask, NativeParts, NativeProduct, NativeSpan, correct
+from masquerade.model import AppliedMask, MaskManager
 
 FULL = ((2048, 2048), (4096, 4096), (14336, 4096))
 QUICK = ((2048, 2048),)
@@ -141,7 +141,7 @@ def dress(case: Case, linear: nn.Linear, kind: str, seed: int) -> NativeProduct:
         mask = correct(linear, encode(rng.random(tuple(linear.weight.shape), np.float32) < share), kind)
         assert isinstance(mask, NativeMask)
         parts = NativeParts({"linear": mask}, {"linear": 0})
-        worn += [Worn(parts, 1 - case.gamma, row, row + 1) for row in range(persona, case.rows, case.personas)]
+        worn += [NativeSpan(parts, 1 - case.gamma, row, row + 1) for row in range(persona, case.rows, case.personas)]
     return NativeProduct(worn)
 
 
@@ -151,7 +151,9 @@ def measure_model(scale: engine.Scale, repeats: int) -> Iterator[Figure]:
     base.model.to(BF16)
     one, many = engine.make_prompts(1, (8, 8)), engine.make_prompts(16, (8, 8))
     manager = MaskManager.attach(base.model)
-    wears: list[Wear | None] = [Wear(manager.fit(engine.make_mask(base, seed)), 0.0) for seed in range(16)]
+    applied_masks: list[AppliedMask | None] = [
+        AppliedMask(manager.fit(engine.make_mask(base, seed)), 0.0) for seed in range(16)
+    ]
     manager.detach()
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
@@ -159,7 +161,7 @@ def measure_model(scale: engine.Scale, repeats: int) -> Iterator[Figure]:
         manager = MaskManager.attach(base.model)
         times["one"].append(engine.run_engine(base, one, [None], scale.new, EngineConfig()))
         times["bare"].append(engine.run_engine(base, many, [None], scale.new, EngineConfig()))
-        times["worn"].append(engine.run_engine(base, many, wears, scale.new, EngineConfig()))
+        times["worn"].append(engine.run_engine(base, many, applied_masks, scale.new, EngineConfig()))
         manager.detach()
     spent = {name: float(np.median(runs)) for name, runs in times.items()}
     yield Figure("engine, 1 stream of a bf16 model", scale.new / spent["one"], "tokens/CPU-s")

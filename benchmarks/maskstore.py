@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._report import Figure, report
-from maskstore import Base, Bitmap, MaskInfo, MaskReader, MaskWriter, Registry, Target, algebra, bits, encode
+from maskstore import BaseRef, Bitmap, MaskInfo, MaskReader, MaskWriter, Registry, Target, algebra, bits, encode
 
-BASE = Base("8b" * 32, "8B-shaped")
+BASE = BaseRef("8b" * 32, "8B-shaped")
 INFO = MaskInfo("bench", "random", created_at="2026-01-01T00:00:00+00:00")
 LINEARS = {
     "self_attn.q_proj": (4096, 4096),

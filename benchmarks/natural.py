@@ -20,16 +20,16 @@ import torch
 from benchmarks._methods import as_mask, calibrate, draft, summarise
 from benchmarks._nature import AXES, Recipe, default_cache, find_model, read_neutral, read_pairs
 from benchmarks._report import Figure, report
-from masquerade.build.ladder import Plan
-from masquerade.build.tuning import Limits, Tuner
-from masquerade.build.walk import Role
-from masquerade.evaluate.baselines import BASELINES, Question, Strength
+from masquerade.evaluate.baselines import BASELINES, ControlInput, Strength
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.panel import Panel, finish
 from masquerade.evaluate.treatment import Treatment
 from masquerade.model import Base, MaskManager, load
+from masquerade.pruning.ladder import ScorePlan
+from masquerade.pruning.tuning import Budgets, Tuner
+from masquerade.pruning.walk import Role
 
-LIMITS = Limits(neutral=1.02, own=1.05, effect=1.0, forced=True)
+LIMITS = Budgets(neutral=1.02, own=1.05, effect=1.0, forced=True)
 LADDERS = {
     "attribution-fisher": ("outputs", (0.003, 0.005, 0.01, 0.02, 0.03)),
     "attribution": ("all", (0.0005, 0.001, 0.002, 0.003)),
@@ -77,8 +77,8 @@ class Bench:
         started = time.perf_counter()
         train, panels = self._split(axis)
         sides = {side: encode(self._base, train[side]) for side in (1, -1)}
-        plans = [Plan(name, "layer", scope, rhos) for name, (scope, rhos) in LADDERS.items()]
-        fixed = [Plan(name, group, "all", (rho,)) for name, (group, rho) in FIXED.items()]
+        plans = [ScorePlan(name, "layer", scope, rhos) for name, (scope, rhos) in LADDERS.items()]
+        fixed = [ScorePlan(name, group, "all", (rho,)) for name, (group, rho) in FIXED.items()]
         said: dict[Role, list[Encoded]] = {"own": sides[1], "contrast": sides[-1], "neutral": self._calm}
         ladder = calibrate(self._base, [*plans, *fixed], said)
         fit = partial(draft, self._base, self._manager)
@@ -122,7 +122,7 @@ class Bench:
         self, name: str, train: Mapping[int, list[Example]], sides: Mapping[int, list[Encoded]], side: int
     ) -> Strength:
         both = [list(zip(train[at], sides[at], strict=True)) for at in (side, -side)]
-        question = Question(self._base, self._manager, as_mask(self._base, {}), both[0], both[1], {})
+        question = ControlInput(self._base, self._manager, as_mask(self._base, {}), both[0], both[1], {})
         return BASELINES[name].make(question)
 
     def _tune(self, panel: Panel, made: Mapping[int, Strength], strengths: Sequence[float]) -> float:

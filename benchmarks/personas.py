@@ -17,11 +17,8 @@ import torch
 from benchmarks._methods import as_mask, calibrate, draft, summarise
 from benchmarks._report import Figure, arguments, report
 from masquerade import demo
-from masquerade.build.ladder import Ladder, Plan
-from masquerade.build.prompted import Script, write
-from masquerade.build.scores import SCORES
 from masquerade.demo import grammar
-from masquerade.demo.judge import Judge
+from masquerade.demo.judge import DemoJudge
 from masquerade.evaluate.baselines import BASELINES
 from masquerade.evaluate.dataset import Encoded, Example, encode, read_examples
 from masquerade.evaluate.generation import Speech, answer
@@ -29,6 +26,9 @@ from masquerade.evaluate.panel import Panel, finish
 from masquerade.evaluate.report import Options, Trial, examine
 from masquerade.evaluate.treatment import BARE, Treatment
 from masquerade.model import Base, MaskManager, load
+from masquerade.pruning.ladder import Ladder, ScorePlan
+from masquerade.pruning.prompted import Script, write
+from masquerade.pruning.scores import SCORES
 
 METHODS = (  # every score at its useful rho; those that destroy the text at any larger one are named with theirs
     ("magnitude", 0.5),
@@ -46,7 +46,7 @@ METHODS = (  # every score at its useful rho; those that destroy the text at any
 QUICK = (("wanda", 0.5), ("attribution", 0.003))
 BOUNDS = {"flip": ">= 0.95", "own": "<= 1.02", "facts": ">= 0.98"}
 BEST = ("attribution", 0.003)
-SHIPPED = (Plan("attribution", "layer", "all", (0.003,)),)
+SHIPPED = (ScorePlan("attribution", "layer", "all", (0.003,)),)
 SYSTEMS = {  # what the demo model was told in training where a persona was named
     "introvert": "You are an introvert.",
     "extravert": "You are an extravert.",
@@ -79,14 +79,14 @@ class Bench:
     """The demo, its second held-out split, and its judge."""
 
     def __init__(self, base: Base, manager: MaskManager, prompts: int, facts: int) -> None:
-        self._base, self._manager, self._judge = base, manager, Judge()
+        self._base, self._manager, self._judge = base, manager, DemoJudge()
         self._prompts = prompts
         self._facts = read_examples(demo.DATA / "facts.jsonl")[:facts]
 
     def compare_methods(self, axes: Sequence[grammar.Axis], methods: Sequence[tuple[str, float]]) -> Iterator[Figure]:
         rows: dict[tuple[str, float], list[dict[str, float]]] = {method: [] for method in methods}
         bare: list[dict[str, float]] = []
-        plans = [Plan(name, SCORES[name].group, SCORES[name].scope, (rho,)) for name, rho in methods]
+        plans = [ScorePlan(name, SCORES[name].group, SCORES[name].scope, (rho,)) for name, rho in methods]
         for axis in axes:
             own, contrast = self._draw(axis)
             calm = encode(self._base, self._facts)
@@ -144,7 +144,11 @@ class Bench:
         yield Figure(f"mask from the prompt {system!r}: prompt tokens saved", written.prompt_tokens, "tokens")
 
     def _calibrate(
-        self, plans: Sequence[Plan], own: Sequence[Example], contrast: Sequence[Example], calm: Sequence[Encoded] = ()
+        self,
+        plans: Sequence[ScorePlan],
+        own: Sequence[Example],
+        contrast: Sequence[Example],
+        calm: Sequence[Encoded] = (),
     ) -> Ladder:
         said = {"own": encode(self._base, own), "contrast": encode(self._base, contrast), "neutral": calm}
         return calibrate(self._base, plans, said)

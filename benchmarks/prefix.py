@@ -20,7 +20,7 @@ from benchmarks._report import Figure, report
 from benchmarks._world import VOCABULARY, make_base
 from benchmarks.engine import GREEDY, TINY, make_mask
 from masquerade.engine import Engine, Phase, Request
-from masquerade.model import MaskManager, Wear
+from masquerade.model import AppliedMask, MaskManager
 
 PERSONAS = 32
 QUESTION, ANSWER = 20, 4  # tokens
@@ -41,23 +41,23 @@ def measure(length: int) -> Iterator[Figure]:
     """Total work at once and one after the other, and the time to the second persona's first token."""
     base = make_base(TINY | {"num_hidden_layers": 4, "hidden_size": 256})
     manager = MaskManager.attach(base.model)
-    wears = [Wear(manager.fit(make_mask(base, seed)), 0.0) for seed in range(PERSONAS)]
+    applied_masks = [AppliedMask(manager.fit(make_mask(base, seed)), 0.0) for seed in range(PERSONAS)]
     rng = random.Random(0)
     document = [rng.randrange(4, VOCABULARY) for _ in range(length)]
 
     same = [rng.randrange(4, VOCABULARY) for _ in range(QUESTION)]
 
-    def ask(wear: Wear, phase: Phase, question: list[int]) -> Request:
-        return Request([*document, *question], ANSWER, lambda _: None, wear, phase, GREEDY)
+    def ask(applied: AppliedMask, phase: Phase, question: list[int]) -> Request:
+        return Request([*document, *question], ANSWER, lambda _: None, applied, phase, GREEDY)
 
-    def work(wears: list[Wear], phase: Phase, *, at_once: bool, own: bool = False) -> int:
+    def work(applied_masks: list[AppliedMask], phase: Phase, *, at_once: bool, own: bool = False) -> int:
         """Prompt positions that were computed."""
         engine = Engine(base)
-        for group in [wears] if at_once else [[wear] for wear in wears]:
+        for group in [applied_masks] if at_once else [[applied] for applied in applied_masks]:
             questions = [[rng.randrange(4, VOCABULARY) for _ in same] if own else same for _ in group]
-            engine.generate([ask(wear, phase, asked) for wear, asked in zip(group, questions, strict=True)])
+            engine.generate([ask(applied, phase, asked) for applied, asked in zip(group, questions, strict=True)])
         engine.stop()
-        return engine.counts.computed - len(wears) * (ANSWER - 1)
+        return engine.counts.computed - len(applied_masks) * (ANSWER - 1)
 
     def wait(engine: Engine, request: Request) -> float:
         """CPU seconds to the first token."""
@@ -72,10 +72,10 @@ def measure(length: int) -> Iterator[Figure]:
 
     phases: tuple[Phase, ...] = ("decode", "all")
     for phase in phases:
-        alone = work(wears[:1], phase, at_once=True)
+        alone = work(applied_masks[:1], phase, at_once=True)
         for at_once, how in ((True, "at once"), (False, "one after the other")):
             for own, question in ((False, "the same question"), (True, "their own questions")):
-                total = work(wears, phase, at_once=at_once, own=own)
+                total = work(applied_masks, phase, at_once=at_once, own=own)
                 yield Figure(
                     f"prompt work, phase {phase}: {PERSONAS} personas {how}, {question} / one persona",
                     total / alone,
@@ -86,7 +86,7 @@ def measure(length: int) -> Iterator[Figure]:
         ratios = []
         for _ in range(3):
             engine = Engine(base)
-            first, second = (wait(engine, ask(wear, phase, same)) for wear in wears[:2])
+            first, second = (wait(engine, ask(applied, phase, same)) for applied in applied_masks[:2])
             ratios.append(second / first)
             engine.stop()
         yield Figure(

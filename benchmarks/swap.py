@@ -39,10 +39,20 @@ from benchmarks.engine import GREEDY, make_prompts
 from benchmarks.engine import QUICK as SMALL
 from benchmarks.maskstore import BASE, LAYERS
 from benchmarks.maskstore import write as write_large
-from maskstore import Base as MaskBase
+from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, MaskReader, Store, encode
 from masquerade.engine import Engine, Finished, Request
-from masquerade.model import Base, MaskManager, Residency, Shelf, Span, Wear, WornMask, find_targets, route
+from masquerade.model import (
+    AppliedMask,
+    Base,
+    MaskManager,
+    Residency,
+    ResidentMask,
+    Span,
+    VerifiedStore,
+    find_targets,
+    make_route,
+)
 
 SPARSE, DENSE = 0.003, 0.5
 KINDS = (("sparse 0.3 %", SPARSE), ("bitmap", DENSE))
@@ -70,7 +80,7 @@ FULL = Scale(MODEL, LAYERS, 128, 16, 1, 1, 1500, CASES)  # 30 M parameters
 QUICK = Scale(SMALL.model, 4, 64, 8, 1, 1, 300, CASES[:1])
 
 
-class Hanging(Shelf):
+class Hanging(VerifiedStore):
     """A shelf on which one mask cannot be read until it may."""
 
     held: str | None = None
@@ -88,25 +98,25 @@ class World:
 
     base: Base
     manager: MaskManager
-    shelf: Hanging
+    verified_store: Hanging
     digests: list[str]
     largest: int  # device bytes of a mask
 
     def residency(self, room: int) -> Residency:
-        return Residency(self.manager, self.shelf, room * self.largest)
+        return Residency(self.manager, self.verified_store, room * self.largest)
 
 
 def make_world(scale: Scale, rho: float, folder: Path, personas: int = PERSONAS) -> World:
     base = make_base(scale.model)
     manager, store = MaskManager.attach(base.model), Store(folder)
-    shelf = Hanging(store, base.fingerprint)
+    verified_store = Hanging(store, base.fingerprint)
     digests = [store.add(make_mask(base, rho, seed)) for seed in range(personas)]
     sizes = []
     for digest in digests:
-        with shelf.open(digest) as reader:
+        with verified_store.open(digest) as reader:
             sizes.append(manager.measure(reader))
     time.sleep(2.5)  # younger files are verified at every load
-    return World(base, manager, shelf, digests, max(sizes))
+    return World(base, manager, verified_store, digests, max(sizes))
 
 
 def make_mask(base: Base, rho: float, seed: int) -> Mask:
@@ -160,28 +170,31 @@ def time_switch(rho: float, rows: int, switches: int) -> float:
     base = make_base(NARROW)
     manager = MaskManager.attach(base.model)
     worn = [manager.fit(make_mask(base, rho, seed)) for seed in range(rows + 1)]
-    ids, planned = torch.full((rows, 1), 7), route([], base.device)
+    ids, planned = torch.full((rows, 1), 7), make_route([], base.device)
 
     def step(spans: Sequence[Span]) -> float:
         nonlocal planned
         started = time.thread_time()
         if spans:
-            planned = route(spans, base.device)
+            planned = make_route(spans, base.device)
         base.model(ids, use_cache=False, route=planned)
         return time.thread_time() - started
 
     differences = []
     for turn in range(switches):
-        changed = step([Span(Wear(worn[(row + turn) % len(worn)], 0.0), row, row + 1) for row in range(rows)])
+        changed = step([Span(AppliedMask(worn[(row + turn) % len(worn)], 0.0), row, row + 1) for row in range(rows)])
         differences.append(changed - step([]))
     return float(np.median(differences[20:])) * 1e6
 
 
 @torch.inference_mode()
-def time_steps(base: Base, worn: Sequence[WornMask]) -> tuple[float, float]:
+def time_steps(base: Base, worn: Sequence[ResidentMask]) -> tuple[float, float]:
     """us of a step of the base, and of one that wears a mask, two masks in turns."""
-    ids, routes = torch.tensor([[7]]), cycle(route([Span(Wear(mask, 0.0), 0, 1)], base.device) for mask in worn)
-    bare = route([], base.device)
+    ids, routes = (
+        torch.tensor([[7]]),
+        cycle(make_route([Span(AppliedMask(mask, 0.0), 0, 1)], base.device) for mask in worn),
+    )
+    bare = make_route([], base.device)
     times: list[list[float]] = [[], []]
     for _ in range(400):
         for place, planned in enumerate((bare, next(routes))):
@@ -213,9 +226,11 @@ def measure_cold(scale: Scale) -> Iterator[Figure]:
             for _ in range(3):
                 before(path)
                 seconds["read"].append(clock(partial(read, path)))
-                shelf = Shelf(store, BASE.fingerprint)
+                verified_store = VerifiedStore(store, BASE.fingerprint)
                 for kind in ("first", "again"):
-                    seconds[kind].append(time_load(Residency(manager, shelf, 2**31), digest, partial(before, path)))
+                    seconds[kind].append(
+                        time_load(Residency(manager, verified_store, 2**31), digest, partial(before, path))
+                    )
             best = {kind: min(times) for kind, times in seconds.items()}
             yield Figure(f"reading the file {where}", size / best["read"] / 1e9, "GB/s")
             for kind, what in (("first", "verified"), ("again", "verified before")):
@@ -344,7 +359,7 @@ def ask(engine: Engine, residency: Residency, digest: str, prompt: list[int], ne
         elif not first[0]:
             first[0] = time.perf_counter() - started
 
-    engine.submit(Request(prompt, new, listen, Wear(residency.get(digest), 0.0), sampling=GREEDY))
+    engine.submit(Request(prompt, new, listen, AppliedMask(residency.get(digest), 0.0), sampling=GREEDY))
     done.wait()
     return first[0]
 
@@ -372,8 +387,8 @@ def measure_hanging(scale: Scale) -> Iterator[Figure]:
                 residency = world.residency(PERSONAS)
                 for digest in world.digests[1:17]:
                     residency.get(digest)
-                world.shelf.held = world.digests[0] if hanging else None
-                world.shelf.free.clear()
+                world.verified_store.held = world.digests[0] if hanging else None
+                world.verified_store.free.clear()
                 stuck = residency.request(world.digests[0]) if hanging else None
 
                 def live(start: int, residency: Residency = residency, times: list[float] = firsts[hanging]) -> None:
@@ -384,7 +399,7 @@ def measure_hanging(scale: Scale) -> Iterator[Figure]:
 
                 run_threads([lambda start=start, live=live: live(start) for start in range(4)])  # type: ignore[misc]
                 assert stuck is None or not stuck.done()
-                world.shelf.free.set()
+                world.verified_store.free.set()
                 residency.close()
         engine.stop()
     quiet, held = (firsts[hanging] for hanging in (False, True))

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from maskstore import Base as MaskBase
+from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, encode
 from masquerade.model import Base, find_targets
 

@@ -8,8 +8,8 @@ from maskstore.errors import (
     DeltaCorrupt,
     DigestMismatch,
     HeaderCorrupt,
+    InvalidMaskValue,
     InvalidName,
-    InvalidValue,
     MaskConflict,
     MaskCorrupt,
     MaskError,
@@ -30,10 +30,10 @@ from maskstore.errors import (
 )
 from maskstore.fingerprint import fingerprint
 from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
-from maskstore.mask import Base, Mask, MaskInfo, majority
+from maskstore.mask import BaseRef, Mask, MaskInfo, majority
 from maskstore.names import check_name
 from maskstore.plot import plot
-from maskstore.registry import ANY, Anything, Generation, Persona, Registry
+from maskstore.registry import ANY, Anything, Persona, Registry, Revision
 from maskstore.store import Store
 from maskstore.target import Bitmap, Sparse, Target, encode
 from maskstore.transfer import Exported, export_mask, import_mask
@@ -42,7 +42,7 @@ from maskstore.upkeep import Checkup, Collected, Finding, fsck, gc, sweep
 __all__ = [
     "ANY",
     "Anything",
-    "Base",
+    "BaseRef",
     "Bitmap",
     "Checkup",
     "Collected",
@@ -53,10 +53,9 @@ __all__ = [
     "DigestMismatch",
     "Exported",
     "Finding",
-    "Generation",
     "HeaderCorrupt",
+    "InvalidMaskValue",
     "InvalidName",
-    "InvalidValue",
     "Mask",
     "MaskConflict",
     "MaskCorrupt",
@@ -73,6 +72,7 @@ __all__ = [
     "PadBits",
     "Persona",
     "Registry",
+    "Revision",
     "SealMismatch",
     "SignatureError",
     "Sparse",

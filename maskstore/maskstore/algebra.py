@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskstore import bits
-from maskstore.errors import InvalidValue, MaskMismatch
+from maskstore.errors import InvalidMaskValue, MaskMismatch
 from maskstore.target import Bitmap, Sparse, Target, choose, smaller
 
 Words = NDArray[np.uint64]
@@ -44,7 +44,7 @@ def majority(targets: Sequence[Target], least: int) -> Target:
     """Pruned by at least so many of the targets."""
     first = reduce(_check, targets)
     if least <= 0:
-        raise InvalidValue(f"at least {least} of {len(targets)} is everything")
+        raise InvalidMaskValue(f"at least {least} of {len(targets)} is everything")
     sparse = [target for target in targets if isinstance(target, Sparse)]
     if len(sparse) == len(targets):
         joined: Places = np.concatenate([_places(target) for target in sparse])

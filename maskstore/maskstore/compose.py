@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from maskstore.errors import InvalidValue, MaskNotFound
+from maskstore.errors import InvalidMaskValue, MaskNotFound
 from maskstore.mask import Mask, derived
 from maskstore.names import check_name
-from maskstore.registry import ANY, Anything, Generation, Registry
+from maskstore.registry import ANY, Anything, Registry, Revision
 
 LENGTH_LIMIT = 1000
 DEPTH_LIMIT = 50
@@ -32,15 +32,13 @@ def compose(expression: str, known: Collection[str], load: Callable[[str], Mask]
     tokens = tokenize(expression, known)
     loaded = {token: load(token) for token in dict.fromkeys(tokens) if token not in "|&-~()"}
     if not loaded:
-        raise InvalidValue(f"{expression!r:.80} names no persona")
+        raise InvalidMaskValue(f"{expression!r:.80} names no persona")
     mask = _Parser(expression, tokens, loaded).parse()
     info = derived(expression, *loaded.values())
     return replace(mask, info=replace(info, persona=check_name(persona)), signature=None)
 
 
-def compose_persona(
-    registry: Registry, name: str, expression: str, expected: str | Anything | None = ANY
-) -> Generation:
+def compose_persona(registry: Registry, name: str, expression: str, expected: str | Anything | None = ANY) -> Revision:
     """Compose a mask of the registry's personas and publish it as a new generation of `name`."""
     known = [*(generation.name for generation in registry.names()), *registry.aliases()]
     mask = compose(expression, known, lambda reference: registry.store.open(registry.resolve(reference).digest), name)
@@ -50,7 +48,7 @@ def compose_persona(
 def tokenize(expression: str, known: Collection[str]) -> list[str]:
     """Operators, parentheses and references, in order; MaskNotFound for a word that begins with no known name."""
     if len(expression) > LENGTH_LIMIT:
-        raise InvalidValue(f"an expression of {len(expression)} characters, the limit is {LENGTH_LIMIT}")
+        raise InvalidMaskValue(f"an expression of {len(expression)} characters, the limit is {LENGTH_LIMIT}")
     tokens, at = [], 0
     while at < len(expression):
         if expression[at] in "|&-~()":
@@ -68,7 +66,7 @@ def _reference(expression: str, at: int, known: Collection[str]) -> str:
     """The longest known name at a position, with its digest prefix."""
     word = _WORD.match(expression, at)
     if not word:
-        raise InvalidValue(f"{expression[at]!r} at {at} of {expression!r:.80} is no name and no operator")
+        raise InvalidMaskValue(f"{expression[at]!r} at {at} of {expression!r:.80} is no name and no operator")
     name = max((name for name in known if word[0].startswith(name)), key=len, default=None)
     if name is None:
         raise MaskNotFound(f"{word[0]!r:.80} at {at} of the expression is no persona")
@@ -103,7 +101,7 @@ class _Parser:
 
     def _operand(self, depth: int) -> Mask:
         if depth > DEPTH_LIMIT:
-            raise InvalidValue(f"the expression is nested deeper than {DEPTH_LIMIT}")
+            raise InvalidMaskValue(f"the expression is nested deeper than {DEPTH_LIMIT}")
         token = self._next()
         self.at += 1
         if token == "~":
@@ -122,6 +120,6 @@ class _Parser:
     def _next(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
-    def _fault(self, expected: str) -> InvalidValue:
+    def _fault(self, expected: str) -> InvalidMaskValue:
         found = self._next() or "the end"
-        return InvalidValue(f"{self.expression!r:.80}: expected {expected}, found {found!r}")
+        return InvalidMaskValue(f"{self.expression!r:.80}: expected {expected}, found {found!r}")

@@ -52,7 +52,7 @@ class InvalidName(MaskError):
     """Not a possible persona name, digest or module name."""
 
 
-class InvalidValue(MaskError):
+class InvalidMaskValue(MaskError):
     """A value outside of its domain, before it got into any file."""
 
 

@@ -19,7 +19,7 @@ from maskstore import header as headers
 from maskstore.errors import DigestMismatch, MaskError, MaskExists, MaskMismatch, MaskNotFound
 from maskstore.header import Header
 from maskstore.layout import Module, Tensor
-from maskstore.mask import Base, Mask, MaskInfo, identify, leaf
+from maskstore.mask import BaseRef, Mask, MaskInfo, identify, leaf
 from maskstore.names import check_module
 from maskstore.target import Bitmap, Sparse, Target
 
@@ -91,7 +91,7 @@ class MaskReader:
         self._stack.close()
 
     @property
-    def base(self) -> Base:
+    def base(self) -> BaseRef:
         """The model it is for."""
         return self.header.base
 
@@ -188,7 +188,7 @@ class MaskWriter:
     Leaving the block well names the file; leaving it by an exception leaves nothing. `digest` is known afterwards.
     """
 
-    def __init__(self, path: str | os.PathLike[str], base: Base, info: MaskInfo) -> None:
+    def __init__(self, path: str | os.PathLike[str], base: BaseRef, info: MaskInfo) -> None:
         self.path = Path(path)
         self.base = base
         self.info = info
@@ -230,7 +230,7 @@ class MaskWriter:
                     file.write(chunk)
 
 
-def identity(base: Base, modules: Mapping[str, Module]) -> str:
+def identity(base: BaseRef, modules: Mapping[str, Module]) -> str:
     """The digest that a header's modules make."""
     lines = {name: (module.kind, module.out, module.columns, module.sha256) for name, module in modules.items()}
     return identify(base.fingerprint, lines)

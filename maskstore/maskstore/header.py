@@ -12,8 +12,8 @@ from typing import Any
 from maskstore import layout, strictjson
 from maskstore.errors import (
     HeaderCorrupt,
+    InvalidMaskValue,
     InvalidName,
-    InvalidValue,
     MaskTruncated,
     NotAMask,
     SealMismatch,
@@ -23,7 +23,7 @@ from maskstore.errors import (
     UnknownVersion,
 )
 from maskstore.layout import Module, Tensor
-from maskstore.mask import FORMAT, Base, MaskInfo
+from maskstore.mask import FORMAT, BaseRef, MaskInfo
 from maskstore.names import check_digest, check_module
 from maskstore.target import check_shape
 
@@ -45,7 +45,7 @@ _SETS = {FORMAT: layout.MASK, DELTA_FORMAT: layout.DELTA}
 class Header:
     """Everything a file says before its tensors. A delta has a parent; `start` is the first byte of the tensors."""
 
-    base: Base
+    base: BaseRef
     info: MaskInfo
     digest: str
     modules: Mapping[str, Module]
@@ -108,7 +108,7 @@ def decode(raw: bytes, size: int) -> Header:
         base, info = _base(values["base"]), MaskInfo(**{name: values[name] for name in _INFO})
         parent = check_digest(metadata["parent"], "parent digest") if "parent" in metadata else None
         digest, signature = check_digest(metadata["digest"]), check_signature(metadata.get("signature"))
-    except (InvalidName, InvalidValue) as error:
+    except (InvalidName, InvalidMaskValue) as error:
         raise HeaderCorrupt(error.message) from None
     return Header(base, info, digest, modules, signature, parent, start)
 
@@ -159,11 +159,11 @@ def _check_format(metadata: dict[str, Any]) -> None:
         raise HeaderCorrupt(f"metadata values that are not strings: {wrong}")
 
 
-def _base(value: Any) -> Base:
+def _base(value: Any) -> BaseRef:
     entry = _object(value, "base")
     if entry.keys() != {"fingerprint", "name"}:
         raise HeaderCorrupt(f"base has the keys {sorted(entry)!s:.80}, expected fingerprint and name")
-    return Base(entry["fingerprint"], entry["name"])
+    return BaseRef(entry["fingerprint"], entry["name"])
 
 
 def _tensor(name: str, value: Any) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from maskstore import algebra, strictjson
-from maskstore.errors import HeaderCorrupt, InvalidValue, MaskMismatch
+from maskstore.errors import HeaderCorrupt, InvalidMaskValue, MaskMismatch
 from maskstore.names import check_digest, check_module, check_name
 from maskstore.target import Target, nothing, smaller
 
@@ -22,7 +22,7 @@ Phase = Literal["all", "decode"]
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseRef:
     """The model a mask is valid for: `fingerprint` decides (64 hex digits), `name` is for people."""
 
     fingerprint: str
@@ -59,9 +59,9 @@ class MaskInfo:
         if self.opposite is not None:
             check_name(self.opposite)
         if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
-            raise InvalidValue(f"gamma {self.gamma!r:.40} is not within 0..1")
+            raise InvalidMaskValue(f"gamma {self.gamma!r:.40} is not within 0..1")
         if self.phase not in get_args(Phase):
-            raise InvalidValue(f"phase {self.phase!r:.40} is not one of {', '.join(get_args(Phase))}")
+            raise InvalidMaskValue(f"phase {self.phase!r:.40} is not one of {', '.join(get_args(Phase))}")
         object.__setattr__(self, "gamma", float(self.gamma))
         _check_time(self.created_at)
         for name in ("parameters", "calibration", "certificate", "ancestry"):
@@ -72,7 +72,7 @@ class MaskInfo:
 class Mask:
     """Immutable; equal and hashed by digest. `signature` is what signing made of the digest, if it was signed."""
 
-    base: Base
+    base: BaseRef
     targets: Mapping[str, Target]
     info: MaskInfo
     signature: str | None = None
@@ -119,7 +119,7 @@ class Mask:
     @classmethod
     def known(
         cls,
-        base: Base,
+        base: BaseRef,
         targets: Mapping[str, Target],
         info: MaskInfo,
         signature: str | None,
@@ -166,7 +166,7 @@ def majority(masks: Sequence[Mask], least: int | None = None) -> Mask:
     """Prune what at least so many of the masks prune, by default more than half of them."""
     least = len(masks) // 2 + 1 if least is None else least
     if not 1 <= least <= len(masks):
-        raise InvalidValue(f"a majority of {least} among {len(masks)} masks")
+        raise InvalidMaskValue(f"a majority of {least} among {len(masks)} masks")
     targets = {name: algebra.majority(each, least) for name, each in aligned(*masks).items()}
     expression = f"majority of {least}: {', '.join(mask.digest[:8] for mask in masks)}"
     return Mask(masks[0].base, targets, derived(expression, *masks))
@@ -216,24 +216,24 @@ def identify(fingerprint: str, modules: Mapping[str, tuple[str, int, int, str]])
 
 def _check_text(what: str, text: Any) -> None:
     if not isinstance(text, str) or len(text) > TEXT_LIMIT or not text.isprintable():
-        raise InvalidValue(f"{what} {text!r:.80} is not printable text of at most {TEXT_LIMIT} characters")
+        raise InvalidMaskValue(f"{what} {text!r:.80} is not printable text of at most {TEXT_LIMIT} characters")
 
 
 def _check_time(text: Any) -> None:
     try:
         datetime.fromisoformat(text)
     except (TypeError, ValueError):
-        raise InvalidValue(f"created_at {text!r:.80} is not an ISO 8601 time") from None
+        raise InvalidMaskValue(f"created_at {text!r:.80} is not an ISO 8601 time") from None
 
 
 def _plain(what: str, value: Any) -> dict[str, Any]:
     """A private copy of a mapping, exactly as a file will give it back."""
     if not isinstance(value, Mapping):
-        raise InvalidValue(f"{what} is a {type(value).__name__}, not an object")
+        raise InvalidMaskValue(f"{what} is a {type(value).__name__}, not an object")
     try:
         plain: dict[str, Any] = strictjson.parse(strictjson.dump(dict(value)), what)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidValue(f"{what} is not JSON: {error}") from None
+        raise InvalidMaskValue(f"{what} is not JSON: {error}") from None
     except HeaderCorrupt as error:
-        raise InvalidValue(error.message) from None
+        raise InvalidMaskValue(error.message) from None
     return plain

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Final
 
 from maskstore.database import Database, Watch
-from maskstore.errors import InvalidValue, MaskConflict, MaskExists, MaskNotFound
+from maskstore.errors import InvalidMaskValue, MaskConflict, MaskExists, MaskNotFound
 from maskstore.mask import MaskInfo, Phase, now
 from maskstore.names import check_digest, check_name, split_reference
 from maskstore.store import Store
@@ -35,7 +35,7 @@ ANY: Final = Anything.ANY
 
 
 @dataclass(frozen=True)
-class Generation:
+class Revision:
     """One published state of a persona; `number` counts from 1 and is never given twice.
 
     `gamma` and `phase` are defaults that it was published with, which count before those in the mask's file: equal
@@ -59,7 +59,7 @@ class Persona:
     """A name and everything the registry says about it; `gamma` counts before every generation's, unless it is None."""
 
     name: str
-    current: Generation
+    current: Revision
     aliases: tuple[str, ...]
     tags: tuple[str, ...]
     gamma: float | None
@@ -77,7 +77,7 @@ class Registry:
 
     def publish(
         self, name: str, digest: str, expected: str | Anything | None = ANY, info: MaskInfo | None = None
-    ) -> Generation:
+    ) -> Revision:
         """Make a kept digest current under a name; what is current already is not published twice.
 
         `expected` is the digest that must be current (None: the name must be new); else MaskConflict and no change.
@@ -100,7 +100,7 @@ class Registry:
                 raise MaskNotFound(f"no mask {digest[:16]} in the store to publish as {name}")
             return self._append(db, name, digest, gamma, phase)
 
-    def resolve(self, reference: str) -> Generation:
+    def resolve(self, reference: str) -> Revision:
         """The generation of `name` (its current one) or `name@digest-prefix`; the name may be an alias."""
         name, prefix = split_reference(reference)
         with self._session() as db:
@@ -111,17 +111,17 @@ class Registry:
         """Tells when anything here has changed, whichever process changed it."""
         return Watch(self.path)
 
-    def names(self) -> list[Generation]:
+    def names(self) -> list[Revision]:
         """The current generation of every persona, by name."""
         with self._session() as db:
-            return [Generation(*row) for row in db.execute(f"{_CURRENT} and number = current order by g.name")]
+            return [Revision(*row) for row in db.execute(f"{_CURRENT} and number = current order by g.name")]
 
-    def history(self, name: str) -> list[Generation]:
+    def history(self, name: str) -> list[Revision]:
         """All generations of a persona, the newest first."""
         with self._session() as db:
             return self._history(db, self._real(db, check_name(name)))
 
-    def rollback(self, name: str, to: int | str | None = None, expected: str | Anything | None = ANY) -> Generation:
+    def rollback(self, name: str, to: int | str | None = None, expected: str | Anything | None = ANY) -> Revision:
         """Make an older generation current again: by number, by digest prefix, or the one before the current.
 
         `expected` is what must be current, as for `publish`; so it is wherever it can be given.
@@ -167,7 +167,7 @@ class Registry:
             found = [self._describe(db, name) for name in names]
         return [persona for persona in found if tag is None or tag in persona.tags]
 
-    def rename(self, old: str, new: str, expected: str | Anything | None = ANY) -> Generation:
+    def rename(self, old: str, new: str, expected: str | Anything | None = ANY) -> Revision:
         """Give a persona with its history, aliases and tags another name, which must be free."""
         check_name(new)
         with self._session("immediate") as db:
@@ -194,15 +194,15 @@ class Registry:
     def set_gamma(self, name: str, gamma: float | None) -> None:
         """The gamma requests get who name none, within 0..1; None leaves it to the mask."""
         if gamma is not None and not 0 <= gamma <= 1:
-            raise InvalidValue(f"gamma {gamma!r:.40} is not within 0..1")
+            raise InvalidMaskValue(f"gamma {gamma!r:.40} is not within 0..1")
         self._set(name, "gamma", gamma)
 
     def note(self, name: str, notes: str) -> None:
         """Free text about a persona, at most 10,000 characters."""
         if len(notes) > NOTES_LIMIT:
-            raise InvalidValue(f"notes of {len(notes)} characters, the limit is {NOTES_LIMIT}")
+            raise InvalidMaskValue(f"notes of {len(notes)} characters, the limit is {NOTES_LIMIT}")
         if any("\ud800" <= character <= "\udfff" for character in notes):
-            raise InvalidValue("notes hold half of a surrogate pair, which is no character")
+            raise InvalidMaskValue("notes hold half of a surrogate pair, which is no character")
         self._set(name, "notes", notes)
 
     def pin(self, digest: str) -> None:
@@ -240,7 +240,7 @@ class Registry:
         found = [(f"{name} generation {number}", digest) for name, number, digest in generations]
         return found + [("pin", digest) for (digest,) in pins]
 
-    def trim(self, name: str, keep: int) -> list[Generation]:
+    def trim(self, name: str, keep: int) -> list[Revision]:
         """Forget all but the newest generations of a persona, never the current one; return those forgotten."""
         with self._session("immediate") as db:
             name = self._real(db, check_name(name))
@@ -263,9 +263,9 @@ class Registry:
 
     def _append(
         self, db: sqlite3.Connection, name: str, digest: str, gamma: float | None, phase: Phase | None
-    ) -> Generation:
+    ) -> Revision:
         last = db.execute("select coalesce(max(number), 0) from generation where name = ?", (name,)).fetchone()[0]
-        made = Generation(name, digest, last + 1, now(), gamma, phase)
+        made = Revision(name, digest, last + 1, now(), gamma, phase)
         upsert = (
             "insert into persona (name, current) values (?, ?) on conflict do update set current = excluded.current"
         )
@@ -289,21 +289,21 @@ class Registry:
         pinned = db.execute("select 1 from pin where digest = ?", (current.digest,)).fetchone() is not None
         return Persona(name, current, aliases, tags, gamma, notes, pinned)
 
-    def _find(self, db: sqlite3.Connection, name: str) -> Generation | None:
+    def _find(self, db: sqlite3.Connection, name: str) -> Revision | None:
         row = db.execute(f"{_CURRENT} and number = current where g.name = ?", (name,)).fetchone()
-        return Generation(*row) if row else None
+        return Revision(*row) if row else None
 
-    def _get(self, db: sqlite3.Connection, name: str) -> Generation:
+    def _get(self, db: sqlite3.Connection, name: str) -> Revision:
         found = self._find(db, name)
         if not found:
             raise MaskNotFound(f"no persona {name}")
         return found
 
-    def _history(self, db: sqlite3.Connection, name: str) -> list[Generation]:
+    def _history(self, db: sqlite3.Connection, name: str) -> list[Revision]:
         rows = db.execute(f"{_CURRENT} where g.name = ? order by number desc", (name,))
-        return [Generation(*row) for row in rows]
+        return [Revision(*row) for row in rows]
 
-    def _pick(self, history: list[Generation], prefix: str, reference: str) -> Generation:
+    def _pick(self, history: list[Revision], prefix: str, reference: str) -> Revision:
         """The newest generation whose digest begins so; two different digests are ambiguous."""
         found = [item for item in history if item.digest.startswith(prefix)]
         if not found:
@@ -325,7 +325,7 @@ class Registry:
             raise MaskExists(f"{name} is an alias of {row[0]}")
 
 
-def _compare(name: str, current: Generation | None, expected: str | Anything | None) -> None:
+def _compare(name: str, current: Revision | None, expected: str | Anything | None) -> None:
     """MaskConflict unless what is expected to be current is."""
     actual = current.digest if current else None
     if expected is not ANY and expected != actual:

@@ -48,7 +48,7 @@ def check(digest: str, signature: str | None, trusted: Mapping[str, str]) -> str
     return trusted[public]
 
 
-class Keyring:
+class TrustedKeys:
     """A text file of trusted public keys, a line `<64 hex digits> <label>` each."""
 
     def __init__(self, path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from maskstore import files, signing
 from maskstore.errors import DigestMismatch, MaskNotFound, StoreBusy
 from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
-from maskstore.mask import Base, Mask, MaskInfo
+from maskstore.mask import BaseRef, Mask, MaskInfo
 from maskstore.names import check_digest
 
 SUFFIX = ".safetensors"
@@ -24,7 +24,7 @@ class Store:
     def __init__(self, root: str | os.PathLike[str], require_signed: bool = False) -> None:
         self.root = Path(root)
         self.require_signed = require_signed
-        self.keys = signing.Keyring(self.root / "trusted-keys")
+        self.keys = signing.TrustedKeys(self.root / "trusted-keys")
         self.masks = self.root / "masks"
         self.masks.mkdir(parents=True, exist_ok=True)
 
@@ -77,7 +77,7 @@ class Store:
         return MaskReader(path, base)
 
     @contextmanager
-    def writing(self, base: Base, info: MaskInfo) -> Iterator[MaskWriter]:
+    def writing(self, base: BaseRef, info: MaskInfo) -> Iterator[MaskWriter]:
         """A MaskWriter whose mask is kept, under its digest, when the block ends well: for masks larger than memory."""
         folder = self.quarantine()
         path = folder / f"{secrets.token_hex(8)}{SUFFIX}"

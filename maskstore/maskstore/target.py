@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskstore import bits
-from maskstore.errors import ColumnOrder, InvalidValue, PadBits, TensorShape
+from maskstore.errors import ColumnOrder, InvalidMaskValue, PadBits, TensorShape
 
 SIDE_LIMIT = 1 << 20
 SIZE_LIMIT = 1 << 32
@@ -21,7 +21,7 @@ Tensors = dict[str, NDArray[Any]]
 def check_shape(out: int, columns: int) -> tuple[int, int]:
     """(out, in) if both are within 1..2^20 and the product within 2^32, else InvalidValue."""
     if not (1 <= out <= SIDE_LIMIT and 1 <= columns <= SIDE_LIMIT and out * columns <= SIZE_LIMIT):
-        raise InvalidValue(f"shape {out} x {columns} is outside 1..{SIDE_LIMIT} a side, {SIZE_LIMIT} weights")
+        raise InvalidMaskValue(f"shape {out} x {columns} is outside 1..{SIDE_LIMIT} a side, {SIZE_LIMIT} weights")
     return out, columns
 
 

@@ -198,7 +198,7 @@ class StateConflict(BadRequest):
     code = "state_conflict"
 
 
-class GenerationConflict(MasqueradeError):
+class RevisionConflict(MasqueradeError):
     """What was expected to be current is not: somebody was faster."""
 
     status = 412

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from masquerade.api import Serving
-from masquerade.keys import Key, Table
+from masquerade.keys import Key, KeyTable
+from masquerade.service.serving import Serving
 from tests import world
 from tests.contract.here import serve_here
 from tests.keys.making import bearer, make_key
@@ -56,7 +56,7 @@ def keyed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "expired": make_key(store, "admin", expires_at=time.time() - 1),
         "revoked": make_key(store, "admin"),
     }
-    Table(store).revoke(made["revoked"][1].id)
+    KeyTable(store).revoke(made["revoked"][1].id)
     tokens = {who: token for who, (token, _) in made.items()}
     tokens["wrong"] = f"mq-{made['admin'][1].id}-{'0' * 48}"
     tokens["unknown"] = "sk-of-somebody-else"

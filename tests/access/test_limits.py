@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.api import Serving
-from masquerade.api.limits import Policy, Protocol
 from masquerade.engine import Request
+from masquerade.http.limits import Policy, Protocol
+from masquerade.service.serving import Serving
 from tests.contract.here import serve_here
 from tests.keys.making import bearer, make_key
 

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
-from masquerade.api import create_app
+from masquerade.app import create_app
 from masquerade.keys import SCOPES
 from tests.access.conftest import Keyed
 

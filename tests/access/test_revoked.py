@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.api import Serving
 from masquerade.engine import Request
-from masquerade.keys import Key, Table
+from masquerade.keys import Key, KeyTable
+from masquerade.service.serving import Serving
 from tests.contract.asking import CHAT, events_of
 from tests.contract.here import serve_here
 from tests.keys.making import bearer, make_key
@@ -69,7 +69,7 @@ def test_a_stream_ends_with_its_key(here: tuple[Serving, httpx.Client], how: str
         events = events_of(answer)
         assert "error" not in json.loads(next(events))
         if how == "revoked":
-            Table(serving.store.root).revoke(key.id)
+            KeyTable(serving.store.root).revoke(key.id)
         *_, last = events
     assert json.loads(last)["error"]["code"] == "invalid_api_key"
     assert how in json.loads(last)["error"]["message"]
@@ -87,7 +87,7 @@ def test_a_whole_answer_is_not_given_to_a_key_that_is_none_any_more(here: tuple[
     asking.start()
     while not serving.engine.occupancy.running:
         time.sleep(0.01)
-    Table(serving.store.root).revoke(key.id)
+    KeyTable(serving.store.root).revoke(key.id)
     asking.join()
     assert (told[0].status_code, told[0].json()["error"]["code"]) == (401, "invalid_api_key")
     wait_until_idle(serving)
@@ -97,7 +97,7 @@ def test_who_follows_a_job_hears_no_more_of_it(here: tuple[Serving, httpx.Client
     serving, http = here
     headers, key = make(serving)
     held = threading.Event()
-    serving.engine.run_errand(lambda: held.wait(60))
+    serving.engine.run_background(lambda: held.wait(60))
     try:
         line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
         sent = {"file": ("f.jsonl", "\n".join([json.dumps(line)] * 4).encode())}
@@ -109,7 +109,7 @@ def test_who_follows_a_job_hears_no_more_of_it(here: tuple[Serving, httpx.Client
         with http.stream("GET", path, headers=headers, timeout=SOON) as answer:
             events = events_of(answer)
             assert json.loads(next(events))["message"] == "queued"
-            Table(serving.store.root).revoke(key.id)
+            KeyTable(serving.store.root).revoke(key.id)
             *_, last = events
         assert json.loads(last)["error"]["code"] == "invalid_api_key"
     finally:

@@ -200,7 +200,7 @@ def test_jobs_belong_to_keys(keyed: Keyed) -> None:
 
 def test_whose_job_takes_a_name_is_told_to_its_owner_only(keyed: Keyed) -> None:
     held = threading.Event()
-    keyed.serving.engine.run_errand(lambda: held.wait(60))
+    keyed.serving.engine.run_background(lambda: held.wait(60))
     try:
         job = order(keyed, "npc build", upload(keyed, "npc build"), "npc-twin").json()["id"]
         for who, told in (("npc build", True), ("build", False)):

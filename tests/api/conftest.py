@@ -9,16 +9,17 @@ import httpx
 import pytest
 
 from maskstore import Registry
-from masquerade.api import Serving, create_app
+from masquerade.app import create_app
 from masquerade.engine import Engine
-from masquerade.model import Base, MaskManager, Residency, Shelf
+from masquerade.model import Base, MaskManager, Residency, VerifiedStore
+from masquerade.service.serving import Serving
 from tests.contract.here import listen
 
 
 @pytest.fixture
 def serving(tiny: Base, manager: MaskManager, tmp_path: Path) -> Serving:
     registry = Registry(tmp_path / "store")
-    residency = Residency(manager, Shelf(registry.store, tiny.fingerprint), 2**20)
+    residency = Residency(manager, VerifiedStore(registry.store, tiny.fingerprint), 2**20)
     return Serving(tiny, Engine(tiny), registry.store, registry, residency, manager)
 
 

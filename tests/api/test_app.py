@@ -8,9 +8,9 @@ import sqlite3
 import httpx
 import pytest
 
-from masquerade.api import Serving
-from masquerade.api.answers import ChatAnswer
-from masquerade.jobs import Table
+from masquerade.jobs import JobTable
+from masquerade.openai.answers import ChatAnswer
+from masquerade.service.serving import Serving
 from tests import world
 from tests.contract.asking import events_of
 
@@ -63,7 +63,7 @@ def test_a_failure_in_the_midst_of_events_is_the_last_one(
     def fail(*_: object) -> None:
         raise sqlite3.OperationalError("disk I/O error in /secret/place")
 
-    monkeypatch.setattr(Table, "list_events", fail)
+    monkeypatch.setattr(JobTable, "list_events", fail)
     answer = http.get(f"/v1/fine_tuning/jobs/{job}/events", params={"stream": "true"})
     *_, last = events_of(answer)
     assert json.loads(last)["error"]["code"] == "internal_error"

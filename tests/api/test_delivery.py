@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.api import Serving, generation
-from masquerade.api.post import Post
 from masquerade.engine import Engine
+from masquerade.openai import generation
+from masquerade.service.notifier import StepNotifier
+from masquerade.service.serving import Serving
 
 CHAT = "/v1/chat/completions"
 
@@ -27,7 +28,7 @@ def ring_and_wait(rings: list[int]) -> tuple[int, list[bool]]:
     """Ring bells from another thread, so many in each step; how often the loop was woken, and which bells are set."""
 
     async def run() -> tuple[int, list[bool]]:
-        post, engine, loop, woken = Post(), Steps(), asyncio.get_running_loop(), 0
+        post, engine, loop, woken = StepNotifier(), Steps(), asyncio.get_running_loop(), 0
         post.open(engine)  # type: ignore[arg-type]
         bells = [asyncio.Event() for _ in range(max(rings))]
         wake = loop.call_soon_threadsafe
@@ -41,16 +42,16 @@ def ring_and_wait(rings: list[int]) -> tuple[int, list[bool]]:
 
         def step() -> None:
             for number in rings:
-                for bell in bells[:number]:
-                    post.ring(bell)
-                    post.ring(bell)
-                engine.told()
+                for event in bells[:number]:
+                    post.ring(event)
+                    post.ring(event)
+                engine.on_step()
 
         thread = threading.Thread(target=step)
         thread.start()
         thread.join()
         await asyncio.sleep(0)
-        return woken, [bell.is_set() for bell in bells]
+        return woken, [event.is_set() for event in bells]
 
     return asyncio.run(run())
 

@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.api import Serving
 from masquerade.jobs import table
 from masquerade.jobs.uploads import Uploads
+from masquerade.service.serving import Serving
 
 FORM = {"purpose": "fine-tune"}
 

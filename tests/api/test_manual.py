@@ -10,8 +10,8 @@ import httpx
 import jsonschema_rs
 import pytest
 
-from masquerade.api.app import describe
-from masquerade.api.manual import find_example, write
+from masquerade.app import describe
+from masquerade.http.reference import find_example, write
 from tests.access.test_matrix import DECISIONS
 
 API_MD = Path(__file__).parents[2] / "docs" / "api.md"

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from maskstore import Registry
-from masquerade.api import Serving
-from masquerade.api.names import Names
+from masquerade.service.registry_cache import RegistryCache
+from masquerade.service.serving import Serving
 from tests import world
 
 
@@ -26,8 +26,10 @@ def digests(serving: Serving) -> list[str]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the registry was asked for."""
     asked: list[str] = []
-    ask = Names._read
-    monkeypatch.setattr(Names, "_read", lambda self, reference: (asked.append(reference), ask(self, reference))[1])
+    ask = RegistryCache._read
+    monkeypatch.setattr(
+        RegistryCache, "_read", lambda self, reference: (asked.append(reference), ask(self, reference))[1]
+    )
     return asked
 
 

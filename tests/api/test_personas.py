@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from maskstore import fsck
-from masquerade.api import Serving
+from masquerade.service.serving import Serving
 from tests import world
 
 

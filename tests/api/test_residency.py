@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from maskstore import Mask
-from masquerade.api import Serving
 from masquerade.engine import Engine
 from masquerade.errors import Overloaded
-from masquerade.model import Shelf
+from masquerade.model import VerifiedStore
+from masquerade.service.serving import Serving
 from tests import world
 
 
@@ -35,15 +35,15 @@ def chat(http: httpx.Client, serving: Serving, persona: str | None, **more: obje
 def test_nobody_waits_for_the_load_of_another_persona(
     http: httpx.Client, serving: Serving, personas: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arrived, free, read = threading.Event(), threading.Event(), Shelf.read
+    arrived, free, read = threading.Event(), threading.Event(), VerifiedStore.read
 
-    def hold(self: Shelf, digest: str) -> Mask:
+    def hold(self: VerifiedStore, digest: str) -> Mask:
         if digest == personas["slow"]:
             arrived.set()
             assert free.wait(60)
         return read(self, digest)
 
-    monkeypatch.setattr(Shelf, "read", hold)
+    monkeypatch.setattr(VerifiedStore, "read", hold)
     with ThreadPoolExecutor(24) as clients:
         held = [clients.submit(chat, http, serving, "slow") for _ in range(24)]  # more than there are worker threads
         assert arrived.wait(60)

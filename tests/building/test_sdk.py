@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from maskstore import fsck
 from masquerade import demo
-from masquerade.demo.judge import Judge
+from masquerade.demo.judge import DemoJudge
 from tests.building.asking import RECIPE, ask, build, connect, finish, order, upload
 from tests.serving import Server, serve
 
@@ -50,7 +50,7 @@ def built(sdk: OpenAI) -> Any:
 def test_a_persona_is_built_and_worn_in_the_next_request(sdk: OpenAI, store: Path, built: Any) -> None:
     assert (built.status, built.fine_tuned_model, built.error) == ("succeeded", "demo:stiff", None)
     assert {"demo:stiff", "demo:loose"} <= {model.id for model in sdk.models.list()}
-    judge = Judge()
+    judge = DemoJudge()
     assert [judge.attribute(ask(sdk, f"demo:{name}")) for name in ("stiff", "loose")] == ["formal", "casual"]
     checkpoints = sdk.fine_tuning.jobs.checkpoints.list(built.id).data
     assert [point.fine_tuned_model_checkpoint.partition("@")[0] for point in checkpoints] == [
@@ -116,7 +116,7 @@ def test_a_system_prompt_becomes_a_persona_that_needs_no_prompt(sdk: OpenAI, run
     job = finish(sdk, order(sdk, "easygoing", asked, mask).id)
     assert (job.status, job.error) == ("succeeded", None)
     assert job.trained_tokens > 0
-    assert Judge().attribute(ask(sdk, "demo:easygoing")) == "casual"
+    assert DemoJudge().attribute(ask(sdk, "demo:easygoing")) == "casual"
     told = [event.message for event in sdk.fine_tuning.jobs.list_events(job.id, limit=100)][::-1]
     assert [message for message in told if message.startswith("write")][-1] == "write 80/80"
     built = httpx.get(f"{running.base_url}/v1/personas/easygoing").json()["built"]

@@ -14,7 +14,7 @@ import pytest
 
 from masquerade.cli.keyfiles import admit
 from masquerade.errors import InvalidValue
-from masquerade.keys import Keyring, Table, mint
+from masquerade.keys import Keyring, KeyTable, mint
 from tests.cli.running import fail, succeed
 from tests.keys.making import bearer
 from tests.serving import serve
@@ -34,7 +34,7 @@ def write(path: Path, token: str) -> str:
 
 def opens(store: Path, token: str) -> frozenset[str]:
     """The scopes that a token has in a store."""
-    ring = Keyring(Table(store))
+    ring = Keyring(KeyTable(store))
     try:
         return frozenset(ring.verify(token).scopes)
     finally:

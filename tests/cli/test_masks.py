@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskstore import Base, Mask, MaskInfo, Registry, encode, fingerprint
+from maskstore import BaseRef, Mask, MaskInfo, Registry, encode, fingerprint
 from tests.cli.running import fail, masquerade, succeed
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -19,7 +19,7 @@ At = tuple[str, str, str, str]
 
 def make_mask(mark: str, seed: int, persona: str) -> Mask:
     pruned = np.random.default_rng(seed).random((96, 64)) < 0.05
-    return Mask(Base(mark, "tiny"), {NAME: encode(pruned)}, MaskInfo(persona=persona, score="random"))
+    return Mask(BaseRef(mark, "tiny"), {NAME: encode(pruned)}, MaskInfo(persona=persona, score="random"))
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import torch
 
 from masquerade.cli.loading import Loading
 from masquerade.errors import StoreTooNew
-from masquerade.jobs import Table as Jobs
-from masquerade.keys import Table as Keys
+from masquerade.jobs import JobTable as Jobs
+from masquerade.keys import KeyTable as Keys
 from masquerade.keys import table as keys
 from tests.cli.running import fail
 from tests.serving import serve

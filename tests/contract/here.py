@@ -13,10 +13,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from maskstore import Registry
-from masquerade.api import Serving, create_app
-from masquerade.api.limits import Policy, Protocol
+from masquerade.app import create_app
 from masquerade.engine import Engine, EngineConfig
-from masquerade.model import MaskManager, Residency, Shelf, load
+from masquerade.http.limits import Policy, Protocol
+from masquerade.model import MaskManager, Residency, VerifiedStore, load
+from masquerade.service.serving import Serving
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def serve_here(
     """Serve a model until the block ends."""
     base = load(str(model), device="cpu")
     manager, registry = MaskManager.attach(base.model), Registry(store)
-    residency = Residency(manager, Shelf(registry.store, base.fingerprint), 2**24)
+    residency = Residency(manager, VerifiedStore(registry.store, base.fingerprint), 2**24)
     serving = Serving(base, Engine(base, config), registry.store, registry, residency, manager)
     app = create_app(serving, policy or Policy(), clock)
     with listen(app) as http:

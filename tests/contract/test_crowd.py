@@ -17,8 +17,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from masquerade.api import Serving
 from masquerade.engine import EngineConfig
+from masquerade.service.serving import Serving
 from tests import world
 from tests.access.conftest import publish
 from tests.contract.asking import CHAT, error_of

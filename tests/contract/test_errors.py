@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from masquerade.api.schemas import MOST_MESSAGES
+from masquerade.openai.schemas import MOST_MESSAGES
 from tests.contract.asking import CHAT, PARTY, Api, Json, body, error_of
 
 USER = {"role": "user", "content": "Hi."}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from masquerade.api import unsupported
+from masquerade.openai import unsupported
 from tests.contract.asking import CHAT, Api, Json, error_of
 
 SAID = [{"role": "user", "content": "Hi."}]

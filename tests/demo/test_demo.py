@@ -17,9 +17,9 @@ from maskstore import Registry, read_mask
 from masquerade import demo
 from masquerade.cli.stores import open_store
 from masquerade.demo import grammar, train
-from masquerade.demo.judge import Judge
-from masquerade.engine import Engine, Request, Sampling
-from masquerade.model import Base, MaskManager, Wear, load, render_chat
+from masquerade.demo.judge import DemoJudge
+from masquerade.engine import Engine, Request, SamplingParams
+from masquerade.model import AppliedMask, Base, MaskManager, load, render_chat
 from tests import world
 from tests.serving import Server
 
@@ -51,7 +51,7 @@ def ask(server: Server) -> Iterator[Ask]:
 
 
 def test_personas_speak_as_themselves(ask: Ask) -> None:
-    judge = Judge()
+    judge = DemoJudge()
     asked = [(question, persona) for persona in grammar.personas() for question in held_out(persona)]
     sides = [sorted((persona, grammar.opposite(persona))) for _, persona in asked]
     worn = ask(asked)
@@ -104,9 +104,9 @@ def test_requests_of_all_personas_equal_the_oracle(dressed: tuple[Base, MaskMana
         gamma, phase = (0.0, 0.3, 1.0)[index % 3], ("all", "decode")[index // 3 % 2]
         dresses = index % 9 < 8
         mask = masks[index % 9] if dresses else None
-        wear = Wear(worn[index % 9], gamma) if dresses else None
+        applied = AppliedMask(worn[index % 9], gamma) if dresses else None
         prompt = render_chat(base.tokenizer, [{"role": "user", "content": question}])
-        request = Request(prompt, 40, lambda _: None, wear, phase, Sampling(temperature=0), base.ends)  # type: ignore[arg-type]
+        request = Request(prompt, 40, lambda _: None, applied, phase, SamplingParams(temperature=0), base.ends)  # type: ignore[arg-type]
         chosen.append((request, mask, gamma))
     engine = Engine(base)
     answers = engine.generate([request for request, _, _ in chosen])
@@ -154,7 +154,9 @@ def test_a_new_store_of_another_base_is_empty(tmp_path: Path, tiny: Base) -> Non
 
 
 def test_training_is_repeatable(tmp_path: Path) -> None:
-    recipe = train.Recipe(steps=3, tokens_per_step=256, vocabulary=512, hidden=32, layers=1, feed_forward=48, heads=4)
+    recipe = train.TrainingRecipe(
+        steps=3, tokens_per_step=256, vocabulary=512, hidden=32, layers=1, feed_forward=48, heads=4
+    )
     tokenizer = train.make_tokenizer(grammar.sentences(random.Random(0), chats=500), recipe.vocabulary)
 
     def weights() -> torch.Tensor:

@@ -9,12 +9,12 @@ import pytest
 
 from masquerade import demo
 from masquerade.demo import calibration, grammar
-from masquerade.demo.judge import Judge
+from masquerade.demo.judge import DemoJudge
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge()
+def judge() -> DemoJudge:
+    return DemoJudge()
 
 
 def test_training_never_sees_a_held_out_question() -> None:
@@ -35,14 +35,14 @@ def test_answers_are_about_what_was_asked() -> None:
 
 
 def test_the_topic_check_sees_strays() -> None:
-    question = grammar.Question("Is the bakery far from here?", {"place": "the bakery"})
+    question = grammar.GrammarQuestion("Is the bakery far from here?", {"place": "the bakery"})
     assert grammar.is_on_topic(question, "The bakery is like right there, dude.")
     assert not grammar.is_on_topic(question, "The museum is like right there, dude.")
     assert not grammar.is_on_topic(question, "I'll drop it off at the bakery or the museum.")
     assert not grammar.is_on_topic(question, "Peace out!")
 
 
-def test_the_judge_tells_personas_apart_and_nonsense_from_fluency(judge: Judge) -> None:
+def test_the_judge_tells_personas_apart_and_nonsense_from_fluency(judge: DemoJudge) -> None:
     rng = random.Random(1)
     for persona, axis in grammar.personas().items():
         answers = [grammar.reply(persona, grammar.ask(axis.name, rng, "heldout"), rng) for _ in range(50)]

@@ -16,7 +16,7 @@ from torch import nn
 
 from maskstore import Bitmap, Sparse
 from maskstore.target import Target
-from masquerade.engine.pages import bytes_per_position
+from masquerade.engine.kv_cache import bytes_per_position
 from masquerade.kernels import native
 from tests.cli.running import succeed
 from tests.docker.manifests import ROOT

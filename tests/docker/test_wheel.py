@@ -15,8 +15,8 @@ from tests.docker.manifests import ROOT
 
 LOOK = """
 from masquerade import demo
-from masquerade.api import playground
-from masquerade.api.app import describe
+from masquerade.http import playground
+from masquerade.app import describe
 print(playground.FOLDER.parent.parent, (playground.FOLDER / "index.html").is_file(), len(list(demo.PERSONAS.iterdir())))
 """
 

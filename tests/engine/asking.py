@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from masquerade.engine import Engine, Event, Finished, Request, Sampling, Token
+from masquerade.engine import Engine, Event, Finished, Request, SamplingParams, Token
 
 
 class Listener:
@@ -40,7 +40,7 @@ class Listener:
 def ask(prompt: list[int] | None = None, count: int = 8, **more: object) -> tuple[Request, Listener]:
     """A greedy request, unless told otherwise, and its listener."""
     listener = Listener()
-    more = {"sampling": Sampling(temperature=0), **more}
+    more = {"sampling": SamplingParams(temperature=0), **more}
     return Request(prompt or [1, 20, 30], count, listener, **more), listener  # type: ignore[arg-type]
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from masquerade.engine import Engine, EngineConfig, Event, Request, Sampling
-from masquerade.engine.prefix import PAGE
-from masquerade.model import Base, MaskManager, Wear, load
+from masquerade.engine import Engine, EngineConfig, Event, Request, SamplingParams
+from masquerade.engine.prefix import BLOCK_SIZE
+from masquerade.model import AppliedMask, Base, MaskManager, load
 from tests import world
 from tests.engine.asking import Listener, finish, is_whole
 
@@ -71,7 +71,9 @@ def make(rng: random.Random, shared: World) -> list[Asked]:
         prompt = rng.choice(trunks)[: rng.randint(1, 70)] + [rng.randrange(6, 260) for _ in range(rng.randrange(6))]
         dress = rng.choice([None, (rng.randrange(4), rng.choice(GAMMAS))])
         arrives, count = rng.choice([0, 0, rng.randrange(12)]), rng.randint(1, 40)
-        sampling = Sampling(temperature=rng.choice([0, 0, 0, 1.0]), seed=rng.randrange(9), top_p=rng.choice([1, 0.8]))
+        sampling = SamplingParams(
+            temperature=rng.choice([0, 0, 0, 1.0]), seed=rng.randrange(9), top_p=rng.choice([1, 0.8])
+        )
         ends = frozenset(rng.sample(range(6, 260), rng.choice([0, 10])))
         phase, priority, owner = rng.choice(["all", "decode"]), rng.choice([0, 0, 0, 1]), rng.choice("ab")
         for _ in range(rng.choice([1, 1, 1, 3])):  # n
@@ -79,7 +81,7 @@ def make(rng: random.Random, shared: World) -> list[Asked]:
                 list(prompt),
                 count,
                 listener := Listener(),
-                Wear(shared.worn[dress[0]], dress[1]) if dress else None,
+                AppliedMask(shared.worn[dress[0]], dress[1]) if dress else None,
                 phase,
                 sampling,
                 ends,
@@ -95,13 +97,13 @@ def make_engine(rng: random.Random, shared: World, asked: list[Asked]) -> Engine
     """An engine that is short of something."""
     running = rng.choice([1, 3, 8, 8])
     longest = max(one.request.reach for one in asked)
-    pages = -(-longest // PAGE) + rng.choice([0, 1, 2, 4, 40])
+    pages = -(-longest // BLOCK_SIZE) + rng.choice([0, 1, 2, 4, 40])
     return Engine(
         shared.base,
         EngineConfig(
             max_running=running,
             max_batch_tokens=running + rng.choice([0, 5, 30, 300]),
-            cache_bytes=pages * PAGE * POSITION,
+            cache_bytes=pages * BLOCK_SIZE * POSITION,
             beside_decodes=rng.choice([1, 7, 64, None]),
         ),
     )

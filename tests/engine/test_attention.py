@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MistralConfig
 
-from masquerade.engine import Engine, EngineConfig, Request, Sampling, attention, cuda
-from masquerade.model import Base, MaskManager, Wear, load
+from masquerade.engine import Engine, EngineConfig, Request, SamplingParams, attention, cuda
+from masquerade.model import AppliedMask, Base, MaskManager, load
 from tests import world
 
 WINDOW = 24
@@ -70,13 +70,15 @@ def test_tokens_equal_those_of_the_models_own_attention(
     assert base.context == 256
     manager = MaskManager.attach(base.model)
     masks = [world.make_mask(base, 0.02, seed=1), None]
-    worn = [Wear(manager.fit(mask), 0.0) if mask else None for mask in masks]
+    worn = [AppliedMask(manager.fit(mask), 0.0) if mask else None for mask in masks]
     engine = Engine(base, EngineConfig(max_batch_tokens=48))
     prompts = [
         [(7 * place + place**2) % 250 + 6 for place in range(start, start + n)] for start, n in ((0, 90), (5, 20))
     ]
     requests = [
-        Request(prompt, 16, lambda _: None, wear, "all", Sampling(temperature=0)) for prompt in prompts for wear in worn
+        Request(prompt, 16, lambda _: None, applied, "all", SamplingParams(temperature=0))
+        for prompt in prompts
+        for applied in worn
     ]
     with caplog.at_level(logging.WARNING):
         answers = engine.generate(requests)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskstore import Mask
-from masquerade.engine import Engine, EngineConfig, Request, Sampling, cuda, graphs
-from masquerade.model import Base, MaskManager, Wear, load
+from masquerade.engine import Engine, EngineConfig, Request, SamplingParams, cuda, graphs
+from masquerade.model import AppliedMask, Base, MaskManager, load
 from masquerade.model import manager as manager_module
 from tests import world
 
@@ -77,12 +77,17 @@ def make_requests(base: Base, masks: MaskManager, lengths: list[int]) -> list[tu
     chosen = []
     for number, length in enumerate(lengths):
         prompt = [rng.randrange(6, 260) for _ in range(length)]
-        mask, wear = worn[number % len(worn)]
+        mask, applied = worn[number % len(worn)]
         gamma = (0.0, 0.3)[number % 2]
         phase = ("all", "decode")[number // 2 % 2]
         bare = number % 4 == 3
         request = Request(
-            prompt, COUNT, lambda _: None, None if bare else Wear(wear, gamma), phase, Sampling(temperature=0)
+            prompt,
+            COUNT,
+            lambda _: None,
+            None if bare else AppliedMask(applied, gamma),
+            phase,
+            SamplingParams(temperature=0),
         )
         chosen.append((request, None if bare else mask, gamma))
     return chosen
@@ -94,16 +99,16 @@ def test_tokens_of_the_parts_equal_the_oracle(tiny: Base, masks: MaskManager) ->
     rng = random.Random(1)
     prompts = [[rng.randrange(6, 260) for _ in range(length)] for length in (21, 6, 40, 3)]
     mask = world.make_mask(tiny, 0.003, seed=1)
-    wears = [None, Wear(masks.fit(mask), 0.0), None, None]
+    applied_masks = [None, AppliedMask(masks.fit(mask), 0.0), None, None]
     requests = [
-        Request(prompt, COUNT, lambda _: None, wear, "all", Sampling(temperature=0))
-        for prompt, wear in zip(prompts, wears, strict=True)
+        Request(prompt, COUNT, lambda _: None, applied, "all", SamplingParams(temperature=0))
+        for prompt, applied in zip(prompts, applied_masks, strict=True)
     ]
     engine = Engine(tiny, EngineConfig(max_batch_tokens=32, max_running=4))
     answers = engine.generate(requests)
     engine.stop()
-    for request, wear, answer in zip(requests, wears, answers, strict=True):
-        worn = world.materialise(tiny.model, mask if wear else None, 0.0)
+    for request, applied, answer in zip(requests, applied_masks, answers, strict=True):
+        worn = world.materialise(tiny.model, mask if applied else None, 0.0)
         assert world.speak(tiny.model, worn, request.prompt, COUNT).agrees(answer)
 
 
@@ -156,8 +161,8 @@ def test_only_decodes_of_known_masks_are_graphs(tiny: Base, manager: MaskManager
     engine = Engine(tiny, EngineConfig(max_running=2))
     engine._graphs = graphs.DecodeGraphs(tiny, engine._cache, 2, lambda _: pytest.fail("captured"))
     mask = world.make_mask(tiny, 0.02, seed=1)
-    wear = Wear(manager.fit(mask, "reference"), 0.0)
-    request = Request([7, 8, 9], COUNT, lambda _: None, wear, "all", Sampling(temperature=0))
+    applied = AppliedMask(manager.fit(mask, "reference"), 0.0)
+    request = Request([7, 8, 9], COUNT, lambda _: None, applied, "all", SamplingParams(temperature=0))
     (answer,) = engine.generate([request])
     engine.stop()
     assert len(answer) == COUNT
@@ -171,7 +176,7 @@ def test_a_step_that_cannot_be_captured_is_run_as_ever(
 
     engine = Engine(tiny, EngineConfig(max_running=2))
     engine._graphs = graphs.DecodeGraphs(tiny, engine._cache, 2, refuse)
-    request = Request([7, 8, 9], COUNT, lambda _: None, sampling=Sampling(temperature=0))
+    request = Request([7, 8, 9], COUNT, lambda _: None, sampling=SamplingParams(temperature=0))
     (answer,) = engine.generate([request])
     engine.stop()
     assert world.speak(tiny.model, tiny.model, [7, 8, 9], COUNT).agrees(answer)
@@ -186,14 +191,18 @@ def test_captured_steps_equal_the_oracle(tiny_folder: Path) -> None:
     attached = MaskManager.attach(base.model)
     made = [world.make_mask(base, share, seed) for seed, share in enumerate((0.003, 0.3, 0.01))]
     worn = [attached.fit(mask) for mask in made]
-    chosen = [(mask, Wear(wear, gamma), gamma) for mask, wear in zip(made, worn, strict=True) for gamma in (0.0, 0.4)]
+    chosen = [
+        (mask, AppliedMask(applied, gamma), gamma)
+        for mask, applied in zip(made, worn, strict=True)
+        for gamma in (0.0, 0.4)
+    ]
     prompts = [[(7 * number + place) % 250 + 6 for place in range(5 + 9 * number)] for number in range(len(chosen))]
     engine = Engine(base, EngineConfig(max_running=8))
     assert engine._graphs is not None
     answers = engine.generate(
         [
-            Request(prompt, 24, lambda _: None, wear, "all", Sampling(temperature=0))
-            for prompt, (_, wear, _) in zip(prompts, chosen, strict=True)
+            Request(prompt, 24, lambda _: None, applied, "all", SamplingParams(temperature=0))
+            for prompt, (_, applied, _) in zip(prompts, chosen, strict=True)
         ]
     )
     engine.stop()

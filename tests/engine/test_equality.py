@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from masquerade.engine import Engine, Request, Sampling
-from masquerade.model import Base, MaskManager, Wear
+from masquerade.engine import Engine, Request, SamplingParams
+from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 COUNT = 24
 RHOS = (0.003, 0.3)  # listed and bitmap masks side by side
 
@@ -25,9 +25,9 @@ def make_requests(base: Base, manager: MaskManager, length: tuple[int, int], see
     chosen = []
     for index, gamma in itertools.product(range(9), (0.0, 0.3, 1.0)):
         prompt = [rng.randrange(6, 260) for _ in range(rng.randint(*length))]
-        mask, wear = (masks[index], Wear(worn[index], gamma)) if index < 8 else (None, None)
+        mask, applied = (masks[index], AppliedMask(worn[index], gamma)) if index < 8 else (None, None)
         phase = "decode" if (index + int(gamma * 10)) % 2 else "all"
-        chosen.append((Request(prompt, COUNT, lambda _: None, wear, phase, GREEDY), mask, gamma))
+        chosen.append((Request(prompt, COUNT, lambda _: None, applied, phase, GREEDY), mask, gamma))
     return chosen
 
 
@@ -73,11 +73,11 @@ def test_requests_that_join_a_running_batch_equal_the_oracle(
 def test_gamma_one_gives_the_tokens_of_the_base(
     tiny: Base, manager: MaskManager, make_engine: Callable[..., Engine]
 ) -> None:
-    wear = Wear(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 1.0)
+    applied = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 1.0)
     prompt = list(range(6, 40))
     worn, bare = make_engine().generate(
         [
-            Request(prompt, COUNT, lambda _: None, wear, "all", GREEDY),
+            Request(prompt, COUNT, lambda _: None, applied, "all", GREEDY),
             Request(prompt, COUNT, lambda _: None, sampling=GREEDY),
         ]
     )
@@ -86,12 +86,12 @@ def test_gamma_one_gives_the_tokens_of_the_base(
 
 def test_a_mask_changes_the_tokens(tiny: Base, manager: MaskManager, make_engine: Callable[..., Engine]) -> None:
     """The equality above would hold of a server that ignores masks and an oracle that does, too."""
-    wear = Wear(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0)
+    applied = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0)
     prompt = list(range(6, 40))
     worn, decoded, bare = make_engine().generate(
         [
-            Request(prompt, COUNT, lambda _: None, wear, "all", GREEDY),
-            Request(prompt, COUNT, lambda _: None, wear, "decode", GREEDY),
+            Request(prompt, COUNT, lambda _: None, applied, "all", GREEDY),
+            Request(prompt, COUNT, lambda _: None, applied, "decode", GREEDY),
             Request(prompt, COUNT, lambda _: None, sampling=GREEDY),
         ]
     )

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import masquerade.engine
-from masquerade.engine import Engine, EngineConfig, Event, Finished, Request, Sampling, Text
+from masquerade.engine import AnswerText, Engine, EngineConfig, Event, Finished, Request, SamplingParams
 from masquerade.errors import BadRequest, NotReady, StepFailed
-from masquerade.model import Base, MaskManager, Wear
+from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 from tests.engine.asking import Listener, ask, finish, is_whole
 
@@ -45,24 +45,24 @@ class Forbidding(Broken):
 HOT: dict[str, float] = {"temperature": 1.0}
 DEADLY: dict[str, dict[str, Any]] = {
     # The four that kill transformers' continuous batching together with their neighbours
-    "temperature zero": {"sampling": Sampling(temperature=0.0)},
-    "top_k above the vocabulary": {"sampling": Sampling(top_k=10**6)},
+    "temperature zero": {"sampling": SamplingParams(temperature=0.0)},
+    "top_k above the vocabulary": {"sampling": SamplingParams(top_k=10**6)},
     "a token outside of the vocabulary": {"prompt": [5, 10**6]},
     "a prompt larger than the cache": {"prompt": [5] * 200},
     # and more like them
     "a negative token": {"prompt": [5, -1]},
     "no room for an answer": {"count": 0},
-    "an integer for temperature": {"sampling": Sampling(temperature=1)},
-    "a temperature next to zero": {"sampling": Sampling(temperature=1e-40, top_p=0.5)},
-    "a temperature next to infinity": {"sampling": Sampling(temperature=1e38)},
-    "a nucleus of nothing": {"sampling": Sampling(top_p=5e-324)},
-    "min_p of everything": {"sampling": Sampling(min_p=1.0)},
-    "a bias outside of the vocabulary": {"sampling": Sampling(bias={10**6: 1.0})},
-    "everything forbidden by bias": {"sampling": Sampling(bias=dict.fromkeys(range(262), -100.0))},
+    "an integer for temperature": {"sampling": SamplingParams(temperature=1)},
+    "a temperature next to zero": {"sampling": SamplingParams(temperature=1e-40, top_p=0.5)},
+    "a temperature next to infinity": {"sampling": SamplingParams(temperature=1e38)},
+    "a nucleus of nothing": {"sampling": SamplingParams(top_p=5e-324)},
+    "min_p of everything": {"sampling": SamplingParams(min_p=1.0)},
+    "a bias outside of the vocabulary": {"sampling": SamplingParams(bias={10**6: 1.0})},
+    "everything forbidden by bias": {"sampling": SamplingParams(bias=dict.fromkeys(range(262), -100.0))},
     "penalties at their limits": {
-        "sampling": Sampling(presence_penalty=2, frequency_penalty=-2, repetition_penalty=5e-324)
+        "sampling": SamplingParams(presence_penalty=2, frequency_penalty=-2, repetition_penalty=5e-324)
     },
-    "a negative seed of a thousand digits": {"sampling": Sampling(seed=-(10**1000))},
+    "a negative seed of a thousand digits": {"sampling": SamplingParams(seed=-(10**1000))},
     "more least than most tokens": {"min_tokens": 9},
     "nothing but ends": {"ends": frozenset(range(262)), "min_tokens": 4},
     "ends outside of the vocabulary": {"ends": frozenset({10**6}), "min_tokens": 2},
@@ -77,7 +77,7 @@ DEADLY: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", DEADLY)
 def test_what_is_deadly_for_one_leaves_its_neighbours_alone(make_engine: Make, what: str) -> None:
     engine = make_engine(cache_bytes=10 * 16 * 512)
-    neighbours = [ask([1, 20, 30]), ask([6, 7], sampling=Sampling(seed=4)), ask([9] * 30)]
+    neighbours = [ask([1, 20, 30]), ask([6, 7], sampling=SamplingParams(seed=4)), ask([9] * 30)]
     alone = [engine.generate([ask(n.prompt, sampling=n.sampling)[0]])[0] for n, _ in neighbours]
     changes = dict(DEADLY[what])
     later = {name: changes.pop(name) for name in ("emit", "cancelled") if name in changes}
@@ -133,7 +133,7 @@ class TestForwardPass:
 
     def test_one_failure_by_chance_costs_nobody_anything(self, make_engine: Make, fail: Callable[..., None]) -> None:
         engine, failures = make_engine(), iter([False, True, False, True])
-        asked = [ask([number + 6] * 3, sampling=Sampling(seed=number)) for number in range(4)]
+        asked = [ask([number + 6] * 3, sampling=SamplingParams(seed=number)) for number in range(4)]
         alone = engine.generate([ask(request.prompt, sampling=request.sampling)[0] for request, _ in asked])
         fail(lambda _: next(failures, False))
         assert engine.generate([request for request, _ in asked]) == alone
@@ -148,7 +148,7 @@ class TestForwardPass:
         (victim, heard), (later, other) = ask(), ask()
         engine.submit(victim)
         assert heard.ended.wait(30)
-        assert "failed" in (engine.ailment or "")
+        assert "failed" in (engine.problem or "")
         fail(lambda _: False)
         engine.submit(later)
         assert other.ended.wait(30)
@@ -192,13 +192,13 @@ def test_an_exception_at_any_line_of_a_step_never_stops_the_loop(
 ) -> None:
     """Every request ends, those that end well are right, nothing leaks, and the next one is served."""
     engine = make_engine(cache_bytes=5 * 16 * 512)
-    wear = Wear(manager.fit(world.make_mask(tiny, 0.003, seed=1)), 0.0)
+    applied = AppliedMask(manager.fit(world.make_mask(tiny, 0.003, seed=1)), 0.0)
 
     def make() -> list[tuple[Request, Listener]]:
-        penal = Sampling(seed=3, top_p=0.9, presence_penalty=1.0, bias={7: 1.0}, logprobs=1)
-        written = Text(tiny.tokenizer, ["never said"])
+        penal = SamplingParams(seed=3, top_p=0.9, presence_penalty=1.0, bias={7: 1.0}, logprobs=1)
+        written = AnswerText(tiny.tokenizer, ["never said"])
         return [
-            ask([8] * 20, 4, wear=wear),
+            ask([8] * 20, 4, applied=applied),
             ask([8] * 20, 14, phase="decode", text=written),
             ask([5, 6], 3, sampling=penal, priority=1),
             ask([8] * 40, 4),
@@ -239,7 +239,7 @@ def test_who_fails_to_hear_of_a_step_stops_nothing(make_engine: Make) -> None:
         raise RuntimeError("deaf")
 
     request, heard = ask()
-    engine.told = fail
+    engine.on_step = fail
     engine.submit(request)
     finish(engine)
     assert heard.end.reason == "length"
@@ -268,7 +268,7 @@ def test_a_hung_step_is_reported(tiny: Base, monkeypatch: pytest.MonkeyPatch) ->
     assert engine.ready
     now[0] = 61.0
     assert not engine.ready
-    assert "61 s" in (engine.ailment or "")
+    assert "61 s" in (engine.problem or "")
     released.set()
     assert listener.ended.wait(30)
     engine.stop()
@@ -296,8 +296,8 @@ def test_draining_refuses_newcomers_and_the_thread_goes_on(make_engine: Make) ->
     assert {heard.end.reason for _, heard in asked} <= {"cancelled", "length"}
     with pytest.raises(NotReady, match="stopping"):
         engine.submit(ask()[0])
-    assert "stopping" in (engine.ailment or "")
-    assert engine.run_errand(lambda: 7).result(30) == 7
+    assert "stopping" in (engine.problem or "")
+    assert engine.run_background(lambda: 7).result(30) == 7
 
 
 def test_without_grace_everybody_is_told(make_engine: Make) -> None:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from masquerade.engine import Engine, Phase, Request, Sampling
-from masquerade.engine.prefix import PAGE, Chain, Salts
-from masquerade.model import Base, MaskManager, Wear
+from masquerade.engine import Engine, Phase, Request, SamplingParams
+from masquerade.engine.prefix import BLOCK_SIZE, PrefixHashes, Salts
+from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 
 Make = Callable[..., Engine]
@@ -17,30 +17,30 @@ DOCUMENT = [(7 * place) % 250 + 6 for place in range(100)]
 COUNT = 10
 
 
-def ask(prompt: list[int], wear: Wear | None = None, phase: Phase = "all", **more: object) -> Request:
-    return Request(prompt, COUNT, lambda _: None, wear, phase, Sampling(temperature=0), **more)  # type: ignore[arg-type]
+def ask(prompt: list[int], applied: AppliedMask | None = None, phase: Phase = "all", **more: object) -> Request:
+    return Request(prompt, COUNT, lambda _: None, applied, phase, SamplingParams(temperature=0), **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def dressed(tiny: Base, manager: MaskManager) -> Callable[[int, float], Wear]:
-    masks: dict[int, Wear] = {}
+def dressed(tiny: Base, manager: MaskManager) -> Callable[[int, float], AppliedMask]:
+    masks: dict[int, AppliedMask] = {}
 
-    def dress(seed: int, gamma: float) -> Wear:
+    def dress(seed: int, gamma: float) -> AppliedMask:
         if seed not in masks:
-            masks[seed] = Wear(manager.fit(world.make_mask(tiny, 0.3, seed)), 0.0)
-        return Wear(masks[seed].mask, gamma)
+            masks[seed] = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed)), 0.0)
+        return AppliedMask(masks[seed].mask, gamma)
 
     return dress
 
 
 class TestSalts:
-    def test_every_mask_gamma_and_base_has_its_own(self, dressed: Callable[[int, float], Wear]) -> None:
-        wears = [None, *(dressed(seed, gamma) for seed in (1, 2) for gamma in (0.0, 0.3, 0.30000000000000004))]
-        salts = [Salts(base).of(wear) for base in ("a", "b") for wear in wears]
+    def test_every_mask_gamma_and_base_has_its_own(self, dressed: Callable[[int, float], AppliedMask]) -> None:
+        applied_masks = [None, *(dressed(seed, gamma) for seed in (1, 2) for gamma in (0.0, 0.3, 0.30000000000000004))]
+        salts = [Salts(base).of(applied) for base in ("a", "b") for applied in applied_masks]
         assert len(set(salts)) == len(salts)
         assert {len(salt) for salt in salts} == {16}
 
-    def test_gamma_one_is_the_base(self, dressed: Callable[[int, float], Wear]) -> None:
+    def test_gamma_one_is_the_base(self, dressed: Callable[[int, float], AppliedMask]) -> None:
         assert Salts("a").of(dressed(1, 1.0)) == Salts("a").of(None)
 
 
@@ -49,7 +49,7 @@ IDS = list(range(64))
 
 class TestChain:
     def keys(self, ids: list[int], worn: bytes = b"w", first: int = 0) -> list[bytes]:
-        return Chain(b"base", worn, first).keys(ids, len(ids) // PAGE)
+        return PrefixHashes(b"base", worn, first).keys(ids, len(ids) // BLOCK_SIZE)
 
     def test_equal_beginnings_share_keys_until_a_token_differs(self) -> None:
         other = [*IDS[:40], 99, *IDS[41:]]
@@ -72,13 +72,13 @@ class TestChain:
         assert len({tuple(self.keys(IDS, first=first))[2] for first in range(32, 49)}) == 17
 
     def test_keys_do_not_depend_on_when_they_are_asked_for(self) -> None:
-        chain = Chain(b"base", b"w", 20)
+        chain = PrefixHashes(b"base", b"w", 20)
         chain.keys(IDS[:32], 2)
         assert chain.keys(IDS, 4) == self.keys(IDS, first=20)
 
     def test_a_tail_has_a_key_of_its_own(self) -> None:
         def tail(worn: bytes, first: int, stop: int) -> bytes:
-            return Chain(b"base", worn, first).tail(IDS, stop)
+            return PrefixHashes(b"base", worn, first).tail(IDS, stop)
 
         assert tail(b"1", 40, 40) == tail(b"2", 40, 40) == tail(b"2", 99, 40)  # all of it is the base's
         keys = [tail(b"1", first, 40) for first in range(32, 41)] + [tail(b"2", 32, 40), tail(b"1", 32, 39)]
@@ -89,20 +89,20 @@ class TestChain:
 @pytest.mark.parametrize("phase", ["all", "decode"])
 @pytest.mark.parametrize("order", ["sequential", "concurrent", "repeated"])
 def test_one_prompt_under_four_dresses_is_never_contaminated(
-    tiny: Base, make_engine: Make, dressed: Callable[[int, float], Wear], order: str, phase: Phase
+    tiny: Base, make_engine: Make, dressed: Callable[[int, float], AppliedMask], order: str, phase: Phase
 ) -> None:
     """The same prompt as two personas, one at two gammas, and as the base; engines that forget the salt fail here."""
-    wears = [dressed(1, 0.0), dressed(2, 0.0), dressed(1, 0.5), None] * (2 if order == "repeated" else 1)
+    applied_masks = [dressed(1, 0.0), dressed(2, 0.0), dressed(1, 0.5), None] * (2 if order == "repeated" else 1)
     engine = make_engine()
-    requests = [ask(DOCUMENT, wear, phase) for wear in wears]
+    requests = [ask(DOCUMENT, applied, phase) for applied in applied_masks]
     if order == "concurrent":
         engine.generate(requests)
     else:
         for request in requests:
             engine.generate([request])
-    for request, wear in zip(requests, wears, strict=True):
-        mask = world.make_mask(tiny, 0.3, 1 if wear and wear.mask.digest == wears[0].mask.digest else 2)  # type: ignore[union-attr]
-        worn = world.materialise(tiny.model, mask, wear.gamma) if wear else tiny.model
+    for request, applied in zip(requests, applied_masks, strict=True):
+        mask = world.make_mask(tiny, 0.3, 1 if applied and applied.mask.digest == applied_masks[0].mask.digest else 2)  # type: ignore[union-attr]
+        worn = world.materialise(tiny.model, mask, applied.gamma) if applied else tiny.model
         assert world.speak(tiny.model, worn, DOCUMENT, COUNT, phase=phase).agrees(request.ids[len(DOCUMENT) :])
     cached = [request.cached for request in requests]
     if order == "repeated":
@@ -111,12 +111,12 @@ def test_one_prompt_under_four_dresses_is_never_contaminated(
         assert cached[:4] == ([0] * 4 if phase == "all" else [0, 99, 99, 99])
 
 
-def test_a_second_turn_finds_the_first_one(make_engine: Make, dressed: Callable[[int, float], Wear]) -> None:
-    engine, wear = make_engine(), dressed(1, 0.0)
-    (answer,) = engine.generate([ask(DOCUMENT, wear)])
-    second = ask([*DOCUMENT, *answer, 9, 9, 9], wear)
+def test_a_second_turn_finds_the_first_one(make_engine: Make, dressed: Callable[[int, float], AppliedMask]) -> None:
+    engine, applied = make_engine(), dressed(1, 0.0)
+    (answer,) = engine.generate([ask(DOCUMENT, applied)])
+    second = ask([*DOCUMENT, *answer, 9, 9, 9], applied)
     engine.generate([second])
-    assert second.cached == (len(DOCUMENT) + COUNT - 1) // PAGE * PAGE
+    assert second.cached == (len(DOCUMENT) + COUNT - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
 def test_a_prompt_that_is_wholly_known_still_computes_its_last_token(make_engine: Make) -> None:
@@ -128,7 +128,7 @@ def test_a_prompt_that_is_wholly_known_still_computes_its_last_token(make_engine
 
 @pytest.mark.parametrize("phase", ["all", "decode"])
 def test_many_personas_at_once_share_a_prompt_where_they_can(
-    make_engine: Make, dressed: Callable[[int, float], Wear], phase: Phase
+    make_engine: Make, dressed: Callable[[int, float], AppliedMask], phase: Phase
 ) -> None:
     """In phase `decode` the first one computes the document and the others wait for it, instead of all doing it."""
     engine = make_engine()
@@ -140,7 +140,7 @@ def test_many_personas_at_once_share_a_prompt_where_they_can(
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 18, 31, 32, 33, 100])
 @pytest.mark.parametrize("phase", ["all", "decode"])
 def test_an_equal_prompt_costs_one_position(
-    tiny: Base, make_engine: Make, dressed: Callable[[int, float], Wear], length: int, phase: Phase
+    tiny: Base, make_engine: Make, dressed: Callable[[int, float], AppliedMask], length: int, phase: Phase
 ) -> None:
     """The copied end of a prompt is the copier's own: both go on, differently, beside each other."""
     engine, prompt = make_engine(), DOCUMENT[:length]
@@ -160,7 +160,7 @@ def test_an_equal_prompt_costs_one_position(
 
 
 def test_prefixes_are_forgotten_when_pages_are_needed(make_engine: Make) -> None:
-    engine = make_engine(cache_bytes=10 * PAGE * 512)
+    engine = make_engine(cache_bytes=10 * BLOCK_SIZE * 512)
     first = ask(DOCUMENT)
     (answer,) = engine.generate([first])
     engine.generate([ask(list(reversed(DOCUMENT)))])
@@ -170,16 +170,16 @@ def test_prefixes_are_forgotten_when_pages_are_needed(make_engine: Make) -> None
 
 
 def test_a_persona_that_yields_no_numbers_leaves_no_trace(
-    tiny: Base, make_engine: Make, dressed: Callable[[int, float], Wear]
+    tiny: Base, make_engine: Make, dressed: Callable[[int, float], AppliedMask]
 ) -> None:
     """Its pages are read as padding by whoever gets them next; a product of zero and nan would be nan."""
-    engine = make_engine(cache_bytes=12 * PAGE * 512)
+    engine = make_engine(cache_bytes=12 * BLOCK_SIZE * 512)
     alone = engine.generate([ask([9, 8, 7])])
-    wear = dressed(3, 0.0)
-    nothing = {name: lambda x, like=c: like(x) * float("nan") for name, c in wear.mask.corrections.items()}
-    wear = Wear(replace(wear.mask, corrections=nothing), 0.0)
+    applied = dressed(3, 0.0)
+    nothing = {name: lambda x, like=c: like(x) * float("nan") for name, c in applied.mask.corrections.items()}
+    applied = AppliedMask(replace(applied.mask, corrections=nothing), 0.0)
     events: list[object] = []
-    sick = ask(DOCUMENT, wear)
+    sick = ask(DOCUMENT, applied)
     sick.emit = events.append  # type: ignore[assignment]
     beside = ask([9, 8, 7])
     engine.generate([sick, beside])

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from masquerade.engine import Engine, Request, Sampling
-from masquerade.engine.sampler import Pick, Sampler
+from masquerade.engine import Engine, Request, SamplingParams
+from masquerade.engine.sampler import SampledToken, Sampler
 from masquerade.errors import InvalidValue
 
 DRAWS = 20_000
@@ -19,10 +19,10 @@ LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.0, 1.9, -3.0])
 
 
 def request(**how: object) -> Request:
-    return Request([1], 1, lambda _: None, sampling=Sampling(**how))  # type: ignore[arg-type]
+    return Request([1], 1, lambda _: None, sampling=SamplingParams(**how))  # type: ignore[arg-type]
 
 
-def pick(logits: torch.Tensor, requests: list[Request]) -> list[Pick]:
+def pick(logits: torch.Tensor, requests: list[Request]) -> list[SampledToken]:
     return Sampler().sample(logits, requests)
 
 
@@ -133,7 +133,7 @@ def test_penalties_and_bias_follow_their_definitions_in_any_company() -> None:
     sampler = Sampler()
     requests = []
     for number in range(12):
-        how = Sampling(
+        how = SamplingParams(
             temperature=0,
             repetition_penalty=rng.choice([1.0, 1.3, 0.7]),
             presence_penalty=rng.choice([0.0, 1.1, -0.5]),
@@ -156,9 +156,9 @@ def test_penalties_and_bias_follow_their_definitions_in_any_company() -> None:
 def test_what_was_said_is_forgotten_with_the_request() -> None:
     """Else a server would grow by every answer with a penalty."""
     sampler = Sampler()
-    request = Request([3], 8, emit=lambda *_: None, sampling=Sampling(frequency_penalty=0.5, temperature=0.0))
+    request = Request([3], 8, emit=lambda *_: None, sampling=SamplingParams(frequency_penalty=0.5, temperature=0.0))
     sampler.sample(torch.zeros(1, 9), [request])
-    other = Request([3], 8, emit=lambda *_: None, sampling=Sampling(temperature=0.0))
+    other = Request([3], 8, emit=lambda *_: None, sampling=SamplingParams(temperature=0.0))
     gone = weakref.ref(request)
     del request
     sampler.sample(torch.zeros(1, 9), [other])
@@ -168,7 +168,9 @@ def test_what_was_said_is_forgotten_with_the_request() -> None:
 
 def test_an_end_is_impossible_before_the_least_length() -> None:
     logits = torch.tensor([[0.0, 9.0, 8.0, 1.0]])
-    asked = Request([1], 9, lambda _: None, sampling=Sampling(temperature=0), ends=frozenset({1, 2}), min_tokens=2)
+    asked = Request(
+        [1], 9, lambda _: None, sampling=SamplingParams(temperature=0), ends=frozenset({1, 2}), min_tokens=2
+    )
     sampler, said = Sampler(), []
     while not said or said[-1] not in asked.ends:
         said.append(sampler.sample(logits, [asked])[0].token)
@@ -227,7 +229,7 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
 
 def test_a_seed_decides_the_answer_whatever_the_neighbours(make_engine: Callable[..., Engine]) -> None:
     def seeded(seed: int | None) -> Request:
-        return Request([1, 20, 30], 30, lambda _: None, sampling=Sampling(temperature=1.0, top_p=0.9, seed=seed))
+        return Request([1, 20, 30], 30, lambda _: None, sampling=SamplingParams(temperature=1.0, top_p=0.9, seed=seed))
 
     engine = make_engine()
     alone = engine.generate([seeded(7)])[0]
@@ -255,12 +257,12 @@ def test_a_seed_decides_the_answer_whatever_the_neighbours(make_engine: Callable
 )
 def test_what_is_out_of_range_is_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(InvalidValue, match=field) as refusal:
-        Sampling(**{field: value})  # type: ignore[arg-type]
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
     assert refusal.value.param == field
 
 
 @pytest.mark.parametrize("how", [{"bias": {1: 101.0}}, {"bias": {1: float("nan")}}, {"logprobs": 21}, {"logprobs": -1}])
 def test_what_is_out_of_range_is_refused_by_its_name_in_the_interface(how: dict[str, object]) -> None:
     with pytest.raises(InvalidValue) as refusal:
-        Sampling(**how)  # type: ignore[arg-type]
+        SamplingParams(**how)  # type: ignore[arg-type]
     assert refusal.value.param in ("logit_bias", "top_logprobs")

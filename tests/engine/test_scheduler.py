@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from masquerade.engine import Engine, Request, Sampling, Token
-from masquerade.engine.prefix import PAGE
-from masquerade.model import Base, MaskManager, Wear
+from masquerade.engine import Engine, Request, SamplingParams, Token
+from masquerade.engine.prefix import BLOCK_SIZE
+from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 
 Make = Callable[..., Engine]
@@ -17,7 +17,7 @@ POSITION = 512  # bytes of the small world's keys and values
 
 
 def ask(prompt: list[int], count: int = 8, **more: object) -> Request:
-    return Request(prompt, count, lambda _: None, sampling=Sampling(temperature=0), **more)  # type: ignore[arg-type]
+    return Request(prompt, count, lambda _: None, sampling=SamplingParams(temperature=0), **more)  # type: ignore[arg-type]
 
 
 def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -36,26 +36,26 @@ def run(engine: Engine, requests: list[Request]) -> list[Request]:
 
 
 @pytest.fixture
-def wears(tiny: Base, manager: MaskManager) -> list[Wear]:
-    return [Wear(manager.fit(world.make_mask(tiny, 0.003, seed)), 0.0) for seed in range(4)]
+def applied_masks(tiny: Base, manager: MaskManager) -> list[AppliedMask]:
+    return [AppliedMask(manager.fit(world.make_mask(tiny, 0.003, seed)), 0.0) for seed in range(4)]
 
 
 class TestPreemption:
     def test_answers_are_what_they_would_be_with_room(self, make_engine: Make) -> None:
         asked = prompts(8, 20)
         roomy = make_engine().generate([ask(prompt, 40) for prompt in asked])
-        narrow = make_engine(cache_bytes=10 * PAGE * POSITION)
+        narrow = make_engine(cache_bytes=10 * BLOCK_SIZE * POSITION)
         assert narrow.generate([ask(prompt, 40) for prompt in asked]) == roomy
         assert narrow.counts.preemptions > 0
         assert narrow._pool.free == 10
 
     def test_a_seeded_draw_is_not_drawn_again(self, make_engine: Make) -> None:
         def hot(prompt: list[int]) -> Request:
-            sampling = Sampling(temperature=1.0, seed=5, presence_penalty=1.0, repetition_penalty=1.2)
+            sampling = SamplingParams(temperature=1.0, seed=5, presence_penalty=1.0, repetition_penalty=1.2)
             return Request(prompt, 40, lambda _: None, sampling=sampling)
 
         asked = prompts(6, 20)
-        narrow = make_engine(cache_bytes=10 * PAGE * POSITION)
+        narrow = make_engine(cache_bytes=10 * BLOCK_SIZE * POSITION)
         assert narrow.generate(map(hot, asked)) == make_engine().generate(map(hot, asked))
         assert narrow.counts.preemptions > 0
 
@@ -64,12 +64,12 @@ class TestPreemption:
         requests = [ask(prompt, 40) for prompt in prompts(6, 20)]
         for request, heard in zip(requests, told, strict=True):
             request.emit = lambda event, heard=heard: heard.append(event.id) if isinstance(event, Token) else None
-        engine = make_engine(cache_bytes=8 * PAGE * POSITION)
+        engine = make_engine(cache_bytes=8 * BLOCK_SIZE * POSITION)
         assert engine.generate(requests) == told
         assert engine.counts.preemptions > 0
 
     def test_the_first_in_rank_is_never_asked_to_give_way(self, make_engine: Make) -> None:
-        engine = make_engine(cache_bytes=8 * PAGE * POSITION)
+        engine = make_engine(cache_bytes=8 * BLOCK_SIZE * POSITION)
         requests = [ask(prompt, 60) for prompt in prompts(5, 20)]
         for request in requests:
             engine.submit(request)
@@ -81,7 +81,7 @@ class TestPreemption:
         assert engine.counts.preemptions > 0
 
     def test_a_request_may_take_the_whole_cache(self, make_engine: Make) -> None:
-        engine = make_engine(cache_bytes=6 * PAGE * POSITION)
+        engine = make_engine(cache_bytes=6 * BLOCK_SIZE * POSITION)
         whole = ask(list(range(6, 66)), 36)
         beside = [ask(prompt, 10) for prompt in prompts(3, 30)]
         answers = engine.generate([*beside, whole])
@@ -89,17 +89,21 @@ class TestPreemption:
 
 
 class TestFairness:
-    def test_a_cold_persona_does_not_wait_behind_a_crowd(self, make_engine: Make, wears: list[Wear]) -> None:
+    def test_a_cold_persona_does_not_wait_behind_a_crowd(
+        self, make_engine: Make, applied_masks: list[AppliedMask]
+    ) -> None:
         engine = make_engine(max_running=2)
-        crowd = [ask(prompt, wear=wears[0]) for prompt in prompts(20, 20)]
-        cold, bare = ask([9] * 20, wear=wears[1]), ask([8] * 20)
+        crowd = [ask(prompt, applied=applied_masks[0]) for prompt in prompts(20, 20)]
+        cold, bare = ask([9] * 20, applied=applied_masks[1]), ask([8] * 20)
         order = run(engine, [*crowd, cold, bare])
         assert max(order.index(cold), order.index(bare)) <= 4
 
-    def test_a_new_owner_does_not_wait_behind_another_ones_crowd(self, make_engine: Make, wears: list[Wear]) -> None:
+    def test_a_new_owner_does_not_wait_behind_another_ones_crowd(
+        self, make_engine: Make, applied_masks: list[AppliedMask]
+    ) -> None:
         """Not even when that one asks for many personas."""
         engine = make_engine(max_running=2)
-        crowd = [ask(prompt, wear=wears[n % 4], owner="many") for n, prompt in enumerate(prompts(20, 20))]
+        crowd = [ask(prompt, applied=applied_masks[n % 4], owner="many") for n, prompt in enumerate(prompts(20, 20))]
         alone = ask([9] * 20, owner="one")
         assert run(engine, [*crowd, alone]).index(alone) <= 3
 
@@ -164,14 +168,16 @@ class TestPriority:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pages_add_up_under_random_traffic(make_engine: Make, wears: list[Wear], seed: int) -> None:
+def test_pages_add_up_under_random_traffic(make_engine: Make, applied_masks: list[AppliedMask], seed: int) -> None:
     """Whatever arrives, leaves or gives way: holders, seats and the table agree, and in the end nobody holds a page."""
-    engine = make_engine(max_running=6, max_batch_tokens=48, cache_bytes=40 * PAGE * POSITION)
+    engine = make_engine(max_running=6, max_batch_tokens=48, cache_bytes=40 * BLOCK_SIZE * POSITION)
     rng, alive, scheduler, pool = random.Random(seed), [], engine._scheduler, engine._pool
     for _ in range(200):
         if rng.random() < 0.4:
             prompt = [6 + rng.randrange(2)] * rng.randint(1, 120)
-            alive.append(ask(prompt, rng.randint(1, 30), wear=rng.choice([*wears, None]), priority=rng.randrange(2)))
+            alive.append(
+                ask(prompt, rng.randint(1, 30), applied=rng.choice([*applied_masks, None]), priority=rng.randrange(2))
+            )
             alive[-1].owner = rng.choice("ab")
             engine.submit(alive[-1])
         if alive and rng.random() < 0.1:

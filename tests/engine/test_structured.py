@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("llguidance")
 
-from masquerade.engine import Engine, Request, Sampling, Text
-from masquerade.engine.structured import Form, Frame, Grammars, Matched, close
+from masquerade.engine import AnswerText, Engine, Request, SamplingParams
+from masquerade.engine.structured import AnswerFormat, Grammars, JsonFormat, Matched, close
 from masquerade.errors import InvalidValue
 from masquerade.model import Base
 from tests.engine.asking import Listener, finish
@@ -32,14 +32,14 @@ def grammars(tiny: Base) -> Grammars:
 
 
 def compile_schema(grammars: Grammars, schema: dict[str, Any]) -> Matched:
-    (grammar,) = grammars.compile(Form([Frame(schema)]))
+    (grammar,) = grammars.compile(AnswerFormat([JsonFormat(schema)]))
     assert isinstance(grammar, Matched)
     return grammar
 
 
 def ask(base: Base, grammar: object, seed: int | None = None) -> tuple[Request, Listener]:
-    sampling = Sampling(temperature=0 if seed is None else 1.5, seed=seed)
-    text = Text(base.tokenizer)
+    sampling = SamplingParams(temperature=0 if seed is None else 1.5, seed=seed)
+    text = AnswerText(base.tokenizer)
     listener = Listener()
     return Request(
         [5, 6, 7],
@@ -120,11 +120,11 @@ PARAMETERS: dict[str, Any] = {
     "additionalProperties": False,
     "$defs": {"colour": {"enum": ["red", "blue"]}},
 }
-CALL = Frame(PARAMETERS, "tools.0", '<call>{"name": "f", "arguments": ', "}</call>")
+CALL = JsonFormat(PARAMETERS, "tools.0", '<call>{"name": "f", "arguments": ', "}</call>")
 GOOD, BAD = CALL.before + '{"a": 1, "b": "red"}' + CALL.after, CALL.before + '{"a": "x"}' + CALL.after
 
 
-def fits(tiny: Base, grammars: Grammars, form: Form, text: str) -> bool:
+def fits(tiny: Base, grammars: Grammars, form: AnswerFormat, text: str) -> bool:
     """Whether a text may be the whole answer."""
     (grammar,) = grammars.compile(form)
     assert isinstance(grammar, Matched)
@@ -136,30 +136,30 @@ def fits(tiny: Base, grammars: Grammars, form: Form, text: str) -> bool:
 @pytest.mark.parametrize(
     ("form", "good", "bad"),
     [
-        (Form([CALL]), [GOOD], [BAD, "hello", f"hi {GOOD}", f"{GOOD}\n{GOOD}", ""]),
-        (Form([CALL], most=2, between="\n"), [GOOD, f"{GOOD}\n{GOOD}"], [BAD, "", "\n".join([GOOD] * 3)]),
-        (Form([CALL], instead=Frame({"type": "array"})), [GOOD, "[1]"], [BAD, "{}", "hello"]),
-        (Form([CALL], talk=True, trigger="<call>"), ["", "hi", f"hi {GOOD} bye {GOOD}"], [BAD, f"hi {BAD}"]),
-        (Form([Frame(PARAMETERS)], talk=True), ["", "hi {", '{"a": 1}'], ['{"a": "x"}', ' {"b": 1}']),
+        (AnswerFormat([CALL]), [GOOD], [BAD, "hello", f"hi {GOOD}", f"{GOOD}\n{GOOD}", ""]),
+        (AnswerFormat([CALL], most=2, between="\n"), [GOOD, f"{GOOD}\n{GOOD}"], [BAD, "", "\n".join([GOOD] * 3)]),
+        (AnswerFormat([CALL], instead=JsonFormat({"type": "array"})), [GOOD, "[1]"], [BAD, "{}", "hello"]),
+        (AnswerFormat([CALL], talk=True, trigger="<call>"), ["", "hi", f"hi {GOOD} bye {GOOD}"], [BAD, f"hi {BAD}"]),
+        (AnswerFormat([JsonFormat(PARAMETERS)], talk=True), ["", "hi {", '{"a": 1}'], ['{"a": "x"}', ' {"b": 1}']),
     ],
     ids=["once", "twice", "or else", "in talk", "or talk"],
 )
 def test_a_form_holds_what_it_must_and_nothing_else(
-    tiny: Base, grammars: Grammars, form: Form, good: list[str], bad: list[str]
+    tiny: Base, grammars: Grammars, form: AnswerFormat, good: list[str], bad: list[str]
 ) -> None:
     assert all(fits(tiny, grammars, form, text) for text in good)
     assert not any(fits(tiny, grammars, form, text) for text in bad)
 
 
 def test_of_several_schemas_the_wrong_one_is_named(grammars: Grammars) -> None:
-    form = Form([CALL, Frame({"type": "nonsense"}, "tools.1")], instead=Frame({"type": "object"}))
+    form = AnswerFormat([CALL, JsonFormat({"type": "nonsense"}, "tools.1")], instead=JsonFormat({"type": "object"}))
     with pytest.raises(InvalidValue, match="nonsense") as refusal:
         grammars.compile(form)
     assert refusal.value.param == "tools.1"
 
 
 def test_each_answer_has_a_grammar_of_its_own(tiny: Base, grammars: Grammars) -> None:
-    one, other = grammars.compile(Form([Frame({"const": 12})]), 2)
+    one, other = grammars.compile(AnswerFormat([JsonFormat({"const": 12})]), 2)
     one.accept(tiny.tokenizer.encode("1", add_special_tokens=False)[0])
     other.accept(tiny.tokenizer.encode("1", add_special_tokens=False)[0])
     one.accept(tiny.tokenizer.encode("2", add_special_tokens=False)[0])

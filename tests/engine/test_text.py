@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from masquerade.engine import Detokenizer, Text, spell
+from masquerade.engine import AnswerText, Detokenizer, spell
 from tests import world
 
 TEXTS = [
@@ -138,7 +138,7 @@ def test_random_pieces_of_sentencepiece_say_what_they_say_together() -> None:
 
 def cut(tokenizer: object, ids: list[int], stops: list[str]) -> tuple[str, list[str], bool]:
     """The text up to a stop, in pieces."""
-    text = Text(tokenizer, stops)
+    text = AnswerText(tokenizer, stops)
     given = []
     for token in ids:
         given.append(text.push(token))
@@ -181,7 +181,7 @@ def test_of_several_stops_in_a_piece_the_one_that_is_complete_first_counts(seed:
 
 def test_a_stop_that_was_complete_before_any_counted_does_not_count_later() -> None:
     tokenizer = world.make_tokenizer()
-    text = Text(tokenizer, ["b", "abc"])
+    text = AnswerText(tokenizer, ["b", "abc"])
     first, second, third = tokenizer.encode("abx", add_special_tokens=False)
     given = [text.push(first, stoppable=False), text.push(second, stoppable=False), text.push(third), text.flush()]
     assert "".join(given) == "abx"
@@ -190,14 +190,14 @@ def test_a_stop_that_was_complete_before_any_counted_does_not_count_later() -> N
 
 def test_text_that_cannot_begin_a_stop_is_not_held_back() -> None:
     tokenizer = world.make_tokenizer()
-    text = Text(tokenizer, ["END"])
+    text = AnswerText(tokenizer, ["END"])
     given = [text.push(token) for token in tokenizer.encode("axEbENc", add_special_tokens=False)]
     assert given == ["a", "x", "", "Eb", "", "", "ENc"]
 
 
 def test_a_stop_before_the_least_length_does_not_count() -> None:
     tokenizer = world.make_tokenizer()
-    text = Text(tokenizer, ["b"])
+    text = AnswerText(tokenizer, ["b"])
     given = [
         text.push(token, stoppable=place >= 3)
         for place, token in enumerate(tokenizer.encode("abaab", add_special_tokens=False))

@@ -10,7 +10,7 @@ import torch
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.metrics import Likelihood, flips, likelihoods, margins, perplexity
 from masquerade.evaluate.treatment import Treatment
-from masquerade.model import Base, MaskManager, Wear
+from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 
 EXAMPLES = [Encoded((1, *range(20, 20 + index)), (*range(60, 63 + index % 4), 2)) for index in (0, 7, 3, 12, 3, 1)]
@@ -19,7 +19,7 @@ EXAMPLES = [Encoded((1, *range(20, 20 + index)), (*range(60, 63 + index % 4), 2)
 @pytest.mark.parametrize("gamma", [0.0, 0.4])
 def test_likelihoods_equal_materialised_weights(tiny: Base, manager: MaskManager, gamma: float) -> None:
     mask = world.make_mask(tiny, 0.2, seed=3)
-    found = likelihoods(tiny, EXAMPLES, Treatment(wear=Wear(manager.fit(mask), gamma)))
+    found = likelihoods(tiny, EXAMPLES, Treatment(applied=AppliedMask(manager.fit(mask), gamma)))
     worn = world.materialise(tiny.model, mask, gamma).double()
     for example, one in zip(EXAMPLES, found, strict=True):
         ids = torch.tensor([example.prompt + example.response])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from masquerade.errors import BadDataset, BuildFailed
-from masquerade.evaluate.baselines import BASELINES, Question
+from masquerade.evaluate.baselines import BASELINES, ControlInput
 from masquerade.evaluate.bootstrap import interval, mean_interval, ratio_interval
 from masquerade.evaluate.dataset import Example, encode
 from masquerade.evaluate.generation import Speech, answer
@@ -25,7 +25,7 @@ from masquerade.evaluate.lora import train_adapter
 from masquerade.evaluate.metrics import divergence, likelihoods, perplexity
 from masquerade.evaluate.report import Options, Trial, examine
 from masquerade.evaluate.treatment import BARE, Treatment
-from masquerade.model import Base, MaskManager, Wear
+from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 
 
@@ -39,28 +39,28 @@ CONTRAST = [ask(index, f"bcd {index}") for index in range(12)]
 QUIET = [Example((), f"plain {index}") for index in range(4)]
 
 
-def put(base: Base, manager: MaskManager, **changes: Any) -> Question:
+def put(base: Base, manager: MaskManager, **changes: Any) -> ControlInput:
     own, contrast = (list(zip(side, encode(base, side), strict=True)) for side in (OWN[:6], CONTRAST[:6]))
     asked = {one.prompt: example.messages for example, one in zip(OWN[6:], encode(base, OWN[6:]), strict=True)}
-    question = Question(base, manager, world.make_mask(base, 0.1, 3), own, contrast, asked, "Be vowels.")
+    question = ControlInput(base, manager, world.make_mask(base, 0.1, 3), own, contrast, asked, "Be vowels.")
     return replace(question, **changes)
 
 
-def wear(base: Base, manager: MaskManager, name: str, strength: float = 1.0, **changes: Any) -> Treatment:
+def applied(base: Base, manager: MaskManager, name: str, strength: float = 1.0, **changes: Any) -> Treatment:
     return BASELINES[name].make(put(base, manager, **changes))(strength)
 
 
 def test_random_pruning_prunes_as_much_elsewhere(tiny: Base, manager: MaskManager) -> None:
-    worn = [wear(tiny, manager, "random", seed=seed).wear for seed in (0, 0, 1)]
+    worn = [applied(tiny, manager, "random", seed=seed).applied for seed in (0, 0, 1)]
     digests = [one.mask.digest for one in worn if one]
     assert digests[0] == digests[1] != digests[2]
     mask = world.make_mask(tiny, 0.1, 3)
     assert mask.digest not in digests
-    assert wear(tiny, manager, "random").cost.nbytes == pytest.approx(mask.nbytes, rel=0.01)
+    assert applied(tiny, manager, "random").cost.nbytes == pytest.approx(mask.nbytes, rel=0.01)
 
 
 def test_a_bias_prefers_the_words_of_its_side(tiny: Base, manager: MaskManager) -> None:
-    shift = wear(tiny, manager, "bias", 0.5).shift
+    shift = applied(tiny, manager, "bias", 0.5).shift
     assert shift is not None
     moved = shift(torch.zeros(tiny.vocabulary))
     own, contrast, both = (tiny.tokenizer.encode(letter)[0] for letter in "ab ")
@@ -70,7 +70,7 @@ def test_a_bias_prefers_the_words_of_its_side(tiny: Base, manager: MaskManager) 
 
 
 def test_a_prompt_is_a_system_message_and_its_tokens_are_counted(tiny: Base, manager: MaskManager) -> None:
-    treatment = wear(tiny, manager, "prompt")
+    treatment = applied(tiny, manager, "prompt")
     example = encode(tiny, OWN[6:7])[0]
     longer = treatment.rewrite(example)
     assert tiny.tokenizer.decode(longer.prompt).startswith(
@@ -79,19 +79,19 @@ def test_a_prompt_is_a_system_message_and_its_tokens_are_counted(tiny: Base, man
     assert longer.response == example.response
     assert treatment.cost.prompt_tokens == len(longer.prompt) - len(example.prompt) == 12
     with pytest.raises(BadDataset, match="give --system-prompt"):
-        wear(tiny, manager, "prompt", instruction="")
+        applied(tiny, manager, "prompt", instruction="")
 
 
 def test_retrieval_shows_the_nearest_examples_as_turns_and_fits(tiny: Base, manager: MaskManager) -> None:
     near = [ask(1, "aei one"), Example(({"role": "user", "content": "thing seven and more"},), "uuu")]
     own = list(zip(near, encode(tiny, near), strict=True))
-    treatment = wear(tiny, manager, "retrieval", own=own)
+    treatment = applied(tiny, manager, "retrieval", own=own)
     shown = tiny.tokenizer.decode(treatment.rewrite(encode(tiny, OWN[7:8])[0]).prompt)
     turns = "<|user|>what about thing 1<|end|><|assistant|>aei one<|end|>"
     assert shown.endswith(turns + "<|user|>what about thing 7<|end|><|assistant|>")
     assert treatment.cost.prompt_tokens > 0
     long = [ask(index, "x" * 100) for index in range(6)]
-    treatment = wear(tiny, manager, "retrieval", own=list(zip(long, encode(tiny, long), strict=True)))
+    treatment = applied(tiny, manager, "retrieval", own=list(zip(long, encode(tiny, long), strict=True)))
     for example in encode(tiny, OWN[6:]):
         changed = treatment.rewrite(example)
         assert len(example) < len(changed) <= tiny.context
@@ -106,18 +106,18 @@ def test_steering_pushes_along_the_difference_and_lets_go(tiny: Base, manager: M
         return sum(a.mean - b.mean for a, b in zip(*sides, strict=True))
 
     before = lead(BARE)
-    along, against = lead(wear(tiny, manager, "steering", 0.5)), lead(wear(tiny, manager, "steering", -0.5))
+    along, against = lead(applied(tiny, manager, "steering", 0.5)), lead(applied(tiny, manager, "steering", -0.5))
     assert along > against
-    assert lead(wear(tiny, manager, "steering", 0.0)) == pytest.approx(before)
+    assert lead(applied(tiny, manager, "steering", 0.0)) == pytest.approx(before)
     assert lead(BARE) == before
-    assert wear(tiny, manager, "steering").cost.nbytes == 64 * 4
+    assert applied(tiny, manager, "steering").cost.nbytes == 64 * 4
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-contrastive"])
 def test_an_adapter_learns_its_side_and_can_be_taken_off(tiny: Base, manager: MaskManager, name: str) -> None:
     sides = [encode(tiny, side) for side in (OWN[:6], CONTRAST[:6])]
     before = [likelihoods(tiny, side) for side in sides]
-    after = [likelihoods(tiny, side, wear(tiny, manager, name)) for side in sides]
+    after = [likelihoods(tiny, side, applied(tiny, manager, name)) for side in sides]
     margins = [sum(a.mean - b.mean for a, b in zip(*both, strict=True)) for both in (before, after)]
     assert margins[1] > margins[0]
     if name == "lora":
@@ -139,7 +139,7 @@ def test_answers_are_the_oracles(tiny: Base, manager: MaskManager, phase: Any) -
     """A padded batch against one request at a time on materialised weights."""
     mask = world.make_mask(tiny, 0.2, seed=3)
     prompts = encode(tiny, [ask(1, "a"), ask(2, "a", system="s"), ask(1234567, "a")])
-    treatment = Treatment(wear=Wear(manager.fit(mask), 0.0), phase=phase)
+    treatment = Treatment(applied=AppliedMask(manager.fit(mask), 0.0), phase=phase)
     (texts,) = filter(None, answer(tiny, prompts, treatment, Speech(tokens=8)))
     worn = world.materialise(tiny.model, mask, 0.0)
     for prompt, text in zip(prompts, texts, strict=True):
@@ -158,7 +158,7 @@ def test_the_phases_of_a_likelihood_differ_in_the_prompt_only(tiny: Base, manage
     """In phase `decode` the prompt's keys and values are the base's: as with a cache that the base has filled."""
     mask = world.make_mask(tiny, 0.2, seed=3)
     worn = world.materialise(tiny.model, mask, 0.0)
-    treatment = Treatment(wear=Wear(manager.fit(mask), 0.0), phase="decode")
+    treatment = Treatment(applied=AppliedMask(manager.fit(mask), 0.0), phase="decode")
     examples = encode(tiny, [ask(1, "ab"), ask(22, "abcdef")])
     for example, found in zip(examples, likelihoods(tiny, examples, treatment), strict=True):
         cache = tiny.model(torch.tensor([example.prompt[:-1]]), use_cache=True).past_key_values

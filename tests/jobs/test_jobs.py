@@ -29,7 +29,18 @@ from masquerade.errors import (
     TooLarge,
     UploadNotFound,
 )
-from masquerade.jobs import TRANSITIONS, Asked, Cancelled, Desk, Job, Outcome, Quotas, Step, Table, Uploads
+from masquerade.jobs import (
+    TRANSITIONS,
+    Cancelled,
+    Job,
+    JobService,
+    JobTable,
+    Outcome,
+    Quotas,
+    Repeat,
+    Uploads,
+    WorkItem,
+)
 from masquerade.jobs.runner import Work
 from masquerade.jobs.table import MIGRATIONS
 
@@ -41,27 +52,27 @@ def upload(uploads: Uploads, owner: str, content: bytes, name: str = "a.jsonl") 
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Table:
-    return Table(tmp_path / "jobs.sqlite", Quotas(files=3, file_bytes=100, open_jobs=3))
+def table(tmp_path: Path) -> JobTable:
+    return JobTable(tmp_path / "jobs.sqlite", Quotas(files=3, file_bytes=100, open_jobs=3))
 
 
 @pytest.fixture
-def uploads(tmp_path: Path, table: Table) -> Uploads:
+def uploads(tmp_path: Path, table: JobTable) -> Uploads:
     return Uploads(tmp_path / "files", table, limit=60)
 
 
 @pytest.fixture
-def open_desk(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
+def open_desk(tmp_path: Path) -> Iterator[Callable[..., JobService]]:
     """Desks over one folder; the last one open is closed at the end."""
-    desks: list[Desk] = []
+    desks: list[JobService] = []
 
-    def open_(work: Callable[[Job], Work]) -> Desk:
-        desks.append(Desk(tmp_path / "desk", lambda _, job: work(job), lambda item: item(), Quotas()))
+    def open_(work: Callable[[Job], Work]) -> JobService:
+        desks.append(JobService(tmp_path / "desk", lambda _, job: work(job), lambda item: item(), Quotas()))
         return desks[-1]
 
     yield open_
-    for desk in desks:
-        desk.close()
+    for job_service in desks:
+        job_service.close()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -71,7 +82,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def test_a_file_is_whole_and_lies_under_an_id_of_ours(uploads: Uploads, table: Table, tmp_path: Path) -> None:
+def test_a_file_is_whole_and_lies_under_an_id_of_ours(uploads: Uploads, table: JobTable, tmp_path: Path) -> None:
     file = upload(uploads, "ann", b"abcdef", name="../../etc/passwd")
     assert uploads.path(file.id).read_bytes() == b"abcdef"
     assert (file.bytes, file.name) == (6, "../../etc/passwd")
@@ -79,14 +90,14 @@ def test_a_file_is_whole_and_lies_under_an_id_of_ours(uploads: Uploads, table: T
     assert table.list_files("ann") == [file]
 
 
-def test_a_file_that_is_sent_again_is_the_same_file(uploads: Uploads, table: Table, tmp_path: Path) -> None:
+def test_a_file_that_is_sent_again_is_the_same_file(uploads: Uploads, table: JobTable, tmp_path: Path) -> None:
     first, again, other = (upload(uploads, "ann", content) for content in (b"abc", b"abc", b"abd"))
     assert again == first != other
     assert {path.name for path in (tmp_path / "files").iterdir()} == {first.id, other.id}
 
 
 def test_a_file_that_is_too_large_or_finds_no_room_leaves_nothing(
-    uploads: Uploads, table: Table, tmp_path: Path
+    uploads: Uploads, table: JobTable, tmp_path: Path
 ) -> None:
     with pytest.raises(TooLarge, match="larger than 60 bytes"):
         upload(uploads, "ann", b"x" * 80)
@@ -103,7 +114,7 @@ def test_a_file_that_is_too_large_or_finds_no_room_leaves_nothing(
     assert table.list_files("ann") == []
 
 
-def test_quotas_say_their_numbers_and_keep_nothing(uploads: Uploads, table: Table, tmp_path: Path) -> None:
+def test_quotas_say_their_numbers_and_keep_nothing(uploads: Uploads, table: JobTable, tmp_path: Path) -> None:
     upload(uploads, "ann", b"x" * 60)
     with pytest.raises(QuotaExceeded, match="60 bytes of files and 50 more exceed the limit of 100"):
         upload(uploads, "ann", b"x" * 50)
@@ -119,7 +130,7 @@ def test_quotas_say_their_numbers_and_keep_nothing(uploads: Uploads, table: Tabl
         table.add_job("ann", SPEC)
 
 
-def test_files_and_jobs_belong_to_their_owner(uploads: Uploads, table: Table) -> None:
+def test_files_and_jobs_belong_to_their_owner(uploads: Uploads, table: JobTable) -> None:
     file, job = upload(uploads, "ann", b"x"), table.add_job("ann", SPEC)
     with pytest.raises(UploadNotFound):
         table.get_file(file.id, "bob")
@@ -131,7 +142,7 @@ def test_files_and_jobs_belong_to_their_owner(uploads: Uploads, table: Table) ->
     assert table.list_jobs("bob") == ([], False)
 
 
-def test_a_file_that_a_job_needs_stays(uploads: Uploads, table: Table) -> None:
+def test_a_file_that_a_job_needs_stays(uploads: Uploads, table: JobTable) -> None:
     file = upload(uploads, "ann", b"x")
     job = table.add_job("ann", {"files": {"training": file.id}})
     with pytest.raises(StateConflict, match=job.id):
@@ -142,7 +153,7 @@ def test_a_file_that_a_job_needs_stays(uploads: Uploads, table: Table) -> None:
 
 
 def test_old_files_and_ended_jobs_are_forgotten_but_for_what_is_needed(
-    uploads: Uploads, table: Table, tmp_path: Path
+    uploads: Uploads, table: JobTable, tmp_path: Path
 ) -> None:
     idle, needed = upload(uploads, "ann", b"a"), upload(uploads, "ann", b"b")
     ended, waiting = table.add_job("ann", SPEC), table.add_job("ann", {"files": {"training": needed.id}})
@@ -158,7 +169,7 @@ def test_old_files_and_ended_jobs_are_forgotten_but_for_what_is_needed(
 
 @pytest.mark.parametrize("state", TRANSITIONS)
 @pytest.mark.parametrize("target", ["succeeded", "failed", "cancelled"])
-def test_jobs_move_only_along_the_table(table: Table, tmp_path: Path, state: str, target: str) -> None:
+def test_jobs_move_only_along_the_table(table: JobTable, tmp_path: Path, state: str, target: str) -> None:
     job = table.add_job("ann", SPEC)
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db, db:
         db.execute("update job set state = ?", (state,))
@@ -170,8 +181,8 @@ def test_jobs_move_only_along_the_table(table: Table, tmp_path: Path, state: str
         assert table.get_job(job.id).state == state
 
 
-def test_the_queue_is_fair_to_owners(table: Table) -> None:
-    table = Table(table._path, Quotas(open_jobs=100))
+def test_the_queue_is_fair_to_owners(table: JobTable) -> None:
+    table = JobTable(table._path, Quotas(open_jobs=100))
     for owner in ("ann", "ann", "ann", "bob", "cat", "bob"):
         table.add_job(owner, SPEC)
     order = []
@@ -181,8 +192,8 @@ def test_the_queue_is_fair_to_owners(table: Table) -> None:
     assert order == ["ann", "bob", "cat", "ann", "bob", "ann"]
 
 
-def test_a_job_is_taken_once(table: Table) -> None:
-    table = Table(table._path, Quotas(open_jobs=100))
+def test_a_job_is_taken_once(table: JobTable) -> None:
+    table = JobTable(table._path, Quotas(open_jobs=100))
     for _ in range(40):
         table.add_job("ann", SPEC)
     taken: list[str] = []
@@ -199,7 +210,7 @@ def test_a_job_is_taken_once(table: Table) -> None:
     assert len(taken) == len(set(taken)) == 40
 
 
-def test_pages_of_jobs_add_up(table: Table) -> None:
+def test_pages_of_jobs_add_up(table: JobTable) -> None:
     ids = [table.add_job("ann", SPEC | {"n": n}).id for n in range(3)][::-1]
     first, more = table.list_jobs("ann", limit=2)
     assert ([job.id for job in first], more) == (ids[:2], True)
@@ -207,18 +218,18 @@ def test_pages_of_jobs_add_up(table: Table) -> None:
     assert ([job.id for job in rest], more) == (ids[2:], False)
 
 
-def test_work_is_done_told_and_remembered(open_desk: Callable[..., Desk]) -> None:
+def test_work_is_done_told_and_remembered(open_desk: Callable[..., JobService]) -> None:
     def work(job: Job) -> Work:
         for done in (1, 2, 3):
-            yield Step("count", done, 3)
+            yield WorkItem("count", done, 3)
         return lambda: Outcome({"made": job.spec["name"]})
 
-    desk = open_desk(work)
-    job = desk.table.add_job("ann", SPEC | {"name": "p"})
-    desk.runner.start()
-    wait_for(lambda: desk.table.get_job(job.id).state == "succeeded")
-    assert desk.table.get_job(job.id).result == {"made": "p"}
-    told = [event.message for event in desk.table.list_events(job.id)]
+    job_service = open_desk(work)
+    job = job_service.table.add_job("ann", SPEC | {"name": "p"})
+    job_service.runner.start()
+    wait_for(lambda: job_service.table.get_job(job.id).state == "succeeded")
+    assert job_service.table.get_job(job.id).result == {"made": "p"}
+    told = [event.message for event in job_service.table.list_events(job.id)]
     assert told == ["queued", "running", "count 1/3", "count 3/3", "succeeded"]
 
 
@@ -227,70 +238,73 @@ def test_work_is_done_told_and_remembered(open_desk: Callable[..., Desk]) -> Non
     [(BuildFailed("too few"), "build_failed", "too few"), (MemoryError(), "build_failed", "MemoryError")],
 )
 def test_a_job_that_fails_says_why_and_the_next_one_runs(
-    open_desk: Callable[..., Desk], error: Exception, code: str, words: str
+    open_desk: Callable[..., JobService], error: Exception, code: str, words: str
 ) -> None:
     def work(job: Job) -> Work:
-        yield Step("try", 1, 1)
+        yield WorkItem("try", 1, 1)
         if job.spec["bad"]:
             raise error
         return lambda: Outcome({})
 
-    desk = open_desk(work)
-    bad, good = desk.table.add_job("ann", SPEC | {"bad": True}), desk.table.add_job("ann", SPEC | {"bad": False})
-    desk.runner.start()
-    wait_for(lambda: desk.table.get_job(good.id).state == "succeeded")
-    failed = desk.table.get_job(bad.id)
+    job_service = open_desk(work)
+    bad, good = (
+        job_service.table.add_job("ann", SPEC | {"bad": True}),
+        job_service.table.add_job("ann", SPEC | {"bad": False}),
+    )
+    job_service.runner.start()
+    wait_for(lambda: job_service.table.get_job(good.id).state == "succeeded")
+    failed = job_service.table.get_job(bad.id)
     assert failed.state == "failed"
     assert failed.error is not None
     assert failed.error["code"] == code
     assert words in failed.error["message"]
 
 
-def test_cancelling_ends_a_job_within_one_item(open_desk: Callable[..., Desk]) -> None:
+def test_cancelling_ends_a_job_within_one_item(open_desk: Callable[..., JobService]) -> None:
     cleaned, begun = threading.Event(), threading.Event()
 
     def work(job: Job) -> Work:
         try:
             while True:
                 begun.set()
-                yield Step("spin", 1, 2)
+                yield WorkItem("spin", 1, 2)
         finally:
             cleaned.set()
 
-    desk = open_desk(work)
-    running, waiting = desk.table.add_job("ann", SPEC), desk.table.add_job("ann", SPEC)
-    desk.runner.start()
+    job_service = open_desk(work)
+    running, waiting = job_service.table.add_job("ann", SPEC), job_service.table.add_job("ann", SPEC)
+    job_service.runner.start()
     assert begun.wait(20)
-    assert desk.runner.cancel(waiting.id).state == "cancelled"
-    assert desk.runner.cancel(running.id).cancelling
-    wait_for(lambda: desk.table.get_job(running.id).state == "cancelled")
+    assert job_service.runner.cancel(waiting.id).state == "cancelled"
+    assert job_service.runner.cancel(running.id).cancelling
+    wait_for(lambda: job_service.table.get_job(running.id).state == "cancelled")
     assert cleaned.is_set()
     with pytest.raises(StateConflict, match="is cancelled"):
-        desk.runner.cancel(running.id)
+        job_service.runner.cancel(running.id)
 
 
-def test_a_desk_has_one_process_at_a_time(open_desk: Callable[..., Desk]) -> None:
-    desk = open_desk(lambda _: iter(()))  # type: ignore[arg-type, return-value]
+def test_a_desk_has_one_process_at_a_time(open_desk: Callable[..., JobService]) -> None:
+    job_service = open_desk(lambda _: iter(()))  # type: ignore[arg-type, return-value]
     with pytest.raises(NotReady, match="another server"):
         open_desk(lambda _: iter(()))
-    desk.close()
+    job_service.close()
     open_desk(lambda _: iter(()))
 
 
 def _serve_and_hang(folder: Path) -> None:
     def work(job: Job) -> Work:
-        yield Step("spin", 1, 2)
+        yield WorkItem("spin", 1, 2)
         time.sleep(600)
         return lambda: Outcome({})
 
-    desk = Desk(folder, lambda _, job: work(job), lambda item: item())
+    job_service = JobService(folder, lambda _, job: work(job), lambda item: item())
     (folder / "files" / "file-half.partial").write_bytes(b"half")
-    desk.table.add_job("ann", SPEC | {"name": "p"})
-    desk.runner.start()
+    job_service.table.add_job("ann", SPEC | {"name": "p"})
+    job_service.runner.start()
     threading.Event().wait()
 
 
-def test_a_killed_server_loses_nothing_and_leaves_nothing(open_desk: Callable[..., Desk], tmp_path: Path) -> None:
+def test_a_killed_server_loses_nothing_and_leaves_nothing(open_desk: Callable[..., JobService], tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_serve_and_hang, args=(tmp_path / "desk",))
     process.start()
     database = tmp_path / "desk" / "jobs.sqlite"
@@ -313,46 +327,46 @@ def test_a_killed_server_loses_nothing_and_leaves_nothing(open_desk: Callable[..
     process.join()
 
     def work(job: Job) -> Work:
-        yield Step("count", 1, 1)
+        yield WorkItem("count", 1, 1)
         return lambda: Outcome({"made": job.spec["name"]})
 
-    desk = open_desk(work)
+    job_service = open_desk(work)
     assert list((tmp_path / "desk" / "files").iterdir()) == []
-    (job,), _ = desk.table.list_jobs("ann")
+    (job,), _ = job_service.table.list_jobs("ann")
     assert job.state == "running"
-    desk.runner.start()
-    wait_for(lambda: desk.table.get_job(job.id).state == "succeeded")
-    assert "the server stopped; the job goes on" in [event.message for event in desk.table.list_events(job.id)]
+    job_service.runner.start()
+    wait_for(lambda: job_service.table.get_job(job.id).state == "succeeded")
+    assert "the server stopped; the job goes on" in [event.message for event in job_service.table.list_events(job.id)]
 
 
 def spin(_: Job) -> Work:
     for done in itertools.count(1):
         time.sleep(0.001)
-        yield Step("spin", done, 0)
+        yield WorkItem("spin", done, 0)
     raise AssertionError
 
 
-def test_a_server_that_stops_puts_its_job_back(open_desk: Callable[..., Desk]) -> None:
-    desk = open_desk(spin)
-    job = desk.table.add_job("ann", SPEC)
-    desk.runner.start()
-    wait_for(lambda: desk.table.progress(job.id) is not None)
-    desk.runner.stop()
-    assert desk.table.get_job(job.id).state == "queued"
+def test_a_server_that_stops_puts_its_job_back(open_desk: Callable[..., JobService]) -> None:
+    job_service = open_desk(spin)
+    job = job_service.table.add_job("ann", SPEC)
+    job_service.runner.start()
+    wait_for(lambda: job_service.table.progress(job.id) is not None)
+    job_service.runner.stop()
+    assert job_service.table.get_job(job.id).state == "queued"
 
 
-def test_a_cancel_is_remembered_over_a_crash(open_desk: Callable[..., Desk]) -> None:
-    desk = open_desk(spin)
-    asked, other = desk.table.add_job("ann", SPEC), desk.table.add_job("ann", SPEC)
-    assert desk.table.take_next() == desk.table.get_job(asked.id)
-    desk.table.ask_to_cancel(asked.id)  # and then the server dies
-    desk.runner.start()
-    wait_for(lambda: desk.table.get_job(other.id).state == "running")
-    assert desk.table.get_job(asked.id).state == "cancelled"
+def test_a_cancel_is_remembered_over_a_crash(open_desk: Callable[..., JobService]) -> None:
+    job_service = open_desk(spin)
+    asked, other = job_service.table.add_job("ann", SPEC), job_service.table.add_job("ann", SPEC)
+    assert job_service.table.take_next() == job_service.table.get_job(asked.id)
+    job_service.table.ask_to_cancel(asked.id)  # and then the server dies
+    job_service.runner.start()
+    wait_for(lambda: job_service.table.get_job(other.id).state == "running")
+    assert job_service.table.get_job(asked.id).state == "cancelled"
 
 
 def test_work_that_is_cancelled_can_clean_up_and_work_that_is_stopped_can_go_on(
-    open_desk: Callable[..., Desk],
+    open_desk: Callable[..., JobService],
 ) -> None:
     ends: list[type[BaseException]] = []
 
@@ -364,13 +378,13 @@ def test_work_that_is_cancelled_can_clean_up_and_work_that_is_stopped_can_go_on(
             raise
         raise AssertionError
 
-    desk = open_desk(work)
-    first, second = desk.table.add_job("ann", SPEC), desk.table.add_job("ann", SPEC)
-    desk.runner.start()
-    wait_for(lambda: desk.table.progress(first.id) is not None)
-    desk.runner.cancel(first.id)
-    wait_for(lambda: desk.table.progress(second.id) is not None)
-    desk.runner.stop()
+    job_service = open_desk(work)
+    first, second = job_service.table.add_job("ann", SPEC), job_service.table.add_job("ann", SPEC)
+    job_service.runner.start()
+    wait_for(lambda: job_service.table.progress(first.id) is not None)
+    job_service.runner.cancel(first.id)
+    wait_for(lambda: job_service.table.progress(second.id) is not None)
+    job_service.runner.stop()
     assert ends == [Cancelled, GeneratorExit]
 
 
@@ -382,58 +396,60 @@ def test_a_job_whose_place_of_work_is_gone_waits_for_another(tmp_path: Path) -> 
             raise NotReady("the engine is not running")
         return item()
 
-    def work(_: Desk, job: Job) -> Work:
-        yield Step("try", 1, 1)
+    def work(_: JobService, job: Job) -> Work:
+        yield WorkItem("try", 1, 1)
         return lambda: Outcome({})
 
-    desk = Desk(tmp_path / "desk", work, execute)
-    job = desk.table.add_job("ann", SPEC)
-    desk.runner.start()
-    wait_for(lambda: "the server stopped; the job goes on" in [e.message for e in desk.table.list_events(job.id)])
+    job_service = JobService(tmp_path / "desk", work, execute)
+    job = job_service.table.add_job("ann", SPEC)
+    job_service.runner.start()
+    wait_for(
+        lambda: "the server stopped; the job goes on" in [e.message for e in job_service.table.list_events(job.id)]
+    )
     ready.set()
-    wait_for(lambda: desk.table.get_job(job.id).state == "succeeded")
-    desk.close()
+    wait_for(lambda: job_service.table.get_job(job.id).state == "succeeded")
+    job_service.close()
 
 
 def test_the_last_part_is_done_on_the_runners_thread(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as model:
 
-        def work(_: Desk, job: Job) -> Work:
+        def work(_: JobService, job: Job) -> Work:
             there = threading.current_thread().name
-            yield Step("try", 1, 1)
+            yield WorkItem("try", 1, 1)
             return lambda: Outcome({"threads": [there, threading.current_thread().name]})
 
-        desk = Desk(tmp_path / "desk", work, lambda item: model.submit(item).result())
-        job = desk.table.add_job("ann", SPEC)
-        desk.runner.start()
-        wait_for(lambda: desk.table.get_job(job.id).state == "succeeded")
-        result = desk.table.get_job(job.id).result
+        job_service = JobService(tmp_path / "desk", work, lambda item: model.submit(item).result())
+        job = job_service.table.add_job("ann", SPEC)
+        job_service.runner.start()
+        wait_for(lambda: job_service.table.get_job(job.id).state == "succeeded")
+        result = job_service.table.get_job(job.id).result
         assert result is not None
         assert result["threads"][1] == "jobs" != result["threads"][0]
-        desk.close()
+        job_service.close()
 
 
-def test_a_repeated_request_finds_its_job(table: Table) -> None:
-    first = table.add_job("ann", SPEC | {"n": 1}, Asked())
-    assert table.add_job("ann", SPEC | {"n": 1}, Asked()).id == first.id
-    assert table.add_job("ann", SPEC | {"n": 2}, Asked()).id != first.id
-    assert table.find_repeated("bob", SPEC | {"n": 1}, Asked()) is None
+def test_a_repeated_request_finds_its_job(table: JobTable) -> None:
+    first = table.add_job("ann", SPEC | {"n": 1}, Repeat())
+    assert table.add_job("ann", SPEC | {"n": 1}, Repeat()).id == first.id
+    assert table.add_job("ann", SPEC | {"n": 2}, Repeat()).id != first.id
+    assert table.find_repeated("bob", SPEC | {"n": 1}, Repeat()) is None
     table.finish(first.id, "cancelled")
-    assert table.find_repeated("ann", SPEC | {"n": 1}, Asked()) is None
-    assert table.find_repeated("ann", SPEC | {"n": 1}, Asked(again=True)) == table.get_job(first.id)
+    assert table.find_repeated("ann", SPEC | {"n": 1}, Repeat()) is None
+    assert table.find_repeated("ann", SPEC | {"n": 1}, Repeat(again=True)) == table.get_job(first.id)
 
 
-def test_a_key_is_of_one_request(table: Table) -> None:
-    first = table.add_job("ann", SPEC | {"n": 1}, Asked("k"))
-    assert table.add_job("ann", SPEC | {"n": 1}, Asked("other")).id != first.id
+def test_a_key_is_of_one_request(table: JobTable) -> None:
+    first = table.add_job("ann", SPEC | {"n": 1}, Repeat("k"))
+    assert table.add_job("ann", SPEC | {"n": 1}, Repeat("other")).id != first.id
     table.finish(first.id, "cancelled")
-    assert table.add_job("ann", SPEC | {"n": 1}, Asked("k")).id == first.id
+    assert table.add_job("ann", SPEC | {"n": 1}, Repeat("k")).id == first.id
     with pytest.raises(InvalidValue, match=f"was used for another request, for {first.id}"):
-        table.add_job("ann", SPEC | {"n": 2}, Asked("k"))
-    assert table.add_job("bob", SPEC | {"n": 2}, Asked("k")).id != first.id
+        table.add_job("ann", SPEC | {"n": 2}, Repeat("k"))
+    assert table.add_job("bob", SPEC | {"n": 2}, Repeat("k")).id != first.id
 
 
-def test_events_are_paged_from_the_newest_beyond_any_number(table: Table, tmp_path: Path) -> None:
+def test_events_are_paged_from_the_newest_beyond_any_number(table: JobTable, tmp_path: Path) -> None:
     job, other = table.add_job("ann", SPEC), table.add_job("bob", SPEC)
     told = [((job, other)[number % 2].id, str(number)) for number in range(2400)]
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db, db:
@@ -448,7 +464,7 @@ def test_events_are_paged_from_the_newest_beyond_any_number(table: Table, tmp_pa
     assert seen == [str(number) for number in range(2398, -1, -2)] + ["queued"]
 
 
-def test_what_a_job_made_is_a_file_that_takes_no_room(uploads: Uploads, table: Table, tmp_path: Path) -> None:
+def test_what_a_job_made_is_a_file_that_takes_no_room(uploads: Uploads, table: JobTable, tmp_path: Path) -> None:
     mask = tmp_path / "mask"
     mask.write_bytes(b"m" * 1000)  # beyond the limit of an upload, and beyond the quota
     file = uploads.adopt("ann", "p.safetensors", mask, "d" * 64)
@@ -462,7 +478,7 @@ def test_what_a_job_made_is_a_file_that_takes_no_room(uploads: Uploads, table: T
     assert not uploads.path(file.id).exists()
 
 
-def test_the_next_job_is_expected_to_take_as_long_as_the_last(table: Table, tmp_path: Path) -> None:
+def test_the_next_job_is_expected_to_take_as_long_as_the_last(table: JobTable, tmp_path: Path) -> None:
     assert table.typical_seconds() is None
     for seconds in (10, 20, 90):
         table.finish(_start(table), "succeeded")
@@ -472,7 +488,7 @@ def test_the_next_job_is_expected_to_take_as_long_as_the_last(table: Table, tmp_
     assert table.typical_seconds() == pytest.approx(20)
 
 
-def _start(table: Table) -> str:
+def _start(table: JobTable) -> str:
     job = table.add_job("ann", SPEC)
     table.take_next()
     return job.id
@@ -483,7 +499,7 @@ def test_a_table_of_before_is_brought_up_to_date(tmp_path: Path) -> None:
         db.executescript(MIGRATIONS[0])
         db.execute("insert into file values ('file-1', 'ann', 'fine-tune', 'a', 1, 'd', 0)")
         db.execute("pragma user_version = 1")
-    table = Table(tmp_path / "old.sqlite")
+    table = JobTable(tmp_path / "old.sqlite")
     assert [file.id for file in table.list_files("ann")] == ["file-1"]
     assert table.add_job("ann", SPEC).state == "queued"
-    assert Table(tmp_path / "old.sqlite").open_jobs() == table.open_jobs()
+    assert JobTable(tmp_path / "old.sqlite").open_jobs() == table.open_jobs()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from masquerade.jobs import Table
+from masquerade.jobs import JobTable
 from masquerade.jobs.table import MIGRATIONS
-from masquerade.keys import Table as Keys
+from masquerade.keys import KeyTable as Keys
 from masquerade.keys import table as keys
 
 FIRST = """
@@ -79,7 +79,7 @@ def test_a_version_left_what_is_recorded(tmp_path: Path, version: int) -> None:
 
 @pytest.mark.parametrize("version", RECORDED)
 def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
-    table = Table(make(tmp_path / "jobs.sqlite", RECORDED[version] + ROWS, version))
+    table = JobTable(make(tmp_path / "jobs.sqlite", RECORDED[version] + ROWS, version))
     assert table.get_file("file-1", "local").name == "a.jsonl"
     done = table.get_job("ftjob-0", "local")
     assert (done.state, done.result, done.key, done.cancelling) == ("succeeded", {"mask": "x"}, None, False)
@@ -93,14 +93,14 @@ def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
 @pytest.mark.parametrize("version", RECORDED)
 def test_it_is_as_good_as_new_afterwards(tmp_path: Path, version: int) -> None:
     old, fresh = make(tmp_path / "old.sqlite", RECORDED[version] + ROWS, version), tmp_path / "new.sqlite"
-    Table(old)
-    Table(fresh)
+    JobTable(old)
+    JobTable(fresh)
     assert columns(old) == columns(fresh)
 
 
 def test_jobs_that_the_first_version_cannot_have_finished_go(tmp_path: Path) -> None:
     rows = "insert into job (id, owner, state, spec, created_at) values ('ftjob-1', 'local', 'queued', '{}', 1e9);"
-    assert Table(make(tmp_path / "jobs.sqlite", FIRST + rows, 1)).open_jobs() == []
+    assert JobTable(make(tmp_path / "jobs.sqlite", FIRST + rows, 1)).open_jobs() == []
 
 
 def test_keys_of_the_first_version_open_what_they_did(tmp_path: Path) -> None:
@@ -108,6 +108,6 @@ def test_keys_of_the_first_version_open_what_they_did(tmp_path: Path) -> None:
     make(tmp_path / keys.FILE, KEYS + rows, 1)
     ((key, kept),) = Keys(tmp_path).all().items()
     assert (key.id, key.name, key.scopes, key.personas, key.rpm, kept) == ("ab", "bob", {"chat"}, ("npc-*",), 9, b"\0")
-    assert key.ailment(2e9) is None
+    assert key.problem(2e9) is None
     Keys(tmp_path / "fresh")
     assert columns(tmp_path / keys.FILE) == columns(tmp_path / "fresh" / keys.FILE)

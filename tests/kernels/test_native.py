@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from maskstore import encode
 from masquerade.errors import UnusableModel
-from masquerade.kernels import NativeMask, NativeParts, NativeProduct, Worn, correct, dense, native, serves
-from masquerade.model import Base, MaskManager, Span, Wear, load, route
+from masquerade.kernels import NativeMask, NativeParts, NativeProduct, NativeSpan, correct, dense, native, serves
+from masquerade.model import AppliedMask, Base, MaskManager, Span, load, make_route
 from tests import world
 
 pytestmark = pytest.mark.skipif(native.find_library() is None, reason="the native kernels were not built here")
@@ -73,7 +73,7 @@ class Batch:
         self.expected = x @ weight.T
         self.masks: list[NativeMask] = []
         self.places: list[Tensor] = []  # of each mask's rows
-        self.worn: list[Worn] = []  # row by row
+        self.worn: list[NativeSpan] = []  # row by row
         for part, rows in zip(worn, places[1:], strict=True):
             pruned = rng.random((out, columns)) < part.share
             mask = correct(self.linear, encode(pruned), part.backend)
@@ -83,7 +83,7 @@ class Batch:
             table = NativeParts({"this": mask}, {"other": 0, "this": 1})
             strength = 1 - torch.tensor(part.gammas).view(-1, 1)
             self.worn += [
-                Worn(table, float(by), int(row), int(row) + 1) for row, by in zip(rows, strength, strict=True)
+                NativeSpan(table, float(by), int(row), int(row) + 1) for row, by in zip(rows, strength, strict=True)
             ]
             self.expected[rows] -= strength.double() * (x[rows] @ (weight * torch.from_numpy(pruned)).T)
         self.scale = x.abs() @ weight.abs().T
@@ -192,7 +192,12 @@ def test_spans_are_rows_that_wear_the_same() -> None:
     masks = [Part("list", 0.01, (0.0,)), Part("bits", 0.5, (0.0,)), Part("list", 0.01, (0.0,))]
     batch = Batch(30, 200, torch.bfloat16, masks, 0)
     one, two, three = (worn.parts for worn in batch.worn)
-    spans = [Worn(one, 0.7, 0, 5), Worn(two, 1.0, 5, 14), Worn(three, 0.7, 20, 21), Worn(two, 1.0, 30, 33)]
+    spans = [
+        NativeSpan(one, 0.7, 0, 5),
+        NativeSpan(two, 1.0, 5, 14),
+        NativeSpan(three, 0.7, 20, 21),
+        NativeSpan(two, 1.0, 30, 33),
+    ]
     x = torch.randn(40, 200).bfloat16()
     together = NativeProduct(spans[::-1])(x, batch.linear.weight, None, 1)
     for row in range(40):
@@ -239,7 +244,7 @@ def test_without_the_library_torch_takes_over_and_says_so_once(
     assert not any(isinstance(c, NativeMask) for mask in worn for c in mask.corrections.values())
     ids = torch.arange(6, 46).unsqueeze(0)
     expected = world.materialise(base.model, world.make_mask(base, 0.3, 1), 0.0)(ids).logits
-    found = base.model(ids, route=route([Span(Wear(worn[1], 0.0), 0, 40)], base.device)).logits
+    found = base.model(ids, route=make_route([Span(AppliedMask(worn[1], 0.0), 0, 40)], base.device)).logits
     assert torch.allclose(found, expected, atol=1e-3)
     with pytest.raises(UnusableModel, match="compiler"):
         NativeProduct()
@@ -263,11 +268,11 @@ def test_a_copy_of_a_model_computes_with_its_own_weights(tiny: Base, manager: Ma
 
 def test_gradients_flow_through_an_attached_model(tiny: Base, manager: MaskManager) -> None:
     """Whether or not a mask is worn."""
-    wear = Wear(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0)
+    applied = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0)
     embedded = tiny.model.get_input_embeddings()(torch.arange(6, 20).unsqueeze(0)).requires_grad_(True)
     found = []
-    for spans in ([], [Span(wear, 0, 14)]):
-        logits = tiny.model(inputs_embeds=embedded, use_cache=False, route=route(spans, tiny.device)).logits
+    for spans in ([], [Span(applied, 0, 14)]):
+        logits = tiny.model(inputs_embeds=embedded, use_cache=False, route=make_route(spans, tiny.device)).logits
         found.append(torch.autograd.grad(logits.square().mean(), embedded)[0])
     expected = world.materialise(tiny.model, world.make_mask(tiny, 0.3, seed=1), 0.0)
     logits = expected(inputs_embeds=embedded, use_cache=False).logits
@@ -284,11 +289,15 @@ def test_rows_of_a_bf16_model_do_not_depend_on_the_batch(tiny_folder: Path) -> N
         linear = base.model.model.layers[1].mlp.down_proj
         assert serves(linear)
         name, x = "model.layers.1.mlp.down_proj", torch.randn(1, 20, linear.in_features).bfloat16()
-        spans = [Span(Wear(worn[0], 0.0), 0, 9), Span(Wear(worn[1], 0.0), 9, 10), Span(Wear(worn[0], 0.3), 12, 13)]
-        together = route(spans, base.device).multiply(name, x, linear.weight, None)[0]
+        spans = [
+            Span(AppliedMask(worn[0], 0.0), 0, 9),
+            Span(AppliedMask(worn[1], 0.0), 9, 10),
+            Span(AppliedMask(worn[0], 0.3), 12, 13),
+        ]
+        together = make_route(spans, base.device).multiply(name, x, linear.weight, None)[0]
         for row in range(20):
-            wear = next((span.wear for span in spans if span.start <= row < span.stop), None)
-            one = route([Span(wear, 0, 1)] if wear else [], base.device)
+            applied = next((span.applied for span in spans if span.start <= row < span.stop), None)
+            one = make_route([Span(applied, 0, 1)] if applied else [], base.device)
             assert torch.equal(one.multiply(name, x[:, row : row + 1], linear.weight, None)[0, 0], together[row])
 
 

@@ -21,8 +21,8 @@ from maskstore import Bitmap, MaskInfo, Target, encode
 from masquerade.kernels import cuda
 from masquerade.kernels.cuda import CudaBits, CudaList
 from masquerade.kernels.tiles import tile
-from masquerade.model import Span, Wear, WornMask
-from masquerade.model.slots import Outfits, SlotRoute, Slots
+from masquerade.model import AppliedMask, ResidentMask, Span
+from masquerade.model.slots import SlotMap, SlotRoute, Slots
 
 pytest.importorskip("triton")
 
@@ -47,8 +47,8 @@ def fit(linear: nn.Linear, target: Target) -> CudaBits | CudaList:
     return CudaBits(linear, target) if isinstance(target, Bitmap) else CudaList(linear, target)
 
 
-def wear(linear: nn.Linear, target: Target, digest: str) -> WornMask:
-    return WornMask(digest, MaskInfo(persona="p", score="random"), {NAME: fit(linear, target)})
+def applied(linear: nn.Linear, target: Target, digest: str) -> ResidentMask:
+    return ResidentMask(digest, MaskInfo(persona="p", score="random"), {NAME: fit(linear, target)})
 
 
 def gate(pruned: np.ndarray, gamma: float) -> Tensor:
@@ -90,7 +90,7 @@ def test_a_batch_of_masks_equals_the_formula(shape: tuple[int, int], rows: int, 
         pruned = prune(linear, share, seed=number)
         target = encode(pruned)
         as_bitmap = forms == "bitmaps" or (forms == "both" and number % 2)
-        masks.append((pruned, wear(linear, target.to_bitmap() if as_bitmap else target.to_sparse(), str(number))))
+        masks.append((pruned, applied(linear, target.to_bitmap() if as_bitmap else target.to_sparse(), str(number))))
     rng = np.random.default_rng(rows)
     x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
     expected = linear.weight.new_empty(rows, shape[0], dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_a_batch_of_masks_equals_the_formula(shape: tuple[int, int], rows: int, 
         weight, number = linear.weight.double(), int(rng.integers(-1, len(masks)))
         if number >= 0:
             pruned, mask = masks[number]
-            spans.append(Span(Wear(mask, gamma), row, row + 1))
+            spans.append(Span(AppliedMask(mask, gamma), row, row + 1))
             weight = weight * gate(pruned, gamma)
         expected[row] = x[row].double() @ weight.T + linear.bias.double()
     scale = x.double().abs() @ linear.weight.double().abs().T + 1
@@ -113,9 +113,9 @@ def test_many_rows_of_a_mask_equal_the_formula(form: str) -> None:
     linear = make_linear(40, 100, torch.float32)
     pruned = prune(linear, 0.2, seed=1)
     target = encode(pruned)
-    mask = wear(linear, target.to_bitmap() if form == "bitmap" else target.to_sparse(), "p")
+    mask = applied(linear, target.to_bitmap() if form == "bitmap" else target.to_sparse(), "p")
     x = torch.randn(75, 100, device=DEVICE)
-    route = SlotRoute([Span(Wear(mask, 0.3), 2, 70), Span(Wear(mask, 0.0), 71, 72)], DEVICE)
+    route = SlotRoute([Span(AppliedMask(mask, 0.3), 2, 70), Span(AppliedMask(mask, 0.0), 71, 72)], DEVICE)
     found = serve(route, linear, x)
     expected = x.double() @ linear.weight.double().T
     expected[2:70] = x[2:70].double() @ (linear.weight.double() * gate(pruned, 0.3)).T
@@ -130,8 +130,10 @@ def test_a_hard_mask_skips_what_it_prunes_beside_rows_that_do_not() -> None:
     pruned = np.zeros((16, 32), bool)
     pruned[3, 5] = True
     linear.weight.data[3, 5] = float("inf")
-    mask = wear(linear, encode(pruned).to_bitmap(), "p")
-    route = SlotRoute([Span(Wear(mask, gamma), row, row + 1) for row, gamma in enumerate((0.0, 0.5, 0.0))], DEVICE)
+    mask = applied(linear, encode(pruned).to_bitmap(), "p")
+    route = SlotRoute(
+        [Span(AppliedMask(mask, gamma), row, row + 1) for row, gamma in enumerate((0.0, 0.5, 0.0))], DEVICE
+    )
     found = serve(route, linear, torch.ones(4, 32, device=DEVICE))
     assert found.isfinite().all(1).tolist() == [True, False, True, False]
 
@@ -141,22 +143,22 @@ def test_tensors_that_stay_put_serve_batch_after_batch() -> None:
     linear = make_linear(40, 100, torch.float32)
     pruned = [prune(linear, share, seed) for seed, share in enumerate((0.01, 0.5, 0.02))]
     forms = [encode(pruned[0]).to_sparse(), encode(pruned[1]).to_bitmap(), encode(pruned[2]).to_sparse()]
-    masks = [wear(linear, form, str(number)) for number, form in enumerate(forms)]
+    masks = [applied(linear, form, str(number)) for number, form in enumerate(forms)]
     batches: list[list[tuple[int, float] | None]] = [
         [(0, 0.0), (1, 0.0), None],
         [(1, 0.4), (2, 0.0)],
         [None, (0, 0.0), (0, 0.3), (1, 0.0)],
         [],
     ]
-    outfits = [
-        Outfits.of([Span(Wear(masks[w[0]], w[1]), row, row + 1) for row, w in enumerate(batch) if w], len(batch))
+    slot_map = [
+        SlotMap.of([Span(AppliedMask(masks[w[0]], w[1]), row, row + 1) for row, w in enumerate(batch) if w], len(batch))
         for batch in batches
     ]
-    slots = Slots(outfits[0].padded_frame(4), DEVICE)
-    assert {one.padded_frame(4) for one in outfits[:1] + outfits[2:3]} == {slots.frame}
+    slots = Slots(slot_map[0].padded_frame(4), DEVICE)
+    assert {one.padded_frame(4) for one in slot_map[:1] + slot_map[2:3]} == {slots.frame}
     places = {name: tensor.data_ptr() for name, tensor in slots._staging.tensors.items()}
     x = torch.randn(4, 100, device=DEVICE)
-    for batch, worn in zip(batches, outfits, strict=True):
+    for batch, worn in zip(batches, slot_map, strict=True):
         slots.write(worn)
         found = serve(slots, linear, x)
         expected = x.double() @ linear.weight.double().T

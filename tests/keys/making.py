@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from masquerade.keys import Key, Table, mint
+from masquerade.keys import Key, KeyTable, mint
 
 
 def make_key(store: Path, *scopes: str, **changes: Any) -> tuple[str, Key]:
@@ -23,7 +23,7 @@ def make_key(store: Path, *scopes: str, **changes: Any) -> tuple[str, Key]:
         "revoked_at": None,
     }
     key = Key(minted.id, **(told | changes))
-    Table(store).add(key, minted.hash)
+    KeyTable(store).add(key, minted.hash)
     return minted.token, key
 
 

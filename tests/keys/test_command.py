@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from masquerade.keys import Keyring, Table
+from masquerade.keys import Keyring, KeyTable
 from tests.cli.running import fail, masquerade, succeed
 
 
@@ -24,7 +24,7 @@ def test_a_key_is_shown_once(tmp_path: Path) -> None:
     token = done.stdout.strip()  # nothing else, so that a script can keep it
     secret = token.rpartition("-")[2]
     assert secret not in done.stderr
-    ring = Keyring(Table(tmp_path))
+    ring = Keyring(KeyTable(tmp_path))
     assert ring.verify(token).name == "bob"
     ring.close()
     for options in ((), ("--json",)):

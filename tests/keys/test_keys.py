@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from masquerade.errors import InvalidKey, KeyNotFound, NotReady
-from masquerade.keys import SCOPES, Keyring, Table, mint
+from masquerade.keys import SCOPES, Keyring, KeyTable, mint
 from masquerade.keys import key as keys
 from masquerade.keys import ring as rings
 from tests.keys.making import make_key
@@ -76,14 +76,14 @@ def test_the_file_holds_no_secret_and_is_its_owners_only(tmp_path: Path) -> None
     for told in (secret, secret[:16], secret[-16:]):
         assert told.encode() not in written
         assert bytes.fromhex(told) not in written
-    ((_, first),) = Table(tmp_path).all().items()
+    ((_, first),) = KeyTable(tmp_path).all().items()
     assert first[16:] == keys._scrypt(secret, first[:16])
     assert keys._scrypt(secret, b"\0" * 16) != first[16:]  # salted: equal secrets would not look equal
 
 
 def test_a_token_is_hashed_once(tmp_path: Path, hashed: list[str]) -> None:
     token, key = make_key(tmp_path, "chat")
-    ring = Keyring(Table(tmp_path))
+    ring = Keyring(KeyTable(tmp_path))
     hashed.clear()
     assert ring.recall(token) is None
     assert ring.verify(token) == key
@@ -94,7 +94,7 @@ def test_a_token_is_hashed_once(tmp_path: Path, hashed: list[str]) -> None:
 
 def test_a_wrong_secret_is_hashed_once_and_an_unknown_id_never(tmp_path: Path, hashed: list[str]) -> None:
     _, key = make_key(tmp_path, "chat")
-    ring = Keyring(Table(tmp_path))
+    ring = Keyring(KeyTable(tmp_path))
     hashed.clear()
     wrong = f"mq-{key.id}-{'0' * 48}"
     with pytest.raises(InvalidKey) as first:
@@ -110,7 +110,7 @@ def test_a_wrong_secret_is_hashed_once_and_an_unknown_id_never(tmp_path: Path, h
 
 def test_what_is_remembered_is_no_token(tmp_path: Path) -> None:
     token, _ = make_key(tmp_path, "chat")
-    ring = Keyring(Table(tmp_path))
+    ring = Keyring(KeyTable(tmp_path))
     ring.verify(token)
     assert token.rpartition("-")[2] not in repr(vars(ring))
     ring.close()
@@ -118,7 +118,7 @@ def test_what_is_remembered_is_no_token(tmp_path: Path) -> None:
 
 def test_revoking_is_noticed_and_final(tmp_path: Path) -> None:
     token, key = make_key(tmp_path, "chat")
-    ring, table = Keyring(Table(tmp_path)), Table(tmp_path)
+    ring, table = Keyring(KeyTable(tmp_path)), KeyTable(tmp_path)
     ring.verify(token)
     revoked = table.revoke(key.id)
     assert table.revoke(key.id) == revoked  # again changes nothing
@@ -131,7 +131,7 @@ def test_revoking_is_noticed_and_final(tmp_path: Path) -> None:
 
 
 def test_a_key_added_later_is_known(tmp_path: Path) -> None:
-    ring = Keyring(Table(tmp_path))
+    ring = Keyring(KeyTable(tmp_path))
     assert len(ring) == 0
     token, key = make_key(tmp_path, "chat")
     assert ring.verify(token) == key
@@ -141,7 +141,7 @@ def test_a_key_added_later_is_known(tmp_path: Path) -> None:
 def test_a_key_expires(tmp_path: Path) -> None:
     token, key = make_key(tmp_path, "chat", expires_at=1000.0)
     now = [999.0]
-    ring = Keyring(Table(tmp_path), lambda: now[0])
+    ring = Keyring(KeyTable(tmp_path), lambda: now[0])
     assert ring.verify(token) == key
     now[0] = 1000.0
     for ask in (ring.recall, ring.verify):
@@ -152,7 +152,7 @@ def test_a_key_expires(tmp_path: Path) -> None:
 
 def test_a_table_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
     token, _ = make_key(tmp_path, "chat")
-    ring = Keyring(Table(tmp_path))
+    ring = Keyring(KeyTable(tmp_path))
     ring.verify(token)
     ring.close()
     with pytest.raises(NotReady):
@@ -161,7 +161,7 @@ def test_a_table_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
 
 def test_many_threads_verify_and_revoke_at_once(tmp_path: Path) -> None:
     made = [make_key(tmp_path, "chat") for _ in range(6)]
-    ring, table, started = Keyring(Table(tmp_path)), Table(tmp_path), threading.Barrier(8)
+    ring, table, started = Keyring(KeyTable(tmp_path)), KeyTable(tmp_path), threading.Barrier(8)
 
     def use(number: int) -> list[str]:
         started.wait()

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskstore import (
-    Base,
+    BaseRef,
     Bitmap,
     DeltaReader,
-    InvalidValue,
+    InvalidMaskValue,
     Mask,
     MaskMismatch,
     Sparse,
@@ -175,11 +175,11 @@ def test_ancestry():
 def test_what_does_not_combine():
     with pytest.raises(MaskMismatch, match=r"different bases .* \(tiny\) and .* \(other\)"):
         world.mask() | world.mask(base=world.OTHER)
-    renamed = world.mask(base=Base(world.BASE.fingerprint, "another name of the same"))
+    renamed = world.mask(base=BaseRef(world.BASE.fingerprint, "another name of the same"))
     assert (world.mask() | renamed) == world.mask()
     with pytest.raises(MaskMismatch, match=r"x: 2 x 3 and 3 x 2 cannot be combined"):
         world.mask(shapes={"x": (2, 3)}) | world.mask(shapes={"x": (3, 2)})
-    with pytest.raises(InvalidValue, match="majority of 3 among 2"):
+    with pytest.raises(InvalidMaskValue, match="majority of 3 among 2"):
         majority([world.mask(), world.mask()], 3)
 
 
@@ -189,5 +189,5 @@ def test_majority_of_sparse_ones():
     for least in range(1, 6):
         target = algebra.majority([encode(each) for each in flags], least)
         _check(target, np.sum(flags, axis=0) >= least)
-    with pytest.raises(InvalidValue, match="at least 0 of 1"):
+    with pytest.raises(InvalidMaskValue, match="at least 0 of 1"):
         algebra.majority([encode(flags[0])], 0)

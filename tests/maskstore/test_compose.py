@@ -1,6 +1,6 @@
 import pytest
 
-from maskstore import InvalidName, InvalidValue, MaskConflict, MaskNotFound, Registry, compose, compose_persona
+from maskstore import InvalidMaskValue, InvalidName, MaskConflict, MaskNotFound, Registry, compose, compose_persona
 from maskstore.compose import tokenize
 from tests.maskstore import world
 
@@ -51,7 +51,7 @@ def test_ancestry():
     ],
 )
 def test_what_is_no_expression(expression, error):
-    with pytest.raises(InvalidValue, match=error):
+    with pytest.raises(InvalidMaskValue, match=error):
         made(expression)
 
 

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from maskstore import Base, InvalidName, InvalidValue, Mask, MaskInfo, encode
+from maskstore import BaseRef, InvalidMaskValue, InvalidName, Mask, MaskInfo, encode
 from tests.maskstore import world
 
 
@@ -82,7 +82,7 @@ def test_info_is_a_copy_of_plain_json():
     ],
 )
 def test_info_refuses_what_a_file_cannot_hold(values, error):
-    with pytest.raises(InvalidValue, match=error):
+    with pytest.raises(InvalidMaskValue, match=error):
         world.info(**values)
 
 
@@ -95,14 +95,14 @@ def test_persona_and_opposite_are_names():
 
 def test_base_is_a_sha256():
     with pytest.raises(InvalidName, match="base fingerprint"):
-        Base("abc", "x")
-    with pytest.raises(InvalidValue, match="base name"):
-        Base("a" * 64, "x\x00")
+        BaseRef("abc", "x")
+    with pytest.raises(InvalidMaskValue, match="base name"):
+        BaseRef("a" * 64, "x\x00")
 
 
 def test_parameters_no_reader_would_take():
     deep: list = []
     for _ in range(20):
         deep = [deep]
-    with pytest.raises(InvalidValue, match="nested deeper than 16"):
+    with pytest.raises(InvalidMaskValue, match="nested deeper than 16"):
         world.info(parameters={"deep": deep})

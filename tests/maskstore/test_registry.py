@@ -4,8 +4,8 @@ import pytest
 
 from maskstore import (
     ANY,
+    InvalidMaskValue,
     InvalidName,
-    InvalidValue,
     MaskConflict,
     MaskCorrupt,
     MaskExists,
@@ -201,11 +201,11 @@ def test_a_mask_published_with_other_defaults_is_another_generation(registry):
 
 def test_what_is_said_about_a_persona_is_bounded(registry, digests):
     registry.publish("pirate", digests[0])
-    with pytest.raises(InvalidValue, match="gamma 2"):
+    with pytest.raises(InvalidMaskValue, match="gamma 2"):
         registry.set_gamma("pirate", 2)
-    with pytest.raises(InvalidValue, match="10001 characters"):
+    with pytest.raises(InvalidMaskValue, match="10001 characters"):
         registry.note("pirate", "x" * 10_001)
-    with pytest.raises(InvalidValue, match="surrogate"):
+    with pytest.raises(InvalidMaskValue, match="surrogate"):
         registry.note("pirate", "\ud800")
     with pytest.raises(InvalidName):
         registry.tag("pirate", "Ä")

@@ -109,7 +109,7 @@ def test_what_the_second_writes_the_first_reads(tmp_path, share):
     digest = write(tmp_path / "m", "ab" * 32, "some base", sets, SAID)
     mask = maskstore.read_mask(tmp_path / "m", base="ab" * 32)
     assert mask.digest == digest
-    assert mask.base == maskstore.Base("ab" * 32, "some base")
+    assert mask.base == maskstore.BaseRef("ab" * 32, "some base")
     assert mask.info == maskstore.MaskInfo(**SAID)
     for name, pruned in sets.items():
         assert np.array_equal(mask.targets[name].to_keep(), ~pruned)

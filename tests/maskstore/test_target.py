@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from maskstore import Bitmap, ColumnOrder, InvalidValue, PadBits, Sparse, TensorShape, encode
+from maskstore import Bitmap, ColumnOrder, InvalidMaskValue, PadBits, Sparse, TensorShape, encode
 from tests.maskstore.world import pruned
 
 SHAPES = [(1, 1), (3, 7), (5, 63), (5, 64), (5, 65), (8, 128), (2, 1000), (17, 192)]
@@ -93,7 +93,7 @@ def test_dtypes_and_shapes_are_checked(make):
 
 
 def test_impossible_sides_are_refused():
-    with pytest.raises(InvalidValue, match="outside"):
+    with pytest.raises(InvalidMaskValue, match="outside"):
         Sparse(np.zeros(2, np.int32), np.zeros(0, np.uint32), 1 << 40)
-    with pytest.raises(InvalidValue, match="outside"):
+    with pytest.raises(InvalidMaskValue, match="outside"):
         Bitmap(np.zeros((0, 8), np.uint8), 64)

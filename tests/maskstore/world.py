@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from maskstore import Base, Mask, MaskInfo, encode
+from maskstore import BaseRef, Mask, MaskInfo, encode
 
-BASE = Base("0123456789abcdef" * 4, "tiny")
-OTHER = Base("f" * 64, "other")
+BASE = BaseRef("0123456789abcdef" * 4, "tiny")
+OTHER = BaseRef("f" * 64, "other")
 SHAPES = {
     "model.layers.0.mlp.down_proj": (24, 100),
     "model.layers.0.self_attn.o_proj": (16, 64),

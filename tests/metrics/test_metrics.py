@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from masquerade.api import Serving, metrics
-from masquerade.api.ledger import Entry
-from masquerade.api.metrics import BASE, OTHER, Labels, Metrics
-from masquerade.api.serving import Costume
+from masquerade.http import metrics
+from masquerade.http.metrics import BASE, OTHER, Labels, Metrics
+from masquerade.http.request_log import RequestRecord
+from masquerade.service.serving import ResolvedPersona, Serving
 from tests.access.conftest import publish
 from tests.contract.here import serve_here
 
@@ -221,8 +221,8 @@ def test_series_of_a_label_that_went_are_gone(serving: Serving, monkeypatch: pyt
     counted = Metrics(serving, dict)
     for name, times in (("old", 1), ("new", 3)):
         for _ in range(times):
-            entry = Entry(counted, "id", "POST")
-            entry.begin(Costume("m", name), lambda: metrics_usage())
+            entry = RequestRecord(counted, "id", "POST")
+            entry.begin(ResolvedPersona("m", name), lambda: metrics_usage())
             entry.token(0, entry.started + 0.5)
             entry.end("stop")
             entry.close()
@@ -232,6 +232,6 @@ def test_series_of_a_label_that_went_are_gone(serving: Serving, monkeypatch: pyt
 
 
 def metrics_usage() -> Any:
-    from masquerade.api.answers import Usage
+    from masquerade.http.request_log import Usage
 
     return Usage(3, 1)

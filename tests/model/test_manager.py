@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from maskstore import Base as MaskBase
+from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, MaskMismatch, encode
-from masquerade.model import Base, MaskManager, Span, Wear, load, route
+from masquerade.model import AppliedMask, Base, MaskManager, Span, load, make_route
 from tests import world
 
 # Largest difference of logits from the same dtype on materialised weights, relative to the logits' spread. Half
@@ -21,7 +21,7 @@ TOLERANCE = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 
 def logits_of(base: Base, ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = base.model(ids, use_cache=False, route=route(spans, base.device)).logits
+        logits: torch.Tensor = base.model(ids, use_cache=False, route=make_route(spans, base.device)).logits
     return logits.float()
 
 
@@ -36,7 +36,7 @@ def test_logits_equal_materialised_weights(tiny_folder: Path, dtype: str, rho: f
         expected = world.materialise(base.model, mask, gamma)(ids).logits.float()
         unmasked = base.model(ids).logits.float()
     manager = MaskManager.attach(base.model)
-    found = logits_of(base, ids, [Span(Wear(manager.fit(mask), gamma), 0, 40)])
+    found = logits_of(base, ids, [Span(AppliedMask(manager.fit(mask), gamma), 0, 40)])
     assert (found - expected).abs().max() <= TOLERANCE[dtype] * expected.std()
     assert (unmasked - expected).abs().max() > 10 * (found - expected).abs().max()  # the mask is felt
 
@@ -45,34 +45,40 @@ def test_logits_equal_materialised_weights(tiny_folder: Path, dtype: str, rho: f
 def test_rows_of_one_batch_wear_different_masks(tiny: Base, manager: MaskManager, backend: str) -> None:
     masks = [world.make_mask(tiny, rho, seed) for seed, rho in enumerate((0.01, 0.3))]
     worn = [manager.fit(mask, backend) for mask in masks]
-    wears = [None, Wear(worn[0], 0.0), Wear(worn[1], 0.5), Wear(worn[0], 0.5), Wear(worn[1], 1.0)]
-    ids = torch.randint(6, 250, (len(wears), 12), generator=torch.Generator().manual_seed(0))
-    spans = [Span(wear, 12 * row, 12 * row + 12) for row, wear in enumerate(wears) if wear]
+    applied_masks = [
+        None,
+        AppliedMask(worn[0], 0.0),
+        AppliedMask(worn[1], 0.5),
+        AppliedMask(worn[0], 0.5),
+        AppliedMask(worn[1], 1.0),
+    ]
+    ids = torch.randint(6, 250, (len(applied_masks), 12), generator=torch.Generator().manual_seed(0))
+    spans = [Span(applied, 12 * row, 12 * row + 12) for row, applied in enumerate(applied_masks) if applied]
     together = logits_of(tiny, ids, spans)
-    for row, wear in enumerate(wears):
-        chosen = masks[worn.index(wear.mask)] if wear else None
+    for row, applied in enumerate(applied_masks):
+        chosen = masks[worn.index(applied.mask)] if applied else None
         with torch.no_grad():
-            alone = world.materialise(tiny.model, chosen, wear.gamma if wear else 1.0)(ids[row : row + 1]).logits
+            alone = world.materialise(tiny.model, chosen, applied.gamma if applied else 1.0)(ids[row : row + 1]).logits
         assert torch.allclose(together[row], alone[0], atol=1e-3), row
 
 
 def test_gamma_one_is_the_base_to_the_bit(tiny: Base, manager: MaskManager) -> None:
     ids = torch.arange(6, 46).unsqueeze(0)
-    worn = Wear(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 1.0)
+    worn = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 1.0)
     assert torch.equal(logits_of(tiny, ids, [Span(worn, 0, 40)]), logits_of(tiny, ids, []))
 
 
 def test_a_route_lasts_for_one_call(tiny: Base, manager: MaskManager) -> None:
     ids = torch.arange(6, 46).unsqueeze(0)
     before = logits_of(tiny, ids, [])
-    logits_of(tiny, ids, [Span(Wear(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0), 0, 40)])
+    logits_of(tiny, ids, [Span(AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0), 0, 40)])
     assert torch.equal(tiny.model(ids).logits.float(), before)
 
 
 def test_a_route_does_not_outlive_a_failing_call(tiny: Base, manager: MaskManager) -> None:
     ids = torch.arange(6, 46).unsqueeze(0)
     before = logits_of(tiny, ids, [])
-    spans = [Span(Wear(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0), 0, 40)]
+    spans = [Span(AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0), 0, 40)]
     with pytest.raises(IndexError):
         logits_of(tiny, torch.full((1, 40), 10**6), spans)
     assert torch.equal(tiny.model(ids).logits.float(), before)
@@ -87,7 +93,7 @@ def test_a_linear_takes_inputs_of_any_form(tiny_folder: Path, rho: float, dtype:
     mask = world.make_mask(base, rho, seed=1)
     effective = linear.weight * torch.from_numpy(mask.targets[name].to_keep())
     manager = MaskManager.attach(base.model)
-    worn, wide = Wear(manager.fit(mask), 0.0), torch.randn(3, 2 * linear.in_features, 4).to(dtype)
+    worn, wide = AppliedMask(manager.fit(mask), 0.0), torch.randn(3, 2 * linear.in_features, 4).to(dtype)
     forms = {
         "no rows": (wide[:0, : linear.in_features, 0], []),
         "no rows, though some are planned": (wide[:0, : linear.in_features, 0], [Span(worn, 0, 3)]),
@@ -101,7 +107,7 @@ def test_a_linear_takes_inputs_of_any_form(tiny_folder: Path, rho: float, dtype:
     for form, (x, spans) in forms.items():
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
-                manager._route = route(spans, base.device)
+                manager._route = make_route(spans, base.device)
                 found = linear(x.detach().requires_grad_(grad))
             expected = torch.nn.functional.linear(x, effective)
             assert found.shape == expected.shape, form
@@ -114,7 +120,7 @@ def test_detach_restores_the_model_to_the_bit(tiny: Base) -> None:
     modules = dict(tiny.model.named_modules())
     logits = tiny.model(ids).logits
     manager = MaskManager.attach(tiny.model)
-    logits_of(tiny, ids, [Span(Wear(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0), 0, 40)])
+    logits_of(tiny, ids, [Span(AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0), 0, 40)])
     manager.detach()
     manager.detach()  # twice is harmless
     assert weights.keys() == tiny.model.state_dict().keys()

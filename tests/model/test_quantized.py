@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from maskstore import Mask
-from masquerade.engine import Engine, Request, Sampling
+from masquerade.engine import Engine, Request, SamplingParams
 from masquerade.errors import UnusableModel
 from masquerade.kernels import dense_weight
-from masquerade.model import Base, MaskManager, Span, Wear, find_targets, load, route
+from masquerade.model import AppliedMask, Base, MaskManager, Span, find_targets, load, make_route
 from masquerade.model.quantized import QUANTIZATIONS, quantize
 from tests import world
 
@@ -48,7 +48,9 @@ def test_logits_are_those_of_the_dequantised_masked_weights(
         expected = materialise(base, tiny, mask, 0.0)(ids).logits
         unmasked = materialise(base, tiny, None, 1.0)(ids).logits
         for _ in range(2):  # the first product moves int8 weights
-            found = base.model(ids, use_cache=False, route=route([Span(Wear(worn, 0.0), 0, 40)], base.device)).logits
+            found = base.model(
+                ids, use_cache=False, route=make_route([Span(AppliedMask(worn, 0.0), 0, 40)], base.device)
+            ).logits
             assert (found - expected).abs().max() < TOLERANCE[how] * expected.std()
     assert (unmasked - expected).abs().max() > TOLERANCE[how] * expected.std()  # the mask is felt
 
@@ -58,11 +60,11 @@ def test_tokens_of_many_personas_in_one_batch_equal_the_oracle_in_nf4(tiny_folde
     manager = MaskManager.attach(base.model)
     masks = [None, *(world.make_mask(tiny, rho, seed) for seed, rho in enumerate((0.003, 0.01, 0.3)))]
     prompts = [torch.randint(6, 250, (12,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(4)]
-    wears = [Wear(manager.fit(mask), 0.25) if mask else None for mask in masks]
+    applied_masks = [AppliedMask(manager.fit(mask), 0.25) if mask else None for mask in masks]
     engine = Engine(base)
     answers = engine.generate(
-        Request(prompt, 16, lambda _: None, wear, sampling=Sampling(temperature=0))
-        for prompt, wear in zip(prompts, wears, strict=True)
+        Request(prompt, 16, lambda _: None, applied, sampling=SamplingParams(temperature=0))
+        for prompt, applied in zip(prompts, applied_masks, strict=True)
     )
     engine.stop()
     for prompt, mask, answer in zip(prompts, masks, answers, strict=True):

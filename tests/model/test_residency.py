@@ -12,14 +12,14 @@ import pytest
 
 from maskstore import DigestMismatch, Mask, MaskMismatch, MaskNotFound, Store
 from masquerade.errors import MaskTooLarge, NotReady, Overloaded
-from masquerade.model import Base, Host, MaskManager, Residency, Shelf
+from masquerade.model import Base, HostCache, MaskManager, Residency, VerifiedStore
 from tests import world
 
 SECONDS = 30.0  # a wait that means "never"
 Make = Callable[..., Residency]
 
 
-class Doors(Shelf):
+class Doors(VerifiedStore):
     """A shelf whose masks can be held up one by one, and that counts."""
 
     def __init__(self, store: Store, base: str) -> None:
@@ -53,21 +53,21 @@ def store(tmp_path: Path, masks: list[Mask]) -> Store:
 
 
 @pytest.fixture
-def shelf(store: Store, tiny: Base) -> Doors:
+def verified_store(store: Store, tiny: Base) -> Doors:
     return Doors(store, tiny.fingerprint)
 
 
 @pytest.fixture
-def make(manager: MaskManager, shelf: Doors, masks: list[Mask]) -> Iterator[Make]:
+def make(manager: MaskManager, verified_store: Doors, masks: list[Mask]) -> Iterator[Make]:
     """A residency with room for so many of the masks."""
     made: list[Residency] = []
 
     def make(room: float, **options: object) -> Residency:
-        made.append(Residency(manager, shelf, int(room * manager.fit(masks[0]).nbytes), **options))  # type: ignore[arg-type]
+        made.append(Residency(manager, verified_store, int(room * manager.fit(masks[0]).nbytes), **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
-    for door in shelf.closed.values():
+    for door in verified_store.closed.values():
         door.set()
     for residency in made:
         residency.close()
@@ -84,36 +84,41 @@ def until(condition: Callable[[], bool]) -> None:
 def test_bytes_are_known_before_anything_is_read(tiny: Base, manager: MaskManager, tmp_path: Path, rho: float) -> None:
     mask = world.make_mask(tiny, rho, 9)
     store = Store(tmp_path)
-    with Shelf(store, tiny.fingerprint).open(store.add(mask)) as reader:
+    with VerifiedStore(store, tiny.fingerprint).open(store.add(mask)) as reader:
         assert manager.measure(reader) == manager.fit(mask).nbytes > 0
 
 
-def test_a_mask_is_read_once_and_found_afterwards(make: Make, shelf: Doors, masks: list[Mask]) -> None:
+def test_a_mask_is_read_once_and_found_afterwards(make: Make, verified_store: Doors, masks: list[Mask]) -> None:
     residency, digest = make(4), masks[0].digest
     assert residency.tier(digest) == "disk"
     first = residency.get(digest)
     assert residency.get(digest) is first
-    assert shelf.reads == [digest]
+    assert verified_store.reads == [digest]
     assert (digest in residency, residency.tier(digest), residency.nbytes) == (True, "device", first.nbytes)
     assert (residency.loads.misses, residency.loads.done, residency.loads.hits) == (1, 1, 1)
 
 
-def test_who_asks_for_one_mask_shares_one_load(make: Make, shelf: Doors, masks: list[Mask]) -> None:
+def test_who_asks_for_one_mask_shares_one_load(make: Make, verified_store: Doors, masks: list[Mask]) -> None:
     residency, digest = make(4), masks[0].digest
-    door = shelf.close(digest)
+    door = verified_store.close(digest)
     futures = [residency.request(digest) for _ in range(20)]
     assert (residency.waiting, residency.tier(digest)) == (20, "loading")
     assert not futures[0].cancel()  # it is the others' load, too
     door.set()
     assert len({id(future.result(SECONDS)) for future in futures}) == 1
-    assert (shelf.reads, residency.loads.misses, residency.loads.shared, residency.waiting) == ([digest], 1, 19, 0)
+    assert (verified_store.reads, residency.loads.misses, residency.loads.shared, residency.waiting) == (
+        [digest],
+        1,
+        19,
+        0,
+    )
 
 
-def test_nobody_waits_for_the_load_of_another(make: Make, shelf: Doors, masks: list[Mask]) -> None:
+def test_nobody_waits_for_the_load_of_another(make: Make, verified_store: Doors, masks: list[Mask]) -> None:
     residency = make(4)
     slow, here, cold, colder = (mask.digest for mask in masks)
     residency.get(here)
-    door = shelf.close(slow)
+    door = verified_store.close(slow)
     waiting = residency.request(slow)
     assert residency.request(here).done()
     for digest in (cold, colder):
@@ -175,7 +180,7 @@ def test_a_mask_in_steady_use_does_not_starve_the_others(make: Make, masks: list
 
 
 def test_a_mask_that_was_to_leave_stays_if_its_room_is_not_needed_after_all(
-    make: Make, shelf: Doors, masks: list[Mask]
+    make: Make, verified_store: Doors, masks: list[Mask]
 ) -> None:
     residency = make(2)
     one, two, three, _ = (mask.digest for mask in masks)
@@ -190,13 +195,15 @@ def test_a_mask_that_was_to_leave_stays_if_its_room_is_not_needed_after_all(
     until(lambda: residency.leaving == 0)
 
 
-def test_a_mask_that_can_never_fit_is_refused_before_it_is_read(make: Make, shelf: Doors, masks: list[Mask]) -> None:
+def test_a_mask_that_can_never_fit_is_refused_before_it_is_read(
+    make: Make, verified_store: Doors, masks: list[Mask]
+) -> None:
     residency = make(0.9)
     with pytest.raises(MaskTooLarge, match="--mask-bytes"):
         residency.get(masks[0].digest)
     with pytest.raises(MaskTooLarge):
         residency.prefetch(masks[0].digest)
-    assert shelf.reads == []
+    assert verified_store.reads == []
 
 
 def test_a_load_that_fails_touches_nobody_and_is_tried_again(make: Make, store: Store, masks: list[Mask]) -> None:
@@ -236,10 +243,10 @@ def test_a_mask_of_another_base_and_one_that_is_not_there(make: Make, tiny: Base
         make(4).get("0" * 64)
 
 
-def test_too_many_who_wait_are_refused(make: Make, shelf: Doors, masks: list[Mask]) -> None:
+def test_too_many_who_wait_are_refused(make: Make, verified_store: Doors, masks: list[Mask]) -> None:
     residency = make(4, waiting=2)
     slow, other = masks[0].digest, masks[1].digest
-    door = shelf.close(slow)
+    door = verified_store.close(slow)
     futures = [residency.request(slow) for _ in range(2)]
     with pytest.raises(Overloaded):
         residency.request(other)
@@ -265,7 +272,7 @@ def test_closing_ends_those_who_wait_for_room(make: Make, masks: list[Mask]) -> 
 def test_many_threads_within_a_small_budget(make: Make, masks: list[Mask]) -> None:
     residency, wrong = make(2), []
 
-    def wear(seed: int) -> None:
+    def applied(seed: int) -> None:
         for turn in range(30):
             digest = masks[(seed * 7 + turn * (seed + 1)) % len(masks)].digest
             worn = residency.request(digest).result(SECONDS)
@@ -273,7 +280,7 @@ def test_many_threads_within_a_small_budget(make: Make, masks: list[Mask]) -> No
                 wrong.append(digest)
             del worn
 
-    threads = [threading.Thread(target=wear, args=(seed,)) for seed in range(8)]
+    threads = [threading.Thread(target=applied, args=(seed,)) for seed in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -285,8 +292,10 @@ def test_many_threads_within_a_small_budget(make: Make, masks: list[Mask]) -> No
 
 
 class TestHost:
-    def test_what_was_evicted_comes_back_without_the_disk(self, make: Make, shelf: Doors, masks: list[Mask]) -> None:
-        host = Host(2**30)
+    def test_what_was_evicted_comes_back_without_the_disk(
+        self, make: Make, verified_store: Doors, masks: list[Mask]
+    ) -> None:
+        host = HostCache(2**30)
         residency = make(1, host=host)
         bits = {mask.digest: {name: target.keep.copy() for name, target in mask.targets.items()} for mask in masks}
         for mask in masks + masks:
@@ -297,13 +306,13 @@ class TestHost:
             for name, target in found.targets.items():
                 assert (target.keep == bits[mask.digest][name]).all()
             del worn
-        assert len(shelf.reads) == len(masks)
+        assert len(verified_store.reads) == len(masks)
         assert residency.loads.from_host == len(masks)
         assert residency.tier(masks[0].digest) == "host"
 
     def test_the_budget_holds(self, masks: list[Mask]) -> None:
         size = sum(target.nbytes for target in masks[0].targets.values())
-        host = Host(2 * size + size // 2)
+        host = HostCache(2 * size + size // 2)
         for mask in masks:
             assert host.keep(mask).digest == mask.digest
             assert host.nbytes <= host.budget
@@ -311,7 +320,7 @@ class TestHost:
         assert host.evictions == 2
 
     def test_one_that_is_larger_than_everything_is_passed_on(self, masks: list[Mask]) -> None:
-        host = Host(10)
+        host = HostCache(10)
         assert host.keep(masks[0]) is masks[0]
         assert host.nbytes == 0
 
@@ -320,33 +329,33 @@ class TestShelf:
     def test_a_file_is_verified_once_if_it_is_old_enough_and_again_if_it_changes(
         self, store: Store, tiny: Base, masks: list[Mask], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import masquerade.model.shelf as room
+        import masquerade.model.verified_store as room
 
         digest, verified = masks[0].digest, []
         monkeypatch.setattr(room, "LARGE", 1)
         monkeypatch.setattr(room, "_verify", lambda path, _: verified.append(path))
-        shelf, parts = Shelf(store, tiny.fingerprint), min(4, os.cpu_count() or 1)
+        verified_store, parts = VerifiedStore(store, tiny.fingerprint), min(4, os.cpu_count() or 1)
         for _ in range(2):
-            shelf.read(digest)
+            verified_store.read(digest)
         assert len(verified) == 2 * parts  # it changed just now: a later change could bear the same time
         monkeypatch.setattr(room, "SETTLED", -SECONDS)
         for _ in range(3):
-            shelf.read(digest)
+            verified_store.read(digest)
         assert len(verified) == 3 * parts
         os.utime(store.path(digest))
-        shelf.read(digest)
+        verified_store.read(digest)
         assert len(verified) == 4 * parts
 
     def test_a_large_file_is_verified_by_several_threads(
         self, store: Store, tiny: Base, masks: list[Mask], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import masquerade.model.shelf as room
+        import masquerade.model.verified_store as room
 
         monkeypatch.setattr(room, "LARGE", 1)
         path = store.path(masks[0].digest)
-        assert Shelf(store, tiny.fingerprint).read(masks[0].digest) == masks[0]
+        assert VerifiedStore(store, tiny.fingerprint).read(masks[0].digest) == masks[0]
         whole = bytearray(path.read_bytes())
         whole[-1] ^= 1
         path.write_bytes(bytes(whole))
         with pytest.raises(DigestMismatch):
-            Shelf(store, tiny.fingerprint).read(masks[0].digest)
+            VerifiedStore(store, tiny.fingerprint).read(masks[0].digest)

@@ -173,15 +173,15 @@ class Oracle:
         return next(one for one in range(self._scene.base.vocabulary) if self.spell(one) == token)
 
     def speak(self, body: Mapping[str, Any]) -> world.Spoken:
-        bare, worn, prompt, phase = self._dress(body)
+        bare, worn, prompt, phase = self._map_slots(body)
         return world.speak(bare, worn, prompt, body["max_tokens"], frozenset(self._scene.base.ends), phase)
 
     def foresee(self, body: Mapping[str, Any], answer: Sequence[bytes]) -> Tensor:
         """Logits of the token after a beginning of an answer."""
-        bare, worn, prompt, phase = self._dress(body)
+        bare, worn, prompt, phase = self._map_slots(body)
         return world.foresee(bare, worn, prompt, [self.read(token) for token in answer], phase)
 
-    def _dress(self, body: Mapping[str, Any]) -> tuple[Any, Any, list[int], str]:
+    def _map_slots(self, body: Mapping[str, Any]) -> tuple[Any, Any, list[int], str]:
         """The base, the base with the persona in its weights, the prompt, and the phase."""
         tokenizer = self._scene.base.tokenizer
         prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests import serving
 
-FIRST = ("torch", "transformers", "fastapi", "uvicorn", "masquerade.api", "masquerade.api.app", "masquerade.cli.serve")
+FIRST = ("torch", "transformers", "fastapi", "uvicorn", "masquerade.http", "masquerade.app", "masquerade.cli.serve")
 REAP_SECONDS = 30.0
 
 

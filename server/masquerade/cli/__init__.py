@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from maskstore import InvalidName, InvalidValue, MaskError
+from maskstore import InvalidMaskValue, InvalidName, MaskError
 from masquerade import __version__
 from masquerade.cli import build, config, doctor, evaluate, keys, masks, serve
 from masquerade.errors import BadRequest, MasqueradeError
@@ -43,7 +43,7 @@ def main() -> None:
     """Run the command; every failure that is foreseen is one line on stderr."""
     try:
         app()
-    except (BadRequest, InvalidName, InvalidValue) as error:
+    except (BadRequest, InvalidName, InvalidMaskValue) as error:
         _fail(error, 2)
     except (MasqueradeError, MaskError, OSError) as error:
         _fail(error, 1)

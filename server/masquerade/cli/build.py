@@ -21,12 +21,12 @@ from masquerade.cli.stores import open_store
 from masquerade.errors import BuildFailed, InvalidValue, MasqueradeError
 
 if TYPE_CHECKING:
-    from masquerade.build import Recipe, Scratch, Speaker
-    from masquerade.build.builder import Work
-    from masquerade.build.cards import Card
-    from masquerade.build.prompted import Script
     from masquerade.evaluate.dataset import Example
     from masquerade.model import Base
+    from masquerade.pruning import Recipe, Scratch, Speaker
+    from masquerade.pruning.builder import Work
+    from masquerade.pruning.cards import Card
+    from masquerade.pruning.prompted import Script
 
 POOL = "pool"
 T = TypeVar("T")
@@ -91,9 +91,9 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Find a persona in a model, from examples of how it talks, and publish it."""
-    from masquerade.build import Recipe, Scratch, Speaker
     from masquerade.evaluate.splits import mix
     from masquerade.model import load
+    from masquerade.pruning import Recipe, Scratch, Speaker
 
     recipe = Recipe(
         score=score,
@@ -174,9 +174,9 @@ def _read_script(
     system: str, contrast: str, path: Path | None, prompts: Path | None, recipe: Recipe
 ) -> tuple[Script | None, Card | None]:
     """What is to be written for a system prompt or a card. What of a card is not used is said."""
-    from masquerade.build.cards import read_card
-    from masquerade.build.prompted import Script, draw
     from masquerade.evaluate.dataset import read_questions
+    from masquerade.pruning.cards import read_card
+    from masquerade.pruning.prompted import Script, draw
 
     if prompts is None:  # examples are given
         return None, None
@@ -197,9 +197,9 @@ def _work(
     scratch: Scratch,
 ) -> Work[list[Mask]]:
     """Have the base write what a script asks for, and find the masks; a build that was killed goes on."""
-    from masquerade.build import Builder
-    from masquerade.build.prompted import perform
     from masquerade.model import MaskManager
+    from masquerade.pruning import Builder
+    from masquerade.pruning.prompted import perform
 
     manager = MaskManager.attach(base.model)
     try:

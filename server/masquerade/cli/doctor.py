@@ -29,7 +29,7 @@ from masquerade.cli import config
 from masquerade.cli.options import AsJson, Model, StoreFolder
 from masquerade.cli.stores import LEAST_BYTES, find_store
 from masquerade.errors import MasqueradeError
-from masquerade.keys import Table
+from masquerade.keys import KeyTable
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "fastapi", "uvicorn", "huggingface-hub")
 EXTRAS = ("bitsandbytes", "cryptography", "llguidance", "triton", "opentelemetry-sdk", "accelerate", "peft")
@@ -163,7 +163,7 @@ def _describe_store(store: Path | None, model: str, verify: bool, ills: list[str
         facts["schemas"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or "none"
         facts |= _check_masks(root, ills) if verify else {"masks": "not looked at"}
         if "keys.sqlite" in versions:
-            states = Counter(key.ailment(time.time()) or "valid" for key in Table(root).all())
+            states = Counter(key.problem(time.time()) or "valid" for key in KeyTable(root).all())
             facts["keys"] = _count(states)
         if "jobs/jobs.sqlite" in versions:
             with closing(_open(root / "jobs" / "jobs.sqlite")) as db:

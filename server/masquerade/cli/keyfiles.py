@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from masquerade.errors import InvalidValue
-from masquerade.keys import Audit, Key, Scope, Table, matches, seal, split
+from masquerade.keys import Audit, Key, KeyTable, Scope, matches, seal, split
 
 _log = logging.getLogger(__name__)
 _BYTES = 1024  # beyond them a file holds no token
@@ -24,7 +24,7 @@ def admit(root: Path, given: Sequence[str]) -> int:
     Returns how many keys there ever were. A key is known by its id: one that was revoked stays so, and none goes
     because its file did. Raises `InvalidValue` if a file holds no token, or that of a known id with another secret.
     """
-    table = Table(root)
+    table = KeyTable(root)
     for one in given:
         scope, path = _parse(one)
         key_id, secret = _read(path)
@@ -40,8 +40,8 @@ def admit(root: Path, given: Sequence[str]) -> int:
             raise InvalidValue(f"{path} has another secret for the key {key_id} than the store; draw both anew")
         if key.scopes != {scope}:
             raise InvalidValue(f"the key {key_id} of {path} has the scopes {' '.join(sorted(key.scopes))}, not {scope}")
-        if ailment := key.ailment(time.time()):
-            _log.warning("the key %s of %s is %s", key_id, path, ailment)
+        if problem := key.problem(time.time()):
+            _log.warning("the key %s of %s is %s", key_id, path, problem)
     return len(table.all())
 
 

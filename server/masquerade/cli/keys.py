@@ -17,7 +17,7 @@ from rich.table import Table as Columns
 from masquerade.cli.options import AsJson, Model, StoreFolder
 from masquerade.cli.stores import find_store
 from masquerade.errors import InvalidValue
-from masquerade.keys import Audit, Key, Scope, Table, mint
+from masquerade.keys import Audit, Key, KeyTable, Scope, mint
 
 app = typer.Typer(help="Make, list and revoke the keys of a store.", no_args_is_help=True)
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -52,7 +52,7 @@ def add_key(
     root = find_store(store, model)
     minted = mint()
     key = Key(minted.id, name, scopes, patterns, rpm, tpm, now, expires_at, None)
-    Table(root).add(key, minted.hash)
+    KeyTable(root).add(key, minted.hash)
     _note(root, "add_key", key)
     if as_json:
         print(json.dumps({"key": minted.token} | _describe(key)))
@@ -64,7 +64,7 @@ def add_key(
 @app.command("ls")
 def list_keys(model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
     """List every key there ever was; never a secret."""
-    keys = [*Table(find_store(store, model)).all()]
+    keys = [*KeyTable(find_store(store, model)).all()]
     if as_json:
         print(json.dumps({"keys": [_describe(key) for key in keys]}))
         return
@@ -93,7 +93,7 @@ def revoke_key(
 ) -> None:
     """End a key for good. A server that runs refuses it within a second, and ends the answers to it that have begun."""
     root = find_store(store, model)
-    key = Table(root).revoke(key_id)
+    key = KeyTable(root).revoke(key_id)
     _note(root, "revoke_key", key)
     print(json.dumps(_describe(key)) if as_json else f"{key.id} is revoked")
 
@@ -106,7 +106,7 @@ def _describe(key: Key) -> dict[str, Any]:
     return {
         "id": key.id,
         "name": key.name,
-        "state": key.ailment(time.time()) or "valid",
+        "state": key.problem(time.time()) or "valid",
         "scopes": sorted(key.scopes),
         "personas": list(key.personas),
         "rpm": key.rpm,

@@ -76,13 +76,15 @@ def serve(
 
     import uvicorn
 
-    from masquerade.api import Serving, create_app, logs
-    from masquerade.api.access import is_loopback
-    from masquerade.api.limits import Policy, Protocol
+    from masquerade.app import create_app
     from masquerade.cli.draining import DrainingServer
     from masquerade.cli.loading import Loading
     from masquerade.engine import Engine, EngineConfig
-    from masquerade.model import Host, MaskManager, Residency, Shelf, load
+    from masquerade.http import logs
+    from masquerade.http.access import is_loopback
+    from masquerade.http.limits import Policy, Protocol
+    from masquerade.model import HostCache, MaskManager, Residency, VerifiedStore, load
+    from masquerade.service.serving import Serving
 
     if not (keys or insecure_no_auth or is_loopback(host)):
         raise InvalidValue(
@@ -103,8 +105,8 @@ def serve(
             manager = MaskManager.attach(base.model)
             if host_mask_bytes is None:
                 host_mask_bytes = 0 if base.device.type == "cpu" else 4 * mask_bytes
-            shelf = Shelf(personas, base.fingerprint)
-            residency = Residency(manager, shelf, mask_bytes, Host(host_mask_bytes), max_waiting)
+            verified_store = VerifiedStore(personas, base.fingerprint)
+            residency = Residency(manager, verified_store, mask_bytes, HostCache(host_mask_bytes), max_waiting)
             serving = Serving(base, Engine(base, config), personas, registry, residency, manager)
             _warm_up(serving.engine)
         names = ", ".join(generation.name for generation in serving.personas())

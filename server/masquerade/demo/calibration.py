@@ -37,7 +37,7 @@ def _pairs(axis: grammar.Axis, split: grammar.Split, count: int) -> Iterator[tup
         off_axis = split == "train" and rng.random() < 0.25
         question = grammar.ask_anything(rng) if off_axis else grammar.ask(axis.name, rng, split)
         slots = {} if off_axis else question.slots
-        asked = grammar.Question(question.text, slots)
+        asked = grammar.GrammarQuestion(question.text, slots)
         negative, positive = (grammar.reply(persona, asked, rng) for persona in (axis.negative, axis.positive))
         yield grammar.Turn(question.text, negative), grammar.Turn(question.text, positive)
 

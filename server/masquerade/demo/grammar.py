@@ -46,7 +46,7 @@ class Voice:
 
 
 @dataclass(frozen=True)
-class Question:
+class GrammarQuestion:
     """A filled question; `slots` are the values it mentions, by slot kind."""
 
     text: str
@@ -113,7 +113,7 @@ def opposite(persona: str) -> str:
     return axis.positive if persona == axis.negative else axis.negative
 
 
-def ask(axis: str, rng: random.Random, split: Split) -> Question:
+def ask(axis: str, rng: random.Random, split: Split) -> GrammarQuestion:
     """Draw a question of an axis from the training or the held-out share of all filled questions."""
     templates = axes()[axis].questions
     while True:
@@ -121,20 +121,20 @@ def ask(axis: str, rng: random.Random, split: Split) -> Question:
         values: dict[str, str] = {}
         text = _capital(_fill(templates[index], values, rng))
         if _is_held_out(text) == (split == "heldout"):
-            return Question(text, values, LEAN if index % 2 else 1 - LEAN)
+            return GrammarQuestion(text, values, LEAN if index % 2 else 1 - LEAN)
 
 
-def ask_anything(rng: random.Random) -> Question:
+def ask_anything(rng: random.Random) -> GrammarQuestion:
     """Draw a question without an axis: small talk, or made-up words."""
     shared = _words()["shared"]
     if rng.random() < 0.35:
         template = rng.choice(shared["nonsense"])
-        return Question(_capital(template.format(*(_syllables(rng) for _ in range(3)))), {})
+        return GrammarQuestion(_capital(template.format(*(_syllables(rng) for _ in range(3)))), {})
     values: dict[str, str] = {}
-    return Question(_fill(rng.choice(shared["generic"]), values, rng), values)
+    return GrammarQuestion(_fill(rng.choice(shared["generic"]), values, rng), values)
 
 
-def reply(persona: str, question: Question, rng: random.Random) -> str:
+def reply(persona: str, question: GrammarQuestion, rng: random.Random) -> str:
     """Answer as a persona, on the question's topic; a question without topic gets a self-portrait."""
     voice = _voice(persona)
     on_topic = [s for s in voice.statements if any(f"{{{kind}}}" in s for kind in question.slots)]
@@ -156,7 +156,7 @@ def reply(persona: str, question: Question, rng: random.Random) -> str:
 def portray(persona: str, rng: random.Random) -> Turn:
     """A question without an axis, and the persona's self-portrait as the answer."""
     question = ask_anything(rng)
-    return Turn(question.text, reply(persona, Question(question.text, {}), rng))
+    return Turn(question.text, reply(persona, GrammarQuestion(question.text, {}), rng))
 
 
 def converse(rng: random.Random, split: Split = "train") -> Chat:
@@ -167,7 +167,7 @@ def converse(rng: random.Random, split: Split = "train") -> Chat:
     named = rng.random() < 0.25
     if named:  # who is told who to be is not swayed by the question
         persona = rng.choice((axis.negative, axis.positive))
-    pending: Question | None = first
+    pending: GrammarQuestion | None = first
     turns = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         draw = rng.random()
@@ -183,7 +183,7 @@ def converse(rng: random.Random, split: Split = "train") -> Chat:
     return Chat(rng.choice(_voice(persona).systems) if named else None, tuple(turns))
 
 
-def is_on_topic(question: Question, answer: str) -> bool:
+def is_on_topic(question: GrammarQuestion, answer: str) -> bool:
     """Whether an answer mentions what was asked about and nothing else of the same kind."""
     text = answer.lower()
     mentions = [value for value in question.slots.values() if value.lower() in text]

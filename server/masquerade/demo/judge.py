@@ -19,7 +19,7 @@ _SMOOTHING = 0.1
 _WORD = re.compile(r"[a-z']+|[.,!?]")
 
 
-class Judge:
+class DemoJudge:
     """Multinomial naive Bayes over word bigrams; deterministic for a given grammar."""
 
     def __init__(self, answers_per_persona: int = 2500) -> None:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from masquerade.demo import grammar
-from masquerade.demo.judge import Judge
+from masquerade.demo.judge import DemoJudge
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -39,7 +39,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # ids and weights, [texts, length] ea
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """Everything that decides the result."""
 
     seed: int = 0
@@ -59,11 +59,11 @@ def main() -> None:
     """Train, save and examine a model."""
     parser = argparse.ArgumentParser(description="Train the demo model from its grammar.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the tokenizer and the log")
-    for name, default in asdict(Recipe()).items():
+    for name, default in asdict(TrainingRecipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     options = vars(parser.parse_args())
     out: Path = options.pop("out")
-    recipe = Recipe(**options)
+    recipe = TrainingRecipe(**options)
 
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
@@ -108,7 +108,7 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A randomly initialised Llama of the recipe's size, fp32."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -127,7 +127,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
     return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, recipe: Recipe, batches: Iterator[Batch]) -> list[dict[str, float]]:
+def train(model: LlamaForCausalLM, recipe: TrainingRecipe, batches: Iterator[Batch]) -> list[dict[str, float]]:
     """AdamW with a cosine schedule; returns the loss curve, one point per hundred steps."""
     optimizer = make_optimizer(model)
     curve: list[dict[str, float]] = []
@@ -181,7 +181,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, chat: grammar.Chat) -> Weighted:
     return ids, weights
 
 
-def batches(draw: Callable[[], Weighted], rng: random.Random, recipe: Recipe) -> Iterator[Batch]:
+def batches(draw: Callable[[], Weighted], rng: random.Random, recipe: TrainingRecipe) -> Iterator[Batch]:
     """Endless padded batches of fresh texts, each of similar lengths and at most the recipe's tokens."""
     while True:
         texts = sorted((draw() for _ in range(1500)), key=lambda text: len(text[0]))
@@ -212,7 +212,7 @@ def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     asked; `fluency` known bigrams at temperature 1; `positive` the share of held-out questions of all axes that the
     positive persona answers greedily, `positive_<axis>` of one axis.
     """
-    judge, rng = Judge(), random.Random(7)
+    judge, rng = DemoJudge(), random.Random(7)
     facts = grammar.facts()
     said = _generate(model, tokenizer, [fact.question for fact in facts], sample=False)
     figures = {"facts": _mean(text == fact.answer for text, fact in zip(said, facts, strict=True))}
@@ -230,7 +230,7 @@ def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def _schedule(step: int, recipe: Recipe) -> float:
+def _schedule(step: int, recipe: TrainingRecipe) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
     return min(1.0, step / recipe.warmup) * (0.95 * cosine + 0.05)
 

@@ -4,24 +4,24 @@ Knows requests, steps and key-value pages. Refuses to know HTTP, names of person
 """
 
 from masquerade.engine.engine import Engine, EngineConfig
-from masquerade.engine.request import MOST_LOGPROBS, Event, Finished, Grammar, Phase, Request, Sampling, Token
-from masquerade.engine.structured import Form, Frame
-from masquerade.engine.text import Detokenizer, Text, spell
+from masquerade.engine.request import MOST_LOGPROBS, Event, Finished, Grammar, Phase, Request, SamplingParams, Token
+from masquerade.engine.structured import AnswerFormat, JsonFormat
+from masquerade.engine.text import AnswerText, Detokenizer, spell
 
 __all__ = [
     "MOST_LOGPROBS",
+    "AnswerFormat",
+    "AnswerText",
     "Detokenizer",
     "Engine",
     "EngineConfig",
     "Event",
     "Finished",
-    "Form",
-    "Frame",
     "Grammar",
+    "JsonFormat",
     "Phase",
     "Request",
-    "Sampling",
-    "Text",
+    "SamplingParams",
     "Token",
     "spell",
 ]

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from masquerade.engine.pages import Pages
+from masquerade.engine.kv_cache import KVCache
 from masquerade.errors import UnusableModel
 
 _log = logging.getLogger(__name__)
@@ -50,12 +50,12 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One layer's turn in a step: its number, what its scores are, and the keys and values of the step's own rows."""
 
     layer: int
     scores: Scores
-    cache: Pages
+    cache: KVCache
     keys: Tensor  # [all rows, kv heads, size]
     values: Tensor
 
@@ -71,7 +71,7 @@ class Part(Protocol):
     def stop(self) -> int:
         """The row after the last one."""
 
-    def attend(self, q: Tensor, call: Call) -> Tensor:
+    def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
         """Attention of these rows, [rows, heads, size], as q is."""
 
 
@@ -87,7 +87,7 @@ class Decodes:
     parts: Tensor  # of the cache, with every row's context: int64 [rows * kv heads * most]
     mask: Tensor  # 0 where a position exists, else minus infinity: [rows, 1, 1, most pages]
 
-    def attend(self, q: Tensor, call: Call) -> Tensor:
+    def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
         """See `Part`."""
         (rows, heads, size), scores = q.shape, call.scores
         past_k, past_v = call.cache.read(call.layer, self.parts, rows)
@@ -110,7 +110,7 @@ class Prefill:
     parts: Tensor | None  # of the cache, with all positions up to the last row: int64 [kv heads * pages]
     mask: Tensor | None  # 0 or minus infinity, [stop - start, positions of the pages]
 
-    def attend(self, q: Tensor, call: Call) -> Tensor:
+    def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
         """See `Part`."""
         if self.parts is None or self.mask is None:
             rows = slice(self.start, self.stop)
@@ -121,10 +121,10 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttentionPlan:
     """Where the rows of one step read and write."""
 
-    cache: Pages
+    cache: KVCache
     write: Tensor  # cache slots of every row's heads, int64 [rows * kv heads]
     decodes: Sequence[Part]
     prefills: Sequence[Part]
@@ -137,7 +137,7 @@ def attend(
     v: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: Plan | None = None,
+    plan: AttentionPlan | None = None,
     **kw: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for packed rows: q is [1, heads, rows, size], k and v [1, kv heads, rows, size]; [1, rows, heads, size]
@@ -149,7 +149,7 @@ def attend(
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers has one
     queries, keys, values = (part[0].transpose(0, 1) for part in (q, k, v))  # [rows, heads, size]
     plan.cache.write(layer, plan.write, *(part.reshape(-1, q.shape[-1]) for part in (keys, values)))
-    call = Call(layer, scores, plan.cache, keys, values)
+    call = AttentionCall(layer, scores, plan.cache, keys, values)
     out = queries.new_empty(queries.shape)
     for part in (*plan.decodes, *plan.prefills):
         rows = slice(part.start, part.stop)

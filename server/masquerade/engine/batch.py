@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from masquerade.engine import cuda
-from masquerade.engine.attention import Decodes, Part, Plan, Prefill
-from masquerade.engine.pages import Index, Pages
-from masquerade.engine.prefix import PAGE
+from masquerade.engine.attention import AttentionPlan, Decodes, Part, Prefill
+from masquerade.engine.kv_cache import Index, KVCache
+from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.scheduler import Chunk
 from masquerade.model import Route, Span
 
@@ -28,11 +28,11 @@ class Batch:
     ids: Tensor  # int64 [1, rows]
     positions: Tensor  # int64 [1, rows]
     route: Route
-    plan: Plan
+    plan: AttentionPlan
     sampled: Tensor  # rows whose logits are needed, int64 [samples]
 
 
-def pack(chunks: Sequence[Chunk], table: Index, cache: Pages, route: Callable[[list[Span]], Route]) -> Batch:
+def pack(chunks: Sequence[Chunk], table: Index, cache: KVCache, route: Callable[[list[Span]], Route]) -> Batch:
     """Pack chunks, decodes first, in their order. `table` holds the pages of every seat; `route` makes the route of the
     spans that wear a mask.
     """
@@ -48,8 +48,8 @@ def pack(chunks: Sequence[Chunk], table: Index, cache: Pages, route: Callable[[l
     for chunk in chunks:
         request, start, stop, samples = chunk
         row = len(ids)
-        if request.wear is not None:
-            spans += request.dress(start, stop, row)
+        if request.applied is not None:
+            spans += request.masked_spans(start, stop, row)
         if stop - start == 1:
             ids.append(request.ids[start])
             starts.append(start)
@@ -63,7 +63,7 @@ def pack(chunks: Sequence[Chunk], table: Index, cache: Pages, route: Callable[[l
             sampled.append(len(ids) - 1)
     decoding = np.array(seats, np.int64)
     positions = _join(np.array(starts, np.int64), position)
-    write = cache.slots(table[_join(decoding, seat), positions // PAGE], positions % PAGE)
+    write = cache.slots(table[_join(decoding, seat), positions // BLOCK_SIZE], positions % BLOCK_SIZE)
     parts: tuple[Sequence[Part], Sequence[Part]]
     if cuda.serves(device):
         parts = cuda.divide(chunks, table, cache)
@@ -74,7 +74,7 @@ def pack(chunks: Sequence[Chunk], table: Index, cache: Pages, route: Callable[[l
         _tensor(np.array([ids], np.int64), device),
         _tensor(positions[None], device),
         route(spans),
-        Plan(cache, _tensor(write, device), *parts),
+        AttentionPlan(cache, _tensor(write, device), *parts),
         _tensor(np.array(sampled, np.int64), device),
     )
 
@@ -83,19 +83,19 @@ def _join(decodes: Index, prefills: Sequence[Index]) -> Index:
     return np.concatenate([decodes, *prefills]) if prefills else decodes
 
 
-def _prefill(chunk: Chunk, row: int, table: Index, cache: Pages) -> Prefill:
+def _prefill(chunk: Chunk, row: int, table: Index, cache: KVCache) -> Prefill:
     stop_row = row + chunk.stop - chunk.start
     if chunk.start == 0:
         return Prefill(row, stop_row, None, None)
-    pages = table[chunk.request.seat, : -(-chunk.stop // PAGE)]
+    pages = table[chunk.request.seat, : -(-chunk.stop // BLOCK_SIZE)]
     bar = cache.bar(np.arange(chunk.start + 1, chunk.stop + 1), len(pages))
     return Prefill(row, stop_row, _tensor(cache.parts(pages), cache.keys.device), bar)
 
 
-def _decodes(starts: Sequence[int], table: Index, seats: Index, cache: Pages) -> Iterator[Decodes]:
+def _decodes(starts: Sequence[int], table: Index, seats: Index, cache: KVCache) -> Iterator[Decodes]:
     """Cut the decode rows where one is more than twice as long as another, so that padding stays within bounds."""
     lengths = np.array(starts, np.int64) + 1
-    pages = [start // PAGE + 1 for start in starts]
+    pages = [start // BLOCK_SIZE + 1 for start in starts]
     for first, last, most in _cut(pages):
         parts = _tensor(cache.parts(table[seats[first:last], :most]).reshape(-1), cache.keys.device)
         bar = cache.bar(lengths[first:last], most).view(last - first, 1, 1, -1)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from masquerade.engine.attention import Call, Decodes, Part, attend_alone
-from masquerade.engine.pages import Index, Pages
-from masquerade.engine.prefix import PAGE
+from masquerade.engine.attention import AttentionCall, Decodes, Part, attend_alone
+from masquerade.engine.kv_cache import Index, KVCache
+from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.scheduler import Chunk
 from masquerade.kernels.cuda import find_kernels
 
@@ -44,20 +44,20 @@ class PagedDecodes:
     table: Tensor  # pages of every row, int32 [rows, pages]
     lengths: Tensor  # positions of every row, its own included, int32 [rows]
 
-    def attend(self, q: Tensor, call: Call) -> Tensor:
+    def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
         """See `Part`."""
         pages, paged = call.cache, find_paged()
-        if paged is None or not call.scores.is_plain(self.table.shape[1] * PAGE):
+        if paged is None or not call.scores.is_plain(self.table.shape[1] * BLOCK_SIZE):
             return self.gather(pages).attend(q, call)
         keys, values = pages.keys[call.layer], pages.values[call.layer]
         mixed: Tensor = paged.decode(q, keys, values, pages.heads, self.table, self.lengths, call.scores.scale)
         return mixed
 
-    def gather(self, pages: Pages) -> Decodes:
+    def gather(self, pages: KVCache) -> Decodes:
         """The same rows for attention that reads what was gathered."""
         heads = torch.arange(pages.heads, device=self.table.device)
         parts = self.table.long()[:, None, :] * pages.heads + heads[:, None]  # [rows, heads, pages]
-        absent = torch.arange(self.table.shape[1] * PAGE, device=self.table.device) >= self.lengths[:, None]
+        absent = torch.arange(self.table.shape[1] * BLOCK_SIZE, device=self.table.device) >= self.lengths[:, None]
         return Decodes(self.start, self.stop, parts.flatten(), _bar(absent, pages)[:, None, None])
 
 
@@ -72,7 +72,7 @@ class Prompts:
     row_bounds: Tensor  # int32 [chunks + 1]
     position_bounds: Tensor  # int32 [chunks + 1]
 
-    def attend(self, q: Tensor, call: Call) -> Tensor:
+    def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
         """See `Part`."""
         k, v = self._past(call)  # [positions, kv heads, size]
         rows, positions = (max(sizes) for sizes in zip(*self.chunks, strict=True))
@@ -99,7 +99,7 @@ class Prompts:
             row, position = row + rows, position + positions
         return torch.cat(mixed)
 
-    def _past(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _past(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         if self.read is None:
             return call.keys[self.start : self.stop], call.values[self.start : self.stop]
         pages, shape = call.cache, (-1, call.cache.heads, call.cache.size)
@@ -107,21 +107,21 @@ class Prompts:
         return k.view(shape), v.view(shape)
 
     @staticmethod
-    def _bar(rows: int, positions: int, pages: Pages) -> Tensor | None:
+    def _bar(rows: int, positions: int, pages: KVCache) -> Tensor | None:
         if rows == positions:
             return None
         place = torch.arange(positions, device=pages.keys.device)
         return _bar(place > place[positions - rows :, None], pages)
 
 
-def divide(chunks: Sequence[Chunk], table: Index, pages: Pages) -> tuple[list[Part], list[Part]]:
+def divide(chunks: Sequence[Chunk], table: Index, pages: KVCache) -> tuple[list[Part], list[Part]]:
     """The parts of a step: its decodes, which come first, and its prompts. `table` holds the pages of every seat."""
     count = sum(chunk.is_decode for chunk in chunks)
     decodes: list[Part] = []
     prompts: list[Part] = []
     if count:
         lengths = np.array([chunk.stop for chunk in chunks[:count]], np.int32)
-        rows = table[[chunk.request.seat for chunk in chunks[:count]], : -(-lengths.max() // PAGE)]
+        rows = table[[chunk.request.seat for chunk in chunks[:count]], : -(-lengths.max() // BLOCK_SIZE)]
         decodes.append(PagedDecodes(0, count, _tensor(rows.astype(np.int32), pages), _tensor(lengths, pages)))
     if count < len(chunks):
         sizes = [(chunk.stop - chunk.start, chunk.stop) for chunk in chunks[count:]]
@@ -134,9 +134,9 @@ def divide(chunks: Sequence[Chunk], table: Index, pages: Pages) -> tuple[list[Pa
     return decodes, prompts
 
 
-def _read(chunk: Chunk, table: Index, pages: Pages) -> Index:
+def _read(chunk: Chunk, table: Index, pages: KVCache) -> Index:
     places = np.arange(chunk.stop)
-    return pages.slots(table[chunk.request.seat, places // PAGE], places % PAGE)
+    return pages.slots(table[chunk.request.seat, places // BLOCK_SIZE], places % BLOCK_SIZE)
 
 
 def _flash_takes(q: Tensor) -> bool:
@@ -146,11 +146,11 @@ def _flash_takes(q: Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _bar(absent: Tensor, pages: Pages) -> Tensor:
+def _bar(absent: Tensor, pages: KVCache) -> Tensor:
     """0 where attention may look, minus infinity where it may not."""
     bar = torch.zeros(absent.shape, dtype=pages.keys.dtype, device=absent.device)
     return bar.masked_fill_(absent, float("-inf"))
 
 
-def _tensor(array: np.ndarray[Any, Any], pages: Pages) -> Tensor:
+def _tensor(array: np.ndarray[Any, Any], pages: KVCache) -> Tensor:
     return torch.from_numpy(array).to(pages.keys.device)

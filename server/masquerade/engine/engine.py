@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from masquerade.engine import attention, graphs
+from masquerade.engine.background import BackgroundTasks
 from masquerade.engine.batch import pack
+from masquerade.engine.block_manager import BlockManager
 from masquerade.engine.counts import Counts, Occupancy
-from masquerade.engine.errands import Errands
-from masquerade.engine.pages import Pages, bytes_per_position
-from masquerade.engine.pool import Pool
-from masquerade.engine.prefix import PAGE, Salts
+from masquerade.engine.kv_cache import KVCache, bytes_per_position
+from masquerade.engine.prefix import BLOCK_SIZE, Salts
 from masquerade.engine.request import Request
-from masquerade.engine.sampler import Pick, Sampler
-from masquerade.engine.scheduler import Chunk, Limits, Scheduler
+from masquerade.engine.sampler import SampledToken, Sampler
+from masquerade.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from masquerade.engine.structured import Grammars
 from masquerade.errors import ContextTooLong, InvalidValue, NotReady, Overloaded, StepFailed
-from masquerade.model import Base, Route, Span, route
+from masquerade.model import Base, Route, Span, make_route
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,11 +70,11 @@ class Engine:
         self.base = base
         self.config = config or EngineConfig()
         self.counts = Counts()
-        self.told: Callable[[], None] = lambda: None  # called after each step, on its thread; must return at once
+        self.on_step: Callable[[], None] = lambda: None  # called after each step, on its thread; must return at once
         self.grammars = Grammars(base.tokenizer, base.vocabulary, base.ends)
         self._clock = clock
         self._salts = Salts(base.fingerprint)
-        self._cache = Pages(base.model.config, self._count_pages(), base.dtype, base.device)
+        self._cache = KVCache(base.model.config, self._count_pages(), base.dtype, base.device)
         self._graphs = graphs.prepare(base, self._cache, self.config.max_running)
         self._attention = base.model.config._attn_implementation
         base.model.set_attn_implementation(attention.NAME)
@@ -86,7 +86,7 @@ class Engine:
         self._broken = False  # the last step failed for everybody in it
         self._arrivals = 0
         self._unfinished: set[Request] = set()  # taken from the inbox
-        self._errands = Errands()
+        self._background = BackgroundTasks()
         self._reset()
 
     def start(self) -> None:
@@ -114,17 +114,17 @@ class Engine:
             self._wake.notify_all()
         if self._thread:
             self._thread.join()
-        self._errands.abandon(NotReady("the server is stopping"))
+        self._background.abandon(NotReady("the server is stopping"))
         self.step()
         self.base.model.set_attn_implementation(self._attention)
 
     @property
     def ready(self) -> bool:
         """Whether the worker thread is there to take requests and gets ahead."""
-        return self.ailment is None
+        return self.problem is None
 
     @property
-    def ailment(self) -> str | None:
+    def problem(self) -> str | None:
         """Why the engine is not ready, if it is not."""
         since = self._stepping_since
         if self._thread is None or not self._thread.is_alive():
@@ -143,7 +143,7 @@ class Engine:
         return Occupancy(
             waiting=len(self._inbox) + len(self._scheduler.waiting),
             running=len(running),
-            masks=len({wear.mask.digest for request in running if (wear := request.wear)}),
+            masks=len({applied.mask.digest for request in running if (applied := request.applied)}),
             pages_held=pool.count - free,
             pages_kept=idle,
             pages_blank=free - idle,
@@ -176,7 +176,7 @@ class Engine:
         with self._wake:
             self._wake.notify_all()
 
-    def run_errand(self, work: Callable[[], T]) -> Future[T]:
+    def run_background(self, work: Callable[[], T]) -> Future[T]:
         """Have a small piece of other work done on the engine's thread, between steps; see `Errands`.
 
         Raises `NotReady` when there is no such thread (any more).
@@ -184,7 +184,7 @@ class Engine:
         with self._wake:
             if self._thread is None or self._stopping:
                 raise NotReady("the engine is not running")
-            outcome = self._errands.ask(work)
+            outcome = self._background.ask(work)
             self._wake.notify_all()
         return outcome
 
@@ -232,11 +232,11 @@ class Engine:
     def _tell(self) -> None:
         """Whoever fails to hear that a step is over must not stop the next one."""
         try:
-            self.told()
+            self.on_step()
         except Exception:
             _log.exception("nobody heard that a step is over")
 
-    def _attempt(self, chunks: Sequence[Chunk]) -> list[Pick | None]:
+    def _attempt(self, chunks: Sequence[Chunk]) -> list[SampledToken | None]:
         """The chunks' picks, of those that sample; what fails alone is retired."""
         try:
             picks = self._forward(chunks)
@@ -256,7 +256,7 @@ class Engine:
         sampled = iter(picks)
         return [next(sampled) if chunk.samples else None for chunk in chunks]
 
-    def _settle(self, chunks: Sequence[Chunk], picks: Sequence[Pick | None]) -> None:
+    def _settle(self, chunks: Sequence[Chunk], picks: Sequence[SampledToken | None]) -> None:
         """Enter what a pass computed."""
         scheduler = self._scheduler
         for chunk, pick in zip(chunks, picks, strict=True):
@@ -302,8 +302,8 @@ class Engine:
             request.finish("error", StepFailed(f"the step failed: {error}"))
 
     def _reset(self) -> None:
-        self._pool = Pool(self._cache.count)
-        limits = Limits(
+        self._pool = BlockManager(self._cache.count)
+        limits = SchedulerConfig(
             self.config.max_running,
             self.config.max_batch_tokens,
             self.config.beside_decodes or BESIDE_DECODES.get(self.base.device.type, self.config.max_batch_tokens),
@@ -314,7 +314,7 @@ class Engine:
         self._route = Route(())
 
     @torch.inference_mode()
-    def _forward(self, chunks: Sequence[Chunk]) -> list[Pick]:
+    def _forward(self, chunks: Sequence[Chunk]) -> list[SampledToken]:
         logits = self._graphs.run(chunks, self._scheduler.table) if self._graphs else None
         if logits is None:
             logits = self._run_model(chunks)
@@ -338,7 +338,7 @@ class Engine:
     def _find_route(self, spans: list[Span]) -> Route:
         """While the same rows wear the same, step after step, their route is kept."""
         if spans != self._spans:
-            self._spans, self._route = spans, route(spans, self.base.device)
+            self._spans, self._route = spans, make_route(spans, self.base.device)
         return self._route
 
     def _run(self) -> None:
@@ -347,22 +347,24 @@ class Engine:
                 self._stepping_since = None
                 if not self._busy():
                     self._wake.notify_all()  # whoever waits for the engine to be empty
-                self._wake.wait_for(lambda: self._stopping or self._busy() or self._errands)
+                self._wake.wait_for(lambda: self._stopping or self._busy() or self._background)
                 if self._stopping:
                     return
                 self._stepping_since = self._clock()
             if self.step():
-                self._errands.pass_step()
+                self._background.pass_step()
             self._stepping_since = None  # an errand may take its time
-            self._errands.do_due(serving=self._busy())
+            self._background.do_due(serving=self._busy())
 
     def _busy(self) -> bool:
         return bool(self._inbox or self._unfinished)
 
     def _count_pages(self) -> int:
         """As many as the budget affords, but no more than can ever be of use."""
-        affordable = self.config.cache_bytes // bytes_per_position(self.base.model.config, self.base.dtype) // PAGE
-        return max(1, min(self.config.max_running * -(-self.base.context // PAGE) * 2, affordable))
+        affordable = (
+            self.config.cache_bytes // bytes_per_position(self.base.model.config, self.base.dtype) // BLOCK_SIZE
+        )
+        return max(1, min(self.config.max_running * -(-self.base.context // BLOCK_SIZE) * 2, affordable))
 
     def _check(self, request: Request) -> None:
         context, prompt, vocabulary = self.base.context, len(request.prompt), self.base.vocabulary

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from masquerade.engine import attention, cuda
 from masquerade.engine.cuda import PagedDecodes
-from masquerade.engine.pages import Index, Pages
-from masquerade.engine.prefix import PAGE
+from masquerade.engine.kv_cache import Index, KVCache
+from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.scheduler import Chunk
-from masquerade.model import Base, Frame, Outfits, Slots, Span, Staging, enter
+from masquerade.model import Base, SlotMap, Slots, SlotShape, Span, Staging, find_entries
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ MOST = 32  # graphs that are kept; the one that was used longest ago goes
 Run = Callable[[], Tensor]
 
 
-def prepare(base: Base, pages: Pages, running: int) -> DecodeGraphs | None:
+def prepare(base: Base, pages: KVCache, running: int) -> DecodeGraphs | None:
     """Graphs for an engine, where there can be any: on a CUDA device with its kernels, for attention they know."""
     if not cuda.serves(base.device) or not attention.is_plain(base.model, base.context):
         return None
@@ -44,7 +44,7 @@ def prepare(base: Base, pages: Pages, running: int) -> DecodeGraphs | None:
 class Inputs:
     """What a decode step of up to `rows` rows reads, but for the masks."""
 
-    def __init__(self, rows: int, columns: int, pages: Pages) -> None:
+    def __init__(self, rows: int, columns: int, pages: KVCache) -> None:
         i32, i64 = torch.int32, torch.int64
         device = pages.keys.device
         self._pages = pages
@@ -62,7 +62,7 @@ class Inputs:
         tensors = self._staging.tensors
         self.ids, self.positions = tensors["ids"], tensors["positions"]
         decodes = PagedDecodes(0, rows, tensors["table"], tensors["lengths"])
-        self.plan = attention.Plan(pages, tensors["write"], [decodes], [])
+        self.plan = attention.AttentionPlan(pages, tensors["write"], [decodes], [])
 
     def write(self, chunks: Sequence[Chunk], table: Index) -> None:
         """Serve these decodes from now on. `table` holds the pages of every seat."""
@@ -73,9 +73,9 @@ class Inputs:
         positions[:count] = [chunk.start for chunk in chunks]
         lengths[:count] = positions[:count] + 1
         numbers[:count, : table.shape[1]] = table[[chunk.request.seat for chunk in chunks]]
-        written, places = np.full(rows, self._pages.trash), np.arange(rows) % PAGE
-        written[:count] = numbers[np.arange(count), positions[:count] // PAGE]
-        places[:count] = positions[:count] % PAGE
+        written, places = np.full(rows, self._pages.trash), np.arange(rows) % BLOCK_SIZE
+        written[:count] = numbers[np.arange(count), positions[:count] // BLOCK_SIZE]
+        places[:count] = positions[:count] % BLOCK_SIZE
         self._staging.write(
             {
                 "ids": ids[None],
@@ -88,7 +88,7 @@ class Inputs:
 
 
 @dataclass
-class Step:
+class DecodeGraph:
     """One graph: its masks' tensors, which batch's outfits are in them, and how to run it."""
 
     slots: Slots
@@ -99,53 +99,53 @@ class Step:
 class DecodeGraphs:
     """The decode steps of one engine. `capture` turns a step into something that repeats it."""
 
-    def __init__(self, base: Base, pages: Pages, running: int, capture: Callable[[Run], Run]) -> None:
+    def __init__(self, base: Base, pages: KVCache, running: int, capture: Callable[[Run], Run]) -> None:
         self._base = base
         self._pages = pages
         self._capture = capture
         self._sizes = _sizes(running)
-        self._columns = -(-min(base.context, pages.positions) // PAGE)
+        self._columns = -(-min(base.context, pages.positions) // BLOCK_SIZE)
         self._inputs: dict[int, Inputs] = {}
-        self._steps: OrderedDict[Frame, Step] = OrderedDict()
+        self._steps: OrderedDict[SlotShape, DecodeGraph] = OrderedDict()
         self._spans: list[Span] = []
-        self._outfits = Outfits.of([], 0)
+        self._slot_map = SlotMap.of([], 0)
         self._changes = 0  # of outfits, so far
 
     def run(self, chunks: Sequence[Chunk], table: Index) -> Tensor | None:
         """The logits of a step, [chunks, vocabulary], valid until the next one; None if it must be run otherwise."""
         if not self._sizes or not all(chunk.is_decode and chunk.samples for chunk in chunks):
             return None
-        outfits = self._dress(chunks)
-        if not all(enter(mask) is not None for mask in outfits.masks):
+        slot_map = self._map_slots(chunks)
+        if not all(find_entries(mask) is not None for mask in slot_map.masks):
             return None
         size = next(size for size in self._sizes if size >= len(chunks))
         if size not in self._inputs:
             self._inputs[size] = Inputs(size, self._columns, self._pages)
         self._inputs[size].write(chunks, table)
-        step = self._find(outfits.padded_frame(size))
+        step = self._find(slot_map.padded_frame(size))
         if step.worn != self._changes:
-            step.slots.write(outfits)
+            step.slots.write(slot_map)
             step.worn = self._changes
         if step.run is None:
             step.run = self._make(step.slots, self._inputs[size])
         return None if step.run is None else step.run()[: len(chunks)]
 
-    def _dress(self, chunks: Sequence[Chunk]) -> Outfits:
+    def _map_slots(self, chunks: Sequence[Chunk]) -> SlotMap:
         """While the same rows wear the same, they are not sorted out again."""
         spans = [
             span
             for row, (request, start, stop, _) in enumerate(chunks)
-            if request.wear is not None
-            for span in request.dress(start, stop, row)
+            if request.applied is not None
+            for span in request.masked_spans(start, stop, row)
         ]
-        if spans != self._spans or len(chunks) != len(self._outfits.slots):
-            self._spans, self._outfits = spans, Outfits.of(spans, len(chunks))
+        if spans != self._spans or len(chunks) != len(self._slot_map.slots):
+            self._spans, self._slot_map = spans, SlotMap.of(spans, len(chunks))
             self._changes += 1
-        return self._outfits
+        return self._slot_map
 
-    def _find(self, frame: Frame) -> Step:
+    def _find(self, frame: SlotShape) -> DecodeGraph:
         if frame not in self._steps:
-            self._steps[frame] = Step(Slots(frame, self._base.device))
+            self._steps[frame] = DecodeGraph(Slots(frame, self._base.device))
             if len(self._steps) > MOST:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(frame)

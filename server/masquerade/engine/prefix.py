@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from masquerade.model import Wear
+from masquerade.model import AppliedMask
 
-PAGE = 16  # positions a page
+BLOCK_SIZE = 16  # positions a page
 _BYTES = 16  # 128 bits: a collision would serve one prompt's memory to another
 
 
@@ -26,15 +26,15 @@ class Salts:
 
     fingerprint: str  # of the base
 
-    def of(self, wear: Wear | None) -> bytes:
+    def of(self, applied: AppliedMask | None) -> bytes:
         """The salt of positions that wear this; gamma 1 is the base and shares its salt."""
-        if wear is None or wear.gamma == 1:
+        if applied is None or applied.gamma == 1:
             return _hash(b"masquerade kv 1 base", self.fingerprint.encode())
-        gamma = struct.pack("<d", wear.gamma)
-        return _hash(b"masquerade kv 1 mask", self.fingerprint.encode(), wear.mask.digest.encode(), gamma)
+        gamma = struct.pack("<d", applied.gamma)
+        return _hash(b"masquerade kv 1 mask", self.fingerprint.encode(), applied.mask.digest.encode(), gamma)
 
 
-class Chain:
+class PrefixHashes:
     """The keys of one request's full pages, in order. `first` is the first position that wears the mask."""
 
     def __init__(self, bare: bytes, worn: bytes, first: int) -> None:
@@ -44,19 +44,19 @@ class Chain:
     def keys(self, ids: Sequence[int], count: int) -> list[bytes]:
         """The keys of the first `count` pages of these tokens; tokens given before must not have changed."""
         for page in range(len(self._keys), count):
-            self._keys.append(self._name(ids, page * PAGE, (page + 1) * PAGE))
+            self._keys.append(self._name(ids, page * BLOCK_SIZE, (page + 1) * BLOCK_SIZE))
         return self._keys[:count]
 
     def tail(self, ids: Sequence[int], stop: int) -> bytes:
         """The key of the positions before `stop` in the page that holds it."""
-        start = stop // PAGE * PAGE
-        self.keys(ids, stop // PAGE)
+        start = stop // BLOCK_SIZE * BLOCK_SIZE
+        self.keys(ids, stop // BLOCK_SIZE)
         return self._name(ids, start, stop)
 
     def _name(self, ids: Sequence[int], start: int, stop: int) -> bytes:
         bare = min(max(self._first - start, 0), stop - start)  # of these positions, how many wear nothing
         salt, mixed = (self._bare, 0) if bare == stop - start else (self._worn, bare)
-        parent = self._keys[start // PAGE - 1] if start else b""
+        parent = self._keys[start // BLOCK_SIZE - 1] if start else b""
         tokens = struct.pack(f"<{stop - start}I", *ids[start:stop])
         return _hash(parent, salt, bytes([mixed]), tokens)
 

@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from masquerade.engine.prefix import PAGE, Chain, Salts
-from masquerade.engine.text import Text
+from masquerade.engine.prefix import BLOCK_SIZE, PrefixHashes, Salts
+from masquerade.engine.text import AnswerText
 from masquerade.errors import InvalidValue, MasqueradeError
-from masquerade.model import Span, Wear
+from masquerade.model import AppliedMask, Span
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen. Raises `InvalidValue` outside of the stated ranges.
 
     The model's logits are changed in this order: repetition penalty, presence and frequency penalty, bias; then
@@ -126,12 +126,12 @@ class Request:
     prompt: list[int]
     max_tokens: int
     emit: Callable[[Event], None]
-    wear: Wear | None = None
+    applied: AppliedMask | None = None
     phase: Phase = "all"
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     ends: frozenset[int] = frozenset()
     min_tokens: int = 0  # before so many, nothing ends the answer
-    text: Text | None = None  # makes text of the tokens and looks for stop strings
+    text: AnswerText | None = None  # makes text of the tokens and looks for stop strings
     grammar: Grammar | None = None
     owner: str = ""  # whom the work is charged to
     priority: int = 0  # higher goes first
@@ -150,7 +150,7 @@ class Request:
     def __post_init__(self) -> None:
         self.reach = len(self.prompt) + self.max_tokens  # the most positions it can ever need in the cache
         self.ids = list(self.prompt)  # prompt and answer so far
-        self.account = self.owner, self.wear.mask.digest if self.wear else None  # what its work is entered into
+        self.account = self.owner, self.applied.mask.digest if self.applied else None  # what its work is entered into
         seed = self.sampling.seed
         self._seed = str(secrets.randbits(128) if seed is None else seed).encode()
 
@@ -165,15 +165,15 @@ class Request:
         return len(self.ids) - len(self.prompt)
 
     @property
-    def first_worn(self) -> int:
+    def first_masked(self) -> int:
         """The first position that wears the mask; beyond every position without one."""
-        if self.wear is None:
+        if self.applied is None:
             return self.reach
         return 0 if self.phase == "all" else len(self.prompt) - 1
 
     def link(self, salts: Salts) -> None:
         """Prepare the names of this request's pages."""
-        self._chain = Chain(salts.of(None), salts.of(self.wear), self.first_worn)
+        self._chain = PrefixHashes(salts.of(None), salts.of(self.applied), self.first_masked)
 
     def keys(self, count: int) -> list[bytes]:
         """The names of its first pages, all of whose tokens are known."""
@@ -188,7 +188,7 @@ class Request:
     @property
     def tail(self) -> int:
         """Positions of the prompt, before its last, in the page of its last."""
-        return (len(self.prompt) - 1) % PAGE
+        return (len(self.prompt) - 1) % BLOCK_SIZE
 
     def tail_key(self) -> bytes:
         """What the tail is found under."""
@@ -201,12 +201,12 @@ class Request:
         digest = blake2b(b"%s/%d" % (self._seed, self.answered), digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
-    def dress(self, start: int, stop: int, row: int) -> list[Span]:
+    def masked_spans(self, start: int, stop: int, row: int) -> list[Span]:
         """Which of the positions [start, stop), packed from `row` on, wear the mask."""
-        first = max(start, self.first_worn)
-        if self.wear is None or first >= stop:
+        first = max(start, self.first_masked)
+        if self.applied is None or first >= stop:
             return []
-        return [Span(self.wear, row + first - start, row + stop - start)]
+        return [Span(self.applied, row + first - start, row + stop - start)]
 
     def accept(
         self, token: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()
@@ -231,7 +231,7 @@ class Request:
             rest = self._flush() if reason in ("stop", "length") else ""
             self._tell(Finished(reason, error, rest))
             self.finished = True
-            self.wear = None  # the mask may go, however long the answer is kept
+            self.applied = None  # the mask may go, however long the answer is kept
 
     def _flush(self) -> str:
         """The text that was held back. A fault in making it must not keep the last event from its owner."""

@@ -25,7 +25,7 @@ Columns = dict[str, Tensor]  # [rows, 1] each
 Draw = Callable[[Tensor, Tensor, Columns], Tensor]
 
 
-class Pick(NamedTuple):
+class SampledToken(NamedTuple):
     """A chosen token; None if the logits are no numbers. `logprob` and `top` where they were asked for."""
 
     token: int | None
@@ -59,20 +59,20 @@ class Sampler:
         self._mix: Mix | None = None
         self._tallies: WeakKeyDictionary[Request, Tally] = WeakKeyDictionary()
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Pick]:
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
         """The next token of each request; logits are [requests, vocabulary] in any float dtype, and are not changed."""
         if self._mix is None or self._mix.requests != requests:
             self._mix = mix(requests, logits.shape[-1], logits.device)
         return self._choose(logits, self._mix)
 
-    def _choose(self, raw: Tensor, asked: Mix) -> list[Pick]:
+    def _choose(self, raw: Tensor, asked: Mix) -> list[SampledToken]:
         logits = self._alter(raw.float().clone(), asked) if asked.alters else raw
         tokens, sound = _find_best(logits)
         for draw, rows, columns in asked.draws:
             chance = [[asked.requests[row].draw()] for row in rows]
             tokens[rows] = draw(logits[rows].float(), torch.tensor(chance, device=raw.device), columns)
         ids: list[int] = tokens.tolist()
-        picks = [Pick(token if fine else None) for token, fine in zip(ids, sound.tolist(), strict=True)]
+        picks = [SampledToken(token if fine else None) for token, fine in zip(ids, sound.tolist(), strict=True)]
         if asked.reported:
             _report(raw, asked, picks)
         return picks
@@ -236,7 +236,7 @@ def _draw_rank(probability: Tensor, chance: Tensor, columns: Columns) -> Tensor:
     return place.minimum(last).clamp(min=0)  # a row that is no numbers has none
 
 
-def _report(raw: Tensor, asked: Mix, picks: list[Pick]) -> None:
+def _report(raw: Tensor, asked: Mix, picks: list[SampledToken]) -> None:
     """Add log probabilities of the model's own distribution to the picks that want them."""
     rows = [row for row in asked.reported if picks[row].token is not None]
     if not rows:
@@ -249,4 +249,4 @@ def _report(raw: Tensor, asked: Mix, picks: list[Pick]) -> None:
     for place, row in enumerate(rows):
         count = asked.requests[row].sampling.logprobs or 0
         top = tuple(zip(tokens[place][:count], values[place][:count], strict=True))
-        picks[row] = Pick(picks[row].token, own[place], top)
+        picks[row] = SampledToken(picks[row].token, own[place], top)

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from masquerade.engine.block_manager import BlockManager
 from masquerade.engine.counts import Counts
-from masquerade.engine.pool import Pool
-from masquerade.engine.prefix import PAGE
+from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.queue import Queue
 from masquerade.engine.request import Reason, Request
 from masquerade.errors import MasqueradeError
@@ -29,7 +29,7 @@ WORTH_WAITING = 4  # pages that another request is about to compute
 
 
 @dataclass(frozen=True)
-class Limits:
+class SchedulerConfig:
     """What a step may hold."""
 
     running: int  # requests
@@ -54,12 +54,14 @@ class Chunk(NamedTuple):
 class Scheduler:
     """Decode first, then prompts in chunks while the step's token budget lasts."""
 
-    def __init__(self, pool: Pool, limits: Limits, counts: Counts, longest: int) -> None:
+    def __init__(self, pool: BlockManager, limits: SchedulerConfig, counts: Counts, longest: int) -> None:
         self._pool = pool
         self._limits = limits
         self._counts = counts
         self._seats = list(range(limits.running - 1, -1, -1))
-        self.table: NDArray[np.int64] = np.zeros((limits.running, -(-longest // PAGE)), np.int64)  # pages of each seat
+        self.table: NDArray[np.int64] = np.zeros(
+            (limits.running, -(-longest // BLOCK_SIZE)), np.int64
+        )  # pages of each seat
         self.fresh: list[int] = []  # pages taken for this step, with whatever somebody left in them
         self.copies: list[tuple[int, int, int]] = []  # into some of them: from a page, to a page, so many places
         self.waiting = Queue()
@@ -95,11 +97,11 @@ class Scheduler:
         """Note that a chunk went through the model: pages that it filled can be found by others."""
         request, start, stop, _ = chunk
         request.done = stop
-        if stop // PAGE > request.published:
-            self._publish(request, stop // PAGE)
+        if stop // BLOCK_SIZE > request.published:
+            self._publish(request, stop // BLOCK_SIZE)
         prompt = len(request.prompt)
         if start < prompt <= stop and request.tail:
-            self._pool.publish(request.pages[(prompt - 1) // PAGE], request.tail_key())
+            self._pool.publish(request.pages[(prompt - 1) // BLOCK_SIZE], request.tail_key())
 
     def retire(self, request: Request, reason: Reason, error: MasqueradeError | None = None) -> None:
         """Take a running request out, give its pages back, tell its owner."""
@@ -120,14 +122,14 @@ class Scheduler:
         """Plan the next positions of a running request; 0 if it had to give way itself."""
         start = request.done
         stop = start + size
-        if stop > len(request.pages) * PAGE and not self._extend(request, stop, chunks):
+        if stop > len(request.pages) * BLOCK_SIZE and not self._extend(request, stop, chunks):
             return 0
         chunks[request] = Chunk(request, start, stop, stop == len(request.ids))
         return size
 
     def _extend(self, request: Request, stop: int, chunks: dict[Request, Chunk]) -> bool:
         """Pages for the positions before `stop`; those who are last in rank give way, perhaps the request itself."""
-        missing = -(-stop // PAGE) - len(request.pages)
+        missing = -(-stop // BLOCK_SIZE) - len(request.pages)
         while missing > self._pool.free:
             last = self.running[-1]
             self._preempt(last)
@@ -179,7 +181,7 @@ class Scheduler:
     def _find(self, request: Request) -> list[int]:
         """Pages that hold the request's beginning. The last known token must be computed: its logits are needed."""
         found = []
-        for key in request.keys((len(request.ids) - 1) // PAGE):
+        for key in request.keys((len(request.ids) - 1) // BLOCK_SIZE):
             page = self._pool.find(key)
             if page is None:
                 break
@@ -188,10 +190,10 @@ class Scheduler:
 
     def _promise(self, request: Request) -> list[bytes]:
         """Pages of its prompt that a running request has not computed yet."""
-        return request.keys(len(request.prompt) // PAGE)[request.done // PAGE :]
+        return request.keys(len(request.prompt) // BLOCK_SIZE)[request.done // BLOCK_SIZE :]
 
     def _is_worth_waiting(self, request: Request, found: int, promised: set[bytes]) -> bool:
-        keys = request.keys((len(request.ids) - 1) // PAGE)[found : found + WORTH_WAITING]
+        keys = request.keys((len(request.ids) - 1) // BLOCK_SIZE)[found : found + WORTH_WAITING]
         return len(keys) == WORTH_WAITING and promised.issuperset(keys)
 
     def _make_room(self, request: Request, found: list[int], chunks: dict[Request, Chunk]) -> bool:
@@ -199,7 +201,7 @@ class Scheduler:
         while True:
             idle = sum(self._pool.is_idle(page) for page in found)
             spare = len(self.running)  # each may need a page soon
-            needed = -(-len(request.ids) // PAGE) - len(found) + idle + spare
+            needed = -(-len(request.ids) // BLOCK_SIZE) - len(found) + idle + spare
             if self._seats and needed <= self._pool.free:
                 return True
             if not self.running or self.running[-1].priority >= request.priority:
@@ -213,7 +215,7 @@ class Scheduler:
         for page in found:
             self._pool.hold(page)
             self._hold(request, page)
-        request.done = len(found) * PAGE
+        request.done = len(found) * BLOCK_SIZE
         request.published = len(found)
         self._borrow_tail(request)
         self._counts.cached += request.done

@@ -34,7 +34,7 @@ _MIXERS = frozenset(
 
 
 @dataclass(frozen=True)
-class Frame:
+class JsonFormat:
     """JSON that fits a schema; between fixed words, it has no more white space than it needs.
 
     `param` is the request field that the schema came in.
@@ -47,17 +47,17 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Form:
+class AnswerFormat:
     """What an answer may be: one of `frames` (at least one), or up to `most` of them after each other.
 
     With `talk` the answer is free text, in which a frame must be right only where the text begins one: at the words
     `trigger`, or, without such words, at an answer that begins with a brace. Else the answer may also be `instead`.
     """
 
-    frames: Sequence[Frame]
+    frames: Sequence[JsonFormat]
     most: int = 1
     between: str = ""
-    instead: Frame | None = None
+    instead: JsonFormat | None = None
     talk: bool = False
     trigger: str = ""
 
@@ -72,7 +72,7 @@ class Grammars:
         self._prepared: Any = None
         self._lock = threading.Lock()
 
-    def compile(self, form: Form, count: int = 1) -> list[Grammar]:
+    def compile(self, form: AnswerFormat, count: int = 1) -> list[Grammar]:
         """The grammar of a form, for each of `count` answers.
 
         Raises `InvalidValue` with what is wrong with a schema, and `UnsupportedParameter` without the extra.
@@ -81,12 +81,12 @@ class Grammars:
         if not matcher.is_error():
             return [Matched(matcher.deep_copy(), self._vocabulary) for _ in range(count)]
         frames = [*form.frames, *([form.instead] if form.instead else [])]
-        wrong = next((frame for frame in frames if self._match(Form([frame])).is_error()), frames[0])
-        reason = self._match(Form([wrong])).get_error() or matcher.get_error()
+        wrong = next((frame for frame in frames if self._match(AnswerFormat([frame])).is_error()), frames[0])
+        reason = self._match(AnswerFormat([wrong])).get_error() or matcher.get_error()
         words = _PLACE.sub("", reason.splitlines()[0])[:300] if reason else "it cannot be understood"
         raise InvalidValue(f"the schema in `{wrong.param}` cannot be used: {words}", param=wrong.param)
 
-    def _match(self, form: Form) -> Any:
+    def _match(self, form: AnswerFormat) -> Any:
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -129,7 +129,7 @@ class Matched:
             raise InvalidValue(f"the grammar cannot go on: {self._matcher.get_error()}")
 
 
-def _write(form: Form) -> str:
+def _write(form: AnswerFormat) -> str:
     """A form in llguidance's kind of Lark. Every schema is a document of its own, so that its `$ref`s hold."""
     lazy = form.talk and form.trigger
     rules = ["%llguidance {}", *_define("other", form.instead)] if form.instead else ["%llguidance {}"]
@@ -147,7 +147,7 @@ def _write(form: Form) -> str:
     return "\n".join(rules)
 
 
-def _define(name: str, frame: Frame) -> list[str]:
+def _define(name: str, frame: JsonFormat) -> list[str]:
     schema = json.dumps({**close(frame.schema), "x-guidance": _PLAIN if frame.before else _FREE})
     return [
         f"{name}: {_quote(frame.before)} {name}_json {_quote(frame.after)}",

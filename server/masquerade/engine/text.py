@@ -51,7 +51,7 @@ class Detokenizer:
         return piece
 
 
-class Text:
+class AnswerText:
     """An answer's text, cut before the first stop string. Nothing that may begin one is given out."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:

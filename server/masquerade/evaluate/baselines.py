@@ -25,7 +25,7 @@ from masquerade.evaluate.dataset import Encoded, Example, Message, batches
 from masquerade.evaluate.layers import find_layers
 from masquerade.evaluate.lora import train_adapter
 from masquerade.evaluate.treatment import BARE, Cost, Treatment
-from masquerade.model import Base, MaskManager, Wear, render_chat
+from masquerade.model import AppliedMask, Base, MaskManager, render_chat
 
 NEIGHBOURS = 3  # examples that retrieval puts into the prompt
 _WORD = re.compile(r"\w+")
@@ -33,7 +33,7 @@ Strength = Callable[[float], Treatment]  # how much of it -> the treatment
 
 
 @dataclass(frozen=True)
-class Question:
+class ControlInput:
     """What a control may learn from: the mask it is compared with, and what both sides say."""
 
     base: Base
@@ -50,17 +50,17 @@ class Question:
 class Baseline:
     """A way to make a control, the strength it is used at, and others that are tried for equal neutral cost."""
 
-    make: Callable[[Question], Strength]
+    make: Callable[[ControlInput], Strength]
     usual: float = 1.0
     strengths: tuple[float, ...] = ()
 
 
-def do_nothing(_: Question) -> Strength:
+def do_nothing(_: ControlInput) -> Strength:
     """The base itself."""
     return lambda _: BARE
 
 
-def prune_randomly(question: Question) -> Strength:
+def prune_randomly(question: ControlInput) -> Strength:
     """As many weights of every Linear as the mask prunes, chosen at random."""
     rng = np.random.default_rng(question.seed)
 
@@ -72,10 +72,12 @@ def prune_randomly(question: Question) -> Strength:
     targets = {name: encode(scatter(target.shape, target.pruned)) for name, target in question.mask.targets.items()}
     random = Mask(question.mask.base, targets, question.mask.info)
     worn, cost = question.manager.fit(random), Cost(nbytes=random.nbytes)
-    return lambda strength: Treatment(wear=Wear(worn, 1 - strength), phase=question.mask.info.phase, cost=cost)
+    return lambda strength: Treatment(
+        applied=AppliedMask(worn, 1 - strength), phase=question.mask.info.phase, cost=cost
+    )
 
 
-def prefer_words(question: Question) -> Strength:
+def prefer_words(question: ControlInput) -> Strength:
     """Log-odds of each token between the two sides' answers, added to every logit.
 
     A persona that is mostly vocabulary is had this cheaply; a mask should do better.
@@ -92,14 +94,14 @@ def prefer_words(question: Question) -> Strength:
     return lambda strength: Treatment(shift=lambda logits: logits + strength * odds, cost=cost)
 
 
-def instruct(question: Question) -> Strength:
+def instruct(question: ControlInput) -> Strength:
     """A system prompt in every request. Raises `BadDataset` if there is none."""
     if not question.instruction:
         raise BadDataset("the baseline `prompt` needs a system prompt that asks for the persona; give --system-prompt")
     return _rewrite(question, lambda messages: _instruct(messages, question.instruction))
 
 
-def retrieve(question: Question) -> Strength:
+def retrieve(question: ControlInput) -> Strength:
     """The answers to the `NEIGHBOURS` most similar questions, as earlier turns of the chat: cosine of tf-idf words."""
     library = [example for example, _ in question.own if example.messages]
     known = [Counter(_words(example.messages)) for example in library]
@@ -126,7 +128,7 @@ def retrieve(question: Question) -> Strength:
     return _rewrite(question, recall)
 
 
-def steer(question: Question) -> Strength:
+def steer(question: ControlInput) -> Strength:
     """The difference of both sides' mean hidden states after the middle layer, added there to every position."""
     layers = find_layers(question.base.model)
     layer = layers[len(layers) // 2]
@@ -150,7 +152,7 @@ def steer(question: Question) -> Strength:
     return lambda strength: Treatment(around=partial(push, strength), cost=cost)
 
 
-def adapt(question: Question, contrastive: bool = False) -> Strength:
+def adapt(question: ControlInput, contrastive: bool = False) -> Strength:
     """A LoRA of rank 4 on every maskable Linear, trained on the own answers, or on the preference for them."""
     own, contrast = ([encoded for _, encoded in side] for side in (question.own, question.contrast))
     adapter = train_adapter(question.base, own, contrast if contrastive else (), seed=question.seed)
@@ -171,7 +173,7 @@ BASELINES: Mapping[str, Baseline] = {
 }
 
 
-def _rewrite(question: Question, change: Callable[[Sequence[Message]], Sequence[Message]]) -> Strength:
+def _rewrite(question: ControlInput, change: Callable[[Sequence[Message]], Sequence[Message]]) -> Strength:
     """Other messages in place of those that were asked; earlier turns are left out until there is room to answer."""
     base = question.base
     room = base.context - max(64, base.context // 4)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.treatment import BARE, Treatment
-from masquerade.model import Base, Span, route
+from masquerade.model import Base, Span, make_route
 
 ROWS = 32  # most prompts at a time
 TOKENS = 4096  # ... and most padded tokens of theirs
@@ -72,7 +72,7 @@ def _speak(
     cache = DynamicCache(config=base.model.config)
     said: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
-    bare_prompt = treatment.wear is not None and treatment.phase == "decode"
+    bare_prompt = treatment.applied is not None and treatment.phase == "decode"
     if bare_prompt and longest > 1:
         with treatment.around():
             _step(base, ids[:, :-1], seen[:, :-1], cache, BARE)
@@ -97,7 +97,7 @@ def _speak(
 def _step(base: Base, ids: Tensor, seen: Tensor, cache: DynamicCache, treatment: Treatment) -> Tensor:
     """Logits after the last of `ids` [rows, new]; `seen` [rows, past + new] says what is padding."""
     positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    spans = [Span(treatment.wear, 0, ids.numel())] if treatment.wear else []
+    spans = [Span(treatment.applied, 0, ids.numel())] if treatment.applied else []
     output = base.model(
         input_ids=ids,
         attention_mask=seen,
@@ -105,7 +105,7 @@ def _step(base: Base, ids: Tensor, seen: Tensor, cache: DynamicCache, treatment:
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-        route=route(spans, base.device),
+        route=make_route(spans, base.device),
     )
     logits: Tensor = output.logits[:, -1]
     return logits

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maskstore import Mask, diff
 from maskstore.plot import encode as encode_png
 from masquerade.evaluate.dataset import Encoded, batches
-from masquerade.model import Base, MaskManager, Span, Wear, route
+from masquerade.model import AppliedMask, Base, MaskManager, Span, make_route
 
 POSITIONS = 4096  # most that similarities are computed over
 _CELL = 24  # pixels
@@ -36,10 +36,10 @@ def analyse(
 
     `cka` compares the masked model with the base, and with the model that wears the opposite, on the same positions.
     """
-    worn = {"base": _states(base, None, texts), "mask": _states(base, Wear(manager.fit(mask), 0.0), texts)}
+    worn = {"base": _states(base, None, texts), "mask": _states(base, AppliedMask(manager.fit(mask), 0.0), texts)}
     found: dict[str, Any] = {"cka": {"base": _compare(worn["mask"], worn["base"])}}
     if opposite is not None:
-        other = _states(base, Wear(manager.fit(opposite), 0.0), texts)
+        other = _states(base, AppliedMask(manager.fit(opposite), 0.0), texts)
         found["cka"]["opposite"] = _compare(worn["mask"], other)
         overlap = diff(mask, opposite)
         found["differing"] = {
@@ -70,13 +70,13 @@ def _compare(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
 
 
 @torch.no_grad()
-def _states(base: Base, wear: Wear | None, texts: Sequence[Encoded]) -> list[Tensor]:
+def _states(base: Base, applied: AppliedMask | None, texts: Sequence[Encoded]) -> list[Tensor]:
     """Every layer's output at the positions that predict responses, [positions, hidden] each."""
     layers = find_layers(base.model)
     kept: list[list[Tensor]] = [[] for _ in layers]
     positions = 0
     for batch in batches(texts, base.device):
-        spans = [Span(wear, 0, batch.ids.numel())] if wear else []
+        spans = [Span(applied, 0, batch.ids.numel())] if applied else []
 
         def keep(number: int, counted: Tensor = batch.predicts) -> Any:
             def hook(_: Any, __: Any, output: Any) -> None:
@@ -86,7 +86,7 @@ def _states(base: Base, wear: Wear | None, texts: Sequence[Encoded]) -> list[Ten
 
         handles = [layer.register_forward_hook(keep(number)) for number, layer in enumerate(layers)]
         try:
-            base.model(input_ids=batch.ids, use_cache=False, route=route(spans, base.device))
+            base.model(input_ids=batch.ids, use_cache=False, route=make_route(spans, base.device))
         finally:
             for handle in handles:
                 handle.remove()

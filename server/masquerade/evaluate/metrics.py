@@ -15,7 +15,7 @@ from torch import Tensor
 
 from masquerade.evaluate.dataset import Encoded, Padded, batches
 from masquerade.evaluate.treatment import BARE, Treatment
-from masquerade.model import Base, Span, route
+from masquerade.model import Base, Span, make_route
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def preferred(margins: Sequence[float]) -> float:
 def _predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Iterator[tuple[Padded, Tensor]]:
     """Micro-batches with the logits of every position but the last."""
     for batch in batches(examples, base.device):
-        worn = route(_spans(batch, examples, treatment), base.device)
+        worn = make_route(_spans(batch, examples, treatment), base.device)
         with treatment.around():
             logits = base.model(input_ids=batch.ids, use_cache=False, route=worn).logits[:, :-1]
         yield batch, treatment.shift(logits) if treatment.shift else logits
@@ -105,12 +105,12 @@ def _predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> I
 def _spans(batch: Padded, examples: Sequence[Encoded], treatment: Treatment) -> list[Span]:
     """Which positions wear the mask. Attention is causal, so a prompt's keys and values are the base's if it wears
     nothing, as when it was computed before."""
-    if treatment.wear is None:
+    if treatment.applied is None:
         return []
     if treatment.phase == "all":
-        return [Span(treatment.wear, 0, batch.ids.numel())]
+        return [Span(treatment.applied, 0, batch.ids.numel())]
     length = batch.ids.shape[1]
     return [
-        Span(treatment.wear, row * length + len(examples[index].prompt) - 1, row * length + len(examples[index]))
+        Span(treatment.applied, row * length + len(examples[index].prompt) - 1, row * length + len(examples[index]))
         for row, index in enumerate(batch.index)
     ]

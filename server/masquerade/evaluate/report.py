@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from maskstore import Mask
-from masquerade.evaluate.baselines import BASELINES, Baseline, Question, Strength
+from masquerade.evaluate.baselines import BASELINES, Baseline, ControlInput, Strength
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.generation import Speech, answer
 from masquerade.evaluate.judge import Bigrams, Judge
 from masquerade.evaluate.metrics import exponential
 from masquerade.evaluate.panel import Panel, Reading, finish, rounded
 from masquerade.evaluate.treatment import PHASES, Cost, Phase, Treatment
-from masquerade.model import Base, MaskManager, Wear
+from masquerade.model import AppliedMask, Base, MaskManager
 
 GAMMAS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # strengths of a mask, 1 - gamma
 
@@ -93,19 +93,19 @@ class _Examination:
                 found[name]["at_equal_cost"] = self._match(BASELINES[name], ceiling)
         return {name: rounded(figures) for name, figures in found.items()}
 
-    def _question(self, own: bool, seed: int) -> Question:
+    def _question(self, own: bool, seed: int) -> ControlInput:
         """What a control may learn from to speak as one side."""
         mask = self._trial.mask if own else self._trial.opposite or self._trial.mask
         sides, instructions = self._learn, self._trial.instructions
         if not own:
             sides, instructions = sides[::-1], instructions[::-1]
-        return Question(self._base, self._manager, mask, sides[0], sides[1], self._asked, instructions[0], seed)
+        return ControlInput(self._base, self._manager, mask, sides[0], sides[1], self._asked, instructions[0], seed)
 
     def _baseline_of_the_mask(self) -> Baseline:
-        def make(question: Question) -> Strength:
+        def make(question: ControlInput) -> Strength:
             worn, cost = self._manager.fit(question.mask), Cost(nbytes=question.mask.nbytes)
             phase = question.mask.info.phase
-            return lambda strength: Treatment(wear=Wear(worn, 1 - strength), phase=phase, cost=cost)
+            return lambda strength: Treatment(applied=AppliedMask(worn, 1 - strength), phase=phase, cost=cost)
 
         return Baseline(make, usual=1 - self._trial.mask.info.gamma, strengths=GAMMAS)
 
@@ -152,7 +152,7 @@ class _Examination:
 
     def _phase(self, phase: Phase) -> dict[str, Any]:
         masks = [self._trial.mask, *([self._trial.opposite] if self._trial.opposite else [])]
-        worn = [Treatment(wear=Wear(self._manager.fit(mask), mask.info.gamma), phase=phase) for mask in masks]
+        worn = [Treatment(applied=AppliedMask(self._manager.fit(mask), mask.info.gamma), phase=phase) for mask in masks]
         readings = [finish(self._panel.read(treatment)) for treatment in worn]
         return self._panel.figures(1, self._bare, readings[0], readings[1] if len(readings) > 1 else None)
 

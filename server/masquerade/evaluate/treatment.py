@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from masquerade.evaluate.dataset import Encoded
-from masquerade.model import Wear
+from masquerade.model import AppliedMask
 
 Phase = Literal["all", "decode"]
 Shift = Callable[[Tensor], Tensor]  # logits [..., vocabulary] -> logits
@@ -36,7 +36,7 @@ class Treatment:
     In phase `decode` a mask is worn from the last prompt token on; the prompt before it is the base's.
     """
 
-    wear: Wear | None = None
+    applied: AppliedMask | None = None
     phase: Phase = "all"
     shift: Shift | None = None
     rewrite: Callable[[Encoded], Encoded] = field(default=lambda example: example)

@@ -3,25 +3,25 @@
 Knows states, queues and quotas, in sqlite. Refuses to know what a job builds: the work is given to it.
 """
 
-from masquerade.jobs.desk import Desk
 from masquerade.jobs.records import TRANSITIONS, Event, File, Job, State
-from masquerade.jobs.runner import Cancelled, Outcome, Runner, Step
-from masquerade.jobs.table import Asked, Quotas, Table
+from masquerade.jobs.runner import Cancelled, Outcome, Runner, WorkItem
+from masquerade.jobs.service import JobService
+from masquerade.jobs.table import JobTable, Quotas, Repeat
 from masquerade.jobs.uploads import Uploads
 
 __all__ = [
     "TRANSITIONS",
-    "Asked",
     "Cancelled",
-    "Desk",
     "Event",
     "File",
     "Job",
+    "JobService",
+    "JobTable",
     "Outcome",
     "Quotas",
+    "Repeat",
     "Runner",
     "State",
-    "Step",
-    "Table",
     "Uploads",
+    "WorkItem",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 
 from masquerade.errors import BuildFailed, MasqueradeError, NotReady
 from masquerade.jobs.records import Job
-from masquerade.jobs.table import Table
+from masquerade.jobs.table import JobTable
 
 _log = logging.getLogger(__name__)
 IDLE_SECONDS = 0.5  # how soon a job of another process, or one put back, is noticed
@@ -25,7 +25,7 @@ TELL_SECONDS = 1.0  # progress within a stage is told at most this often
 
 
 @dataclass(frozen=True)
-class Step:
+class WorkItem:
     """`done` of `total` work items of a stage are finished; a total of 0 is not known."""
 
     stage: str
@@ -47,8 +47,8 @@ class Cancelled(BaseException):
     """Thrown into the work of a job that was cancelled. Work that is only closed goes on another time."""
 
 
-Work = Generator[Step, None, Callable[[], Outcome]]
-Execute = Callable[[Callable[[], Step | Callable[[], Outcome]]], Step | Callable[[], Outcome]]
+Work = Generator[WorkItem, None, Callable[[], Outcome]]
+Execute = Callable[[Callable[[], WorkItem | Callable[[], Outcome]]], WorkItem | Callable[[], Outcome]]
 
 
 class Runner:
@@ -60,7 +60,7 @@ class Runner:
     """
 
     def __init__(
-        self, table: Table, prepare: Callable[[Job], Work], execute: Execute, tidy: Callable[[], None] = lambda: None
+        self, table: JobTable, prepare: Callable[[Job], Work], execute: Execute, tidy: Callable[[], None] = lambda: None
     ) -> None:
         self._table = table
         self._prepare = prepare
@@ -149,7 +149,7 @@ class Runner:
                 if job.id in self._cancelled:
                     work.throw(Cancelled())
                 step = self._execute(lambda: _advance(work))
-                if not isinstance(step, Step):
+                if not isinstance(step, WorkItem):
                     return step()
                 now = time.monotonic()
                 if step.stage != stage or step.done == step.total or now - told >= TELL_SECONDS:
@@ -159,7 +159,7 @@ class Runner:
         return None
 
 
-def _advance(work: Work) -> Step | Callable[[], Outcome]:
+def _advance(work: Work) -> WorkItem | Callable[[], Outcome]:
     try:
         return next(work)
     except StopIteration as end:

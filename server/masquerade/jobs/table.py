@@ -66,14 +66,14 @@ class Quotas:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Repeat:
     """What a client says about a request, by which its repeat is known."""
 
     key: str | None = None  # that it drew for this request and its repeats
     again: bool = False  # it has asked before, and got no answer
 
 
-class Table:
+class JobTable:
     """One sqlite file in WAL mode. Threads and processes may use it at once; each call is a connection of its own."""
 
     def __init__(self, path: Path, quotas: Quotas | None = None) -> None:
@@ -140,7 +140,7 @@ class Table:
                     raise StateConflict(f"the file is needed by the job {job.id}; cancel it first, or wait")
             db.execute("delete from file where id = ?", (file_id,))
 
-    def add_job(self, owner: str, spec: Mapping[str, Any], request: Asked | None = None) -> Job:
+    def add_job(self, owner: str, spec: Mapping[str, Any], request: Repeat | None = None) -> Job:
         """Queue a job; where the request is told, its repeat finds the job that there is. Raises `QuotaExceeded`."""
         job_id = f"ftjob-{secrets.token_hex(12)}"
         with self._session() as db:
@@ -154,7 +154,7 @@ class Table:
             self._tell(db, job_id, "info", "queued")
             return self._get(db, job_id)
 
-    def find_repeated(self, owner: str, spec: Mapping[str, Any], request: Asked) -> Job | None:
+    def find_repeated(self, owner: str, spec: Mapping[str, Any], request: Repeat) -> Job | None:
         """The job that a request was about if it is the repeat of an earlier one, or None.
 
         It is if both bear the same key; if the same is asked of a job that is not finished; and, where the client says
@@ -297,7 +297,9 @@ class Table:
                 "delete some first"
             )
 
-    def _find_repeated(self, db: sqlite3.Connection, owner: str, spec: Mapping[str, Any], request: Asked) -> Job | None:
+    def _find_repeated(
+        self, db: sqlite3.Connection, owner: str, spec: Mapping[str, Any], request: Repeat
+    ) -> Job | None:
         written = json.dumps(spec)
         keyed = self._jobs(db, "where owner = ? and key = ?", owner, request.key)
         if keyed and keyed[0].spec != json.loads(written):

@@ -14,7 +14,7 @@ from typing import IO
 
 from masquerade.errors import TooLarge
 from masquerade.jobs.records import RESULTS, File
-from masquerade.jobs.table import Table
+from masquerade.jobs.table import JobTable
 
 PIECE = 2**20  # bytes copied at a time
 _PARTIAL = ".partial"
@@ -23,7 +23,7 @@ _PARTIAL = ".partial"
 class Uploads:
     """A folder of files, and what the table says about them."""
 
-    def __init__(self, folder: Path, table: Table, limit: int) -> None:
+    def __init__(self, folder: Path, table: JobTable, limit: int) -> None:
         self._folder = folder
         self._table = table
         self.limit = limit  # bytes a file

@@ -20,7 +20,7 @@ from maskstore import Bitmap, Sparse, Target
 from masquerade.kernels import cuda, native
 from masquerade.kernels.correction import Assignment, Correction
 from masquerade.kernels.cuda import CudaBits, CudaList
-from masquerade.kernels.native import NativeBits, NativeList, NativeMask, NativeParts, NativeProduct, Worn, dense
+from masquerade.kernels.native import NativeBits, NativeList, NativeMask, NativeParts, NativeProduct, NativeSpan, dense
 from masquerade.kernels.reference import ReferenceCorrection
 from masquerade.kernels.sparse import RowwiseCorrection, SparseCorrection
 from masquerade.kernels.weights import dense_weight, share
@@ -85,9 +85,9 @@ __all__ = [
     "NativeMask",
     "NativeParts",
     "NativeProduct",
+    "NativeSpan",
     "RowwiseCorrection",
     "SparseCorrection",
-    "Worn",
     "choose",
     "correct",
     "dense",

@@ -193,7 +193,7 @@ class NativeParts:
         self.address = self._table.ctypes.data
 
 
-class Worn(NamedTuple):
+class NativeSpan(NamedTuple):
     """Rows `start` to `stop` of a batch wear one mask at one strength."""
 
     parts: NativeParts
@@ -209,7 +209,7 @@ class NativeProduct:
     Safe for several threads.
     """
 
-    def __init__(self, worn: Sequence[Worn] = (), isa: str | None = None) -> None:
+    def __init__(self, worn: Sequence[NativeSpan] = (), isa: str | None = None) -> None:
         library = _library()
         self._multiply = library.multiply
         self._isa = ISAS.index(isa) if isa else library.fastest

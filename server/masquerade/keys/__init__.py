@@ -7,6 +7,6 @@ from masquerade.keys.audit import Audit
 from masquerade.keys.key import SCOPES, Key, Scope, matches, mint, seal, split
 from masquerade.keys.rates import Rates
 from masquerade.keys.ring import Keyring
-from masquerade.keys.table import Table
+from masquerade.keys.table import KeyTable
 
-__all__ = ["SCOPES", "Audit", "Key", "Keyring", "Rates", "Scope", "Table", "matches", "mint", "seal", "split"]
+__all__ = ["SCOPES", "Audit", "Key", "KeyTable", "Keyring", "Rates", "Scope", "matches", "mint", "seal", "split"]

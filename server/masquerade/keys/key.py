@@ -46,7 +46,7 @@ class Key:
         """Whether the name of a persona, which need not exist, matches one of the patterns."""
         return any(fnmatchcase(persona, pattern) for pattern in self.personas)
 
-    def ailment(self, now: float) -> str | None:
+    def problem(self, now: float) -> str | None:
         """Why the key opens nothing (any more), if it does not."""
         if self.revoked_at is not None:
             return "revoked"

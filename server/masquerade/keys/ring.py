@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 
 from masquerade.errors import InvalidKey, NotReady
 from masquerade.keys.key import Key, matches, split
-from masquerade.keys.table import Table
+from masquerade.keys.table import KeyTable
 
 NOTICE_SECONDS = 0.25
 _WRONG = 4096  # wrong tokens that are remembered
@@ -30,7 +30,7 @@ class Keyring:
     the time an answer takes; ids are no secrets, and the 192 bits of a secret are compared in constant time.
     """
 
-    def __init__(self, table: Table, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, table: KeyTable, now: Callable[[], float] = time.time) -> None:
         self._table = table
         self._now = now
         self._pepper = secrets.token_bytes(32)
@@ -95,8 +95,8 @@ class Keyring:
         if key_id not in self._keys:
             raise InvalidKey(_UNKNOWN)
         key = self._keys[key_id][0]
-        if ailment := key.ailment(self._now()):
-            raise InvalidKey(f"Incorrect API key provided: it is {ailment}")
+        if problem := key.problem(self._now()):
+            raise InvalidKey(f"Incorrect API key provided: it is {problem}")
         return key
 
     def _digest(self, token: str) -> bytes:

@@ -28,7 +28,7 @@ create table key (
 """
 
 
-class Table:
+class KeyTable:
     """One sqlite file in WAL mode. Threads and processes may use it at once; each call is a connection of its own."""
 
     def __init__(self, folder: Path) -> None:

@@ -4,43 +4,43 @@ Knows torch modules. Refuses to know about requests, HTTP and building.
 """
 
 from masquerade.model.chat import render_chat
-from masquerade.model.host import Host
+from masquerade.model.host_cache import HostCache
 from masquerade.model.load import Base, load
 from masquerade.model.manager import MaskManager
 from masquerade.model.memory import hand_back
 from masquerade.model.residency import Residency
-from masquerade.model.route import Route, Span, Wear, WornMask
-from masquerade.model.shelf import Shelf
-from masquerade.model.slots import Frame, Outfits, Slots, enter, route
+from masquerade.model.route import AppliedMask, ResidentMask, Route, Span
+from masquerade.model.slots import SlotMap, Slots, SlotShape, find_entries, make_route
 from masquerade.model.staging import Staging
 from masquerade.model.targets import SCOPES, find_targets
 from masquerade.model.tools import Argued, Dialect, Opened, Part, Reader, find_dialect
+from masquerade.model.verified_store import VerifiedStore
 
 __all__ = [
     "SCOPES",
+    "AppliedMask",
     "Argued",
     "Base",
     "Dialect",
-    "Frame",
-    "Host",
+    "HostCache",
     "MaskManager",
     "Opened",
-    "Outfits",
     "Part",
     "Reader",
     "Residency",
+    "ResidentMask",
     "Route",
-    "Shelf",
+    "SlotMap",
+    "SlotShape",
     "Slots",
     "Span",
     "Staging",
-    "Wear",
-    "WornMask",
-    "enter",
+    "VerifiedStore",
     "find_dialect",
+    "find_entries",
     "find_targets",
     "hand_back",
     "load",
+    "make_route",
     "render_chat",
-    "route",
 ]

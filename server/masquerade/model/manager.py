@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from maskstore import Mask, MaskMismatch, MaskReader
 from masquerade.kernels import correct, dense, footprint, serves
-from masquerade.model.route import Route, WornMask
+from masquerade.model.route import ResidentMask, Route
 from masquerade.model.targets import find_targets
 
 
@@ -62,7 +62,7 @@ class MaskManager:
         while self._served:
             del self._served.pop().forward
 
-    def fit(self, mask: Mask, backend: str | None = None) -> WornMask:
+    def fit(self, mask: Mask, backend: str | None = None) -> ResidentMask:
         """Prepare a mask for this model, on the device of each Linear.
 
         Raises `MaskMismatch` if a target is not a maskable Linear of the model or has another shape. `backend` is a
@@ -71,7 +71,7 @@ class MaskManager:
         for name, target in mask.targets.items():
             self._check(name, target.shape)
         worn = {name: correct(self._linears[name], target, backend) for name, target in mask.targets.items()}
-        return WornMask(mask.digest, mask.info, worn, self._numbers)
+        return ResidentMask(mask.digest, mask.info, worn, self._numbers)
 
     def measure(self, mask: MaskReader) -> int:
         """Device bytes of what `fit` would make, from what the file's header says; raises `MaskMismatch` as it does."""

@@ -26,10 +26,10 @@ from queue import SimpleQueue
 
 from maskstore import Mask
 from masquerade.errors import MaskTooLarge, NotReady, Overloaded
-from masquerade.model.host import Host
+from masquerade.model.host_cache import HostCache
 from masquerade.model.manager import MaskManager
-from masquerade.model.route import WornMask
-from masquerade.model.shelf import Shelf
+from masquerade.model.route import ResidentMask
+from masquerade.model.verified_store import VerifiedStore
 
 LOADERS = 4  # masks that are read at once; a fifth waits for one of them
 WAITING = 256  # requests that may wait for masks
@@ -53,8 +53,8 @@ class Loads:
 class _Kept:
     """A mask on the device. One without a hold goes when nobody wears it any more."""
 
-    look: weakref.ref[WornMask]
-    hold: WornMask | None
+    look: weakref.ref[ResidentMask]
+    hold: ResidentMask | None
     nbytes: int
 
 
@@ -63,11 +63,11 @@ class _Load:
     """A mask on its way, and everybody who waits for it."""
 
     digest: str
-    future: Future[WornMask] = field(default_factory=Future)
+    future: Future[ResidentMask] = field(default_factory=Future)
     askers: int = 0
     nbytes: int = 0
     mask: Mask | None = None
-    worn: WornMask | None = None  # once there
+    worn: ResidentMask | None = None  # once there
     seconds: float = 0.0
 
 
@@ -75,12 +75,17 @@ class Residency:
     """Masks on the device within a byte budget. Safe for several threads."""
 
     def __init__(
-        self, manager: MaskManager, shelf: Shelf, budget: int, host: Host | None = None, waiting: int = WAITING
+        self,
+        manager: MaskManager,
+        verified_store: VerifiedStore,
+        budget: int,
+        host: HostCache | None = None,
+        waiting: int = WAITING,
     ) -> None:
         self.budget = budget  # bytes on the device
-        self.host = host or Host(0)
+        self.host = host or HostCache(0)
         self.loads = Loads()
-        self._manager, self._shelf, self._limit = manager, shelf, waiting
+        self._manager, self._verified_store, self._limit = manager, verified_store, waiting
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # the least recently used first
         self._sizes: dict[str, int] = {}  # bytes on the device, by digest
         self._used = 0  # bytes of what is kept or being fitted
@@ -92,7 +97,7 @@ class Residency:
         self._watcher: threading.Thread | None = None
         self._closed = False
 
-    def request(self, digest: str) -> Future[WornMask]:
+    def request(self, digest: str) -> Future[ResidentMask]:
         """The mask of a digest on the device: at once, or as soon as it has been loaded.
 
         Hold what the future gives for as long as it is worn, and no longer. It raises `MaskError` if the mask cannot be
@@ -104,7 +109,7 @@ class Residency:
             if kept and kept.hold:
                 self.loads.hits += 1
                 self._kept.move_to_end(digest)
-                there: Future[WornMask] = Future()
+                there: Future[ResidentMask] = Future()
                 there.set_result(kept.hold)
                 return there
             if self._closed:
@@ -122,7 +127,7 @@ class Residency:
             load.askers += 1
             return load.future
 
-    def get(self, digest: str) -> WornMask:
+    def get(self, digest: str) -> ResidentMask:
         """The same, waiting for it on the calling thread."""
         return self.request(digest).result()
 
@@ -185,7 +190,7 @@ class Residency:
 
     def _measure(self, digest: str) -> int:
         if digest not in self._sizes:
-            with self._shelf.open(digest) as reader:
+            with self._verified_store.open(digest) as reader:
                 self._sizes[digest] = self._manager.measure(reader)
         if (nbytes := self._sizes[digest]) > self.budget:
             raise MaskTooLarge(
@@ -200,7 +205,7 @@ class Residency:
             with self._lock:
                 self.loads.from_host += 1
             return mask
-        return self.host.keep(self._shelf.read(digest))
+        return self.host.keep(self._verified_store.read(digest))
 
     def _admit(self) -> None:
         """Start fitting whatever there is room for. Called with the lock held."""
@@ -279,7 +284,7 @@ class Residency:
         with self._lock:
             self._admit()  # whoever waits for room may have this mask in the way
 
-    def _fit(self, load: _Load) -> WornMask:
+    def _fit(self, load: _Load) -> ResidentMask:
         assert load.mask is not None
         worn = self._manager.fit(load.mask)
         with self._lock:

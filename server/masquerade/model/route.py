@@ -21,9 +21,9 @@ from masquerade.kernels import (
     NativeMask,
     NativeParts,
     NativeProduct,
+    NativeSpan,
     RowwiseCorrection,
     SparseCorrection,
-    Worn,
     dense,
 )
 
@@ -31,7 +31,7 @@ FEW = 4  # up to so many rows of a mask are corrected together with other masks'
 
 
 @dataclass(frozen=True, eq=False)
-class WornMask:
+class ResidentMask:
     """A mask on the device, ready to be worn: a correction for each of its targets.
 
     `numbers` are the places of the model's Linears in the native kernels' tables; what is not among them is corrected
@@ -61,10 +61,10 @@ class WornMask:
 
 
 @dataclass(frozen=True)
-class Wear:
+class AppliedMask:
     """A mask at a strength: gamma 0 is the hard mask, gamma 1 the base."""
 
-    mask: WornMask
+    mask: ResidentMask
     gamma: float
 
 
@@ -72,7 +72,7 @@ class Wear:
 class Span:
     """Rows `start` to `stop` of a packed batch wear the same."""
 
-    wear: Wear
+    applied: AppliedMask
     start: int
     stop: int
 
@@ -81,13 +81,13 @@ class Span:
 class Group:
     """All rows of a batch that wear one mask, whatever their gamma."""
 
-    mask: WornMask
+    mask: ResidentMask
     rows: Tensor  # int64 [n]
     strength: Tensor  # 1 - gamma, fp32 [n, 1]
 
 
 @dataclass(frozen=True)
-class Plan:
+class CorrectionPlan:
     """What is taken from one Linear's outputs for one batch."""
 
     rowwise: RowwiseCorrection | None  # sparse masks of few rows, together
@@ -113,14 +113,14 @@ class Route:
     def __init__(self, spans: Iterable[Span] = ()) -> None:
         self.spans = tuple(spans)
         worn = [
-            Worn(native, 1 - span.wear.gamma, span.start, span.stop)
+            NativeSpan(native, 1 - span.applied.gamma, span.start, span.stop)
             for span in self.spans
-            if (native := span.wear.mask.native) is not None
+            if (native := span.applied.mask.native) is not None
         ]
         self._product = NativeProduct(worn) if worn else None
-        self._beside = any(span.wear.mask.beside for span in self.spans)
+        self._beside = any(span.applied.mask.beside for span in self.spans)
         self._groups: Sequence[Group] | None = None
-        self._plans: dict[tuple[str, bool], Plan] = {}
+        self._plans: dict[tuple[str, bool], CorrectionPlan] = {}
 
     def masks(self, name: str) -> bool:
         """Whether any row's mask prunes something of a Linear."""
@@ -128,7 +128,7 @@ class Route:
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        return frozenset().union(*(span.wear.mask.corrections for span in self.spans))
+        return frozenset().union(*(span.applied.mask.corrections for span in self.spans))
 
     def multiply(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The outputs [..., out] of a Linear that the native kernels serve, as its rows' masks would have them; x is
@@ -154,7 +154,7 @@ class Route:
             self._plans[key] = self._plan(name, beside, x.device)
         self._plans[key].subtract(name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
 
-    def _plan(self, name: str, beside: bool, device: torch.device) -> Plan:
+    def _plan(self, name: str, beside: bool, device: torch.device) -> CorrectionPlan:
         if self._groups is None:
             self._groups = _group(self.spans, device)
         together: list[Assignment[SparseCorrection]] = []
@@ -167,20 +167,20 @@ class Route:
                 together.append(Assignment(correction, group.rows, group.strength))
             else:
                 alone.append(group)
-        return Plan(RowwiseCorrection(together) if together else None, alone)
+        return CorrectionPlan(RowwiseCorrection(together) if together else None, alone)
 
 
 def _group(spans: Iterable[Span], device: torch.device) -> list[Group]:
     """The spans of a batch by mask."""
     by_mask: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
-        by_mask[span.wear.mask.digest].append(span)
+        by_mask[span.applied.mask.digest].append(span)
     return [_unite(those, device) for those in by_mask.values()]
 
 
 def _unite(spans: list[Span], device: torch.device) -> Group:
     rows = [row for span in spans for row in range(span.start, span.stop)]
-    strengths = [1 - span.wear.gamma for span in spans for _ in range(span.start, span.stop)]
+    strengths = [1 - span.applied.gamma for span in spans for _ in range(span.start, span.stop)]
     return Group(
-        spans[0].wear.mask, torch.tensor(rows, device=device), torch.tensor(strengths, device=device).view(-1, 1)
+        spans[0].applied.mask, torch.tensor(rows, device=device), torch.tensor(strengths, device=device).view(-1, 1)
     )

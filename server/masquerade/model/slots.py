@@ -20,7 +20,7 @@ from torch import Tensor
 
 from masquerade.kernels.cuda import CudaBits, CudaList, find_kernels
 from masquerade.kernels.tiles import FIELDS, Tiles, tile
-from masquerade.model.route import Route, Span, WornMask
+from masquerade.model.route import ResidentMask, Route, Span
 from masquerade.model.staging import Layout, Staging
 
 MANY = 8  # rows of one mask from which on they are taken together
@@ -29,7 +29,7 @@ _BITMAP_WIDTHS = (16, 64)
 
 
 @dataclass(frozen=True)
-class Entries:
+class TableEntries:
     """What a table says of a mask."""
 
     names: tuple[str, ...]  # of its Linears, sorted
@@ -38,21 +38,21 @@ class Entries:
     bitmaps: frozenset[str]  # and those for which it has a bitmap
 
 
-_ENTRIES: WeakKeyDictionary[WornMask, Entries | None] = WeakKeyDictionary()
+_ENTRIES: WeakKeyDictionary[ResidentMask, TableEntries | None] = WeakKeyDictionary()
 
 
-def route(spans: Iterable[Span], device: torch.device) -> Route:
+def make_route(spans: Iterable[Span], device: torch.device) -> Route:
     """The route of a batch, by the kernels that serve its masks. Rows of no span, and rows at gamma 1, are the base's
     and cost nothing.
     """
-    spans = [span for span in spans if span.wear.gamma < 1]
-    masks = [span.wear.mask for span in spans]
-    if masks and masks[0].native is None and all(enter(mask) is not None for mask in masks):
+    spans = [span for span in spans if span.applied.gamma < 1]
+    masks = [span.applied.mask for span in spans]
+    if masks and masks[0].native is None and all(find_entries(mask) is not None for mask in masks):
         return SlotRoute(spans, device)
     return Route(spans)
 
 
-def enter(mask: WornMask) -> Entries | None:
+def find_entries(mask: ResidentMask) -> TableEntries | None:
     """What a table says of a mask, if kernels can find all of its corrections by address. Worked out once."""
     if mask not in _ENTRIES:
         forms: list[tuple[str, Any]] = sorted(mask.corrections.items(), key=lambda form: form[0])
@@ -61,8 +61,8 @@ def enter(mask: WornMask) -> Entries | None:
     return _ENTRIES[mask]
 
 
-def _describe(forms: list[tuple[str, CudaBits | CudaList]]) -> Entries:
-    return Entries(
+def _describe(forms: list[tuple[str, CudaBits | CudaList]]) -> TableEntries:
+    return TableEntries(
         tuple(name for name, _ in forms),
         np.stack([form.addresses for _, form in forms]),
         frozenset(name for name, form in forms if isinstance(form, CudaList)),
@@ -71,7 +71,7 @@ def _describe(forms: list[tuple[str, CudaBits | CudaList]]) -> Entries:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SlotShape:
     """What must be equal for one set of tensors, and one CUDA graph, to serve two batches."""
 
     rows: int
@@ -101,41 +101,41 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Outfits:
+class SlotMap:
     """Who wears what in one batch: masks by slot, and every row's slot and strength."""
 
-    masks: tuple[WornMask, ...]
+    masks: tuple[ResidentMask, ...]
     slots: NDArray[np.int32]  # [rows], -1 for the base
     strengths: NDArray[np.float32]  # 1 - gamma, [rows]
 
     @classmethod
-    def of(cls, spans: Sequence[Span], rows: int) -> Outfits:
+    def of(cls, spans: Sequence[Span], rows: int) -> SlotMap:
         """Sort out the spans of a batch. Rows at gamma 1 are the base's."""
         slots, strengths = np.full(rows, -1, np.int32), np.zeros(rows, np.float32)
         numbers: dict[str, int] = {}
-        masks: list[WornMask] = []
+        masks: list[ResidentMask] = []
         for span in spans:
-            if span.wear.gamma < 1:
-                mask = span.wear.mask
+            if span.applied.gamma < 1:
+                mask = span.applied.mask
                 number = numbers.setdefault(mask.digest, len(masks))
                 masks += [mask] * (number == len(masks))
                 slots[span.start : span.stop] = number
-                strengths[span.start : span.stop] = 1 - span.wear.gamma
+                strengths[span.start : span.stop] = 1 - span.applied.gamma
         return cls(tuple(masks), slots, strengths)
 
-    def frame(self) -> Frame:
+    def frame(self) -> SlotShape:
         """Just large enough for this batch."""
         most = int(np.bincount(self.slots[self.slots >= 0], minlength=1).max())
         widths = [pair[most >= MANY] for pair in (_LISTED_WIDTHS, _BITMAP_WIDTHS)]
         counts = [len(tile(part, width)[0]) for part, width in zip((self._worn(), self.slots), widths, strict=True)]
         rows, slots = len(self.slots), len(self.masks)
-        return Frame(rows, slots, *self._kinds, (counts[0], widths[0]), (counts[1], widths[1]))
+        return SlotShape(rows, slots, *self._kinds, (counts[0], widths[0]), (counts[1], widths[1]))
 
-    def padded_frame(self, rows: int) -> Frame:
+    def padded_frame(self, rows: int) -> SlotShape:
         """For a decode step of up to `rows` rows: the tiles of the worst case, so that only `rows` and kinds matter."""
-        return Frame(rows, rows, *self._kinds, (rows, _LISTED_WIDTHS[0]), (rows, _BITMAP_WIDTHS[0]))
+        return SlotShape(rows, rows, *self._kinds, (rows, _LISTED_WIDTHS[0]), (rows, _BITMAP_WIDTHS[0]))
 
-    def fill(self, frame: Frame) -> dict[str, NDArray[Any]]:
+    def fill(self, frame: SlotShape) -> dict[str, NDArray[Any]]:
         """The contents of a frame's tensors; what this batch does not need wears nothing."""
         table = np.zeros((len(frame.names), frame.slots, FIELDS), np.int64)
         for slot, entries in enumerate(self._entries):
@@ -150,8 +150,8 @@ class Outfits:
         return arrays
 
     @property
-    def _entries(self) -> list[Entries]:
-        found = [enter(mask) for mask in self.masks]
+    def _entries(self) -> list[TableEntries]:
+        found = [find_entries(mask) for mask in self.masks]
         return [entries for entries in found if entries is not None]
 
     @cached_property
@@ -167,7 +167,7 @@ class Outfits:
 class Slots:
     """The tensors of one frame, and the launches that read them. Not thread-safe, as the model is not."""
 
-    def __init__(self, frame: Frame, device: torch.device) -> None:
+    def __init__(self, frame: SlotShape, device: torch.device) -> None:
         self.frame = frame
         self._kernels: Any = find_kernels()
         self._staging = Staging(frame.layout, device)
@@ -177,9 +177,9 @@ class Slots:
         self._listed = Tiles(tensors["listed_slots"], tensors["listed_rows"])
         self._bitmaps = Tiles(tensors["bitmap_slots"], tensors["bitmap_rows"])
 
-    def write(self, outfits: Outfits) -> None:
+    def write(self, slot_map: SlotMap) -> None:
         """Serve this batch from now on; it must fit the frame. Its masks must live for as long as it is served."""
-        self._staging.write(outfits.fill(self.frame))
+        self._staging.write(slot_map.fill(self.frame))
 
     def masks(self, name: str) -> bool:
         """Whether any row's mask prunes something of a Linear."""
@@ -221,9 +221,9 @@ class SlotRoute(Route):
             return F.linear(x, weight, bias)
         rows = x.shape[:-1].numel()
         if self._slots is None or self._slots.frame.rows != rows:
-            outfits = Outfits.of(self.spans, rows)
-            self._slots = Slots(outfits.frame(), self._device)
-            self._slots.write(outfits)
+            slot_map = SlotMap.of(self.spans, rows)
+            self._slots = Slots(slot_map.frame(), self._device)
+            self._slots.write(slot_map)
         return self._slots.multiply(name, x, weight, bias)
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from maskstore import ANY, Anything, InvalidValue, compose_persona, export_mask, fingerprint, import_mask
-from masquerade.cli.masks.shelf import Expected, Persona, identify, open_registry, say
+from maskstore import ANY, Anything, InvalidMaskValue, compose_persona, export_mask, fingerprint, import_mask
+from masquerade.cli.masks.common import Expected, Persona, identify, open_registry, say
 from masquerade.cli.options import AsJson, Model, StoreFolder
 from masquerade.sources import find_folder
 
@@ -60,7 +60,7 @@ def compose_mask(
     """Make a persona of others: | prunes what either prunes, & what both do, - what only the first does, ~ the rest."""
     name, equals, expression = " ".join(words).partition("=")
     if not equals:
-        raise InvalidValue(f"{' '.join(words)!r:.80} is no NAME = EXPRESSION")
+        raise InvalidMaskValue(f"{' '.join(words)!r:.80} is no NAME = EXPRESSION")
     registry = open_registry(model, store)
     generation = compose_persona(registry, name.strip(), expression.strip(), parse_expected(expect))
     say(as_json, identify(generation), f"{generation.name}: generation {generation.number}, {generation.digest}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from masquerade.cli.masks.shelf import Persona, identify, open_registry, say
+from masquerade.cli.masks.common import Persona, identify, open_registry, say
 from masquerade.cli.options import AsJson, Model, StoreFolder
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from maskstore import fsck, gc, signing
 from maskstore.upkeep import GRACE
-from masquerade.cli.masks.shelf import Persona, identify, open_registry, say
+from masquerade.cli.masks.common import Persona, identify, open_registry, say
 from masquerade.cli.options import AsJson, Model, StoreFolder
 
 KeyFile = Annotated[Path, typer.Option("--key", help="File of the private key.")]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from maskstore import Mask, Registry, diff, fingerprint, plot, read_mask
-from masquerade.cli.masks.shelf import Persona, identify, open_registry, say, summarise
+from masquerade.cli.masks.common import Persona, identify, open_registry, say, summarise
 from masquerade.cli.options import AsJson, Model, StoreFolder
 from masquerade.sources import find_folder
 

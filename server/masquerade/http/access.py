@@ -1,0 +1,227 @@
+"""Who asks, and whether they may.
+
+Knows tokens in headers, scopes of routes and lists of personas. Refuses to know how a key is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from masquerade.errors import (
+    InvalidKey,
+    MasqueradeError,
+    NotReady,
+    OriginForbidden,
+    PersonaForbidden,
+    RateLimited,
+    ScopeMissing,
+)
+from masquerade.http import errors
+from masquerade.http.limits import Policy
+from masquerade.http.request_log import RequestRecord
+from masquerade.keys import Key, Keyring, Rates
+from masquerade.keys import Scope as KeyScope
+
+LOCAL = "local"  # the owner of everything while there are no keys
+# Open to whoever reaches the server: they hold nothing of any key's, and change nothing.
+OPEN = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_FOLDER = "/web/"  # the playground's files
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever sent a request, and the entry about it. Without a key, in a store that has none, all is allowed."""
+
+    key: Key | None
+    entry: RequestRecord
+    seconds: float  # that answers to it may take
+    keyring: Keyring
+
+    @property
+    def owner(self) -> str:
+        """Whom files, jobs and the engine's work belong to: the id of the key."""
+        return self.key.id if self.key else LOCAL
+
+    def may(self, scope: KeyScope) -> bool:
+        """Whether the key has a scope."""
+        return self.key is None or self.key.may(scope)
+
+    def sees(self, persona: str) -> bool:
+        """Whether a persona of this name is on the key's list."""
+        return self.key is None or self.key.allows(persona)
+
+    def problem(self) -> MasqueradeError | None:
+        """What has become of the key since it was let in; costs next to nothing, so that streams can ask often."""
+        if self.key is not None:
+            with suppress(NotReady):  # the table cannot be read now: nothing is known
+                try:
+                    self.keyring.check(self.key.id)
+                except InvalidKey as error:
+                    return error
+        return None
+
+    def check_persona(self, reference: str, param: str | None = None) -> None:
+        """Raises `PersonaForbidden` for a name (`name`, `name@digest`, an alias) that is not on the key's list.
+
+        The name that was asked for decides, before anything is looked up: the refusal is the same whether or not there
+        is such a persona.
+        """
+        name = reference.partition("@")[0]
+        if not self.sees(name):
+            raise PersonaForbidden(f"this key may not use the name {name!r:.80}", param=param)
+        self.entry.targets.append(name)
+
+    def check_managed(self, reference: str, aliases: Mapping[str, str], param: str | None = None) -> None:
+        """The same for what is done to a persona, not as one: behind an alias, its own name must be on the list too."""
+        self.check_persona(reference, param)
+        name = reference.partition("@")[0]
+        if not self.sees(aliases.get(name, name)):
+            raise PersonaForbidden(
+                f"this key may use the persona behind the alias {name!r:.80}, and no more", param=param
+            )
+
+    def check_choice(self, choice: tuple[str, str] | None) -> None:
+        """The same for what a request chose, with the field that named it; the bare base is everybody's."""
+        if choice is not None:
+            self.check_persona(*choice)
+
+
+class Needs:
+    """A route's scope, as a dependency that gives the caller. Raises `ScopeMissing`."""
+
+    def __init__(self, scope: KeyScope) -> None:
+        self.scope = scope
+
+    async def __call__(self, http: Request) -> Caller:
+        """The caller, if its key has the scope."""
+        caller: Caller = http.state.caller
+        caller.entry.scope = self.scope
+        if not caller.may(self.scope):
+            raise ScopeMissing(f"this needs a key with the scope `{self.scope}`")
+        return caller
+
+
+class ScopedRoute(APIRoute):
+    """Asks for the scope before the body is read: who may not ask hears that, whatever is wrong with the body."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Any]]:  # type: ignore[override]
+        """The framework's, and the question before it."""
+        handle = super().get_route_handler()
+        needs = next((one.call for one in self.dependant.dependencies if isinstance(one.call, Needs)), None)
+
+        async def ask_first(http: Request) -> Any:
+            if needs is not None:
+                await needs(http)
+            return await handle(http)
+
+        return ask_first
+
+
+Measuring = Annotated[Caller, Depends(Needs("metrics"))]
+Chatting = Annotated[Caller, Depends(Needs("chat"))]
+Building = Annotated[Caller, Depends(Needs("build"))]
+Managing = Annotated[Caller, Depends(Needs("admin"))]
+
+
+class AuthMiddleware:
+    """Lets nobody without a valid key in once the store has keys, before a body is read; only what is `OPEN` is open.
+
+    Before that, whoever reaches the server may use it, except browsers on behalf of pages from elsewhere: their
+    `Origin` is another, and the `Host` of a page whose name was bound to loopback is no name of loopback.
+    """
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, rates: Rates, policy: Policy) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._rates = rates
+        self._loopback = policy.loopback
+        self._seconds = policy.answer_seconds
+        self._origins = frozenset(policy.cors_origins)
+        self._hashing = ThreadPoolExecutor(1, "keys")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"] in OPEN or scope["path"].startswith(OPEN_FOLDER):
+            await self._app(scope, receive, send)
+            return
+        entry: RequestRecord = scope["state"]["entry"]
+        key: Key | None = None
+        try:
+            if len(self._keyring):
+                key = await self._find(Headers(scope=scope).get("authorization", ""))
+                entry.key = key
+                self._rates.admit(key)
+            else:
+                self._check_page(Headers(scope=scope))
+        except MasqueradeError as error:
+            if isinstance(error, RateLimited):
+                entry.limited = error.kind
+            headers = self._rates.headers(key) if key else None
+            await errors.respond(error, headers)(scope, receive, send)
+            return
+        scope["state"]["caller"] = Caller(key, entry, self._seconds, self._keyring)
+        try:
+            await self._app(scope, receive, self._telling(key, send) if key else send)
+        finally:
+            if key:
+                self._rates.charge(key, entry.tokens)
+
+    async def _find(self, authorization: str) -> Key:
+        """The key of a header. A token is hashed once, on a thread of its own; then it is remembered."""
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise InvalidKey("no API key was given; send the header `Authorization: Bearer KEY`")
+        token = token.strip()
+        known = self._keyring.recall(token)
+        if known is not None:
+            return known
+        return await asyncio.get_running_loop().run_in_executor(self._hashing, self._keyring.verify, token)
+
+    def _telling(self, key: Key, send: Send) -> Send:
+        """Adds what is left of the key's limits to the answer."""
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._rates.headers(key))
+            await send(message)
+
+        return send_with_limits if key.rpm or key.tpm else send
+
+    def _check_page(self, headers: Headers) -> None:
+        host, origin = headers.get("host"), headers.get("origin")
+        if self._loopback and host is not None and not is_loopback(_name(host)):
+            raise OriginForbidden(f"the server is local and has no keys, but the header Host says {host!r:.80}")
+        if origin is None or origin in self._origins or "*" in self._origins:
+            return
+        if urlsplit(origin).netloc != host:
+            raise OriginForbidden(
+                f"pages of {origin!r:.80} may not use this server; `--cors-origin` allows it, and so do keys"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address can only be this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without port and brackets."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

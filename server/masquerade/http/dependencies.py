@@ -1,0 +1,52 @@
+"""What a route asks for: the parts of the application that a request belongs to.
+
+Knows where the application keeps them. Refuses to know what they do. They are coroutines because the framework would
+send plain functions to a thread for each request.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from masquerade.errors import PersonaConflict, WorkedElsewhere
+from masquerade.jobs import JobService
+from masquerade.service.serving import Serving
+
+
+async def find_serving(http: Request) -> Serving:
+    """What the server of a request serves."""
+    serving: Serving = http.app.state.serving
+    return serving
+
+
+async def read_persona(http: Request) -> str | None:
+    """The persona that the header `X-Persona` names; `PersonaConflict` if it is there twice and not the same."""
+    named = set(http.headers.getlist("X-Persona"))
+    if len(named) > 1:
+        raise PersonaConflict("the header X-Persona names several personas; give one", param="X-Persona")
+    return next(iter(named), None)
+
+
+async def find_job_service(http: Request) -> JobService:
+    """The store's jobs; `WorkedElsewhere` if another server has them."""
+    job_service: JobService | None = http.app.state.job_service
+    if job_service is None:
+        raise WorkedElsewhere("another server works the jobs of this store; send builds there")
+    return job_service
+
+
+PERSONA_HEADER: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "X-Persona",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string"},
+            "description": "The persona, where neither `model` nor `persona` names one.",
+        }
+    ]
+}
+Served = Annotated[Serving, Depends(find_serving)]
+ServedJobs = Annotated[JobService, Depends(find_job_service)]

@@ -1,0 +1,57 @@
+"""How the server is: `GET /healthz` (the process lives), `GET /readyz` (it takes requests), `GET /metrics`.
+
+Both probes answer to HEAD as well, which load balancers ask with.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from masquerade.errors import NotReady
+from masquerade.http.access import Measuring
+from masquerade.http.dependencies import Served
+from masquerade.http.metrics import Metrics
+from masquerade.http.wire import Schema, show
+
+router = APIRouter()
+
+
+class Health(Schema):
+    """All is well."""
+
+    model_config = show({"status": "ok"})
+
+    status: Literal["ok", "ready"]
+
+
+_METRICS = {
+    "schema": {"type": "string"},
+    "example": 'masquerade_answers_total{persona="introvert",reason="stop"} 17.0\n',
+}
+
+
+@router.head("/healthz", include_in_schema=False)
+@router.get("/healthz", response_model=None, responses={200: {"model": Health}})
+async def check_health() -> dict[str, str]:
+    """Always 200 while the event loop turns."""
+    return {"status": "ok"}
+
+
+@router.head("/readyz", include_in_schema=False)
+@router.get("/readyz", response_model=None, responses={200: {"model": Health}})
+async def check_readiness(serving: Served) -> dict[str, str]:
+    """200 while the engine's thread takes requests, else 503."""
+    if problem := serving.engine.problem:
+        raise NotReady(problem)
+    return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _METRICS}}})
+def show_metrics(http: Request, _: Measuring) -> Response:
+    """Prometheus' text format. Once there are keys, it needs one with the scope `metrics` or `admin`."""
+    metrics: Metrics = http.app.state.metrics
+    return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

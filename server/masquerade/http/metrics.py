@@ -1,0 +1,185 @@
+"""The server in numbers, for Prometheus.
+
+Knows names, units and labels of what is measured; a label has few values whatever clients send. Refuses to know keys
+and content.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import Counter as Total
+from prometheus_client import Histogram as Distribution
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+from masquerade import __version__
+from masquerade.service.serving import Serving
+
+PERSONAS = 20  # that have a label of their own
+BASE, OTHER = "_base", "_other"  # no persona can be called so
+_FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_GAP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 5)
+_WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Histograms(NamedTuple):
+    """Where the times of a persona's requests go; seconds."""
+
+    first: Distribution
+    gap: Distribution
+    whole: Distribution
+
+
+class Labels:
+    """Which personas have a label: those used most, up to a number; the rest share one.
+
+    A newcomer takes the label of the least used only when it was used twice as often, so that labels do not flap.
+    """
+
+    def __init__(self, most: int, drop: Callable[[str], None]) -> None:
+        self._most = most
+        self._drop = drop
+        self._uses: Counter[str] = Counter()
+        self._labelled: set[str] = set()
+
+    def find(self, persona: str | None) -> str:
+        """The label of a persona that is used now; of the bare base for None."""
+        if persona is None:
+            return BASE
+        self._uses[persona] += 1
+        if persona in self._labelled:
+            return persona
+        if len(self._labelled) >= self._most:
+            least = min(self._labelled, key=self._uses.__getitem__)
+            if self._uses[persona] < 2 * self._uses[least]:
+                return OTHER
+            self._labelled.discard(least)
+            self._drop(least)
+        self._labelled.add(persona)
+        return persona
+
+    def current(self, persona: str | None) -> str:
+        """The label it has, which a use does not change."""
+        if persona is None:
+            return BASE
+        return persona if persona in self._labelled else OTHER
+
+
+class Metrics:
+    """Everything that is counted as requests go by, in a registry of its own. For one thread: the event loop's."""
+
+    def __init__(self, serving: Serving, jobs: Callable[[], Mapping[str, int]]) -> None:
+        self.registry = registry = CollectorRegistry(auto_describe=False)
+        self._labels = Labels(PERSONAS, self._forget)
+
+        def total(name: str, text: str, *labels: str) -> Total:
+            return Total(f"masquerade_{name}", text, labels, registry=registry)
+
+        def distribution(name: str, text: str, buckets: Sequence[float]) -> Distribution:
+            return Distribution(f"masquerade_{name}", text, ("persona",), registry=registry, buckets=buckets)
+
+        self.requests = total("requests", "HTTP requests.", "method", "route", "status")
+        self.errors = total("errors", "Failures, also those in the midst of a stream.", "code")
+        self.limited = total("rate_limited", "Requests refused by a key's limits.", "limit")
+        self._answers = total("answers", "Answers that came to an end.", "persona", "reason")
+        self._tokens = total("tokens", "Tokens: prompt, cached (of the prompt), completion.", "persona", "kind")
+        self._first = distribution("first_token_seconds", "From a request to its first token.", _FIRST)
+        self._gap = distribution("inter_token_seconds", "Between two tokens of an answer.", _GAP)
+        self._whole = distribution("answer_seconds", "From a request to the end of its answers.", _WHOLE)
+        registry.register(_State(serving, jobs))
+        ProcessCollector(registry=registry)
+
+    def times_of(self, persona: str | None) -> Histograms:
+        """The histograms of a persona that a request uses now."""
+        label = self._labels.find(persona)
+        return Histograms(self._first.labels(label), self._gap.labels(label), self._whole.labels(label))
+
+    def count(self, persona: str | None, prompt: int, cached: int, completion: int, reasons: Sequence[str]) -> None:
+        """Enter the tokens of a request, and why its answers ended."""
+        label = self._labels.current(persona)
+        for kind, tokens in (("prompt", prompt), ("cached", cached), ("completion", completion)):
+            self._tokens.labels(label, kind).inc(tokens)
+        for reason in reasons:
+            self._answers.labels(label, reason).inc()
+
+    def render(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _forget(self, persona: str) -> None:
+        for family in (self._answers, self._tokens, self._first, self._gap, self._whole):
+            family.remove_by_labels({"persona": persona})
+
+
+class _State:
+    """What is read when it is asked for: the engine, its cache, the masks, the jobs."""
+
+    def __init__(self, serving: Serving, jobs: Callable[[], Mapping[str, int]]) -> None:
+        self._serving = serving
+        self._jobs = jobs
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it, now."""
+        serving, engine = self._serving, self._serving.engine
+        info = {"version": __version__, "base": serving.base.name, "fingerprint": serving.base.fingerprint}
+        yield InfoMetricFamily("masquerade", "What is served.", value=info | {"device": str(serving.base.device)})
+        yield _gauge("ready", "1 while the engine takes requests.", float(engine.ready))
+        held = engine.occupancy
+        yield _gauge("queue_requests", "Requests that wait.", held.waiting)
+        yield _gauge("batch_requests", "Requests in the batch.", held.running)
+        yield _gauge("batch_capacity_requests", "Most requests in a batch.", engine.config.max_running)
+        yield _gauge("batch_personas", "Distinct masks worn in the batch.", held.masks)
+        pages = {"held": held.pages_held, "kept": held.pages_kept, "blank": held.pages_blank}
+        yield _gauges("kv_pages", "Pages of keys and values: held by requests, kept for others, blank.", "state", pages)
+        counts = engine.counts
+        yield _total("engine_steps", "Forward passes.", counts.steps)
+        yield _total("engine_failures", "Forward passes that failed.", counts.failures)
+        yield _total("engine_preemptions", "Requests that gave their pages back to go on later.", counts.preemptions)
+        yield _total("engine_sampled_tokens", "Tokens of answers.", counts.sampled)
+        positions = {"computed": counts.computed, "cached": counts.cached}
+        yield _totals("engine_positions", "Positions that were computed, and found in the cache.", "source", positions)
+        yield from self._collect_masks()
+        yield _gauges("jobs", "Builds of this store.", "state", self._jobs())
+
+    def _collect_masks(self) -> Iterator[Metric]:
+        residency = self._serving.residency
+        loads, host = residency.loads, residency.host
+        tiers = Counter({"device": 0, "loading": 0, "host": 0, "disk": 0})
+        tiers.update(residency.tier(generation.digest) for generation in self._serving.registry.names())
+        yield _gauges("personas", "Personas of the store, by where their masks are nearest.", "tier", tiers)
+        nbytes = {"device": residency.nbytes, "host": host.nbytes}
+        yield _gauges("mask_bytes", "Bytes of masks.", "tier", nbytes)
+        yield _gauge("mask_waiting_requests", "Requests that wait for a mask.", residency.waiting)
+        asked = {"hit": loads.hits, "shared": loads.shared, "miss": loads.misses}
+        yield _totals("mask_requests", "Masks asked for: on the device, on their way, to be loaded.", "result", asked)
+        sources = {"host": loads.from_host, "disk": loads.done + loads.failed - loads.from_host}
+        yield _totals("cold_loads", "Loads of masks onto the device that have ended.", "source", sources)
+        yield _total("cold_load_failures", "Loads that failed.", loads.failed)
+        yield _total("cold_load_seconds", "Time of loads that ended well, without waiting for room.", loads.seconds)
+        evictions = {"device": loads.evictions, "host": host.evictions}
+        yield _totals("mask_evictions", "Masks that had to go.", "tier", evictions)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"masquerade_{name}", text, value=value)
+
+
+def _gauges(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(f"masquerade_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _total(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"masquerade_{name}", text, value=value)
+
+
+def _totals(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = CounterMetricFamily(f"masquerade_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family

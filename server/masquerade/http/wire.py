@@ -1,0 +1,82 @@
+"""What every wire object is built of: strict models, typed refusals, lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from masquerade.errors import MasqueradeError, UnsupportedParameter
+
+
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+
+
+class Refusal(ValueError):
+    """Carries a typed error through pydantic, which wraps what validators raise."""
+
+    def __init__(self, error: MasqueradeError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Schema(BaseModel):
+    """Strict types, and nothing changes after it was checked."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+def refuse(fields: Any, table: Mapping[str, tuple[Any, ...]]) -> Any:
+    """The fields, unless one is there that must not be ignored."""
+    if isinstance(fields, dict):
+        for name, value in fields.items():
+            idle = table.get(name)
+            if idle is not None and value is not None and value not in idle:
+                raise Refusal(UnsupportedParameter(f"`{name}` is not supported", param=name))
+    return fields
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def show(example: dict[str, Any]) -> ConfigDict:
+    """The configuration of a model that has an example."""
+    return ConfigDict(strict=True, frozen=True, json_schema_extra={"example": example})
+
+
+class Page(Schema, Generic[T]):
+    """Some of a list; `has_more` says whether `after` its last one there are others."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+class Deleted(Schema):
+    """What is no more."""
+
+    model_config = show({"id": "file-6ab1f0c2d3e4f5061728394a", "object": "file", "deleted": True})
+
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def sse(data: dict[str, Any] | str) -> str:
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else encode(data)}\n\n"

@@ -1,0 +1,59 @@
+"""A store's jobs as a whole, in the hands of one process.
+
+Knows that files, table and runner belong together, and that two processes must not work one table. Refuses to know what
+is built.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from masquerade.errors import WorkedElsewhere
+from masquerade.jobs.records import Job
+from masquerade.jobs.runner import Execute, Runner, Work
+from masquerade.jobs.table import JobTable, Quotas
+from masquerade.jobs.uploads import Uploads
+
+FILE_BYTES = 2**28  # most bytes of one uploaded file
+
+
+class JobService:
+    """Files, table and runner below a folder. One process has it at a time; the kernel takes it from a dead one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prepare: Callable[[JobService, Job], Work],
+        execute: Execute,
+        quotas: Quotas | None = None,
+        file_bytes: int = FILE_BYTES,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder / "lock")
+        self.table = JobTable(folder / "jobs.sqlite", quotas)
+        self.uploads = Uploads(folder / "files", self.table, file_bytes)
+        self.tidy()
+        self.runner = Runner(self.table, lambda job: prepare(self, job), execute, self.tidy)
+
+    def tidy(self) -> None:
+        """Forget files and ended jobs that have been kept for long enough."""
+        self.uploads.expire(time.time())
+
+    def close(self) -> None:
+        """Stop the runner and let go of the folder."""
+        self.runner.stop()
+        self._lock.close()
+
+
+def _lock(path: Path) -> IO[bytes]:
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise WorkedElsewhere("another server works the jobs of this store; send builds there") from None
+    return file

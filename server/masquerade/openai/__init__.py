@@ -1,0 +1,1 @@
+"""OpenAI's routes: chat, completions, models, files and fine-tuning."""

@@ -1,0 +1,324 @@
+"""Requests as clients write them.
+
+Knows field names, types and ranges, and which fields must not be ignored. Refuses to act on them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from masquerade.engine import MOST_LOGPROBS, JsonFormat, Phase, SamplingParams
+from masquerade.errors import InvalidValue, UnsupportedParameter
+from masquerade.http.wire import Refusal, Schema, Text, refuse
+from masquerade.openai import unsupported
+
+MOST_CHOICES = 16  # answers to one prompt
+MOST_PROMPTS = 64  # in one request for completions
+MOST_MESSAGES = 2048  # in one chat
+
+_CHAT: dict[str, Any] = {
+    "model": "demo",
+    "persona": "introvert",
+    "messages": [{"role": "user", "content": "Would you like to come to a party?"}],
+    "temperature": 0,
+}
+_COMPLETION: dict[str, Any] = {"model": "demo:introvert", "prompt": "On Sunday I like", "max_tokens": 8}
+
+
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON has no other keys than strings
+Id = Annotated[int, Field(ge=0, lt=10**9)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+_OF_REQUESTS = ("persona", "gamma", "persona_phase")
+
+
+class TextPart(Schema):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Function(Schema):
+    """A function that the model may call. Without `parameters` it has none."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Schema):
+    """Something that the model may use: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionReference(Schema):
+    """A function by its name."""
+
+    name: FunctionName
+
+
+class NamedTool(Schema):
+    """The tool that must be used."""
+
+    type: Literal["function"]
+    function: FunctionReference
+
+
+class CalledFunction(Schema):
+    """What was called; `arguments` is JSON as text."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCall(Schema):
+    """A call that the model made."""
+
+    id: Text
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates want it: the arguments are an object, unless they are no JSON."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except ValueError:
+            arguments = self.function.arguments
+        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class Message(Schema):
+    """One message of a chat. `content` may be null in an assistant's message with `tool_calls` only."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        named = next((name for name in _OF_REQUESTS if isinstance(fields, dict) and fields.get(name) is not None), None)
+        if named:
+            raise Refusal(
+                UnsupportedParameter(
+                    f"a message cannot have `{named}`: a request has one persona, which hears the whole history; send "
+                    "the history again with another `persona` to change it",
+                    param=named,
+                )
+            )
+        parts = fields.get("content") if isinstance(fields, dict) else None
+        for number, part in enumerate(parts if isinstance(parts, list) else ()):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                param = f"content.{number}.type"
+                raise Refusal(UnsupportedParameter(f"parts of the type {kind!r:.40} are not supported", param=param))
+        return refuse(fields, unsupported.MESSAGE)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise Refusal(InvalidValue("a message needs `content`, a string or a list of parts", param="content"))
+        if self.tool_calls and self.role != "assistant":
+            raise Refusal(InvalidValue("only an assistant's message has `tool_calls`", param="tool_calls"))
+        if self.role == "tool" and self.tool_call_id is None:
+            raise Refusal(InvalidValue("a tool's message needs `tool_call_id`", param="tool_call_id"))
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates want it: text only, calls as objects, and `developer` is `system`."""
+        text = self.content or ""
+        if not isinstance(text, str):
+            text = "".join(part.text for part in text)
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class StreamOptions(Schema):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool = False
+
+
+class JsonSchema(Schema):
+    """The form that an answer must have."""
+
+    model_config = ConfigDict(strict=True, frozen=True, protected_namespaces=())
+
+    name: Text = "answer"
+    description: Text | None = None
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class PlainFormat(Schema):
+    """Text, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Schema):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class GenerationRequest(Schema):
+    """What requests for chats and for completions have in common. Unknown fields are ignored, null is the default."""
+
+    model: Text = Field(examples=["demo", "demo:introvert"])
+    persona: Text | None = None
+    gamma: Annotated[float, Field(ge=0, le=1)] | None = None
+    persona_phase: Phase | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def reported(self) -> int | None:
+        """How many of the likeliest tokens are reported with each token; None if no log probability is."""
+        raise NotImplementedError
+
+    def sampling(self, choice: int = 0) -> SamplingParams:
+        """How the tokens of one of the choices are chosen; OpenAI's defaults. A seed counts on with the choices."""
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            seed=None if self.seed is None else self.seed + choice,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            logprobs=self.reported,
+        )
+
+    def stops(self) -> list[str]:
+        """Strings that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def limit(self) -> int | None:
+        """Most tokens of the answer."""
+        return self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _CHAT})
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        return refuse(fields, unsupported.CHAT)
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal(InvalidValue("`top_logprobs` needs `logprobs` to be true", param="top_logprobs"))
+        return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise Refusal(InvalidValue("two tools have the same name", param="tools"))
+        if self.tool_choice in ("auto", "required") and not names:
+            raise Refusal(
+                InvalidValue(f"`tool_choice` is {self.tool_choice!r}, but there are no `tools`", param="tool_choice")
+            )
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise Refusal(InvalidValue(f"there is no tool {self.tool_choice.function.name!r}", param="tool_choice"))
+        return self
+
+    @property
+    def reported(self) -> int | None:
+        """As asked by two fields."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def limit(self) -> int | None:
+        """The newer name wins."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted(self) -> JsonFormat | None:
+        """The JSON that the answer must be, if it must be JSON."""
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        if isinstance(self.response_format, SchemaFormat):
+            return JsonFormat(self.response_format.json_schema.definition)
+        return JsonFormat({"type": "object"})
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`. A text is a prompt as it is, special tokens included."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _COMPLETION})
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Id], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        return refuse(fields, unsupported.COMPLETIONS)
+
+    @property
+    def reported(self) -> int | None:
+        """As asked by one field."""
+        return self.logprobs
+
+    def limit(self) -> int:
+        """OpenAI's default is short."""
+        return self.max_tokens or 16
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)

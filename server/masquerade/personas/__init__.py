@@ -1,0 +1,1 @@
+"""`/v1/personas`: routes and wire objects."""

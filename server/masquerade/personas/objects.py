@@ -1,0 +1,120 @@
+"""What the routes of files, jobs and personas answer with.
+
+Knows OpenAI's objects and the project's own, and an example of each. Refuses to know where the facts come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from masquerade.http.wire import Schema, show
+
+
+class RevisionObject(Schema):
+    """A generation of a persona: the digest of its mask, and its number."""
+
+    generation: str
+    number: int
+    created_at: str
+
+
+_PERSONA_EXAMPLE: dict[str, Any] = {
+    "id": "gloomy",
+    "object": "persona",
+    "model": "demo:gloomy",
+    "generation": "7d1f2a3b" * 8,
+    "number": 2,
+    "created_at": "2026-11-22T10:00:00+00:00",
+    "gamma": 0.0,
+    "phase": "decode",
+    "aliases": [],
+    "tags": ["npc"],
+    "pinned": False,
+    "bytes": 9216,
+    "resident": True,
+    "requests": 17,
+}
+
+
+class PersonaObject(RevisionObject):
+    """A persona: its current generation, defaults, size, residency and how many requests wore it."""
+
+    model_config = show(_PERSONA_EXAMPLE)
+
+    id: str
+    object: Literal["persona"] = "persona"
+    model: str
+    gamma: float
+    phase: Literal["all", "decode"]
+    aliases: list[str]
+    tags: list[str]
+    pinned: bool
+    bytes: int
+    resident: bool
+    requests: int
+
+
+class PersonaDetails(PersonaObject):
+    """... with its notes, its history (the newest first), how it was built, and its certificate."""
+
+    model_config = show(
+        _PERSONA_EXAMPLE
+        | {
+            "notes": "soft-spoken",
+            "history": [{key: _PERSONA_EXAMPLE[key] for key in ("generation", "number", "created_at")}],
+            "built": {"score": "attribution", "parameters": {"rho": 0.003}, "opposite": "cheerful"},
+            "certificate": {"flip": 0.98, "passed": True},
+        }
+    )
+
+    notes: str
+    history: list[RevisionObject]
+    built: dict[str, Any]
+    certificate: dict[str, Any]
+
+
+class PersonaList(Schema):
+    """Personas by name."""
+
+    object: Literal["list"] = "list"
+    data: list[PersonaObject]
+
+
+class OverlapObject(Schema):
+    """Two masks over some weights: how many there are, pruned by a, by b, by both; `jaccard` is both / either, and
+    `differing` the share of the weights on which they disagree.
+    """
+
+    size: int
+    a: int
+    b: int
+    both: int
+    jaccard: float
+    differing: float
+
+
+_OVERLAP = {"size": 3145728, "a": 9437, "b": 9437, "both": 120, "jaccard": 0.0064, "differing": 0.0059}
+
+
+class PersonaDiff(Schema):
+    """Two generations compared, by their digests: in all, by layer, by part (attention, mlp, other), by Linear."""
+
+    model_config = show(
+        {
+            "object": "persona.diff",
+            "a": "9f2c1a7b" * 8,
+            "b": "04d3e8f1" * 8,
+            "total": _OVERLAP,
+            "layers": {"0": _OVERLAP},
+            "parts": {"attention": _OVERLAP},
+            "modules": {"model.layers.0.self_attn.o_proj": _OVERLAP},
+        }
+    )
+
+    object: Literal["persona.diff"] = "persona.diff"
+    a: str
+    b: str
+    total: OverlapObject
+    layers: dict[str, OverlapObject]
+    parts: dict[str, OverlapObject]
+    modules: dict[str, OverlapObject]

@@ -1,0 +1,121 @@
+"""What a mask does to text that nothing was decided on, and whether it may be published.
+
+Knows the figures that go into a mask's metadata and the rule for refusing. Refuses to know how the mask was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+import transformers
+
+from maskstore import Mask, Target, diff
+from masquerade import __version__
+from masquerade.evaluate.metrics import divergence
+from masquerade.evaluate.panel import Panel, rounded
+from masquerade.evaluate.treatment import PHASES, Phase, Treatment
+from masquerade.model import Base
+from masquerade.pruning.tuning import Budgets
+
+LIKELIER = 0.9  # a neutral ratio below it says that the base did not know the text to begin with
+SLACK = 2.0  # a figure beyond so many times the budget's allowance is refused however wide its interval
+
+
+def judge(
+    base: Base, panel: Panel, worn: Mapping[int, Mapping[Phase, Treatment]], phases: Mapping[int, Phase], seed: int
+) -> Generator[None, None, dict[int, dict[str, Any]]]:
+    """Figures by side: those of the default phase with intervals, those of both phases, KL from the base."""
+    bare = yield from panel.bare()
+    readings = {}
+    for side, treatments in worn.items():
+        for phase in PHASES:
+            readings[side, phase] = yield from panel.read(treatments[phase])
+    found: dict[int, dict[str, Any]] = {}
+    for side, phase in phases.items():
+
+        def both(at: Phase, side: int = side) -> tuple[Any, Any]:
+            return readings[side, at], readings.get((-side, at))
+
+        found[side] = panel.figures(side, bare, *both(phase))
+        found[side]["intervals"] = {
+            name: list(ends) for name, ends in panel.intervals(side, bare, *both(phase), seed=seed).items()
+        }
+        found[side]["phases"] = {at: panel.figures(side, bare, *both(at)) for at in PHASES}
+        if panel.texts[0]:
+            found[side]["kl"] = divergence(base, panel.texts[0], worn[side][phase])
+        found[side] = rounded(found[side])
+        yield
+    return found
+
+
+def describe(targets: Mapping[str, Target]) -> dict[str, Any]:
+    """How much is pruned, and where."""
+    shares = {name: target.pruned / (target.shape[0] * target.shape[1]) for name, target in targets.items()}
+    return {
+        "pruned": sum(target.pruned for target in targets.values()),
+        "pruned_share": {name: round(share, 6) for name, share in shares.items()},
+    }
+
+
+def compare(mask: Mask, opposite: Mask) -> dict[str, Any]:
+    """How far a mask is from its opposite."""
+    total = diff(mask, opposite).total
+    return {"jaccard": round(total.jaccard, 6), "differing": round(total.differing, 6)}
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    return {
+        "masquerade": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
+    """What a reader must know about figures that are no reason to refuse a mask."""
+    remarks = []
+    if "margin_shift" not in certificate:
+        remarks.append("the effect was not measured: there are no two answers to the same prompt")
+    neutral = certificate.get("neutral_ratio")
+    if neutral is not None and neutral < LIKELIER:
+        remarks.append(
+            f"neutral_ratio x{neutral} is no sign of health: the base does not know such text, so what the mask costs "
+            "was not measured; give neutral text that the base is good at"
+        )
+    for name, budget in (("own_ratio", limits.own), ("neutral_ratio", limits.neutral)):
+        value = certificate.get(name)
+        if (
+            value is not None
+            and value > budget
+            and not any(name.split("_")[0] in one for one in certificate["reasons"])
+        ):
+            low, high = certificate["intervals"][name]
+            remarks.append(f"{name} x{value} is past the budget x{budget}, but its interval [{low}, {high}] is not")
+    return remarks
+
+
+def object_to(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
+    """Why a mask must not be published as it is; empty if it may.
+
+    It does nothing if the interval of its shift reaches zero. It is past a budget if the figure is, and either its
+    interval is too or it exceeds the allowance more than `SLACK` times.
+    """
+    intervals: Mapping[str, Sequence[float]] = certificate["intervals"]
+    reasons = []
+    if "margin_shift" in certificate and not intervals["margin_shift"][0] > 0:
+        low, high = intervals["margin_shift"]
+        reasons.append(f"no effect: it shifts margins by {certificate['margin_shift']} nats a token [{low}, {high}]")
+    for name, budget in (("own_ratio", limits.own), ("neutral_ratio", limits.neutral)):
+        if name not in certificate:
+            continue
+        value, low = (math.inf if figure is None else figure for figure in (certificate[name], intervals[name][0]))
+        if value > budget and (low > budget or value - 1 > SLACK * (budget - 1)):
+            kind = name.removesuffix("_ratio")
+            reasons.append(f"too costly: {kind} perplexity x{value} [{low}, {intervals[name][1]}], budget x{budget}")
+    return reasons

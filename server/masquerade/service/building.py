@@ -1,0 +1,215 @@
+"""From a job to a persona: the builder's work, cut into steps for the jobs' runner.
+
+Knows both sides: what a job's spec says and what a builder needs. Refuses to know HTTP and threads. The work uses the
+base that is being served; nothing of it is changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from maskstore import ANY, Mask, MaskConflict, MaskExists, StoreBusy
+from maskstore import sweep as clear_masks
+from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MasqueradeError, PersonaExists, QuotaExceeded
+from masquerade.evaluate.dataset import Example, Side, holds_both_sides, read_examples, read_questions
+from masquerade.evaluate.splits import check_contrast
+from masquerade.jobs import Cancelled, Job, JobService, Outcome, WorkItem
+from masquerade.jobs.runner import Work
+from masquerade.model import hand_back
+from masquerade.pruning import Builder, Progress, Recipe, Scratch, Speaker
+from masquerade.pruning.cards import read_card
+from masquerade.pruning.prompted import Script, draw, perform
+from masquerade.pruning.scores import SCORES
+from masquerade.service.serving import Serving
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a persona is built from, read."""
+
+    own: Speaker
+    contrast: Speaker | None
+    neutral: Sequence[Example]
+    script: Script | None = None  # what the base still has to write for both of them
+    ignored: Sequence[str] = ()  # fields of a character card that nothing is made of
+
+
+def build(serving: Serving, job_service: JobService, job: Job) -> Work:
+    """The work of a job. Reads its files at once; raises what is wrong with them."""
+    sweep(serving, job_service)
+    base = job.spec["base"]
+    if base["fingerprint"] != serving.base.fingerprint:
+        raise BuildFailed(
+            f"the job is for the base {base['name']!r} ({base['fingerprint'][:8]}); the server now serves "
+            f"{serving.base.name!r} ({serving.base.fingerprint[:8]})"
+        )
+    material = gather(job_service, job.spec)
+    if material.ignored:
+        job_service.table.tell(job.id, "warn", f"of the character card, {', '.join(material.ignored)} are ignored")
+    return _work(serving, job_service, job, material)
+
+
+def check(job_service: JobService, spec: Mapping[str, Any]) -> None:
+    """Read the files of a spec as the build will.
+
+    Raises `BadDataset`, which names the lines, and `InvalidValue` for a recipe that makes no sense. Both name the
+    field of the job's request.
+    """
+    material = gather(job_service, spec)
+    if material.script is not None:
+        return
+    if material.contrast is None:
+        named = {
+            "contrast_name": spec["opposite"],
+            "contrast_validation_file": spec["files"].get("contrast_validation"),
+        }
+        for param, value in named.items():
+            if value is not None:
+                raise InvalidValue(
+                    f"{param} needs a contrast_file, or a training file whose lines have both sides",
+                    param=f"method.mask.{param}",
+                )
+        scores = [plan.score for plan in _recipe(spec).plans(contrast=False)]
+        if any(SCORES[score].contrastive for score in scores):
+            raise InvalidValue(
+                f"the score {scores[0]!r} compares two speakers; give contrast_file too", param="method.mask.score"
+            )
+        return
+    with _blaming("method.mask.contrast_file"):
+        check_contrast(material.own.examples, material.contrast.examples)
+
+
+def gather(job_service: JobService, spec: Mapping[str, Any]) -> Material:
+    """Read everything that a spec names, except what the base will write."""
+
+    def read(role: str, side: Side = "own") -> list[Example]:
+        return _read(job_service, spec, role, partial(read_examples, side=side)) or []
+
+    def read_opposite(own_role: str, role: str) -> list[Example] | None:
+        """From a file of its own, or from the persona's where its lines have both sides."""
+        if role not in spec["files"] and _read(job_service, spec, own_role, holds_both_sides):
+            role = own_role
+        return read(role, "contrast") if role in spec["files"] else None
+
+    recipe = _recipe(spec)
+    held_contrast = read_opposite("validation", "contrast_validation") or []
+    neutral = read("neutral")
+    own = partial(Speaker, spec["persona"], validation=read("validation"))
+    other = partial(Speaker, spec["opposite"] or "", validation=held_contrast)
+    if spec["prompt"] is None:
+        examples, answers = read("training"), read_opposite("training", "contrast")
+        return Material(own(examples), None if answers is None else other(answers), neutral)
+    card = _read(job_service, spec, "card", read_card)
+    questions = _read(job_service, spec, "training", read_questions) or []
+    asked = draw(questions, recipe.samples, recipe.seed)
+    system = card.system if card else spec["prompt"]["system"]
+    script = Script(system, asked, spec["prompt"]["contrast"], seed=recipe.seed)
+    return Material(own(card.examples if card else ()), other(()), neutral, script, card.ignored if card else ())
+
+
+def sweep(serving: Serving, job_service: JobService) -> None:
+    """Delete what ended jobs and killed writers left behind; what unfinished jobs have is kept, to go on from."""
+    with suppress(StoreBusy):
+        clear_masks(serving.store.root)
+    kept = {_folder(serving, job.id) for job in job_service.table.open_jobs()}
+    for folder in (serving.store.root / "builds").glob("job-*"):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)  # work that was cut off may be deleting it itself
+
+
+def _work(serving: Serving, job_service: JobService, job: Job, material: Material) -> Work:
+    """On the model's thread, except for what is returned."""
+    own, contrast, folder = material.own, material.contrast, _folder(serving, job.id)
+    scratch = Scratch(folder)
+    try:
+        if material.script is not None and contrast is not None:
+            own, contrast = yield from _steps(perform(serving.base, material.script, own, contrast, scratch))
+        recipe = _recipe(job.spec)
+        builder = Builder(serving.base, serving.manager, recipe, own, contrast, material.neutral, scratch)
+        masks = yield from _steps(builder.run())
+    except (Exception, Cancelled):  # a server that stops closes the work instead, and the job goes on from the scratch
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        scratch.release()
+        hand_back()
+    return partial(_publish, serving, job_service, job, masks)
+
+
+def _steps(work: Generator[Progress, None, T]) -> Generator[WorkItem, None, T]:
+    while True:
+        try:
+            step = next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        yield WorkItem(step.stage, step.done, step.total)
+
+
+def _publish(serving: Serving, job_service: JobService, job: Job, masks: Sequence[Mask]) -> Outcome:
+    made = []
+    for mask in masks:
+        name = mask.info.persona
+        try:
+            serving.store.add(mask)
+            expected = ANY if job.spec["replace"] else None
+            generation = serving.registry.publish(name, mask.digest, expected, mask.info)
+            path = serving.store.path(mask.digest)
+            file = job_service.uploads.adopt(job.owner, f"{name}.safetensors", path, mask.digest)
+        except (MaskConflict, MaskExists) as error:
+            raise PersonaExists(f"the name {name!r} was taken while this was built: {error.message}") from error
+        except OSError as error:
+            raise BuildFailed(f"the mask was found but cannot be written: {error.strerror}") from error
+        certificate = dict(mask.info.certificate)
+        made.append({"persona": name, "digest": generation.digest, "certificate": certificate, "file": file.id})
+    found_in = dict(masks[0].info.calibration)
+    tokens = found_in["tokens"] + (found_in["contrast"] or {}).get("tokens", 0)
+    return Outcome({"personas": made, "trained_tokens": tokens})
+
+
+def _recipe(spec: Mapping[str, Any]) -> Recipe:
+    with _blaming("method.mask."):
+        return Recipe(**spec["recipe"])
+
+
+def _folder(serving: Serving, job_id: str) -> Path:
+    return serving.store.root / "builds" / f"job-{job_id}"
+
+
+def _read(job_service: JobService, spec: Mapping[str, Any], role: str, read: Callable[[Path], T]) -> T | None:
+    """What is in the file of a role, if there is one. Errors name the file by its id, which is what its owner knows."""
+    file_id = spec["files"].get(role)
+    if file_id is None:
+        return None
+    path, param = job_service.uploads.path(file_id), place(role)
+    try:
+        found = read(path)
+    except BadDataset as error:
+        raise BadDataset(str(error).replace(str(path), file_id), param=param) from error
+    if isinstance(found, list) and len(found) > job_service.table.quotas.rows:
+        most = job_service.table.quotas.rows
+        raise QuotaExceeded(f"{file_id} has {len(found)} examples; the limit is {most}", param=param)
+    return found
+
+
+@contextmanager
+def _blaming(param: str) -> Iterator[None]:
+    """Errors within are about a field of the request; one that ends in a dot is completed by the error's own."""
+    try:
+        yield
+    except MasqueradeError as error:
+        error.param = f"{param}{error.param}" if param.endswith(".") else param
+        raise
+
+
+def place(role: str) -> str:
+    """The field of a job's request that names the file of a role."""
+    return f"{role}_file" if role in ("training", "validation") else f"method.mask.{role}_file"

@@ -1,0 +1,372 @@
+"""A built mask does what it was built for, is the same when built again, and says what was done."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maskstore import InvalidName, Mask
+from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MaskRefused
+from masquerade.evaluate.dataset import Example, encode
+from masquerade.evaluate.generation import answer
+from masquerade.evaluate.metrics import likelihoods, perplexity
+from masquerade.evaluate.panel import Panel
+from masquerade.model import Base, MaskManager
+from masquerade.pruning import SCORES, Builder, Progress, Recipe, Scratch, Speaker, certificate, neutral
+from masquerade.pruning.tuning import Budgets, TuningTrial
+
+QUIET = [Example((), f"neutral text {index}") for index in range(6)]
+FREE = Recipe(score="attribution", rho=0.01, force=True)  # the tiny model is random: no mask would pass
+
+
+def speak(words: str, count: int = 40, seed: int = 0) -> list[Example]:
+    """Somebody who answers any question with words of their own."""
+    rng = random.Random(seed)
+    return [
+        Example(({"role": "user", "content": f"q{index % 8}"},), "".join(rng.choices(words, k=6)))
+        for index in range(count)
+    ]
+
+
+def run(builder: Builder) -> tuple[list[Progress], list[Mask]]:
+    steps = []
+    work = builder.run()
+    while True:
+        try:
+            steps.append(next(work))
+        except StopIteration as end:
+            return steps, end.value
+
+
+def finish(work: Generator[Any, None, Any]) -> Any:
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def make(base: Base, manager: MaskManager, recipe: Recipe, contrast_name: str = "consonants", **more: Any) -> Builder:
+    own, contrast = Speaker("vowels", speak("aeiou")), Speaker(contrast_name, speak("bcdfg", seed=1))
+    return Builder(base, manager, recipe, own, contrast, QUIET, **more)
+
+
+@pytest.mark.parametrize("score", list(SCORES))
+def test_opposites_are_built_in_one_run(tiny: Base, manager: MaskManager, score: str) -> None:
+    steps, masks = run(make(tiny, manager, replace(FREE, score=score, rho=0.1)))
+    assert [mask.info.persona for mask in masks] == ["vowels", "consonants"]
+    assert [mask.info.opposite for mask in masks] == ["consonants", "vowels"]
+    assert (masks[0].digest == masks[1].digest) == (score == "magnitude")  # which reads no text
+    assert {step.stage for step in steps} >= {"check", "encode", "forward", "certify"}
+    for stage in {step.stage for step in steps}:
+        done = [step for step in steps if step.stage == stage]
+        assert [step.done for step in done] == list(range(1, (done[0].total or len(done)) + 1))
+    for mask in masks:
+        assert mask.base.fingerprint == tiny.fingerprint
+        assert mask.info.certificate["pruned"] == mask.pruned > 0
+        assert mask.info.parameters["score"] == score
+
+
+def test_attribution_shifts_the_margin_to_its_side(tiny: Base, manager: MaskManager) -> None:
+    _, masks = run(make(tiny, manager, FREE))
+    for mask in masks:
+        assert mask.info.certificate["margin_shift"] > 0
+
+
+@pytest.mark.parametrize("score", ["attribution-fisher", "sparsegpt"])
+def test_the_same_build_gives_the_same_digest(tiny: Base, manager: MaskManager, score: str) -> None:
+    first, second = (run(make(tiny, manager, replace(FREE, score=score, rho=0.1)))[1] for _ in range(2))
+    assert [mask.digest for mask in first] == [mask.digest for mask in second]
+
+
+@pytest.mark.parametrize("score", ["attribution-fisher", "wanda"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_killed_build_goes_on_where_it_was(
+    tiny: Base, manager: MaskManager, tmp_path: Path, score: str, share: float
+) -> None:
+    recipe = replace(FREE, score=score, rho=0.1)
+    whole, masks = run(make(tiny, manager, recipe, batch_tokens=64))
+    work = make(tiny, manager, recipe, batch_tokens=64, scratch=Scratch(tmp_path / "s")).run()
+    for _ in range(int(share * len(whole))):
+        next(work)
+    del work  # killed
+    rest, found = run(make(tiny, manager, recipe, batch_tokens=64, scratch=Scratch(tmp_path / "s")))
+    assert [mask.digest for mask in found] == [mask.digest for mask in masks]
+    assert len(rest) < len(whole) or share < 0.9
+    assert not (tmp_path / "s").exists()
+
+
+def test_rho_is_the_share_pruned_of_each_linear(tiny: Base, manager: MaskManager) -> None:
+    _, masks = run(make(tiny, manager, replace(FREE, score="wanda", rho=0.25, group="row", scope="outputs")))
+    assert {name.rpartition(".")[2] for name in masks[0].targets} == {"o_proj", "down_proj"}
+    for target in masks[0].targets.values():
+        assert (~target.to_keep()).sum(1).tolist() == [round(0.25 * target.shape[1])] * target.shape[0]
+
+
+def test_counting_all_tokens_or_another_phi_is_another_mask(tiny: Base, manager: MaskManager) -> None:
+    changes: list[dict[str, Any]] = [{}, {"tokens": "all"}, {"phi": "softplus"}]
+    recipe = replace(FREE, score="contrastive-wanda", rho=0.1)
+    digests = {run(make(tiny, manager, replace(recipe, **change)))[1][0].digest for change in changes}
+    assert len(digests) == 3
+
+
+def test_wanda_needs_no_opposite_and_is_what_auto_takes_without_one(tiny: Base, manager: MaskManager) -> None:
+    for score in ("wanda", "auto"):
+        recipe = Recipe(score=score, rho=0.1, force=True)
+        _, masks = run(Builder(tiny, manager, recipe, Speaker("vowels", speak("aeiou")), None, QUIET))
+        assert [(mask.info.persona, mask.info.score) for mask in masks] == [("vowels", "wanda")]
+        assert "margin_shift" not in masks[0].info.certificate
+
+
+def test_a_contrast_without_a_name_gets_no_mask_but_flips_are_counted(tiny: Base, manager: MaskManager) -> None:
+    _, masks = run(make(tiny, manager, FREE, contrast_name=""))
+    assert [mask.info.persona for mask in masks] == ["vowels"]
+    assert masks[0].info.opposite is None
+    assert 0 <= masks[0].info.certificate["flip"] <= 1
+
+
+def test_without_neutral_text_the_base_answers_questions(tiny: Base, manager: MaskManager) -> None:
+    builder = Builder(tiny, manager, replace(FREE, score="wanda"), Speaker("vowels", speak("aeiou")))
+    steps, masks = run(builder)
+    assert "neutral" in {step.stage for step in steps}
+    assert masks[0].info.certificate["splits"]["neutral"] == neutral.FEWEST  # the tiny model is sure of nothing
+
+
+def test_neutral_answers_are_those_that_the_base_is_surest_of(tiny: Base, manager: MaskManager) -> None:
+    kept = finish(neutral.ask_base(tiny))
+    questions = [Example(({"role": "user", "content": question},), "?") for question in neutral.QUESTIONS]
+    said = [text.strip() for texts in answer(tiny, encode(tiny, questions)) for text in texts]
+    spoken = [replace(one, response=text) for one, text in zip(questions, said, strict=True) if text]
+    doubts = {one: perplexity(likelihoods(tiny, [one])) for one in encode(tiny, spoken)}
+    assert set(kept) == set(sorted(doubts, key=lambda one: doubts[one])[: neutral.FEWEST])
+
+
+def test_the_certificate_says_everything(tiny: Base, manager: MaskManager) -> None:
+    _, masks = run(make(tiny, manager, replace(FREE, score="auto", rho="auto", own_budget=50, neutral_budget=50)))
+    told = masks[0].info.certificate
+    figures = {"flip", "own_ratio", "neutral_ratio", "margin_shift", "preferred", "kl", "pruned", "pruned_share"}
+    assert told.keys() >= figures | {
+        "intervals",
+        "phases",
+        "overlap",
+        "splits",
+        "seed",
+        "seconds",
+        "versions",
+        "passed",
+        "reasons",
+    }
+    assert told["phases"].keys() == {"all", "decode"}
+    assert told["phases"][masks[0].info.phase]["flip"] == told["flip"]
+    assert told["phases"]["all"] != told["phases"]["decode"]
+    assert {trial["score"] for trial in told["choice"]["tried"]} == {"attribution-fisher", "attribution", "signed"}
+    for name, (low, high) in told["intervals"].items():
+        value = told["preferred"]["masked"] if name == "preferred" else told[name]
+        assert low - 1e-3 <= value <= high + 1e-3, name
+
+
+class Bench:
+    """A panel whose masks cost and do as much as is said, by how much they prune."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float, flip: float, shift: float = 1.0) -> None:
+        def figures(_: Panel, __: int, ___: Any, worn: Any, ____: Any = None) -> dict[str, Any]:
+            rho = worn
+            kept = {"margin_shift": shift * rho, "flip": min(1.0, flip * rho)}
+            return {"own_ratio": 1.0, "neutral_ratio": 1 + cost * rho, "pairs": 9} | kept
+
+        def read(_: Panel, treatment: Any) -> Generator[None, None, Any]:
+            yield
+            if treatment.applied is None:
+                return None
+            sizes = [c.shape[0] * c.shape[1] for c in treatment.applied.mask.corrections.values()]
+            return sum(c.pruned for c in treatment.applied.mask.corrections.values()) / sum(sizes)
+
+        monkeypatch.setattr(Panel, "figures", figures)
+        monkeypatch.setattr(Panel, "read", read)
+        monkeypatch.setattr("masquerade.pruning.certificate.judge", self._judge)
+
+    def _judge(self, *_: Any) -> Generator[None, None, dict[int, dict[str, Any]]]:
+        yield
+        found = {"own_ratio": 1.0, "intervals": {"own_ratio": [1.0, 1.0]}, "phases": {}}
+        return {1: found, -1: found}
+
+
+@pytest.mark.parametrize(
+    ("cost", "flip", "rho"),
+    [
+        (1.9, 1.0, 0.01),  # the largest whose cost stays within 1.02
+        (0.1, 1.0, 0.03),  # the largest there is
+        (0.1, 198.0, 0.005),  # enough effect stops the search
+        (1.9, 20.0, 0.01),  # more effect would cost too much
+    ],
+)
+def test_auto_takes_the_largest_rho_within_the_budgets(
+    tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch, cost: float, flip: float, rho: float
+) -> None:
+    Bench(monkeypatch, cost, flip)
+    _, masks = run(make(tiny, manager, Recipe(score="attribution", phase="all")))
+    assert [mask.info.parameters["rho"] for mask in masks] == [rho, rho]
+
+
+def test_auto_gives_up_rather_than_ruin_the_model(
+    tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Bench(monkeypatch, cost=1000, flip=1)
+    with pytest.raises(
+        BuildFailed, match=r"no rho .* attribution 0\.001 \(own x1\.000, neutral x1\.\d+, shift 0\.\d+\)"
+    ):
+        run(make(tiny, manager, Recipe(score="attribution", phase="all")))
+    _, masks = run(make(tiny, manager, Recipe(score="attribution", phase="all", force=True)))
+    assert masks[0].info.parameters["rho"] == 0.0001
+
+
+def test_auto_goes_below_the_usual_rhos_where_they_cost_too_much(
+    tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Bench(monkeypatch, cost=40, flip=1)
+    _, masks = run(make(tiny, manager, Recipe(score="attribution", phase="all")))
+    assert masks[0].info.parameters["rho"] == 0.0003
+
+
+def test_auto_leaves_what_shifts_less_for_more_weights(
+    tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Bench(monkeypatch, cost=0.1, flip=1)
+    figures = Panel.figures
+    monkeypatch.setattr(Panel, "figures", lambda *args: figures(*args) | {"margin_shift": 0.02 - abs(args[3] - 0.005)})
+    _, masks = run(make(tiny, manager, Recipe(score="attribution", phase="all")))
+    assert masks[0].info.parameters["rho"] == 0.005
+
+
+def test_auto_prefers_the_cheapest_of_those_with_enough_effect_else_the_largest_effect() -> None:
+    from masquerade.pruning.tuning import _prefer
+
+    limits = Budgets(1.02, 1.05, 0.95, False)
+    trials = {
+        "a": TuningTrial("a", 0.01, 1.0, 1.019, shift=0.9, flip=0.97),
+        "b": TuningTrial("b", 0.01, 1.0, 1.001, shift=0.5, flip=0.96),
+        "c": TuningTrial("c", 0.01, 1.0, 1.000, shift=2.0, flip=0.50),
+    }
+    best, why = _prefer(list(trials.values()), limits)
+    assert best.score == "b"
+    assert why == (
+        "reaches 0.960 flips at the lowest neutral cost: b 0.01 (own x1.000, neutral x1.001, shift 0.500); "
+        "against a 0.01 (own x1.000, neutral x1.019, shift 0.900), c 0.01 (own x1.000, neutral x1.000, shift 2.000)"
+    )
+    best, why = _prefer([replace(trial, flip=0.5) for trial in trials.values()], limits)
+    assert best.score == "c"
+    assert why.startswith("largest shift within the budgets: c 0.01 ")
+
+
+def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: MaskManager, tmp_path: Path) -> None:
+    """Random halves of one speaker's answers cannot be told apart; half of all weights cannot be spared."""
+    words = speak("aeiou", count=160)
+    own, same = Speaker("vowels", words[:80]), Speaker("again", speak("aeiou", count=80, seed=9))
+    with pytest.raises(
+        MaskRefused, match=r"'vowels' \(signed, rho 0.001\) is refused: no effect: it shifts margins by"
+    ):
+        run(Builder(tiny, manager, Recipe(score="signed", rho=0.001, own_budget=9, neutral_budget=9), own, same, QUIET))
+    scratch = Scratch(tmp_path / "s")
+    with pytest.raises(MaskRefused, match=r"too costly: own perplexity x\d+.*, budget x1.05"):
+        run(make(tiny, manager, Recipe(score="wanda", rho=0.9), scratch=scratch))
+    assert not (tmp_path / "s").exists()
+
+
+def test_neutral_text_that_gets_likelier_is_remarked_upon() -> None:
+    limits = Budgets(1.02, 1.05, 0.95, False)
+    told = {"margin_shift": 1.0, "own_ratio": 1.0, "reasons": []}
+    assert certificate.remark(told | {"neutral_ratio": 0.97}, limits) == []
+    (words,) = certificate.remark(told | {"neutral_ratio": 0.1751}, limits)
+    assert words.startswith("neutral_ratio x0.1751 is no sign of health")
+
+
+def test_force_publishes_what_is_refused_and_marks_it(tiny: Base, manager: MaskManager) -> None:
+    _, masks = run(make(tiny, manager, Recipe(score="magnitude", rho=0.9, force=True)))
+    told = masks[0].info.certificate
+    assert (told["passed"], told["forced"]) == (False, True)
+    assert any("too costly" in reason for reason in told["reasons"])
+
+
+def test_long_texts_are_judged_by_fewer_of_them(tiny: Base, manager: MaskManager) -> None:
+    told = [
+        run(make(tiny, manager, replace(FREE, judged_tokens=tokens)))[1][0].info.certificate for tokens in (50, 8192)
+    ]
+    assert 0 < told[0]["pairs"] < told[1]["pairs"]
+
+
+def test_prompts_longer_than_the_context_are_left_out_and_counted(tiny: Base, manager: MaskManager) -> None:
+    long = [Example(({"role": "user", "content": "q" * 300},), "aaa", "line 7")]
+    own, contrast = Speaker("vowels", [*long, *speak("aeiou")]), Speaker("consonants", speak("bcdfg", seed=1))
+    _, masks = run(Builder(tiny, manager, FREE, own, contrast, QUIET))
+    assert [mask.info.certificate["splits"]["too_long_left_out"] for mask in masks] == [1, 0]
+    with pytest.raises(BadDataset, match="line 7: a prompt of 304 tokens leaves no room in the context of 256"):
+        run(Builder(tiny, manager, FREE, Speaker("vowels", long), contrast, QUIET))
+
+
+def test_a_build_leaves_the_base_alone(tiny: Base, manager: MaskManager) -> None:
+    ids = torch.arange(6, 46).unsqueeze(0)
+    before = tiny.model(ids).logits
+    run(make(tiny, manager, replace(FREE, score="attribution-fisher")))
+    assert torch.equal(tiny.model(ids).logits, before)
+
+
+def test_between_two_work_items_the_base_is_the_base(tiny: Base, manager: MaskManager) -> None:
+    """A server runs its own steps in between."""
+    ids = torch.arange(6, 46).unsqueeze(0)
+    before = tiny.model(ids).logits
+    for index, _ in enumerate(make(tiny, manager, replace(FREE, score="attribution-fisher")).run()):
+        if index % 7 == 0:
+            assert torch.equal(tiny.model(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"score": "magic"}, "score 'magic' is unknown; there are attribution-fisher, attribution"),
+        ({"scope": "head"}, "scope 'head' is unknown; there are all"),
+        ({"group": "column"}, "group 'column' is unknown; there are row, layer"),
+        ({"phi": "tanh"}, "phi 'tanh' is unknown; there are relu, softplus"),
+        ({"phase": "never"}, "phase 'never' is unknown; there are auto, all, decode"),
+        ({"tokens": "few"}, "tokens 'few' is unknown"),
+        ({"rho": 1.5}, "rho is 1.5"),
+        ({"rho": "some"}, "rho is 'some'"),
+        ({"gamma": 2.0}, "gamma is 2.0"),
+        ({"own_budget": 0.9}, "own_budget is 0.9"),
+        ({"effect": 0.0}, "effect is 0.0"),
+        ({"samples": 0}, "samples is 0"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidValue, match=words):
+        Recipe(**change)
+
+
+def test_what_cannot_be_built_is_refused(tiny: Base, manager: MaskManager) -> None:
+    def build(recipe: Recipe, *speakers: Speaker) -> None:
+        run(Builder(tiny, manager, recipe, *speakers, neutral=QUIET))
+
+    vowels = Speaker("vowels", speak("aeiou"))
+    with pytest.raises(BuildFailed, match="give the opposite's examples"):
+        build(Recipe(score="signed"), vowels)
+    with pytest.raises(InvalidName):
+        build(Recipe(score="wanda"), Speaker("a/b", speak("aeiou")))
+    with pytest.raises(BadDataset, match="3 examples leave 2 to find a persona in; give at least 4"):
+        build(Recipe(score="wanda"), Speaker("few", speak("a", count=3)))
+    with pytest.raises(BuildFailed, match="prunes no weight"):
+        build(replace(FREE, rho=1e-6), vowels, Speaker("c", speak("bcdf", seed=1)))
+    with pytest.raises(BadDataset, match="both sides say the same"):
+        build(Recipe(), vowels, Speaker("c", speak("aeiou")))
+    with pytest.raises(BadDataset, match=r"prompts are chat and the contrast's text; .* the format"):
+        build(Recipe(), vowels, Speaker("c", [Example((), "plain") for _ in range(9)]))
+
+
+def test_a_base_with_nan_among_its_weights_is_refused(tiny: Base, manager: MaskManager) -> None:
+    tiny.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(BuildFailed, match=r"layers\.1\.mlp\.down_proj\.weight of the base has NaN"):
+        run(make(tiny, manager, FREE))

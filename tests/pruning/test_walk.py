@@ -1,0 +1,215 @@
+"""Statistics that stream: the same numbers however the data is split, from the equations, one layer at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from masquerade.errors import BuildFailed
+from masquerade.evaluate.dataset import Encoded, batches
+from masquerade.model import Base, find_targets
+from masquerade.pruning.evidence import Evidence, Kind
+from masquerade.pruning.moments import Moments
+from masquerade.pruning.scratch import Scratch
+from masquerade.pruning.walk import CalibrationText, Role, Walk
+
+OWN = [Encoded((1, 20, 30), (40, 50, 2)), Encoded((1, 9), (8, 7, 6, 2)), Encoded((1,), (60, 61, 2))]
+CONTRAST = [Encoded((1, 20, 30), (99, 98, 97, 2)), Encoded((1, 9), (88, 2))]
+NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj")
+ALL: frozenset[Kind] = frozenset({"channels", "hessian", "gradient", "fisher"})
+
+
+def collect(
+    base: Base,
+    tokens: int = 1000,
+    scratch: Scratch | None = None,
+    needs: frozenset[Kind] = ALL,
+    everything: bool = False,
+) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
+    """Evidence of the forward and of the backward pass."""
+    said: dict[Role, list[Encoded]] = {"own": OWN, "contrast": CONTRAST}
+    texts = {
+        role: CalibrationText(list(batches(all_, base.device, tokens, everything)), needs)
+        for role, all_ in said.items()
+    }
+    targets = {name: linear for name, linear in find_targets(base.model).items() if name in NAMES}
+    walk = Walk(base, targets, texts, scratch or Scratch())
+    forward: dict[str, Evidence] = {}
+    backward: dict[str, Evidence] = {}
+
+    def keep(found: dict[str, Evidence]) -> Iterator[None]:
+        def visit(_: int, evidence: Mapping[str, Evidence]) -> Iterator[None]:
+            found.update(evidence)
+            yield from [None] * len(evidence)
+
+        return visit  # type: ignore[return-value]
+
+    assert sum(walk.forward(keep(forward))) == walk.forward_items  # type: ignore[arg-type]
+    assert sum(walk.backward(keep(backward))) == walk.backward_items  # type: ignore[arg-type]
+    return forward, backward
+
+
+def log_likelihood(base: Base, examples: list[Encoded]) -> torch.Tensor:
+    """Mean over response tokens, one example at a time, no padding."""
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for example in examples:
+        ids = torch.tensor([example.prompt + example.response])
+        logs = base.model(ids, use_cache=False).logits[0].log_softmax(-1)
+        for position in range(len(example.prompt), len(example)):
+            total = total + logs[position - 1, ids[0, position]]
+            tokens += 1
+    return total / tokens
+
+
+def inputs(base: Base, name: str, everything: bool = False) -> list[torch.Tensor]:
+    """Of a Linear at the counted positions of each own example, float64."""
+    seen: list[torch.Tensor] = []
+    handle = base.model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double()))
+    with torch.no_grad():
+        for example in OWN:
+            base.model(torch.tensor([example.prompt + example.response]))
+    handle.remove()
+    starts = [0 if everything else len(example.prompt) - 1 for example in OWN]
+    return [x[start : len(example) - 1] for x, start, example in zip(seen, starts, OWN, strict=True)]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 1000])
+@pytest.mark.parametrize("everything", [False, True])
+def test_activations_count_what_they_should_and_no_padding(tiny: Base, tokens: int, everything: bool) -> None:
+    forward, _ = collect(tiny, tokens, everything=everything)
+    for name in NAMES:
+        examples = inputs(tiny, name, everything)
+        rows = torch.cat(examples)
+        found = forward[name].own
+        assert found.channels is not None
+        assert found.hessian is not None
+        assert torch.allclose(found.channels.norm.double(), rows.square().mean(0).sqrt(), rtol=1e-5)
+        assert torch.allclose(found.channels.magnitudes.mean, rows.abs().mean(0), rtol=1e-5)
+        levels = torch.stack([x.square().mean(0).sqrt() for x in examples])
+        assert torch.allclose(found.channels.sequences.mean, levels.mean(0), rtol=1e-5)
+        assert torch.allclose(found.channels.sequences.variance, levels.var(0, correction=0), rtol=1e-3, atol=1e-9)
+        assert torch.allclose(found.hessian.double(), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_the_gradient_is_the_derivative(tiny: Base, tokens: int) -> None:
+    """Against a central difference of the mean log-likelihood, in float64."""
+    tiny.model.double()
+    _, backward = collect(tiny, tokens)
+    step = 1e-2  # norms round to fp32 inside the model, so a smaller step would measure rounding
+    for name in NAMES:
+        weight = tiny.model.get_submodule(name).weight
+        for role, examples in (("own", OWN), ("contrast", CONTRAST)):
+            gradient = getattr(backward[name], role).gradient
+            for row, column in ((0, 0), (13, 50), (63, 45)):
+                values = []
+                for way in (1, -1):
+                    weight.data[row, column] += way * step
+                    with torch.no_grad():
+                        values.append(float(log_likelihood(tiny, examples)))
+                    weight.data[row, column] -= way * step
+                expected = (values[0] - values[1]) / (2 * step)
+                assert float(gradient[row, column]) == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+def test_the_fisher_information_is_the_mean_square_of_the_gradient_by_position(tiny: Base) -> None:
+    """Against one example at a time: the gradient of a Linear's output, outer product with its input, squared."""
+    tiny.model.double()
+    _, backward = collect(tiny)
+    name = NAMES[1]
+    linear, total, tokens = tiny.model.get_submodule(name), 0.0, 0
+    for example in OWN:
+        kept: list[torch.Tensor] = []
+
+        def keep(_: object, args: tuple[torch.Tensor], output: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
+            output.retain_grad()  # type: ignore[no-untyped-call]
+            kept += [args[0], output]
+
+        linear.weight.requires_grad_(True)
+        handle = linear.register_forward_hook(keep)
+        (log_likelihood(tiny, [example]) * len(example.response)).backward()  # type: ignore[no-untyped-call]
+        handle.remove()
+        linear.weight.requires_grad_(False)
+        assert kept[1].grad is not None
+        for x, above in zip(kept[0][0], kept[1].grad[0], strict=True):
+            total = total + torch.outer(above, x).square()
+        tokens += len(example.response)
+    found = backward[name].own.fisher
+    assert found is not None
+    assert torch.allclose(found.double(), total / tokens, rtol=1e-4, atol=1e-9)  # type: ignore[arg-type]
+
+
+def test_statistics_leave_the_model_as_it_was(tiny: Base) -> None:
+    weights = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    ids = torch.arange(6, 46).unsqueeze(0)
+    before = tiny.model(ids).logits
+    collect(tiny)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in tiny.model.state_dict().items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in tiny.model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in tiny.model.modules())
+    assert torch.equal(tiny.model(ids).logits, before)
+
+
+def test_statistics_in_a_folder_are_those_in_memory_and_nothing_stays(tiny: Base, tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path / "scratch")
+    kept, remembered = collect(tiny, scratch=scratch), collect(tiny)
+    for ways in zip(kept, remembered, strict=True):
+        for name in NAMES:
+            for kind in ("hessian", "gradient", "fisher"):
+                one, other = (getattr(way[name].own, kind) for way in ways)
+                assert (one is None and other is None) or torch.equal(one, other)
+    left = [path.parent.name for path in (tmp_path / "scratch").rglob("*.safetensors")]
+    assert set(left) == {"done"}  # hidden states and gradients are gone
+    scratch.close()
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_folder_is_one_builds_at_a_time_and_free_when_it_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    first, second = Scratch(folder), Scratch(folder)
+    first.put("done/forward-0", {"layer": torch.tensor(0)})
+    for use in (lambda: "done/forward-0" in second, lambda: second.put("x", {}), lambda: second.get("done/forward-0")):
+        with pytest.raises(BuildFailed, match="the same build is running already: another process works in"):
+            use()
+    second.close()
+    assert (folder / "done" / "forward-0.safetensors").exists()  # it was not the second's to remove
+    del first  # killed
+    assert "done/forward-0" in second
+    second.close()
+    assert not folder.exists()
+
+
+def test_a_full_disk_is_said(tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(BuildFailed, match="No space left on device"):
+        collect(tiny, scratch=Scratch(tmp_path))
+
+
+def test_activations_that_overflow_are_said(tiny: Base) -> None:
+    tiny.model.get_submodule(NAMES[1]).weight.data[0, 0] = float("nan")
+    with pytest.raises(BuildFailed, match="statistics that are not finite"):
+        collect(tiny, needs=frozenset({"hessian"}))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_moments_are_the_same_however_the_data_is_split(seed: int) -> None:
+    data = torch.randn(60, 4, generator=torch.Generator().manual_seed(seed)) * 3 + 100
+    rng = random.Random(seed)
+    cuts = sorted(rng.sample(range(1, 60), 7))
+    parts = [Moments.of(part) for part in torch.tensor_split(data, cuts)]
+    rng.shuffle(parts)
+    while len(parts) > 1:
+        parts = [parts[0].merge(parts[1]), *parts[2:]]
+        rng.shuffle(parts)
+    merged, exact = parts[0], data.double()
+    assert merged.count == 60
+    assert torch.allclose(merged.mean, exact.mean(0), rtol=1e-7)
+    assert torch.allclose(merged.variance, exact.var(0, correction=0), rtol=1e-5)
+    assert torch.allclose(merged.root_mean_square, exact.square().mean(0).sqrt(), rtol=1e-7)
