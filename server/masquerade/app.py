@@ -64,7 +64,7 @@ def create_app(
     async def live(_: FastAPI) -> AsyncIterator[None]:
         serving.notifier.open(serving.engine)
         serving.engine.start()
-        app.state.job_service = job_service = _open_job_service(serving)
+        app.state.job_service = job_service = _open_job_service(serving, keyring)
         yield
         if job_service:
             job_service.close()
@@ -124,12 +124,12 @@ def _can_trace() -> bool:
     return False
 
 
-def _open_job_service(serving: Serving) -> JobService | None:
+def _open_job_service(serving: Serving, keyring: Keyring) -> JobService | None:
     """The jobs of the store, unless another server has them; their work is done on the engine's thread."""
     folder, engine = serving.store.root / "jobs", serving.engine
     try:
         job_service = JobService(
-            folder, partial(building.build, serving), lambda item: engine.run_background(item).result()
+            folder, partial(building.build, serving, keyring), lambda item: engine.run_background(item).result()
         )
     except NotReady as error:
         _log.warning("%s", error)

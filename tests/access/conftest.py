@@ -43,7 +43,7 @@ def publish(serving: Serving, *names: str) -> None:
 @pytest.fixture(scope="module")
 def keyed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     store = tmp_path_factory.mktemp("keyed") / "store"
-    npc, royal = {"personas": ("npc-*",)}, {"personas": ("royal",)}
+    npc, royal = {"personas": ("npc-*",)}, {"personas": ("royal", "royal-new")}
     made = {
         "chat": make_key(store, "chat"),
         "build": make_key(store, "build"),

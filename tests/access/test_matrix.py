@@ -147,8 +147,8 @@ def theirs(keyed: Keyed) -> dict[str, str]:
     line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     sent = {"file": ("lines.jsonl", "\n".join([json.dumps(line)] * 4).encode())}
     file = keyed.ask("royal build", "POST", "/v1/files", data={"purpose": "fine-tune"}, files=sent).json()["id"]
-    body = {"model": keyed.serving.base.name, "training_file": file, "suffix": "royal"}
-    method = {"type": "mask", "mask": {"score": "magnitude", "rho": 0.01, "replace": True}}
+    body = {"model": keyed.serving.base.name, "training_file": file, "suffix": "royal-new"}
+    method = {"type": "mask", "mask": {"score": "magnitude", "rho": 0.01}}
     job = keyed.ask("royal build", "POST", JOBS, json=body | {"method": method}).json()["id"]
     keyed.ask("royal build", "POST", f"{JOBS}/{job}/cancel")
     model = f"{keyed.serving.base.name}:royal"

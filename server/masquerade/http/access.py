@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,27 +24,24 @@ from masquerade.errors import (
     MasqueradeError,
     NotReady,
     OriginForbidden,
-    PersonaForbidden,
     RateLimited,
-    ScopeMissing,
 )
 from masquerade.http import errors
 from masquerade.http.limits import Policy
 from masquerade.http.request_log import RequestRecord
 from masquerade.keys import Key, Keyring, Rates
 from masquerade.keys import Scope as KeyScope
+from masquerade.service.rights import LOCAL, Rights
 
-LOCAL = "local"  # the owner of everything while there are no keys
 # Open to whoever reaches the server: they hold nothing of any key's, and change nothing.
 OPEN = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_FOLDER = "/web/"  # the playground's files
 
 
 @dataclass(frozen=True)
-class Caller:
-    """Whoever sent a request, and the entry about it. Without a key, in a store that has none, all is allowed."""
+class Caller(Rights):
+    """Whoever sent a request, what they may do, and the entry about the request."""
 
-    key: Key | None
     entry: RequestRecord
     seconds: float  # that answers to it may take
     keyring: Keyring
@@ -53,14 +50,6 @@ class Caller:
     def owner(self) -> str:
         """Whom files, jobs and the engine's work belong to: the id of the key."""
         return self.key.id if self.key else LOCAL
-
-    def may(self, scope: KeyScope) -> bool:
-        """Whether the key has a scope."""
-        return self.key is None or self.key.may(scope)
-
-    def sees(self, persona: str) -> bool:
-        """Whether a persona of this name is on the key's list."""
-        return self.key is None or self.key.allows(persona)
 
     def problem(self) -> MasqueradeError | None:
         """What has become of the key since it was let in; costs next to nothing, so that streams can ask often."""
@@ -73,24 +62,9 @@ class Caller:
         return None
 
     def check_persona(self, reference: str, param: str | None = None) -> None:
-        """Raises `PersonaForbidden` for a name (`name`, `name@digest`, an alias) that is not on the key's list.
-
-        The name that was asked for decides, before anything is looked up: the refusal is the same whether or not there
-        is such a persona.
-        """
-        name = reference.partition("@")[0]
-        if not self.sees(name):
-            raise PersonaForbidden(f"this key may not use the name {name!r:.80}", param=param)
-        self.entry.targets.append(name)
-
-    def check_managed(self, reference: str, aliases: Mapping[str, str], param: str | None = None) -> None:
-        """The same for what is done to a persona, not as one: behind an alias, its own name must be on the list too."""
-        self.check_persona(reference, param)
-        name = reference.partition("@")[0]
-        if not self.sees(aliases.get(name, name)):
-            raise PersonaForbidden(
-                f"this key may use the persona behind the alias {name!r:.80}, and no more", param=param
-            )
+        """As `Rights` does; a name that passes is a target of the request, for the audit log."""
+        super().check_persona(reference, param)
+        self.entry.targets.append(reference.partition("@")[0])
 
     def check_choice(self, choice: tuple[str, str] | None) -> None:
         """The same for what a request chose, with the field that named it; the bare base is everybody's."""
@@ -108,8 +82,7 @@ class Needs:
         """The caller, if its key has the scope."""
         caller: Caller = http.state.caller
         caller.entry.scope = self.scope
-        if not caller.may(self.scope):
-            raise ScopeMissing(f"this needs a key with the scope `{self.scope}`")
+        caller.check_scope(self.scope)
         return caller
 
 

@@ -3,13 +3,14 @@
 Knows states, queues and quotas, in sqlite. Refuses to know what a job builds: the work is given to it.
 """
 
-from masquerade.jobs.records import TRANSITIONS, Event, File, Job, State
+from masquerade.jobs.records import ID, TRANSITIONS, Event, File, Job, State, draw_job_id
 from masquerade.jobs.runner import Cancelled, Outcome, Runner, WorkItem
 from masquerade.jobs.service import JobService
 from masquerade.jobs.table import JobTable, Quotas, Repeat
 from masquerade.jobs.uploads import Uploads
 
 __all__ = [
+    "ID",
     "TRANSITIONS",
     "Cancelled",
     "Event",
@@ -24,4 +25,5 @@ __all__ = [
     "State",
     "Uploads",
     "WorkItem",
+    "draw_job_id",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 State = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
+ID = "ftjob-"  # what the id of every job begins with
 RESULTS = "fine-tune-results"  # OpenAI's purpose of files that jobs make; no quota counts them
 
 # A running job goes back to the queue when its server died. Nothing leaves an end.
@@ -20,6 +22,11 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     "cancelled": frozenset(),
 }
 OPEN: frozenset[State] = frozenset(state for state, following in TRANSITIONS.items() if following)
+
+
+def draw_job_id() -> str:
+    """An id for a new job."""
+    return f"{ID}{secrets.token_hex(12)}"
 
 
 @dataclass(frozen=True)

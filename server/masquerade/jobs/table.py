@@ -7,7 +7,6 @@ Every change is one transaction: what was acknowledged is there after a crash, a
 from __future__ import annotations
 
 import json
-import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from masquerade.errors import InvalidValue, JobNotFound, QuotaExceeded, StateConflict, StoreTooNew, UploadNotFound
-from masquerade.jobs.records import OPEN, RESULTS, TRANSITIONS, Event, File, Job, Level, State
+from masquerade.jobs.records import OPEN, RESULTS, TRANSITIONS, Event, File, Job, Level, State, draw_job_id
 
 FIRST = """
 create table file (
@@ -140,9 +139,13 @@ class JobTable:
                     raise StateConflict(f"the file is needed by the job {job.id}; cancel it first, or wait")
             db.execute("delete from file where id = ?", (file_id,))
 
-    def add_job(self, owner: str, spec: Mapping[str, Any], request: Repeat | None = None) -> Job:
-        """Queue a job; where the request is told, its repeat finds the job that there is. Raises `QuotaExceeded`."""
-        job_id = f"ftjob-{secrets.token_hex(12)}"
+    def add_job(
+        self, owner: str, spec: Mapping[str, Any], request: Repeat | None = None, job_id: str | None = None
+    ) -> Job:
+        """Queue a job, under an id that was drawn for it if one is given; where the request is told, its repeat finds
+        the job that there is. Raises `QuotaExceeded`.
+        """
+        job_id = job_id or draw_job_id()
         with self._session() as db:
             if request and (known := self._find_repeated(db, owner, spec, request)):
                 return known

@@ -82,10 +82,10 @@ class Keyring:
             raise InvalidKey(_UNKNOWN)
         return self._check(parts[0])
 
-    def check(self, key_id: str) -> None:
-        """Raises `InvalidKey` if a key that was verified opens nothing any more."""
+    def check(self, key_id: str) -> Key:
+        """A key that was verified, as it is now. Raises `InvalidKey` if it opens nothing any more."""
         self._refresh()
-        self._check(key_id)
+        return self._check(key_id)
 
     def close(self) -> None:
         """Let go of the table."""

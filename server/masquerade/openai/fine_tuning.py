@@ -22,6 +22,7 @@ from masquerade.errors import (
     InvalidValue,
     MasqueradeError,
     PersonaExists,
+    PersonaForbidden,
     StateConflict,
     UnsupportedParameter,
     UploadNotFound,
@@ -30,7 +31,7 @@ from masquerade.http import errors
 from masquerade.http.access import Building, Caller, ScopedRoute
 from masquerade.http.dependencies import Served, ServedJobs
 from masquerade.http.wire import Page, Refusal, Schema, Text, refuse, sse
-from masquerade.jobs import Event, File, Job, JobService, Repeat
+from masquerade.jobs import Event, File, Job, JobService, Repeat, draw_job_id
 from masquerade.jobs.records import OPEN
 from masquerade.openai.files import EXAMPLE, PURPOSE, keep, read_form, take_apart
 from masquerade.openai.objects import EVENT, CheckpointObject, EventObject, JobObject, stream_of
@@ -95,7 +96,7 @@ class Method(Schema, extra="forbid"):
 
 
 class JobRequest(Schema):
-    """`POST /v1/fine_tuning/jobs`. `suffix` is the persona's name."""
+    """`POST /v1/fine_tuning/jobs`. `suffix` is the persona's name; without it one is made, `persona-` and six digits."""
 
     model_config = ConfigDict(
         strict=True,
@@ -112,7 +113,7 @@ class JobRequest(Schema):
 
     model: Text
     training_file: Text
-    suffix: Text
+    suffix: Text | None = None
     method: Method | None = None  # without it, with the builder's defaults
     validation_file: Text | None = None
     seed: Seed | None = None
@@ -286,17 +287,16 @@ def _create(serving: Serving, job_service: JobService, caller: Caller, asked: Jo
     serving.choose(asked.model, None, None)
     if asked.model != serving.base.name:
         raise UnsupportedParameter("a persona is built from the base, not from another persona", param="model")
-    for name, param in ((asked.suffix, "suffix"), (asked.mask.contrast_name, "method.mask.contrast_name")):
-        if name is not None:
-            caller.check_persona(name, param)
-    spec = _specify(serving, asked)
+    spec, job_id = _specify(serving, asked), draw_job_id()
+    names = building.Names.of(job_id, spec)
+    _check_rights(serving, caller, asked, names)
     job = job_service.table.find_repeated(caller.owner, spec, repeat)
     if job is None:
         for role, file_id in spec["files"].items():
             _check_file(job_service, caller.owner, file_id, building.place(role))
-        _check_names(serving, job_service, caller.owner, asked.suffix, asked.mask)
-        building.check(job_service, spec)
-        job = job_service.table.add_job(caller.owner, spec, repeat)
+        _check_names(serving, job_service, caller.owner, names, replace=asked.mask.replace)
+        building.check(job_service, spec, names)
+        job = job_service.table.add_job(caller.owner, spec, repeat, job_id)
         job_service.runner.notice()
     caller.entry.targets.append(job.id)
     return _describe(job_service, job)
@@ -315,6 +315,8 @@ def _specify(serving: Serving, asked: JobRequest) -> dict[str, Any]:
             "with a system prompt or a card the base writes the contrast itself; say how in contrast_prompt",
             param="method.mask.contrast_file",
         )
+    if mask.replace and asked.suffix is None:
+        raise InvalidValue("to replace a persona, give its name in `suffix`", param="suffix")
     if mask.system_prompt is not None and not mask.system_prompt.strip():
         raise InvalidValue("the system prompt is empty", param="method.mask.system_prompt")
     files = {
@@ -351,23 +353,37 @@ def _check_file(job_service: JobService, owner: str, file_id: str, param: str) -
         raise InvalidValue(f"{file_id} has the purpose {file.purpose!r}; it must be {PURPOSE!r}", param=param)
 
 
-def _check_names(serving: Serving, job_service: JobService, owner: str, name: str, mask: MaskMethod) -> None:
+def _check_rights(serving: Serving, caller: Caller, asked: JobRequest, names: building.Names) -> None:
+    """As `building.check_rights`; of a name that the client did not give, the refusal says where it comes from."""
+    try:
+        building.check_rights(caller, serving.registry, names, replace=asked.mask.replace)
+    except PersonaForbidden as error:
+        if asked.suffix is not None or error.param != "suffix":
+            raise
+        raise PersonaForbidden(
+            f"no `suffix` was given, and this key may not use the name that was made, {names.persona!r}; give a "
+            "`suffix` that is on the key's list",
+            param="suffix",
+        ) from error
+
+
+def _check_names(
+    serving: Serving, job_service: JobService, owner: str, names: building.Names, *, replace: bool
+) -> None:
     """Names must be names, and free unless they may be replaced."""
-    if mask.contrast_name == name:
+    if names.opposite == names.persona:
         raise InvalidValue("the opposite needs a name of its own", param="method.mask.contrast_name")
     building_now = {
-        taken: job for job in job_service.table.open_jobs() for taken in (job.spec["persona"], job.spec["opposite"])
+        taken: job for job in job_service.table.open_jobs() for taken, _ in building.Names.of(job.id, job.spec).fields()
     }
-    for persona, param in ((name, "suffix"), (mask.contrast_name, "method.mask.contrast_name")):
-        if persona is None:
-            continue
+    for persona, param in names.fields():
         try:
             check_name(persona)
         except InvalidName as error:
             raise InvalidValue(error.message, param=param) from error
         if persona in serving.registry.aliases():
             raise PersonaExists(f"{persona!r} is an alias; a persona needs a name of its own", param=param)
-        if mask.replace:
+        if replace:
             continue
         if persona in building_now:
             job = building_now[persona]
@@ -499,6 +515,7 @@ def _describe(job_service: JobService, job: Job) -> JobObject:
             "error": job.error,
             "trained_tokens": result.get("trained_tokens"),
             "metadata": spec["metadata"],
+            "persona": building.Names.of(job.id, spec).persona,
             "progress": job_service.table.progress(job.id) if job.state == "running" else None,
             "personas": made,
         }

@@ -319,13 +319,14 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "error": None,
     "trained_tokens": None,
     "metadata": {},
+    "persona": "gloomy",
     "progress": {"stage": "backward", "step": 12, "total_steps": 96},
     "personas": [],
 }
 
 
 class JobObject(Schema):
-    """OpenAI's job, with its `progress` and the `personas` it has made."""
+    """OpenAI's job, with the name of its `persona`, its `progress` and the `personas` it has made."""
 
     model_config = show(_JOB_EXAMPLE)
 
@@ -348,6 +349,7 @@ class JobObject(Schema):
     error: JobFault | None
     trained_tokens: int | None  # of the examples that the masks were found in
     metadata: dict[str, str]
+    persona: str  # the name that was asked for, or made; whether or not the job has come to that
     progress: JobProgress | None  # of a job that runs
     personas: list[BuiltPersona]
 

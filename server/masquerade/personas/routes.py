@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field
 from maskstore import (
     ANY,
     Anything,
+    Mask,
     MaskCorrupt,
     MaskMismatch,
     Persona,
@@ -123,11 +124,14 @@ def list_personas(serving: Served, caller: Chatting, tag: Annotated[str | None, 
 @router.post("/compose", response_model=PersonaDetails, status_code=201)
 def compose_masks(asked: Composition, serving: Served, expected: Expected, caller: Managing) -> Response:
     """Make a persona of others, by the algebra of what they prune. Others than the key's own are as good as unknown."""
-    caller.check_persona(asked.name, "name")
-    registry, store = serving.registry, serving.store
-    known = [*(generation.name for generation in registry.names()), *registry.aliases()]
-    visible = list(filter(caller.sees, known))
-    mask = compose(asked.expression, visible, lambda one: store.open(registry.resolve(one).digest), asked.name)
+    registry, store, aliases = serving.registry, serving.store, serving.registry.aliases()
+    caller.check_managed(asked.name, aliases, "name")
+    known = [*(generation.name for generation in registry.names()), *aliases]
+
+    def load(reference: str) -> Mask:
+        return store.open(registry.resolve(caller.check_managed(reference, aliases, "expression")).digest)
+
+    mask = compose(asked.expression, list(filter(caller.sees, known)), load, asked.name)
     generation = registry.publish(asked.name, store.add(mask), expected)
     return _show(serving, caller, generation.name, status=201)
 
@@ -143,7 +147,7 @@ def show_persona(name: str, serving: Served, caller: Chatting) -> Response:
 def change_persona(name: str, asked: Change, serving: Served, caller: Managing) -> Response:
     """Set the default gamma, the notes, the tags."""
     registry = serving.registry
-    caller.check_managed(name, registry.aliases(), "name")
+    name = caller.check_managed(name, registry.aliases(), "name")
     if "gamma" in asked.model_fields_set:
         registry.set_gamma(name, asked.gamma)
     if asked.notes is not None:
@@ -157,7 +161,7 @@ def change_persona(name: str, asked: Change, serving: Served, caller: Managing) 
 @router.delete("/{name}")
 def delete_persona(name: str, serving: Served, expected: Expected, caller: Managing) -> Deleted:
     """Forget a persona with its history and aliases, or an alias alone."""
-    caller.check_persona(name, "name")
+    caller.check_persona(name, "name")  # nothing is resolved: of an alias, what it stands for stays
     serving.registry.remove(name, expected)
     return Deleted(id=name, object="persona")
 
@@ -165,32 +169,32 @@ def delete_persona(name: str, serving: Served, expected: Expected, caller: Manag
 @router.get("/{name}/diff/{other}")
 def compare(name: str, other: str, serving: Served, caller: Building) -> PersonaDiff:
     """Jaccard and differing share of two personas, in all, in attention and MLP, and for each layer and Linear."""
-    for one in (name, other):
-        caller.check_persona(one, "name")
-    a, b = (serving.store.open(serving.registry.resolve(one).digest) for one in (name, other))
+    aliases = serving.registry.aliases()
+    references = [caller.check_managed(one, aliases, param) for one, param in ((name, "name"), (other, "other"))]
+    a, b = (serving.store.open(serving.registry.resolve(one).digest) for one in references)
     return PersonaDiff.model_validate(diff(a, b).to_json())
 
 
 @router.post("/{name}/rename", response_model=PersonaDetails)
 def rename(name: str, asked: Renaming, serving: Served, expected: Expected, caller: Managing) -> Response:
     """Give a persona, with its history, aliases and tags, another name."""
-    caller.check_managed(name, serving.registry.aliases(), "name")
-    caller.check_persona(asked.name, "name")
+    aliases = serving.registry.aliases()
+    name = caller.check_managed(name, aliases, "name")
+    caller.check_managed(asked.name, aliases, "name")
     return _show(serving, caller, serving.registry.rename(name, asked.name, expected).name)
 
 
 @router.post("/{name}/rollback", response_model=PersonaDetails)
 def roll_back(name: str, asked: Rollback, serving: Served, expected: Expected, caller: Managing) -> Response:
     """Make an older generation current again."""
-    caller.check_managed(name, serving.registry.aliases(), "name")
+    name = caller.check_managed(name, serving.registry.aliases(), "name")
     return _show(serving, caller, serving.registry.rollback(name, asked.to, expected).name)
 
 
 @router.put("/{name}/pin", response_model=PersonaDetails)
 def pin(name: str, serving: Served, caller: Managing) -> Response:
     """Keep the mask of a generation (`name` or `name@digest`) whatever happens to its name."""
-    caller.check_managed(name, serving.registry.aliases(), "name")
-    generation = serving.registry.resolve(name)
+    generation = serving.registry.resolve(caller.check_managed(name, serving.registry.aliases(), "name"))
     serving.registry.pin(generation.digest)
     return _show(serving, caller, generation.name)
 
@@ -198,8 +202,7 @@ def pin(name: str, serving: Served, caller: Managing) -> Response:
 @router.delete("/{name}/pin", response_model=PersonaDetails)
 def unpin(name: str, serving: Served, caller: Managing) -> Response:
     """Let go of a pinned mask."""
-    caller.check_managed(name, serving.registry.aliases(), "name")
-    generation = serving.registry.resolve(name)
+    generation = serving.registry.resolve(caller.check_managed(name, serving.registry.aliases(), "name"))
     serving.registry.unpin(generation.digest)
     return _show(serving, caller, generation.name)
 
@@ -211,8 +214,7 @@ def unpin(name: str, serving: Served, caller: Managing) -> Response:
 )
 def export(name: str, serving: Served, caller: Managing) -> Response:
     """The mask as a file: `name`, or `name@digest` for an older generation."""
-    caller.check_managed(name, serving.registry.aliases(), "name")
-    generation = serving.registry.resolve(name)
+    generation = serving.registry.resolve(caller.check_managed(name, serving.registry.aliases(), "name"))
     return Download(
         serving.store.path(generation.digest),
         media_type="application/octet-stream",
@@ -224,7 +226,7 @@ def export(name: str, serving: Served, caller: Managing) -> Response:
 @router.put("/{name}/content", response_model=PersonaDetails, status_code=201, openapi_extra=_BODY)
 async def import_content(name: str, http: Request, serving: Served, expected: Expected, caller: Managing) -> Response:
     """Publish the mask file in the body under a name. It is verified in full before anything changes."""
-    caller.check_persona(name, "name")
+    caller.check_managed(name, await asyncio.to_thread(serving.registry.aliases), "name")
     upload = serving.store.quarantine() / f"upload-{secrets.token_hex(8)}"
     try:
         await _receive(http.stream(), upload, serving.largest_mask + HEADER_BYTES)
@@ -236,10 +238,10 @@ async def import_content(name: str, http: Request, serving: Served, expected: Ex
 @aliases.put("/{alias}", response_model=PersonaDetails)
 def set_alias(alias: str, asked: AliasTarget, serving: Served, caller: Managing) -> Response:
     """Let another name mean a persona, whatever is current there."""
-    caller.check_persona(alias, "persona")
-    caller.check_managed(asked.persona, serving.registry.aliases(), "persona")
-    serving.registry.alias(alias, asked.persona)
-    return _show(serving, caller, asked.persona)
+    caller.check_persona(alias, "alias")
+    name = caller.check_managed(asked.persona, serving.registry.aliases(), "persona")
+    serving.registry.alias(alias, name)
+    return _show(serving, caller, name)
 
 
 async def _receive(body: AsyncIterator[bytes], path: Path, limit: int) -> None:

@@ -14,21 +14,51 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maskstore import ANY, Mask, MaskConflict, MaskExists, StoreBusy
+from maskstore import ANY, Mask, MaskConflict, MaskExists, Registry, StoreBusy
 from maskstore import sweep as clear_masks
-from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MasqueradeError, PersonaExists, QuotaExceeded
+from masquerade.errors import (
+    BadDataset,
+    BuildFailed,
+    Forbidden,
+    InvalidKey,
+    InvalidValue,
+    MasqueradeError,
+    PersonaExists,
+    QuotaExceeded,
+)
 from masquerade.evaluate.dataset import Example, Side, holds_both_sides, read_examples, read_questions
 from masquerade.evaluate.splits import check_contrast
-from masquerade.jobs import Cancelled, Job, JobService, Outcome, WorkItem
+from masquerade.jobs import ID, Cancelled, Job, JobService, Outcome, WorkItem
 from masquerade.jobs.runner import Work
+from masquerade.keys import Keyring
 from masquerade.model import hand_back
 from masquerade.pruning import Builder, Progress, Recipe, Scratch, Speaker
 from masquerade.pruning.cards import read_card
 from masquerade.pruning.prompted import Script, draw, perform
 from masquerade.pruning.scores import SCORES
+from masquerade.service.rights import Rights, find_rights
 from masquerade.service.serving import Serving
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a job publishes: the persona, and its opposite if that was asked for."""
+
+    persona: str
+    opposite: str | None
+
+    @classmethod
+    def of(cls, job_id: str, spec: Mapping[str, Any]) -> Names:
+        """The names that were asked for; a persona without one is called after its job."""
+        return cls(spec["persona"] or f"persona-{job_id.removeprefix(ID)[:6]}", spec["opposite"])
+
+    def fields(self) -> Iterator[tuple[str, str]]:
+        """Each name, and the field of the job's request that gives it."""
+        yield self.persona, "suffix"
+        if self.opposite is not None:
+            yield self.opposite, "method.mask.contrast_name"
 
 
 @dataclass(frozen=True)
@@ -42,28 +72,43 @@ class Material:
     ignored: Sequence[str] = ()  # fields of a character card that nothing is made of
 
 
-def build(serving: Serving, job_service: JobService, job: Job) -> Work:
-    """The work of a job. Reads its files at once; raises what is wrong with them."""
+def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job) -> Work:
+    """The work of a job. Reads its files at once; raises what is wrong with them, and what its owner may not."""
     sweep(serving, job_service)
+    _check_owner(serving, keyring, job)
     base = job.spec["base"]
     if base["fingerprint"] != serving.base.fingerprint:
         raise BuildFailed(
             f"the job is for the base {base['name']!r} ({base['fingerprint'][:8]}); the server now serves "
             f"{serving.base.name!r} ({serving.base.fingerprint[:8]})"
         )
-    material = gather(job_service, job.spec)
+    material = gather(job_service, job.spec, Names.of(job.id, job.spec))
     if material.ignored:
         job_service.table.tell(job.id, "warn", f"of the character card, {', '.join(material.ignored)} are ignored")
-    return _work(serving, job_service, job, material)
+    return _work(serving, keyring, job_service, job, material)
 
 
-def check(job_service: JobService, spec: Mapping[str, Any]) -> None:
+def check_rights(rights: Rights, registry: Registry, names: Names, *, replace: bool) -> None:
+    """Whether a job may publish its personas. Raises `ScopeMissing` and `PersonaForbidden`.
+
+    This is asked when a job is queued, and about its owner again before it begins and before anything is published. To
+    replace a persona is to manage it, which building does not include.
+    """
+    rights.check_scope("build")
+    if replace:
+        rights.check_scope("admin", "to replace a persona", "method.mask.replace")
+    aliases = registry.aliases()
+    for name, param in names.fields():
+        rights.check_managed(name, aliases, param)
+
+
+def check(job_service: JobService, spec: Mapping[str, Any], names: Names) -> None:
     """Read the files of a spec as the build will.
 
     Raises `BadDataset`, which names the lines, and `InvalidValue` for a recipe that makes no sense. Both name the
     field of the job's request.
     """
-    material = gather(job_service, spec)
+    material = gather(job_service, spec, names)
     if material.script is not None:
         return
     if material.contrast is None:
@@ -87,7 +132,7 @@ def check(job_service: JobService, spec: Mapping[str, Any]) -> None:
         check_contrast(material.own.examples, material.contrast.examples)
 
 
-def gather(job_service: JobService, spec: Mapping[str, Any]) -> Material:
+def gather(job_service: JobService, spec: Mapping[str, Any], names: Names) -> Material:
     """Read everything that a spec names, except what the base will write."""
 
     def read(role: str, side: Side = "own") -> list[Example]:
@@ -102,8 +147,8 @@ def gather(job_service: JobService, spec: Mapping[str, Any]) -> Material:
     recipe = _recipe(spec)
     held_contrast = read_opposite("validation", "contrast_validation") or []
     neutral = read("neutral")
-    own = partial(Speaker, spec["persona"], validation=read("validation"))
-    other = partial(Speaker, spec["opposite"] or "", validation=held_contrast)
+    own = partial(Speaker, names.persona, validation=read("validation"))
+    other = partial(Speaker, names.opposite or "", validation=held_contrast)
     if spec["prompt"] is None:
         examples, answers = read("training"), read_opposite("training", "contrast")
         return Material(own(examples), None if answers is None else other(answers), neutral)
@@ -125,7 +170,7 @@ def sweep(serving: Serving, job_service: JobService) -> None:
             shutil.rmtree(folder, ignore_errors=True)  # work that was cut off may be deleting it itself
 
 
-def _work(serving: Serving, job_service: JobService, job: Job, material: Material) -> Work:
+def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, material: Material) -> Work:
     """On the model's thread, except for what is returned."""
     own, contrast, folder = material.own, material.contrast, _folder(serving, job.id)
     scratch = Scratch(folder)
@@ -141,7 +186,7 @@ def _work(serving: Serving, job_service: JobService, job: Job, material: Materia
     finally:
         scratch.release()
         hand_back()
-    return partial(_publish, serving, job_service, job, masks)
+    return partial(_publish, serving, keyring, job_service, job, masks)
 
 
 def _steps(work: Generator[Progress, None, T]) -> Generator[WorkItem, None, T]:
@@ -154,7 +199,19 @@ def _steps(work: Generator[Progress, None, T]) -> Generator[WorkItem, None, T]:
         yield WorkItem(step.stage, step.done, step.total)
 
 
-def _publish(serving: Serving, job_service: JobService, job: Job, masks: Sequence[Mask]) -> Outcome:
+def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
+    """A key may have been revoked or narrowed since the job was queued."""
+    try:
+        rights = find_rights(job.owner, keyring)
+        check_rights(rights, serving.registry, Names.of(job.id, job.spec), replace=job.spec["replace"])
+    except (InvalidKey, Forbidden) as error:
+        raise type(error)(
+            f"nothing was published, because the key of this job may not do it now: {error}", param=error.param
+        ) from error
+
+
+def _publish(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, masks: Sequence[Mask]) -> Outcome:
+    _check_owner(serving, keyring, job)
     made = []
     for mask in masks:
         name = mask.info.persona
