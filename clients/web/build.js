@@ -168,7 +168,7 @@ class Drop {
 function list(jobs) {
   if (!jobs.length) return h("p", { class: "note" }, "None yet.");
   return h("ul", { class: "jobs card" }, jobs.map((job) => h("li", {},
-    h("a", { href: `#/build/${job.id}` }, job.fine_tuned_model ?? job.id), h("span", { class: "state", "data-state": job.status }, job.status),
+    h("a", { href: `#/build/${job.id}` }, job.fine_tuned_model ?? `${job.model}:${job.persona}`), h("span", { class: "state", "data-state": job.status }, job.status),
     h("time", {}, moment(job.created_at)))));
 }
 
@@ -187,7 +187,7 @@ async function showJob(page, signal, id) {
     onclick: () => ask("POST", `${at}/cancel`, {}).catch((error) => outcome.replaceChildren(alarm(error))),
   }, "Cancel");
   tell(job.status);
-  page.append(h("h2", {}, "Build"), h("div", { class: "buttons" }, state, h("code", {}, id), cancel), outcome, stages.element,
+  page.append(h("h2", {}, "Build"), h("div", { class: "buttons" }, state, h("strong", {}, job.persona), h("code", {}, id), cancel), outcome, stages.element,
     h("details", { open: true }, h("summary", {}, "Events"), log));
   for await (const event of listen("GET", `${at}/events?stream=true`, undefined, signal)) {
     if (event.data?.stage) stages.advance(event.data, event.created_at);

@@ -147,6 +147,19 @@ def test_who_manages_replaces_what_is_on_the_list_and_nothing_else(manager: Worl
     assert changed == {"npc-bob", "npc-eve"}
 
 
+def test_a_name_that_is_made_must_be_on_the_list_too(builder: World) -> None:
+    asked = body_of(builder.http, builder.serving, "")
+    del asked["suffix"]
+    answer = builder.http.post(JOBS, json=asked)
+    assert code_of(answer) == (403, "persona_forbidden", "suffix")
+    assert "no `suffix` was given" in answer.json()["error"]["message"]
+    alter(builder, personas='["npc-*", "persona-*"]')
+    time.sleep(NOTICED)
+    made = builder.http.post(JOBS, json=asked).json()
+    assert builder.wait(made["id"], "succeeded", "failed").error is None
+    assert made["persona"] in builder.current
+
+
 CHANGES: dict[str, Callable[[World], object]] = {
     "revoked": lambda world: Keys(world.store).revoke(world.key.id),  # type: ignore[union-attr]
     "expired": lambda world: alter(world, expires_at=time.time() - 1),

@@ -179,7 +179,7 @@ def test_tables_that_somebody_holds_are_a_503(http: httpx.Client, serving: Servi
     "fault", [OSError(errno.EROFS, "read-only"), OSError(errno.EIO, "broken"), sqlite3.OperationalError("readonly")]
 )
 def test_a_disk_that_refuses_is_said(http: httpx.Client, monkeypatch: Any, fault: Exception) -> None:
-    def refuse_it(*_: Any) -> None:
+    def refuse_it(*_: Any, **__: Any) -> None:
         if isinstance(fault, sqlite3.Error):
             fault.sqlite_errorcode = sqlite3.SQLITE_READONLY_DBMOVED
         raise fault

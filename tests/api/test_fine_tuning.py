@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import sqlite3
 import struct
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from openai import OpenAI
 
 from maskstore import fsck
 from masquerade.pruning.walk import Walk
@@ -272,6 +276,68 @@ def test_a_repeat_is_answered_with_the_job_that_there_is(http: httpx.Client, ser
     assert start(http, order(http, serving, "keyed"), Idempotency_Key="k")["id"] == keyed["id"]
     answer = http.post(JOBS, json=order(http, serving, "other"), headers={"Idempotency-Key": "k"})
     assert refuse(answer) == (400, "invalid_value", "Idempotency-Key")
+
+
+def test_a_persona_without_a_name_gets_one(http: httpx.Client, serving: Serving) -> None:
+    """As OpenAI's SDK asks, whose `suffix` is optional."""
+    asked = order(http, serving)
+    with OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as sdk, busy(serving):
+        told: dict[str, Any] = {"model": asked["model"], "training_file": asked["training_file"]}
+        told |= {"extra_body": {"method": asked["method"]}}
+        job = sdk.fine_tuning.jobs.create(**told)
+        assert job.model_extra is not None
+        name = job.model_extra["persona"]
+        assert re.fullmatch("persona-[0-9a-f]{6}", name)
+        assert sdk.fine_tuning.jobs.create(**told).id == job.id  # the same is asked of a job that is not finished
+        other = sdk.fine_tuning.jobs.create(**told, seed=1)
+        assert other.model_extra is not None
+        assert other.model_extra["persona"] != name
+    done = finish(http, job.id)
+    assert (done["persona"], done["fine_tuned_model"]) == (name, f"{serving.base.name}:{name}")
+    assert [made["persona"] for made in done["personas"]] == [name]
+    assert chat(http, serving, model=done["fine_tuned_model"])
+    assert finish(http, other.id)["status"] == "succeeded"  # after which the same may be asked again
+    assert start(http, {field: value for field, value in asked.items() if field != "suffix"})["id"] != job.id
+
+
+def test_what_is_replaced_must_be_named(http: httpx.Client, serving: Serving) -> None:
+    asked = order(http, serving, mask={"replace": True})
+    del asked["suffix"]
+    assert refuse(http.post(JOBS, json=asked)) == (400, "invalid_value", "suffix")
+
+
+def test_a_job_that_came_to_nothing_shows_the_name_that_was_asked_for(http: httpx.Client, serving: Serving) -> None:
+    with busy(serving):
+        blocked = start(http, order(http, serving, "late"))
+        cancelled = start(http, order(http, serving, "cut-short"))
+        http.post(f"{JOBS}/{cancelled['id']}/cancel")
+        wait_for(http, blocked["id"], lambda job: job["status"] == "running")
+        serving.registry.publish("late", serving.store.add(world.make_mask(serving.base, 0.1, 1, "late")))
+    for job_id, status, name in ((blocked["id"], "failed", "late"), (cancelled["id"], "cancelled", "cut-short")):
+        job = finish(http, job_id)
+        assert (job["status"], job["persona"], job["personas"]) == (status, name, [])
+    assert {job["persona"] for job in http.get(JOBS).json()["data"]} == {"late", "cut-short"}
+
+
+def test_a_form_that_fails_leaves_the_files_that_others_have(http: httpx.Client, serving: Serving) -> None:
+    """Somebody uploads the same content while the form is looked at, and is given the file that is there."""
+    serving.registry.publish("old", serving.store.add(world.make_mask(serving.base, 0.1, 1, "old")))
+    form: dict[str, Any] = {"data": {"name": "old"}, "files": {"file": ("a", OWN), "contrast": ("b", OTHER)}}
+    with ThreadPoolExecutor(1) as pool, closing(sqlite3.connect(serving.registry.path, isolation_level=None)) as db:
+        db.execute("begin exclusive")  # the form waits for the registry, its files having arrived
+        failing = pool.submit(lambda: http.post("/v1/personas", **form))
+        deadline = time.monotonic() + 20
+        while len(files := http.get("/v1/files").json()["data"]) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        mine = upload(http, OWN)
+        assert mine in [file["id"] for file in files]
+        db.execute("rollback")
+        assert refuse(failing.result()) == (400, "persona_exists", "name")
+    assert [file["id"] for file in http.get("/v1/files").json()["data"]] == [mine]  # what is nobody's is gone
+    assert http.get(f"/v1/files/{mine}/content").content == OWN
+    assert http.post("/v1/personas", **form).status_code == 400
+    assert [file["id"] for file in http.get("/v1/files").json()["data"]] == [mine]  # nor does a later form take it
 
 
 def test_a_form_sent_again_is_the_same_job(http: httpx.Client, serving: Serving) -> None:

@@ -129,9 +129,9 @@ def test_a_build_from_a_system_prompt(client: Any, kind: str, neutral: Path) -> 
 def test_a_cancelled_build_is_a_failure_that_has_the_build(client: Any, kind: str) -> None:
     begun = client.builds.create(f"never-{kind}", demo.DATA / "formal.train.jsonl")
     client.builds.cancel(begun.id)
-    with pytest.raises(BuildFailed) as caught:
+    with pytest.raises(BuildFailed, match=f"the build of 'never-{kind}' was cancelled") as caught:
         client.builds.wait(begun.id)
-    assert caught.value.build.status == "cancelled"
+    assert (caught.value.build.status, caught.value.build.persona) == ("cancelled", f"never-{kind}")
 
 
 def test_the_server_in_numbers(client: Any) -> None:

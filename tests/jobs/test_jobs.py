@@ -130,6 +130,28 @@ def test_quotas_say_their_numbers_and_keep_nothing(uploads: Uploads, table: JobT
         table.add_job("ann", SPEC)
 
 
+def test_a_file_that_is_kept_for_now_goes_when_nobody_wants_it(
+    uploads: Uploads, table: JobTable, tmp_path: Path
+) -> None:
+    def keep() -> Any:
+        return uploads.receive("ann", "fine-tune", "a.jsonl", io.BytesIO(b"x"), tentative=True)
+
+    first, second = keep(), keep()
+    assert first == second
+    uploads.give_up([first])
+    assert table.list_files("ann") == [second]  # the other may still want it
+    uploads.give_up([second])
+    assert table.list_files("ann") == list((tmp_path / "files").iterdir()) == []
+    for wanted in (lambda: upload(uploads, "ann", b"x"), lambda: uploads.settle([keep()])):
+        file = keep()
+        wanted()
+        uploads.give_up([file])
+        assert table.list_files("ann") == [file]
+        uploads.give_up([keep()])
+        assert table.list_files("ann") == [file]
+        uploads.remove(file.id, "ann")
+
+
 def test_files_and_jobs_belong_to_their_owner(uploads: Uploads, table: JobTable) -> None:
     file, job = upload(uploads, "ann", b"x"), table.add_job("ann", SPEC)
     with pytest.raises(UploadNotFound):

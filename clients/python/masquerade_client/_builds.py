@@ -61,7 +61,8 @@ def events(build: str) -> Call[None]:
 def judge(build: Build) -> Build:
     """A build that ended well; raises `BuildFailed` for any other end."""
     if build.status != "succeeded":
-        raise BuildFailed(build.error or f"the build was {build.status}", build)
+        why = f" failed: {build.error}" if build.error else f" was {build.status}"
+        raise BuildFailed(f"the build of {build.persona!r}{why}", build)
     return build
 
 

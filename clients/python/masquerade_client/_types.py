@@ -291,6 +291,8 @@ class Build:
     """A build as it is now."""
 
     id: str
+    persona: str
+    """The name that was asked for, or that the server made; `made` says whether it has come to that."""
     status: str
     """`validating_files`, `queued`, `running`; then `succeeded`, `failed` or `cancelled`."""
     created_at: int
@@ -310,6 +312,7 @@ class Build:
         error = data["error"]
         return cls(
             id=data["id"],
+            persona=data["persona"],
             status=data["status"],
             created_at=data["created_at"],
             finished_at=data["finished_at"],

@@ -1,18 +1,17 @@
-"""Uploaded files on disk.
-
-Knows how bytes from outside get into a file whole, or not at all. Refuses to use a client's name as a path: a file lies
-under an id that was drawn here.
-"""
+"""Uploaded files on disk, each under an id that was drawn here: received whole, or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from masquerade.errors import TooLarge
+from masquerade.errors import StateConflict, TooLarge, UploadNotFound
 from masquerade.jobs.records import RESULTS, File
 from masquerade.jobs.table import JobTable
 
@@ -27,12 +26,15 @@ class Uploads:
         self._folder = folder
         self._table = table
         self.limit = limit  # bytes a file
+        self._claims: dict[str, int] = {}  # files that nobody has for good: how many have them tentatively
+        self._claiming = threading.Lock()  # finding a twin and claiming it is one step, and so is giving it up
         folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
 
-    def receive(self, owner: str, purpose: str, name: str, content: IO[bytes]) -> File:
+    def receive(self, owner: str, purpose: str, name: str, content: IO[bytes], *, tentative: bool = False) -> File:
         """Copy a file to disk and remember it; the same content under the same name is the file that is there.
 
+        What was received tentatively is to be settled or given up.
         Raises `TooLarge` and `QuotaExceeded`, and then keeps nothing.
         """
         file_id = _draw_id()
@@ -48,17 +50,42 @@ class Uploads:
                     out.write(piece)
                 out.flush()
                 os.fsync(out.fileno())
-            twin = self._table.find_file(owner, purpose, name, digest.hexdigest())
-            if twin is not None:
-                partial.unlink()
-                return twin
-            os.replace(partial, self.path(file_id))
-            _sync(self._folder)
-            return self._table.add_file(owner, purpose, name, size, digest.hexdigest(), file_id)
+            with self._claiming:
+                twin = self._table.find_file(owner, purpose, name, digest.hexdigest())
+                if twin is None:
+                    os.replace(partial, self.path(file_id))
+                    _sync(self._folder)
+                    file = self._table.add_file(owner, purpose, name, size, digest.hexdigest(), file_id)
+                    if tentative:
+                        self._claims[file.id] = 1
+                    return file
+                if tentative and twin.id in self._claims:
+                    self._claims[twin.id] += 1
+                elif not tentative:
+                    self._claims.pop(twin.id, None)
+            partial.unlink()
+            return twin
         except BaseException:
             partial.unlink(missing_ok=True)
             self.path(file_id).unlink(missing_ok=True)
             raise
+
+    def settle(self, files: Iterable[File]) -> None:
+        """What was received tentatively stays."""
+        with self._claiming:
+            for file in files:
+                self._claims.pop(file.id, None)
+
+    def give_up(self, files: Iterable[File]) -> None:
+        """Delete what was received tentatively, unless somebody else has received it since, or a job needs it."""
+        with self._claiming:
+            for file in files:
+                claims = self._claims.pop(file.id, 0)
+                if claims > 1:
+                    self._claims[file.id] = claims - 1
+                elif claims:
+                    with suppress(StateConflict, UploadNotFound):
+                        self.remove(file.id, file.owner)
 
     def adopt(self, owner: str, name: str, path: Path, digest: str) -> File:
         """Give an owner what was made, which lies on this disk already: it takes no more room."""

@@ -105,14 +105,19 @@ def delete_file(file_id: str, job_service: ServedJobs, caller: Building) -> Dele
     return Deleted(id=file_id, object="file")
 
 
-async def keep(job_service: JobService, caller: Caller, part: Any, param: str) -> File:
-    """Keep a part of a form; raises `InvalidValue` if it is no file or an empty one."""
+async def keep(job_service: JobService, caller: Caller, part: Any, param: str, *, tentative: bool = False) -> File:
+    """Keep a part of a form, tentatively if the rest of the form may fail.
+
+    Raises `InvalidValue` if it is no file or an empty one.
+    """
     if not isinstance(part, UploadFile):
         raise InvalidValue(f"`{param}` must be a file, in a multipart/form-data body", param=param)
     if not part.size:
         raise InvalidValue(f"`{param}` is empty", param=param)
     name = (part.filename or "").encode(errors="replace").decode()[:LONGEST_NAME]
-    file = await asyncio.to_thread(job_service.uploads.receive, caller.owner, PURPOSE, name, part.file)
+    file = await asyncio.to_thread(
+        job_service.uploads.receive, caller.owner, PURPOSE, name, part.file, tentative=tentative
+    )
     caller.entry.targets.append(file.id)
     return file
 

@@ -23,7 +23,6 @@ from masquerade.errors import (
     MasqueradeError,
     PersonaExists,
     PersonaForbidden,
-    StateConflict,
     UnsupportedParameter,
     UploadNotFound,
 )
@@ -96,7 +95,7 @@ class Method(Schema, extra="forbid"):
 
 
 class JobRequest(Schema):
-    """`POST /v1/fine_tuning/jobs`. `suffix` is the persona's name; without it one is made, `persona-` and six digits."""
+    """`POST /v1/fine_tuning/jobs`. `suffix` is the persona's name; without it one is made, such as `persona-0f1e2d`."""
 
     model_config = ConfigDict(
         strict=True,
@@ -202,19 +201,20 @@ async def build_persona(
         texts, parts = take_apart(form)
         asked = _read_texts(texts)
         _check_parts(parts)
-        before = {file.id for file in await asyncio.to_thread(job_service.table.list_files, caller.owner)}
         kept: dict[str, File] = {}
         try:
             for name, part in parts.items():
-                kept[name] = await keep(job_service, caller, part, name)
-            return await asyncio.to_thread(
+                kept[name] = await keep(job_service, caller, part, name, tentative=True)
+            job = await asyncio.to_thread(
                 _create, serving, job_service, caller, _translate(serving, asked, kept), repeat
             )
         except Exception as error:
             if isinstance(error, MasqueradeError):
                 error.param = _name_part(error.param, "prompts" in parts)
-            await asyncio.to_thread(_forget, job_service, [file for file in kept.values() if file.id not in before])
+            await asyncio.to_thread(job_service.uploads.give_up, kept.values())
             raise
+        await asyncio.to_thread(job_service.uploads.settle, kept.values())
+        return job
 
 
 @router.get("")
@@ -448,15 +448,6 @@ def _name_part(param: str | None, told: bool) -> str | None:
         return None
     name = param.removeprefix("method.mask.").removesuffix("_file")
     return {"training": "prompts" if told else "file", "suffix": "name"}.get(name, name)
-
-
-def _forget(job_service: JobService, files: list[File]) -> None:
-    """What was uploaded for nothing."""
-    for file in files:
-        try:
-            job_service.uploads.remove(file.id, file.owner)
-        except (StateConflict, UploadNotFound):  # somebody uses it by now, or has removed it
-            continue
 
 
 async def _follow(job_service: JobService, caller: Caller, job_id: str) -> AsyncIterator[str]:

@@ -76,7 +76,7 @@ def build(
         begun = client.builds.create(
             name, data, sent=lambda done, size: bars.update(upload, completed=done, total=size), **options
         )
-        now = _follow(client, begun.id, bars) if wait else begun
+        now = _follow(client, begun, bars) if wait else begun
         made = [client.personas.get(one.persona) for one in now.made]
     if as_json:
         print(json.dumps(asdict(now)))
@@ -86,7 +86,7 @@ def build(
         Console().print(certificate(persona))
 
 
-def _follow(client: Client, build: str, bars: Progress) -> Build:
+def _follow(client: Client, build: Build, bars: Progress) -> Build:
     """One bar a stage, until the end; interrupted, the build is cancelled."""
     stages: dict[str, TaskID] = {}
 
@@ -99,10 +99,10 @@ def _follow(client: Client, build: str, bars: Progress) -> Build:
         bars.update(stages[event.stage], completed=event.done, total=event.total or None)
 
     try:
-        ended = client.builds.wait(build, tell)
+        ended = client.builds.wait(build.id, tell)
     except KeyboardInterrupt:
-        client.builds.cancel(build)
-        bars.console.print("cancelled")
+        client.builds.cancel(build.id)
+        bars.console.print(f"the build of {build.persona!r} was cancelled", markup=False, highlight=False)
         sys.exit(130)
     for stage in stages.values():
         bars.update(stage, total=bars.tasks[stage].completed)
