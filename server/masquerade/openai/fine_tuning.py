@@ -288,7 +288,7 @@ def _create(serving: Serving, job_service: JobService, caller: Caller, asked: Jo
     if asked.model != serving.base.name:
         raise UnsupportedParameter("a persona is built from the base, not from another persona", param="model")
     spec, job_id = _specify(serving, asked), draw_job_id()
-    names = building.Names.of(job_id, spec)
+    names = building.JobNames.of(job_id, spec)
     _check_rights(serving, caller, asked, names)
     job = job_service.table.find_repeated(caller.owner, spec, repeat)
     if job is None:
@@ -353,7 +353,7 @@ def _check_file(job_service: JobService, owner: str, file_id: str, param: str) -
         raise InvalidValue(f"{file_id} has the purpose {file.purpose!r}; it must be {PURPOSE!r}", param=param)
 
 
-def _check_rights(serving: Serving, caller: Caller, asked: JobRequest, names: building.Names) -> None:
+def _check_rights(serving: Serving, caller: Caller, asked: JobRequest, names: building.JobNames) -> None:
     """As `building.check_rights`; of a name that the client did not give, the refusal says where it comes from."""
     try:
         building.check_rights(caller, serving.registry, names, replace=asked.mask.replace)
@@ -368,13 +368,15 @@ def _check_rights(serving: Serving, caller: Caller, asked: JobRequest, names: bu
 
 
 def _check_names(
-    serving: Serving, job_service: JobService, owner: str, names: building.Names, *, replace: bool
+    serving: Serving, job_service: JobService, owner: str, names: building.JobNames, *, replace: bool
 ) -> None:
     """Names must be names, and free unless they may be replaced."""
     if names.opposite == names.persona:
         raise InvalidValue("the opposite needs a name of its own", param="method.mask.contrast_name")
     building_now = {
-        taken: job for job in job_service.table.open_jobs() for taken, _ in building.Names.of(job.id, job.spec).fields()
+        taken: job
+        for job in job_service.table.open_jobs()
+        for taken, _ in building.JobNames.of(job.id, job.spec).fields()
     }
     for persona, param in names.fields():
         try:
@@ -506,7 +508,7 @@ def _describe(job_service: JobService, job: Job) -> JobObject:
             "error": job.error,
             "trained_tokens": result.get("trained_tokens"),
             "metadata": spec["metadata"],
-            "persona": building.Names.of(job.id, spec).persona,
+            "persona": building.JobNames.of(job.id, spec).persona,
             "progress": job_service.table.progress(job.id) if job.state == "running" else None,
             "personas": made,
         }

@@ -43,14 +43,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Names:
+class JobNames:
     """What a job publishes: the persona, and its opposite if that was asked for."""
 
     persona: str
     opposite: str | None
 
     @classmethod
-    def of(cls, job_id: str, spec: Mapping[str, Any]) -> Names:
+    def of(cls, job_id: str, spec: Mapping[str, Any]) -> JobNames:
         """The names that were asked for; a persona without one is called after its job."""
         return cls(spec["persona"] or f"persona-{job_id.removeprefix(ID)[:6]}", spec["opposite"])
 
@@ -82,13 +82,13 @@ def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job)
             f"the job is for the base {base['name']!r} ({base['fingerprint'][:8]}); the server now serves "
             f"{serving.base.name!r} ({serving.base.fingerprint[:8]})"
         )
-    material = gather(job_service, job.spec, Names.of(job.id, job.spec))
+    material = gather(job_service, job.spec, JobNames.of(job.id, job.spec))
     if material.ignored:
         job_service.table.tell(job.id, "warn", f"of the character card, {', '.join(material.ignored)} are ignored")
     return _work(serving, keyring, job_service, job, material)
 
 
-def check_rights(rights: Rights, registry: Registry, names: Names, *, replace: bool) -> None:
+def check_rights(rights: Rights, registry: Registry, names: JobNames, *, replace: bool) -> None:
     """Whether a job may publish its personas. Raises `ScopeMissing` and `PersonaForbidden`.
 
     This is asked when a job is queued, and about its owner again before it begins and before anything is published. To
@@ -102,7 +102,7 @@ def check_rights(rights: Rights, registry: Registry, names: Names, *, replace: b
         rights.check_managed(name, aliases, param)
 
 
-def check(job_service: JobService, spec: Mapping[str, Any], names: Names) -> None:
+def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> None:
     """Read the files of a spec as the build will.
 
     Raises `BadDataset`, which names the lines, and `InvalidValue` for a recipe that makes no sense. Both name the
@@ -132,7 +132,7 @@ def check(job_service: JobService, spec: Mapping[str, Any], names: Names) -> Non
         check_contrast(material.own.examples, material.contrast.examples)
 
 
-def gather(job_service: JobService, spec: Mapping[str, Any], names: Names) -> Material:
+def gather(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> Material:
     """Read everything that a spec names, except what the base will write."""
 
     def read(role: str, side: Side = "own") -> list[Example]:
@@ -203,7 +203,7 @@ def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
     """A key may have been revoked or narrowed since the job was queued."""
     try:
         rights = find_rights(job.owner, keyring)
-        check_rights(rights, serving.registry, Names.of(job.id, job.spec), replace=job.spec["replace"])
+        check_rights(rights, serving.registry, JobNames.of(job.id, job.spec), replace=job.spec["replace"])
     except (InvalidKey, Forbidden) as error:
         raise type(error)(
             f"nothing was published, because the key of this job may not do it now: {error}", param=error.param
