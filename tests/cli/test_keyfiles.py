@@ -16,7 +16,7 @@ from masquerade.cli.keyfiles import admit
 from masquerade.errors import InvalidValue
 from masquerade.keys import Keyring, KeyTable, mint
 from tests.cli.running import fail, succeed
-from tests.keys.making import bearer
+from tests.keys.making import bearer, make_key
 from tests.serving import serve
 
 WAIT_SECONDS = 60.0
@@ -36,7 +36,7 @@ def opens(store: Path, token: str) -> frozenset[str]:
     """The scopes that a token has in a store."""
     ring = Keyring(KeyTable(store))
     try:
-        return frozenset(ring.verify(token).scopes)
+        return frozenset(ring.find_scrypt(token).scopes)
     finally:
         ring.close()
 
@@ -78,6 +78,24 @@ def test_what_is_no_key_is_refused_and_not_told(store: Path, tmp_path: Path, con
         admit(store, [f"admin={tmp_path / 'key'}"])
     assert not content or content not in str(refusal.value)
     assert succeed("keys", "ls", "--store", store) == {"keys": []}
+
+
+@pytest.mark.parametrize("secret", ["0" * 48, "deadbeef" * 6, "0123456789abcdef" * 3])
+def test_a_secret_that_is_not_random_is_refused_and_not_told(store: Path, tmp_path: Path, secret: str) -> None:
+    write(tmp_path / "key", f"mq-{'0' * 12}-{secret}")
+    with pytest.raises(InvalidValue, match=r"key is not random.*openssl rand -hex 24") as refusal:
+        admit(store, [f"admin={tmp_path / 'key'}"])
+    assert secret not in str(refusal.value)
+    assert succeed("keys", "ls", "--store", store) == {"keys": []}
+
+
+def test_a_file_whose_key_is_kept_by_scrypt_is_known_again(store: Path, tmp_path: Path) -> None:
+    token, _ = make_key(store, "chat", scrypt=True)
+    write(tmp_path / "key", token)
+    assert admit(store, [f"chat={tmp_path / 'key'}"]) == 1
+    write(tmp_path / "key", token[:-48] + mint().token[-48:])
+    with pytest.raises(InvalidValue, match="another secret"):
+        admit(store, [f"chat={tmp_path / 'key'}"])
 
 
 def test_a_known_id_with_another_secret_or_scope_is_refused(store: Path, tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from masquerade.errors import StoreTooNew
 from masquerade.jobs import JobTable
 from masquerade.jobs.table import MIGRATIONS
+from masquerade.keys import Keyring, matches, mint
 from masquerade.keys import KeyTable as Keys
 from masquerade.keys import table as keys
+from tests.keys.making import hash_with_scrypt
 
 FIRST = """
 create table file (
@@ -68,7 +71,7 @@ def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
 
 def test_every_older_version_is_recorded() -> None:
     assert list(RECORDED) == [*range(1, len(MIGRATIONS))]
-    assert keys.VERSION == 1  # no older one: its first file is the one recorded here
+    assert keys.VERSION == 2  # one older: its file is the one recorded here
 
 
 @pytest.mark.parametrize("version", RECORDED)
@@ -104,10 +107,21 @@ def test_jobs_that_the_first_version_cannot_have_finished_go(tmp_path: Path) -> 
 
 
 def test_keys_of_the_first_version_open_what_they_did(tmp_path: Path) -> None:
-    rows = "insert into key values ('ab', 'bob', '[\"chat\"]', '[\"npc-*\"]', 9, null, 1e9, null, null, x'00');"
+    token, row = mint().token, "'bob', '[\"chat\"]', '[\"npc-*\"]', 9, null, 1e9, null, null"
+    rows = f"insert into key values ('{token.split('-')[1]}', {row}, x'{hash_with_scrypt(token).hex()}');"
     make(tmp_path / keys.FILE, KEYS + rows, 1)
-    ((key, kept),) = Keys(tmp_path).all().items()
-    assert (key.id, key.name, key.scopes, key.personas, key.rpm, kept) == ("ab", "bob", {"chat"}, ("npc-*",), 9, b"\0")
+    table = Keys(tmp_path)
+    ring = Keyring(table)
+    key = ring.find_scrypt(token)
+    assert (key.name, key.scopes, key.personas, key.rpm) == ("bob", {"chat"}, ("npc-*",), 9)
     assert key.problem(2e9) is None
+    assert matches(token.rpartition("-")[2], table.all()[key])
+    ring.close()
     Keys(tmp_path / "fresh")
     assert columns(tmp_path / keys.FILE) == columns(tmp_path / "fresh" / keys.FILE)
+
+
+def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / keys.FILE, KEYS, keys.VERSION + 1)
+    with pytest.raises(StoreTooNew):
+        Keys(tmp_path)

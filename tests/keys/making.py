@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 from masquerade.keys import Key, KeyTable, mint
 
 
-def make_key(store: Path, *scopes: str, **changes: Any) -> tuple[str, Key]:
-    """A key of a store; the token and what is known about it."""
+def make_key(store: Path, *scopes: str, scrypt: bool = False, **changes: Any) -> tuple[str, Key]:
+    """A key of a store, hashed as of old if asked for; the token and what is known about it."""
     minted = mint()
     told: dict[str, Any] = {
         "name": "",
@@ -23,8 +25,14 @@ def make_key(store: Path, *scopes: str, **changes: Any) -> tuple[str, Key]:
         "revoked_at": None,
     }
     key = Key(minted.id, **(told | changes))
-    KeyTable(store).add(key, minted.hash)
+    KeyTable(store).add(key, hash_with_scrypt(minted.token) if scrypt else minted.hash)
     return minted.token, key
+
+
+def hash_with_scrypt(token: str) -> bytes:
+    """What the first version kept of a token."""
+    salt = secrets.token_bytes(16)
+    return salt + hashlib.scrypt(token.rpartition("-")[2].encode(), salt=salt, n=2**14, r=8, p=1, dklen=32)
 
 
 def bearer(token: str) -> dict[str, str]:

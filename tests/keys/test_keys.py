@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
 import stat
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from masquerade.errors import InvalidKey, KeyNotFound, NotReady
-from masquerade.keys import SCOPES, Keyring, KeyTable, mint
-from masquerade.keys import key as keys
+from masquerade.keys import SCOPES, Keyring, KeyTable, is_scrypt, looks_random, mint, seal
 from masquerade.keys import ring as rings
+from masquerade.keys import table as tables
 from tests.keys.making import make_key
 
 
 @pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What scrypt was asked to hash."""
-    seen: list[str] = []
-    real = keys._scrypt
+def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each hash was computed, and how often two were compared."""
+    done: Counter[str] = Counter()
 
-    def watch(secret: str, salt: bytes) -> bytes:
-        seen.append(secret)
-        return real(secret, salt)
+    def count(place: Any, name: str) -> None:
+        real = getattr(place, name)
 
-    monkeypatch.setattr(keys, "_scrypt", watch)
-    return seen
+        def counted(*given: Any, **named: Any) -> Any:
+            done[name] += 1
+            return real(*given, **named)
+
+        monkeypatch.setattr(place, name, counted)
+
+    count(hmac, "digest")
+    count(hmac, "compare_digest")
+    count(hashlib, "scrypt")
+    return done
 
 
 @pytest.fixture(autouse=True)
@@ -76,42 +87,107 @@ def test_the_file_holds_no_secret_and_is_its_owners_only(tmp_path: Path) -> None
     for told in (secret, secret[:16], secret[-16:]):
         assert told.encode() not in written
         assert bytes.fromhex(told) not in written
-    ((_, first),) = KeyTable(tmp_path).all().items()
-    assert first[16:] == keys._scrypt(secret, first[:16])
-    assert keys._scrypt(secret, b"\0" * 16) != first[16:]  # salted: equal secrets would not look equal
+    ((_, kept),) = KeyTable(tmp_path).all().items()
+    assert kept[32:] == hmac.digest(kept[:32], secret.encode(), "sha256")
+    assert seal(key.id, secret).hash[32:] != kept[32:]  # salted: equal secrets would not look equal
 
 
-def test_a_token_is_hashed_once(tmp_path: Path, hashed: list[str]) -> None:
+def test_a_known_id_costs_what_an_unknown_one_costs(tmp_path: Path, work: Counter[str]) -> None:
+    """The same calls, as often: time can tell nothing that the calls do not."""
     token, key = make_key(tmp_path, "chat")
     ring = Keyring(KeyTable(tmp_path))
-    hashed.clear()
-    assert ring.recall(token) is None
-    assert ring.verify(token) == key
-    assert [ring.recall(token), ring.verify(token)] == [key, key]
-    assert len(hashed) == 1
+    for wrong in (f"mq-{key.id}-{mint().token[-48:]}", mint().token):
+        work.clear()
+        with pytest.raises(InvalidKey):
+            ring.find(wrong)
+        assert work == {"digest": 1, "compare_digest": 1}
+    work.clear()
+    assert ring.find(token) == key
+    assert work == {"digest": 1, "compare_digest": 1}
     ring.close()
 
 
-def test_a_wrong_secret_is_hashed_once_and_an_unknown_id_never(tmp_path: Path, hashed: list[str]) -> None:
+def test_what_is_no_key_is_refused_as_a_wrong_one_is(tmp_path: Path) -> None:
     _, key = make_key(tmp_path, "chat")
     ring = Keyring(KeyTable(tmp_path))
-    hashed.clear()
-    wrong = f"mq-{key.id}-{'0' * 48}"
-    with pytest.raises(InvalidKey) as first:
-        ring.verify(wrong)
-    for token in (wrong, f"mq-{'0' * 12}-{'0' * 48}", "sk-something", "", "mq-", "mq-é", f"mq-{key.id}-{'0' * 47}"):
-        with pytest.raises(InvalidKey) as other:
-            ring.recall(token)
-        assert str(other.value) == str(first.value)
-        assert token not in str(other.value) or not token
-    assert len(hashed) == 1
+    said = set()
+    for token in (f"mq-{key.id}-{'0' * 48}", mint().token, "sk-other", "", "mq-", "mq-é", f"mq-{key.id}-"):
+        with pytest.raises(InvalidKey) as refusal:
+            ring.find(token)
+        said.add(str(refusal.value))
+    assert len(said) == 1
     ring.close()
+
+
+class TestScrypt:
+    """Keys of the first version, whose hash is scrypt's until they are used."""
+
+    def test_it_is_paid_once_and_never_again(self, tmp_path: Path, work: Counter[str]) -> None:
+        token, key = make_key(tmp_path, "chat", scrypt=True)
+        ring = Keyring(KeyTable(tmp_path))
+        work.clear()
+        assert ring.find(token) is None
+        assert work["scrypt"] == 0
+        assert ring.find_scrypt(token) == key
+        assert (work.pop("scrypt"), ring.find(token)) == (1, key)
+        ring.close()
+        again = Keyring(KeyTable(tmp_path))  # another server of the store
+        assert again.find(token) == key
+        assert again.find_scrypt(token) == key
+        assert work["scrypt"] == 0
+        again.close()
+
+    def test_only_for_an_id_of_old(self, tmp_path: Path, work: Counter[str]) -> None:
+        _, old = make_key(tmp_path, "chat", scrypt=True)
+        _, new = make_key(tmp_path, "chat")
+        ring = Keyring(KeyTable(tmp_path))
+        work.clear()
+        for wrong in (mint().token, f"mq-{new.id}-{mint().token[-48:]}"):
+            with pytest.raises(InvalidKey):
+                ring.find(wrong)
+        assert work["scrypt"] == 0
+        with pytest.raises(InvalidKey) as refusal:
+            ring.find_scrypt(f"mq-{old.id}-{mint().token[-48:]}")
+        assert str(refusal.value) == rings._UNKNOWN
+        assert is_scrypt(KeyTable(tmp_path).all()[old])  # a wrong secret replaces nothing
+        ring.close()
+
+    def test_a_revoked_one_stays_revoked(self, tmp_path: Path) -> None:
+        token, key = make_key(tmp_path, "chat", scrypt=True)
+        ring = Keyring(KeyTable(tmp_path))
+        KeyTable(tmp_path).revoke(key.id)
+        for _ in range(2):
+            with pytest.raises(InvalidKey, match="revoked"):
+                ring.find_scrypt(token)
+        ring.close()
+
+    def test_a_table_that_cannot_be_written_keeps_nobody_out(self, tmp_path: Path) -> None:
+        token, key = make_key(tmp_path, "chat", scrypt=True)
+        table = KeyTable(tmp_path)
+        ring = Keyring(table)
+        with closing(table.connect()) as db, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tables, "BUSY_SECONDS", 0.05)
+            db.execute("begin immediate")
+            assert ring.find_scrypt(token) == key
+            assert ring.find(token) == key
+            db.execute("rollback")
+        assert is_scrypt(table.all()[key])
+        ring.close()
+
+
+@pytest.mark.parametrize(
+    ("secret", "random"),
+    [("0" * 48, False), ("0123456789abcdef" * 3, False), ("deadbeef" * 6, False), ("01234567" + "0" * 40, True)],
+)
+def test_what_looks_drawn_at_random(secret: str, random: bool) -> None:
+    assert looks_random(secret) is random
+    assert all(looks_random(mint().token[-48:]) for _ in range(200))
 
 
 def test_what_is_remembered_is_no_token(tmp_path: Path) -> None:
     token, _ = make_key(tmp_path, "chat")
     ring = Keyring(KeyTable(tmp_path))
-    ring.verify(token)
+    ring.find(token)
     assert token.rpartition("-")[2] not in repr(vars(ring))
     ring.close()
 
@@ -119,11 +195,11 @@ def test_what_is_remembered_is_no_token(tmp_path: Path) -> None:
 def test_revoking_is_noticed_and_final(tmp_path: Path) -> None:
     token, key = make_key(tmp_path, "chat")
     ring, table = Keyring(KeyTable(tmp_path)), KeyTable(tmp_path)
-    ring.verify(token)
+    ring.find(token)
     revoked = table.revoke(key.id)
     assert table.revoke(key.id) == revoked  # again changes nothing
     with pytest.raises(InvalidKey, match="revoked"):
-        ring.recall(token)
+        ring.find(token)
     assert len(ring) == 1  # a store whose keys are all revoked is not open again
     with pytest.raises(KeyNotFound, match="keys ls"):
         table.revoke("nobody")
@@ -134,7 +210,7 @@ def test_a_key_added_later_is_known(tmp_path: Path) -> None:
     ring = Keyring(KeyTable(tmp_path))
     assert len(ring) == 0
     token, key = make_key(tmp_path, "chat")
-    assert ring.verify(token) == key
+    assert ring.find(token) == key
     ring.close()
 
 
@@ -142,21 +218,20 @@ def test_a_key_expires(tmp_path: Path) -> None:
     token, key = make_key(tmp_path, "chat", expires_at=1000.0)
     now = [999.0]
     ring = Keyring(KeyTable(tmp_path), lambda: now[0])
-    assert ring.verify(token) == key
+    assert ring.find(token) == key
     now[0] = 1000.0
-    for ask in (ring.recall, ring.verify):
-        with pytest.raises(InvalidKey, match="expired"):
-            ask(token)
+    with pytest.raises(InvalidKey, match="expired"):
+        ring.find(token)
     ring.close()
 
 
 def test_a_table_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
     token, _ = make_key(tmp_path, "chat")
     ring = Keyring(KeyTable(tmp_path))
-    ring.verify(token)
+    ring.find(token)
     ring.close()
     with pytest.raises(NotReady):
-        ring.recall(token)
+        ring.find(token)
 
 
 def test_many_threads_verify_and_revoke_at_once(tmp_path: Path) -> None:
@@ -167,12 +242,12 @@ def test_many_threads_verify_and_revoke_at_once(tmp_path: Path) -> None:
         started.wait()
         if number < 2:
             return [table.revoke(made[number][1].id).id]
-        return [ring.verify(token).id for token, _ in made[2:]]
+        return [found.id for token, _ in made[2:] if (found := ring.find(token))]
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(use, range(8)))
     assert found[2:] == [[key.id for _, key in made[2:]]] * 6
     for token, _ in made[:2]:
         with pytest.raises(InvalidKey):
-            ring.verify(token)
+            ring.find(token)
     ring.close()

@@ -1,7 +1,4 @@
-"""Keys that a deployment brings along: files with a token each, from a secret of Docker or Kubernetes.
-
-Knows how they become keys of a store. Refuses to know what a key opens, and to tell or to write a token.
-"""
+"""Keys that a deployment brings along: files with a token each, from a secret of Docker or Kubernetes."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from masquerade.errors import InvalidValue
-from masquerade.keys import Audit, Key, KeyTable, Scope, matches, seal, split
+from masquerade.keys import Audit, Key, KeyTable, Scope, is_scrypt, looks_random, matches, matches_scrypt, seal, split
 
 _log = logging.getLogger(__name__)
 _BYTES = 1024  # beyond them a file holds no token
@@ -22,7 +19,8 @@ def admit(root: Path, given: Sequence[str]) -> int:
     """Make the token in each file a key of the store, unless the store knows it; `given` are `scope=path`.
 
     Returns how many keys there ever were. A key is known by its id: one that was revoked stays so, and none goes
-    because its file did. Raises `InvalidValue` if a file holds no token, or that of a known id with another secret.
+    because its file did. Raises `InvalidValue` if a file holds no token, a new one whose secret was not drawn at
+    random, or that of a known id with another secret.
     """
     table = KeyTable(root)
     for one in given:
@@ -30,13 +28,15 @@ def admit(root: Path, given: Sequence[str]) -> int:
         key_id, secret = _read(path)
         known = {key.id: (key, kept) for key, kept in table.all().items()}
         if key_id not in known:
+            if not looks_random(secret):
+                raise InvalidValue(f"the secret in {path} is not random; make one with `openssl rand -hex 24`")
             now = time.time()
             key = Key(key_id, path.name, frozenset({scope}), ("*",), None, None, now, None, None)
             table.add(key, seal(key_id, secret).hash)
             Audit(root).write(key=None, action="add_key", target=key_id, outcome="done")
             continue
         key, kept = known[key_id]
-        if not matches(secret, kept):
+        if not (matches_scrypt if is_scrypt(kept) else matches)(secret, kept):
             raise InvalidValue(f"{path} has another secret for the key {key_id} than the store; draw both anew")
         if key.scopes != {scope}:
             raise InvalidValue(f"the key {key_id} of {path} has the scopes {' '.join(sorted(key.scopes))}, not {scope}")

@@ -24,6 +24,7 @@ from masquerade.errors import (
     MasqueradeError,
     NotReady,
     OriginForbidden,
+    Overloaded,
     RateLimited,
 )
 from masquerade.http import errors
@@ -33,6 +34,7 @@ from masquerade.keys import Key, Keyring, Rates
 from masquerade.keys import Scope as KeyScope
 from masquerade.service.rights import LOCAL, Rights
 
+HASHED = 16  # tokens that may wait for scrypt
 # Open to whoever reaches the server: they hold nothing of any key's, and change nothing.
 OPEN = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_FOLDER = "/web/"  # the playground's files
@@ -122,7 +124,8 @@ class AuthMiddleware:
         self._loopback = policy.loopback
         self._seconds = policy.answer_seconds
         self._origins = frozenset(policy.cors_origins)
-        self._hashing = ThreadPoolExecutor(1, "keys")
+        self._hashing = ThreadPoolExecutor(1, "keys")  # scrypt gets one core at most, and nobody else waits for it
+        self._hashed = 0  # tokens that wait for it or are at it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -152,15 +155,24 @@ class AuthMiddleware:
                 self._rates.charge(key, entry.tokens)
 
     async def _find(self, authorization: str) -> Key:
-        """The key of a header. A token is hashed once, on a thread of its own; then it is remembered."""
+        """The key of a header."""
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise InvalidKey("no API key was given; send the header `Authorization: Bearer KEY`")
         token = token.strip()
-        known = self._keyring.recall(token)
-        if known is not None:
-            return known
-        return await asyncio.get_running_loop().run_in_executor(self._hashing, self._keyring.verify, token)
+        key = self._keyring.find(token)
+        return key or await self._find_scrypt(token)
+
+    async def _find_scrypt(self, token: str) -> Key:
+        """The key of a token whose hash is still scrypt's. Raises `Overloaded` if too many wait for that."""
+        if self._hashed >= HASHED:
+            raise Overloaded(f"{self._hashed} keys of an older version are being checked, which is the limit")
+        self._hashed += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._hashing, self._keyring.find_scrypt, token)
+        finally:
+            self._hashed -= 1
 
     def _telling(self, key: Key, send: Send) -> Send:
         """Adds what is left of the key's limits to the answer."""

@@ -1,11 +1,9 @@
-"""A key and its secret.
-
-Knows what a scope includes and how a secret is made and hashed. Refuses to know where keys are kept.
-"""
+"""A key: what its scopes include, and how its secret is made, hashed and checked."""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import secrets
 from collections.abc import Mapping
@@ -21,7 +19,9 @@ SCOPES: Mapping[Scope, frozenset[Scope]] = {
     "admin": frozenset({"metrics", "chat", "build", "admin"}),
 }
 _TOKEN = re.compile(r"mq-([0-9a-f]{12})-([0-9a-f]{48})")
-_SALT_BYTES = 16
+_SALT_BYTES, _HASH_BYTES = 32, 32
+_SCRYPT_SALT_BYTES = 16
+_FEWEST_DIGITS = 8  # distinct ones of a random secret; fewer have a chance of 1 in 10^13
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,18 @@ def mint() -> Minted:
 
 
 def seal(key_id: str, secret: str) -> Minted:
-    """A key whose id and secret have been drawn; takes scrypt's time."""
+    """A key whose id and secret have been drawn, with the hash to keep: salt and HMAC-SHA-256.
+
+    The salt is the HMAC's key. It is random for each key and lies in the key's row: 192 random bits cannot be guessed
+    from hash and salt, and a secret file beside the table would be one more thing to lose.
+    """
     salt = secrets.token_bytes(_SALT_BYTES)
-    return Minted(key_id, f"mq-{key_id}-{secret}", salt + _scrypt(secret, salt))
+    return Minted(key_id, f"mq-{key_id}-{secret}", salt + _hash(secret, salt))
+
+
+def decoy() -> bytes:
+    """A kept hash that no secret has, to check tokens of unknown ids against: that takes the same time."""
+    return secrets.token_bytes(_SALT_BYTES + _HASH_BYTES)
 
 
 def split(token: str) -> tuple[str, str] | None:
@@ -78,11 +87,30 @@ def split(token: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
+def looks_random(secret: str) -> bool:
+    """Whether a secret of the right form may have been drawn at random: it repeats nothing and has enough digits."""
+    return len(set(secret)) >= _FEWEST_DIGITS and secret not in (secret + secret)[1:-1]
+
+
 def matches(secret: str, kept: bytes) -> bool:
-    """Whether a secret has the kept hash; takes scrypt's time, tens of milliseconds, and 16 MiB."""
-    salt = kept[:_SALT_BYTES]
-    return secrets.compare_digest(_scrypt(secret, salt), kept[_SALT_BYTES:])
+    """Whether a secret has the kept hash, compared in constant time. A scrypt hash never matches."""
+    return hmac.compare_digest(_hash(secret, kept[:_SALT_BYTES]), kept[_SALT_BYTES:])
+
+
+def is_scrypt(kept: bytes) -> bool:
+    """Whether a hash was kept by a version that used scrypt: `matches_scrypt` checks it."""
+    return len(kept) == _SCRYPT_SALT_BYTES + _HASH_BYTES
+
+
+def matches_scrypt(secret: str, kept: bytes) -> bool:
+    """Whether a secret has the kept scrypt hash; takes tens of milliseconds and 16 MiB."""
+    salt = kept[:_SCRYPT_SALT_BYTES]
+    return hmac.compare_digest(_scrypt(secret, salt), kept[_SCRYPT_SALT_BYTES:])
+
+
+def _hash(secret: str, salt: bytes) -> bytes:
+    return hmac.digest(salt, secret.encode(), "sha256")
 
 
 def _scrypt(secret: str, salt: bytes) -> bytes:
-    return hashlib.scrypt(secret.encode(), salt=salt, n=2**14, r=8, p=1, dklen=32)
+    return hashlib.scrypt(secret.encode(), salt=salt, n=2**14, r=8, p=1, dklen=_HASH_BYTES)

@@ -1,7 +1,4 @@
-"""The table of keys, in one sqlite file of the store's folder that only its owner can read.
-
-Knows transactions. Refuses to know secrets: it is given hashes, and never hands one out but to the keyring.
-"""
+"""The table of keys, in one sqlite file of the store's folder that only its owner can read; it holds hashes only."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from masquerade.errors import KeyNotFound, NotReady, StoreTooNew
 from masquerade.keys.key import Key
 
 FILE = "keys.sqlite"
-VERSION = 1
+VERSION = 2  # since 2 a hash may be HMAC's; 1 knew scrypt's only
 BUSY_SECONDS = 5.0
 _SCHEMA = """
 create table key (
@@ -37,13 +34,12 @@ class KeyTable:
         os.close(os.open(self.path, os.O_CREAT, 0o600))  # sqlite gives its other files the same mode
         with closing(self.connect()) as db:
             db.execute("pragma journal_mode = wal")
-        with self._session() as db:
-            found = db.execute("pragma user_version").fetchone()[0]
-            if found > VERSION:
-                raise StoreTooNew(self.path, found, VERSION)
-            if found < VERSION:
-                db.execute(_SCHEMA)
-                db.execute(f"pragma user_version = {VERSION}")
+        with self._session("deferred") as db:
+            found = _read_version(db)
+        if found > VERSION:
+            raise StoreTooNew(self.path, found, VERSION)
+        if found < VERSION:
+            self._migrate()
 
     def add(self, key: Key, kept: bytes) -> None:
         """Remember a key by the hash of its secret."""
@@ -68,9 +64,21 @@ class KeyTable:
                 db.execute("update key set revoked_at = ? where id = ?", (key.revoked_at, key_id))
         return key
 
+    def rehash(self, key_id: str, old: bytes, new: bytes) -> None:
+        """Keep another hash of the same secret, unless somebody has done so already."""
+        with self._session() as db:
+            db.execute("update key set hash = ? where id = ? and hash = ?", (new, key_id, old))
+
     def connect(self) -> sqlite3.Connection:
         """A connection that any thread may use, one at a time."""
         return sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+
+    def _migrate(self) -> None:
+        """Bring the file up to date. The hashes of version 1 stay: each is replaced when its key is used."""
+        with self._session() as db:
+            if _read_version(db) == 0:  # another process may have been here first
+                db.execute(_SCHEMA)
+            db.execute(f"pragma user_version = {VERSION}")
 
     @contextmanager
     def _session(self, lock: str = "immediate") -> Iterator[sqlite3.Connection]:
@@ -81,6 +89,11 @@ class KeyTable:
                 db.execute("commit")
         except sqlite3.Error as error:
             raise NotReady(f"the keys cannot be read: {error}") from error
+
+
+def _read_version(db: sqlite3.Connection) -> int:
+    version: int = db.execute("pragma user_version").fetchone()[0]
+    return version
 
 
 def _read(row: tuple[object, ...]) -> Key:
