@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,6 +14,7 @@ from maskstore import Mask
 from masquerade.engine import Engine
 from masquerade.errors import Overloaded
 from masquerade.model import VerifiedStore
+from masquerade.service import serving as room
 from masquerade.service.serving import Serving
 from tests import world
 
@@ -54,6 +56,58 @@ def test_nobody_waits_for_the_load_of_another_persona(
         free.set()
         assert {answer.result().json()["generation"] for answer in held} == {personas["slow"]}
     assert serving.residency.loads.misses == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_give_up_keep_nobody_out(
+    http: httpx.Client,
+    serving: Serving,
+    personas: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+) -> None:
+    """Room for one mask, which is worn all the while; those who want another leave before they get it."""
+    crowd = 8
+    with serving.store.reader(personas["calm"]) as mask:
+        serving.residency.budget = 2 * serving.manager.measure(mask) - 1
+    monkeypatch.setattr(serving.residency, "_limit", crowd)
+    held = serving.residency.get(personas["calm"])
+
+    def give_up(_: int) -> None:
+        with httpx.Client(base_url=http.base_url, timeout=1) as client, pytest.raises(httpx.ReadTimeout):
+            chat(client, serving, "slow", stream=stream)
+
+    for _ in range(2):
+        with ThreadPoolExecutor(crowd) as clients:
+            list(clients.map(give_up, range(crowd)))
+        deadline = time.monotonic() + 30
+        while serving.residency.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert chat(http, serving, "calm").json()["generation"] == personas["calm"]
+    del held
+    assert chat(http, serving, "slow").json()["generation"] == personas["slow"]
+
+
+def test_who_waited_in_vain_wears_the_mask_that_is_there(
+    http: httpx.Client, serving: Serving, personas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request for a worn mask queues up behind a load; if the load gets no room, it is served all the same."""
+    with serving.store.reader(personas["calm"]) as mask:
+        serving.residency.budget = 2 * serving.manager.measure(mask) - 1
+    held = serving.residency.get(personas["calm"])
+    waiting = serving.residency.request(personas["slow"])
+    deadline = time.monotonic() + 30
+    while not serving.residency.leaving:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    monkeypatch.setattr(room, "PATIENCE", 0.5)
+    assert chat(http, serving, "calm").json()["generation"] == personas["calm"]
+    refused = chat(http, serving, "loud")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert not waiting.done()
+    del held
+    assert waiting.result(30).digest == personas["slow"]
 
 
 def test_a_finished_request_holds_no_mask(http: httpx.Client, serving: Serving, personas: dict[str, str]) -> None:

@@ -103,9 +103,9 @@ def test_who_asks_for_one_mask_shares_one_load(make: Make, verified_store: Doors
     door = verified_store.close(digest)
     futures = [residency.request(digest) for _ in range(20)]
     assert (residency.waiting, residency.tier(digest)) == (20, "loading")
-    assert not futures[0].cancel()  # it is the others' load, too
+    assert futures.pop().cancel()
     door.set()
-    assert len({id(future.result(SECONDS)) for future in futures}) == 1
+    assert len({id(future.result(SECONDS)) for future in futures}) == 1  # it is their load, too
     assert (verified_store.reads, residency.loads.misses, residency.loads.shared, residency.waiting) == (
         [digest],
         1,
@@ -255,6 +255,64 @@ def test_too_many_who_wait_are_refused(make: Make, verified_store: Doors, masks:
     for future in futures:
         future.result(SECONDS)
     assert residency.get(other).digest == other
+
+
+def test_who_gives_up_does_not_count(make: Make, verified_store: Doors, masks: list[Mask]) -> None:
+    residency = make(4, waiting=2)
+    slow, other = masks[0].digest, masks[1].digest
+    verified_store.close(slow)
+    for _ in range(3):
+        impatient = [residency.request(slow) for _ in range(2)]
+        with pytest.raises(Overloaded):
+            residency.request(other)
+        assert all(future.cancel() for future in impatient)
+        assert residency.waiting == 0
+    assert residency.request(other).result(SECONDS).digest == other
+    late = residency.request(slow)  # the load that was given up has not ended
+    verified_store.closed[slow].set()
+    assert late.result(SECONDS).digest == slow
+    assert verified_store.reads.count(slow) == 1
+
+
+def test_a_load_that_everybody_gave_up_keeps_nothing_from_the_others(make: Make, masks: list[Mask]) -> None:
+    residency = make(1)
+    here, absent = masks[0].digest, masks[1].digest
+    held = residency.get(here)
+    waiting = [residency.request(absent) for _ in range(3)]
+    until(lambda: residency.leaving > 0)
+    for future in waiting:
+        assert future.cancel()
+    assert residency.request(here).result(0) is held  # it stays after all, and nobody queues up for it
+    assert (residency.leaving, residency.tier(absent)) == (0, "disk")
+
+
+def test_a_load_that_is_given_up_before_it_began_reads_nothing(
+    make: Make, verified_store: Doors, masks: list[Mask]
+) -> None:
+    residency = make(4)
+    doors = [verified_store.close(mask.digest) for mask in masks]
+    loading = [residency.request(mask.digest) for mask in masks]  # one for each loader
+    until(lambda: len(verified_store.reads) == len(masks))
+    residency.request("0" * 64).cancel()
+    for door in doors:
+        door.set()
+    for future in loading:
+        future.result(SECONDS)
+    until(lambda: residency.tier("0" * 64) == "disk")
+    assert residency.loads.failed == 0  # there is no such mask, and nobody looked
+
+
+def test_a_mask_on_the_device_is_never_refused_because_others_wait(make: Make, masks: list[Mask]) -> None:
+    residency = make(1, waiting=2)
+    here, absent = masks[0].digest, masks[1].digest
+    held = residency.get(here)
+    waiting = [residency.request(absent) for _ in range(2)]
+    until(lambda: residency.leaving > 0)
+    assert residency.request(here).result(0) is held
+    with pytest.raises(Overloaded):
+        residency.request(masks[2].digest)
+    del held
+    assert waiting[0].result(SECONDS).digest == absent  # who got the mask did not keep it from leaving
 
 
 def test_closing_ends_those_who_wait_for_room(make: Make, masks: list[Mask]) -> None:

@@ -1,16 +1,13 @@
-"""Which masks are on the device, and which are on their way there.
+"""Which masks are on the device, by digest, and the loads that bring others there.
 
-Knows bytes, recency, who is still worn, and the threads that load. Refuses to know about personas and requests: masks
-are named by digest, and a mask is worn for as long as somebody holds it.
+A load goes from disk or host memory to the device, on a loader thread: neither a request for a mask that is on the
+device nor a step of the engine waits for it. Requests for one mask share one load. A request gives up by cancelling its
+future; a load that nobody waits for any more is dropped.
 
-Disk, host, device: a mask that is asked for comes from the nearest. Everything slow happens on loader threads, so
-neither a request for a mask that is here nor a step of the engine ever waits for a load; those who ask for one mask
-share one load.
-
-Room is given out by bytes that are known beforehand, in the order in which loads became ready to use it. Masks that
-nobody wears go first, the least recently used before others. If that is not enough, worn ones are let go: whoever wears
-one goes on doing so, but who asks anew queues up behind the load that waits for the room. So nobody waits for ever, and
-the budget holds at every moment.
+Room is given out in bytes, in the order in which loads became ready to use it. Masks that nobody wears go first, the
+least recently used before others. If that is not enough, worn ones are let go: whoever wears one goes on doing so, but
+new requests for it queue up behind the load that waits for the room, so that no load waits for ever. Where such a
+request would be refused, because too many wait or because it has waited too long, it gets the mask that is there.
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 
 from maskstore import Mask
@@ -63,12 +60,17 @@ class _Load:
     """A mask on its way, and everybody who waits for it."""
 
     digest: str
-    future: Future[ResidentMask] = field(default_factory=Future)
-    askers: int = 0
+    askers: set[Future[ResidentMask]] = field(default_factory=set)
+    early: bool = False  # begun before anybody asked, so worth finishing without askers
     nbytes: int = 0
     mask: Mask | None = None
     worn: ResidentMask | None = None  # once there
     seconds: float = 0.0
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether everybody who waited has given up."""
+        return not self.askers and not self.early
 
 
 class Residency:
@@ -100,36 +102,42 @@ class Residency:
     def request(self, digest: str) -> Future[ResidentMask]:
         """The mask of a digest on the device: at once, or as soon as it has been loaded.
 
-        Hold what the future gives for as long as it is worn, and no longer. It raises `MaskError` if the mask cannot be
-        read or does not fit the model, and `MaskTooLarge` if it never will; the next request tries again. Raises
-        `Overloaded` if too many wait already.
+        Hold what the future gives for as long as it is worn, and no longer; cancel the future to give up. It raises
+        `MaskError` if the mask cannot be read or does not fit the model, and `MaskTooLarge` if it never will; the next
+        request tries again. Raises `Overloaded` if too many wait already and the mask is not on the device.
         """
+        future: Future[ResidentMask] = Future()
         with self._lock:
             kept = self._kept.get(digest)
             if kept and kept.hold:
-                self.loads.hits += 1
                 self._kept.move_to_end(digest)
-                there: Future[ResidentMask] = Future()
-                there.set_result(kept.hold)
-                return there
+                return self._serve(future, kept.hold)
             if self._closed:
                 raise NotReady("the server is stopping")
             if self.waiting >= self._limit:
+                if worn := self.find(digest):
+                    return self._serve(future, worn)
                 raise Overloaded(f"{self.waiting} requests wait for masks, which is the limit; try again later")
             load = self._coming.get(digest)
             if load is None:
                 self.loads.misses += 1
-                load = self._coming[digest] = _Load(digest)
-                load.future.set_running_or_notify_cancel()  # one who gives up must not cancel it for the others
-                self._pool.submit(self._prepare, load)
+                load = _Load(digest, {future})
+                self._begin(load)
             else:
                 self.loads.shared += 1
-            load.askers += 1
-            return load.future
+                load.askers.add(future)
+        future.add_done_callback(partial(self._leave, load))
+        return future
 
     def get(self, digest: str) -> ResidentMask:
         """The same, waiting for it on the calling thread."""
         return self.request(digest).result()
+
+    def find(self, digest: str) -> ResidentMask | None:
+        """The mask if it is on the device now, also one that a load waits to replace."""
+        with self._lock:
+            kept = self._kept.get(digest)
+            return kept.look() if kept else None
 
     def prefetch(self, digest: str) -> None:
         """Begin to load a mask that will be asked for soon, if that is possible now.
@@ -137,8 +145,11 @@ class Residency:
         Raises what says that it never will be: a `MaskError` of its header, or `MaskTooLarge`.
         """
         self._measure(digest)
-        with suppress(Overloaded):
-            self.request(digest)
+        with self._lock:
+            busy = self._closed or self.waiting >= self._limit or len(self._coming) >= self._limit
+            if not busy and digest not in self._coming and self.find(digest) is None:
+                self.loads.misses += 1
+                self._begin(_Load(digest, early=True))
 
     def __contains__(self, digest: str) -> bool:
         """Whether a mask is on the device."""
@@ -164,7 +175,7 @@ class Residency:
     def waiting(self) -> int:
         """Requests that wait for a mask."""
         with self._lock:
-            return sum(load.askers for load in self._coming.values())
+            return sum(len(load.askers) for load in self._coming.values())
 
     def close(self) -> None:
         """Begin no more loads; whoever waits for one that has not got its room gets `NotReady`."""
@@ -174,8 +185,34 @@ class Residency:
         self._pool.shutdown(wait=False)
         self._gone.put(None)
 
+    def _serve(self, future: Future[ResidentMask], worn: ResidentMask) -> Future[ResidentMask]:
+        self.loads.hits += 1
+        future.set_result(worn)
+        return future
+
+    def _begin(self, load: _Load) -> None:
+        self._coming[load.digest] = load
+        self._pool.submit(self._prepare, load)
+
+    def _leave(self, load: _Load, future: Future[ResidentMask]) -> None:
+        """Forget who gave up; a load that waits for room for nobody else keeps nothing from the others."""
+        if future.cancelled():
+            with self._lock:
+                load.askers.discard(future)
+                if load.abandoned and load in self._queue:
+                    self._admit()
+
+    def _drop(self, load: _Load) -> bool:
+        """Forget a load that everybody has given up; whether it was one."""
+        with self._lock:
+            if load.abandoned:
+                del self._coming[load.digest]
+            return load.abandoned
+
     def _prepare(self, load: _Load) -> None:
         """On a loader thread: everything that needs no room on the device."""
+        if self._drop(load):
+            return
         started = time.perf_counter()
         try:
             load.nbytes = self._measure(load.digest)
@@ -209,6 +246,7 @@ class Residency:
 
     def _admit(self) -> None:
         """Start fitting whatever there is room for. Called with the lock held."""
+        self._queue = deque(load for load in self._queue if not self._drop(load))
         while self._queue and not self._closed and self._make_room(self._queue[0]):
             self._pool.submit(self._finish, self._queue.popleft())
         while self._queue and self._closed:
@@ -278,9 +316,9 @@ class Residency:
         with self._lock:
             self.loads.done += 1
             self.loads.seconds += load.seconds + time.perf_counter() - started
-            self._coming.pop(load.digest, None)
         load.mask = load.worn = None
-        load.future.set_result(worn)
+        for future in self._end(load):
+            future.set_result(worn)
         with self._lock:
             self._admit()  # whoever waits for room may have this mask in the way
 
@@ -296,9 +334,17 @@ class Residency:
         return worn
 
     def _fail(self, load: _Load, error: Exception) -> None:
+        askers = self._end(load)
         with self._lock:
             self.loads.failed += 1
-            self._coming.pop(load.digest, None)
             self._admit()
         load.mask = None
-        load.future.set_exception(error)
+        for future in askers:
+            future.set_exception(error)
+
+    def _end(self, load: _Load) -> list[Future[ResidentMask]]:
+        """Take a load off the list; those who still wait for it, and cannot give up any more."""
+        with self._lock:
+            self._coming.pop(load.digest, None)
+            askers, load.askers = load.askers, set()
+        return [future for future in askers if future.set_running_or_notify_cancel()]

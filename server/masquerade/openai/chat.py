@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -18,7 +19,7 @@ from masquerade.http.access import Chatting
 from masquerade.http.dependencies import PERSONA_HEADER, Served, read_persona
 from masquerade.model import find_dialect, render_chat
 from masquerade.openai.answers import ChatAnswer
-from masquerade.openai.generation import LONG, plan, respond
+from masquerade.openai.generation import LONG, departure, plan, respond
 from masquerade.openai.objects import CHAT_CHUNK, ChatCompletion, either
 from masquerade.openai.schemas import ChatRequest, Message, Tool
 from masquerade.openai.tools import open_toolbox
@@ -31,7 +32,8 @@ async def complete_chat(asked: ChatRequest, serving: Served, caller: Chatting, h
     """Answer a chat as a persona. See the README for the fields beyond OpenAI's."""
     choice = serving.choose(asked.model, asked.persona, await read_persona(http))
     caller.check_choice(choice)
-    resolved = await serving.resolve_persona(choice, asked.gamma, asked.persona_phase)
+    gone = partial(departure, http.receive)
+    resolved = await serving.resolve_persona(choice, asked.gamma, asked.persona_phase, gone)
     tokenizer = serving.base.tokenizer
     toolbox = open_toolbox(asked, find_dialect(tokenizer), tokenizer) if asked.tools else None
     prompt = await tokenise(tokenizer, asked.messages, asked.tools if toolbox else None)

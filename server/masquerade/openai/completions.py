@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -17,7 +18,7 @@ from masquerade.errors import BadRequest
 from masquerade.http.access import Chatting
 from masquerade.http.dependencies import PERSONA_HEADER, Served, read_persona
 from masquerade.openai.answers import CompletionAnswer
-from masquerade.openai.generation import LONG, plan, respond
+from masquerade.openai.generation import LONG, departure, plan, respond
 from masquerade.openai.objects import TEXT_CHUNK, TextCompletion, either
 from masquerade.openai.schemas import CompletionRequest
 
@@ -29,7 +30,8 @@ async def complete_text(asked: CompletionRequest, serving: Served, caller: Chatt
     """Go on with each prompt, as a persona."""
     choice = serving.choose(asked.model, asked.persona, await read_persona(http))
     caller.check_choice(choice)
-    resolved = await serving.resolve_persona(choice, asked.gamma, asked.persona_phase)
+    gone = partial(departure, http.receive)
+    resolved = await serving.resolve_persona(choice, asked.gamma, asked.persona_phase, gone)
     prompts = await tokenise(serving.base.tokenizer, asked.prompts())
     try:
         generation = plan(serving, resolved, asked, caller, prompts)

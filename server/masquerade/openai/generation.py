@@ -14,6 +14,7 @@ from functools import partial
 from time import perf_counter
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from masquerade.engine import AnswerText, Event, Finished, Grammar, Request, Token
@@ -211,11 +212,19 @@ async def _whole(generation: GenerationStream, answer: Answer, receive: Receive)
     return JSONResponse(answer.whole(pieces, generation.usage), headers=answer.headers)
 
 
-async def _watch(receive: Receive, generation: GenerationStream) -> None:
-    """The client's going away ends a generation."""
+async def departure(receive: Receive) -> None:
+    """Raises `ClientDisconnect` when the client goes away. To be called when the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    generation.leave()
+    raise ClientDisconnect
+
+
+async def _watch(receive: Receive, generation: GenerationStream) -> None:
+    """The client's going away ends a generation."""
+    try:
+        await departure(receive)
+    except ClientDisconnect:
+        generation.leave()
 
 
 async def _stream(generation: GenerationStream, answer: Answer, wants_usage: bool) -> AsyncIterator[str]:

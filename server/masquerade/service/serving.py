@@ -1,16 +1,14 @@
-"""What a server serves: one base, an engine over it, and the personas of its store.
-
-Knows how a persona's name becomes a mask to wear. Refuses to know HTTP.
-"""
+"""What a server serves: one base, an engine over it, and the personas of its store. Knows no HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from maskstore import InvalidName, MaskMismatch, MaskNotFound, Registry, Revision, Store
 from masquerade.engine import Engine, Phase
@@ -99,12 +97,17 @@ class Serving:
         return (header, "persona") if header else None
 
     async def resolve_persona(
-        self, choice: tuple[str, str] | None, gamma: float | None, phase: Phase | None
+        self,
+        choice: tuple[str, str] | None,
+        gamma: float | None,
+        phase: Phase | None,
+        gone: Callable[[], Awaitable[None]],
     ) -> ResolvedPersona:
         """Resolve a choice and have its mask on the device. While one mask is loaded, nobody else waits.
 
-        Raises `ModelNotFound` or `PersonaNotFound`, depending on the field that named the persona, and `InvalidValue`
-        for a gamma or a phase without a persona to apply it to; `MaskTooLarge` and `Overloaded` as the residency does.
+        `gone` raises when the client goes away; a wait for the mask ends with that. Raises `ModelNotFound` or
+        `PersonaNotFound`, depending on the field that named the persona, and `InvalidValue` for a gamma or a phase
+        without a persona to apply it to; `MaskTooLarge` and `Overloaded` as the residency does.
         """
         if choice is None:
             for field, value in (("gamma", gamma), ("persona_phase", phase)):
@@ -114,7 +117,7 @@ class Serving:
         reference, field = choice
         try:
             generation, preferred = await self.names.resolve(reference)
-            worn = await self._fetch(generation.digest)
+            worn = await self._fetch(generation.digest, gone)
         except TimeoutError as error:
             raise Overloaded(
                 f"the mask of {reference!r} has not got room on the device for {PATIENCE:.0f} s; try again later",
@@ -138,10 +141,25 @@ class Serving:
             applied=AppliedMask(worn, strength) if strength < 1 else None,
         )
 
-    async def _fetch(self, digest: str) -> ResidentMask:
-        """A mask on the device; without a turn of the event loop if it is there."""
+    async def _fetch(self, digest: str, gone: Callable[[], Awaitable[None]]) -> ResidentMask:
+        """A mask on the device; without a turn of the event loop if it is there. Raises `TimeoutError`."""
         asked = self.residency.request(digest)
-        return asked.result() if asked.done() else await asyncio.wait_for(asyncio.wrap_future(asked), PATIENCE)
+        if asked.done():
+            return asked.result()
+        there, left = asyncio.wrap_future(asked), asyncio.ensure_future(gone())
+        either: set[asyncio.Future[Any]] = {there, left}
+        try:
+            await asyncio.wait(either, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+            if left.done():
+                await left
+            if there.done():
+                return there.result()
+            if worn := self.residency.find(digest):
+                return worn
+            raise TimeoutError
+        finally:
+            there.cancel()
+            left.cancel()
 
     @property
     def largest_mask(self) -> int:
