@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -197,23 +198,48 @@ def test_a_body_that_stops_arriving(http: httpx.Client) -> None:
     assert (status, told["error"]["code"]) == (408, "request_timeout")
 
 
-def test_a_body_that_arrives_drop_by_drop(tiny_folder: Path, tmp_path: Path) -> None:
-    """Never silent for long enough to be refused for that, and never done."""
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files", "/v1/personas/p/content", "/v1/personas"])
+def test_a_body_that_arrives_drop_by_drop(tiny_folder: Path, tmp_path: Path, path: str) -> None:
+    """Never silent for long enough to be refused for that, and never done: a file too holds no connection for ever."""
+    method = "PUT" if path.endswith("content") else "POST"
+    kind = "application/json" if "chat" in path else "multipart/form-data; boundary=x"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 100000\r\n\r\n"
     with serve_here(tiny_folder, tmp_path / "store", policy=Policy(body_seconds=0.3)) as (_, http):
         address = http.base_url.host, http.base_url.port or 80
         with socket.create_connection(address, timeout=60) as wire:
-            wire.sendall(head + b"Content-Length: 100000\r\n\r\n{")
+            wire.sendall(head.encode())
             wire.settimeout(0.05)
             started, heard = time.monotonic(), b""
+            drops = itertools.chain(b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n', itertools.repeat(32))
             while not heard:
                 assert time.monotonic() - started < 60
-                wire.sendall(b" ")
+                wire.sendall(bytes([next(drops)]))
                 try:
                     heard = wire.recv(65536)
                 except TimeoutError:
                     continue
     assert heard.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_large_file_has_the_time_that_its_size_needs(tiny_folder: Path, tmp_path: Path) -> None:
+    """Slower than every other body may be, and fast enough for a file."""
+    policy = Policy(body_seconds=0.1, upload_rate=1.0)
+    with serve_here(tiny_folder, tmp_path / "store", policy=policy) as (_, http):
+        line = b'{"text": "good day"}\n'
+        head = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        head += b'--x\r\nContent-Disposition: form-data; name="file"; filename="f.jsonl"\r\n\r\n'
+
+        def pieces() -> Iterator[bytes]:
+            yield head
+            for _ in range(60):
+                time.sleep(0.03)
+                yield line
+            yield b"\r\n--x--\r\n"
+
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        answer = http.post("/v1/files", headers=headers, content=pieces())
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["bytes"] == 60 * len(line)
 
 
 def test_who_sent_half_a_body_is_hung_up_on(http: httpx.Client) -> None:

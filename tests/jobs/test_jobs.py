@@ -41,6 +41,7 @@ from masquerade.jobs import (
     Uploads,
     WorkItem,
 )
+from masquerade.jobs import table as tables
 from masquerade.jobs.runner import Work
 from masquerade.jobs.table import MIGRATIONS
 
@@ -525,3 +526,66 @@ def test_a_table_of_before_is_brought_up_to_date(tmp_path: Path) -> None:
     assert [file.id for file in table.list_files("ann")] == ["file-1"]
     assert table.add_job("ann", SPEC).state == "queued"
     assert JobTable(tmp_path / "old.sqlite").open_jobs() == table.open_jobs()
+
+
+READS: dict[str, Callable[[JobTable], object]] = {
+    "get_file": lambda table: table.get_file("file-1", "ann"),
+    "find_file": lambda table: table.find_file("ann", "fine-tune", "a", "d"),
+    "list_files": lambda table: table.list_files("ann"),
+    "known_files": lambda table: table.known_files(),
+    "find_repeated": lambda table: table.find_repeated("ann", SPEC, Repeat()),
+    "get_job": lambda table: table.get_job(table.list_jobs("ann")[0][0].id),
+    "list_jobs": lambda table: table.list_jobs("ann"),
+    "open_jobs": lambda table: table.open_jobs(),
+    "typical_seconds": lambda table: table.typical_seconds(),
+    "count_jobs": lambda table: table.count_jobs(),
+    "list_events": lambda table: table.list_events("job"),
+    "last_events": lambda table: table.last_events("job"),
+    "progress": lambda table: table.progress("job"),
+}
+WRITES: dict[str, Callable[[JobTable], object]] = {
+    "add_file": lambda table: table.add_file("ann", "fine-tune", "b", 1, "e", "file-2"),
+    "remove_file": lambda table: table.remove_file("file-1", "ann"),
+    "add_job": lambda table: table.add_job("ann", SPEC),
+    "expire": lambda table: table.expire(time.time()),
+    "take_next": lambda table: table.take_next(),
+    "finish": lambda table: table.finish("job", "failed"),
+    "ask_to_cancel": lambda table: table.ask_to_cancel("job"),
+    "requeue_running": lambda table: table.requeue_running(),
+    "tell": lambda table: table.tell("job", "info", "so far"),
+}
+
+
+class TestLocks:
+    """Another connection holds the write lock all the while."""
+
+    @pytest.fixture
+    def locked(self, table: JobTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobTable]:
+        table.add_file("ann", "fine-tune", "a", 1, "d", "file-1")
+        table.add_job("ann", SPEC)
+        monkeypatch.setattr(tables, "BUSY_SECONDS", 0.0)
+        with closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as other:
+            other.execute("begin immediate")
+            yield table
+            other.execute("rollback")
+
+    def test_every_method_either_reads_or_writes(self) -> None:
+        public = {name for name in vars(JobTable) if not name.startswith("_")}
+        assert READS.keys() | WRITES.keys() == public
+        assert not READS.keys() & WRITES.keys()
+
+    @pytest.mark.parametrize("name", READS)
+    def test_who_reads_waits_for_nobody(self, locked: JobTable, name: str) -> None:
+        READS[name](locked)
+
+    @pytest.mark.parametrize("name", WRITES)
+    def test_who_writes_needs_the_lock(self, locked: JobTable, name: str) -> None:
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            WRITES[name](locked)
+
+    def test_opening_a_table_of_this_version_needs_none(self, locked: JobTable, tmp_path: Path) -> None:
+        assert JobTable(tmp_path / "jobs.sqlite").count_jobs()["queued"] == 1
+
+    def test_a_reader_cannot_write(self, table: JobTable) -> None:
+        with table._reading() as db, pytest.raises(sqlite3.OperationalError, match="readonly"):
+            db.execute("delete from job")

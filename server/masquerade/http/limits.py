@@ -1,7 +1,4 @@
-"""What a request may be, whoever sends it: how large, how slow, from which pages.
-
-Knows bytes, seconds and origins. Refuses to know keys and what a request asks for.
-"""
+"""What a request may be, whoever sends it: how large, how slow, from which pages."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from masquerade.http import errors
 # Routes that take files; each has a limit of its own.
 _UPLOADS = re.compile(r"/v1/(files|personas|personas/[^/]+/content)")
 _KINDS = ("requests", "tokens")
-_PATIENCE = 10  # times as long as one wait for a byte may all of a body take that is no file
+_PATIENCE = 10  # times as long as one wait for a byte may a whole body take; a file gets more by its size
 LINGER_SECONDS, LINGER_BYTES = 5.0, 2**26  # for and up to which what is too much is read and thrown away
 EXPOSED = (
     *("ETag", "Retry-After", "X-Persona-Generation", "x-request-id"),
@@ -44,6 +41,7 @@ class Policy:
     header_bytes: int = 2**15
     headers: int = 100
     body_seconds: float = 30.0  # without a byte of a body
+    upload_rate: float = 2**15  # bytes a second that a file must arrive with, after what every body gets
     answer_seconds: float = 600.0  # for all answers to a request
 
 
@@ -67,7 +65,7 @@ class LimitsMiddleware:
         except MasqueradeError as error:
             await errors.respond(error)(scope, receive, send)
             return
-        body = _Body(receive, send, limit, self._policy.body_seconds)
+        body = _Body(receive, send, limit, self._policy)
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
@@ -125,11 +123,12 @@ class _Body:
     makes of a body that ends early.
     """
 
-    def __init__(self, receive: Receive, send: Send, limit: int | None, seconds: float) -> None:
+    def __init__(self, receive: Receive, send: Send, limit: int | None, policy: Policy) -> None:
         self._receive, self._send = receive, send
-        self._limit, self._seconds = limit, seconds
+        self._limit, self._seconds = limit, policy.body_seconds
+        self._rate = policy.upload_rate if limit is None else math.inf
         self._received = 0
-        self._deadline: float | None = None
+        self._began: float | None = None
         self._whole = False
         self.answered = False
         self.refusal: MasqueradeError | None = None
@@ -138,14 +137,15 @@ class _Body:
         if self._whole:
             return await self._receive()
         now = asyncio.get_running_loop().time()
-        patience = _PATIENCE * self._seconds if self._limit is not None else math.inf
-        self._deadline = now + patience if self._deadline is None else self._deadline
+        self._began = now if self._began is None else self._began
+        patience = _PATIENCE * self._seconds + self._received / self._rate
         try:
-            async with asyncio.timeout_at(min(now + self._seconds, self._deadline)):
+            async with asyncio.timeout_at(min(now + self._seconds, self._began + patience)):
                 message = await self._receive()
         except TimeoutError:
             self.refusal = TimedOut(
-                f"nothing of the body arrived for {self._seconds:g} s, or not all of it within {patience:g} s"
+                f"nothing of the body arrived for {self._seconds:g} s, or not all of it within {patience:.0f} s: "
+                f"{self._received} bytes did"
             )
             raise self.refusal from None
         self._received += len(message.get("body", b""))
