@@ -20,6 +20,7 @@ import pytest
 
 from masquerade import demo
 from masquerade_client.cli.options import plain
+from tests.keys.making import make_key
 from tests.serving import Server, serve
 
 COMMAND = [sys.executable, "-m", "masquerade_client.cli"]
@@ -42,6 +43,49 @@ def run(server: Server, *words: str, input: str = "") -> subprocess.CompletedPro
 def read(outcome: subprocess.CompletedProcess[str]) -> Any:
     assert outcome.returncode == 0, outcome.stderr
     return json.loads(outcome.stdout)
+
+
+NOWHERE = "http://127.0.0.1:1"  # nothing listens there
+PLACES = [
+    (("--url", "{url}", "--json", "personas"), {}),
+    (("personas", "--url", "{url}", "--json"), {}),
+    (("--url", "{url}", "personas", "--json"), {}),
+    (("--json", "personas"), {"MASQUERADE_URL": "{url}"}),
+    (("--url", "{url}", "--json", "personas"), {"MASQUERADE_URL": NOWHERE}),
+    (("personas", "--url", "{url}", "--json"), {"MASQUERADE_URL": NOWHERE}),
+    (("--url", NOWHERE, "personas", "--url", "{url}", "--json"), {}),  # the nearer one counts
+]
+
+
+@pytest.mark.parametrize(("words", "environment"), PLACES)
+def test_options_stand_before_the_command_or_after_it(
+    server: Server, words: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    given = {name: value.format(url=server.base_url) for name, value in environment.items()}
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("MASQUERADE_")}
+    command = [*COMMAND, *(word.format(url=server.base_url) for word in words)]
+    outcome = subprocess.run(command, env=bare | given, capture_output=True, text=True, timeout=60)
+    assert len(read(outcome)["personas"]) == 8
+
+
+def test_a_key_before_the_command_is_sent(tiny_folder: Path, tmp_path: Path) -> None:
+    token, _ = make_key(tmp_path, "chat")
+    with serve("--model", str(tiny_folder), "--store", str(tmp_path)) as keyed:
+        assert run(keyed, "personas", "--json").returncode != 0
+        for words in (("--key", token, "personas"), ("personas", "--key", token)):
+            assert read(run(keyed, "--json", *words)) == {"personas": []}
+
+
+@pytest.mark.parametrize("line", ["masq --url {url} personas g", "masq personas --url {url} g", "masq personas g"])
+def test_a_shell_completes_names_wherever_the_server_is_named(server: Server, line: str) -> None:
+    words = line.format(url=server.base_url)
+    told = {"_MASQ_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {**os.environ, **told}
+    if "--url" not in line:
+        environment["MASQUERADE_URL"] = server.base_url
+    script = "from masquerade_client.cli.app import app; app(prog_name='masq')"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["gloomy"], done.stderr
 
 
 class Terminal:

@@ -1,7 +1,4 @@
-"""The `masq` command: a terminal on a Masquerade server.
-
-Knows exit statuses: 0 success, 1 the work failed, 2 usage, 130 interrupted. Refuses to know how anything is done.
-"""
+"""The `masq` command. Exit statuses: 0 success, 1 the work failed, 2 usage, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -13,15 +10,15 @@ import typer
 
 from masquerade_client import BadRequest, ConnectionFailed, MasqueradeError, __version__
 from masquerade_client.cli import build, chat, compare, personas, top
-from masquerade_client.cli.options import AsJson
+from masquerade_client.cli.options import AsJson, share
 
 app = typer.Typer(
     name="masq",
-    help="Chat with personas, compare them, build them. The server is --url, or MASQUERADE_URL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.callback()(share)
 app.command("chat")(chat.chat)
 app.command("compare")(compare.compare)
 app.command("personas")(personas.show)
