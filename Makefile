@@ -36,7 +36,7 @@ conformance: setup
 fuzz: setup
 	$(BIN)/python -m tests.fuzzing.run --examples 200
 
-# At most 40 minutes; writes its tables into the page
+# At most 45 minutes; writes its tables into the page
 reliability: setup
 	$(BIN)/python -m tests.reliability.run --record docs/reliability.md
 

@@ -9,9 +9,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from tests.reliability.crowd import TIMEOUT, Crowd, Heard, Known, code_of, draw
 from tests.reliability.hostile import look
 from tests.reliability.report import Progress, Row, Scale
 from tests.reliability.scene import ailments
-from tests.serving import Server, serve
+from tests.serving import serve
 
 SECONDS, LEAST = 30, 8  # of each load in a full run, and in any
 PERSONAS = ("formal", "gloomy", "introvert")
@@ -105,23 +107,20 @@ class Listener:
 class Target:
     """A server under load, and a key that may do everything there."""
 
-    server: Server
+    base_url: str
     key_id: str
     headers: dict[str, str]
 
     @contextmanager
     def connect(self) -> Iterator[httpx.Client]:
-        with httpx.Client(base_url=self.server.base_url, timeout=TIMEOUT, headers=self.headers) as http:
+        with httpx.Client(base_url=self.base_url, timeout=TIMEOUT, headers=self.headers) as http:
             yield http
 
 
 def send_line(target: Target, told: Told) -> list[str]:
     """A file of sound lines and one of 30 MB, and the job that reads it, to its end."""
-    lines = (demo.DATA / "casual.train.jsonl").read_bytes().splitlines()[:48]
-    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": WORD * (LINE // len(WORD))}]
-    content = b"\n".join([*lines, json.dumps({"messages": said}).encode()])
     with target.connect() as http:
-        answer = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", content)})
+        answer = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", _write_lines())})
         if answer.status_code != 200:
             return look("the file", answer, told, None)
         mask = {"score": "attribution", "rho": 0.003, "phase": "all", "force": True, "replace": True}
@@ -138,6 +137,13 @@ def send_line(target: Target, told: Told) -> list[str]:
     return []
 
 
+@cache
+def _write_lines() -> bytes:
+    lines = (demo.DATA / "casual.train.jsonl").read_bytes().splitlines()[:48]
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": WORD * (LINE // len(WORD))}]
+    return b"\n".join([*lines, json.dumps({"messages": said}).encode()])
+
+
 def send_prompt(target: Target, told: Told) -> list[str]:
     """One prompt of 30 MB."""
     return _ask(target, told, PROMPT)
@@ -151,8 +157,13 @@ def send_prompts(target: Target, told: Told) -> list[str]:
 
 def _ask(target: Target, told: Told, size: int) -> list[str]:
     with target.connect() as http:
-        answer = http.post(CHAT, json=body(WORD * (size // len(WORD))))
+        answer = http.post(CHAT, content=_write_prompt(size), headers={"Content-Type": "application/json"})
     return look(f"a prompt of {size} bytes", answer, told, {"context_length_exceeded", "body_too_large", "queue_full"})
+
+
+@cache
+def _write_prompt(size: int) -> bytes:
+    return json.dumps(body(WORD * (size // len(WORD)))).encode()
 
 
 def send_guesses(target: Target, told: Told) -> list[str]:
@@ -160,7 +171,7 @@ def send_guesses(target: Target, told: Told) -> list[str]:
 
     def guess(client: int) -> list[str]:
         faults = []
-        with httpx.Client(base_url=target.server.base_url, timeout=TIMEOUT) as http:
+        with httpx.Client(base_url=target.base_url, timeout=TIMEOUT) as http:
             for number in range(client, GUESSES, GUESSERS):
                 wrong = mint()
                 token = f"mq-{target.key_id}-{wrong.token[-48:]}" if number % 2 else wrong.token
@@ -193,8 +204,13 @@ def _set(document: forge.Document, name: str, value: str) -> None:
     document["__metadata__"][name] = value
 
 
+def wait(target: Target, told: Told) -> list[str]:
+    """Nothing."""
+    return []
+
+
 LOADS: dict[str, tuple[str, Callable[[Target, Told], list[str]]]] = {
-    "nothing else": ("quiet", lambda *_: []),
+    "nothing else": ("quiet", wait),
     "a training file with a line of 30 MB, and its job": ("`POST /v1/files`, `/v1/fine_tuning/jobs`", send_line),
     "a prompt of 30 MB": ("a chat", send_prompt),
     "six prompts of 7.9 MB at once": ("six chats", send_prompts),
@@ -223,18 +239,23 @@ def play(scale: Scale, progress: Progress) -> Iterator[Row]:
         store = Path(folder, "store")
         token, key = make_key(store, "admin")
         with serve("--model", "demo", "--store", str(store)) as server:
-            target = Target(server, key.id, bearer(token))
+            target = Target(server.base_url, key.id, bearer(token))
             with target.connect() as http:
                 known = Known.learn(http, [draw(rng, "demo", PERSONAS, longest=8) for _ in range(20)])
             crowd = Crowd(server.base_url, known, CLIENTS, scale.seed, headers=target.headers)
-            with Listener(server.base_url, target.headers).listening() as listener, crowd.chatting() as heard:
+            with (
+                ProcessPoolExecutor(1, get_context("spawn")) as sender,
+                Listener(server.base_url, target.headers).listening() as listener,
+                crowd.chatting() as heard,
+            ):
+                sender.submit(send, "nothing else", target).result()  # everything is imported
                 phases = []
-                for number, (load, (how, send)) in enumerate(LOADS.items(), 1):
-                    phases.append(run(load, how, send, target, scale.of(SECONDS, LEAST)))
+                for number, load in enumerate(LOADS, 1):
+                    phases.append(run(load, target, sender, scale.of(SECONDS, LEAST)))
                     progress(number, len(LOADS), "loads")
-        faults = [*heard.wrong[:2], *(f"refused: {code}" for code in heard.refused), *listener.faults[:2]]
-        faults += ailments(store)
-        faults += ["stack traces in its log"] if "Traceback" in server.said() else []
+            faults = [*heard.wrong[:2], *(f"refused: {code}" for code in heard.refused), *listener.faults[:2]]
+            faults += ailments(store)
+            faults += ["stack traces in its log"] if "Traceback" in server.said() else []
     quiet = phases[0]
     yield from (judge(phase, quiet, heard, listener) for phase in phases)
     yield Row(
@@ -247,18 +268,27 @@ def play(scale: Scale, progress: Progress) -> Iterator[Row]:
     )
 
 
-def run(load: str, how: str, send: Callable[[Target, Told], list[str]], target: Target, seconds: float) -> Phase:
-    """Send a load until the time is over, and at least once."""
-    told, faults, rounds = Told(), list[str](), 0
-    begin = time.monotonic()
+def run(load: str, target: Target, sender: ProcessPoolExecutor, seconds: float) -> Phase:
+    """Send a load until the time is over, and at least once; from another process, so that sending it delays only the
+    server, not those who listen here.
+    """
+    told, faults, rounds, begin = Told(), list[str](), 0, time.monotonic()
     while not rounds or (time.monotonic() < begin + seconds and not faults):
-        try:
-            faults += send(target, told)
-        except httpx.HTTPError as error:
-            faults.append(f"whoever sent it: {type(error).__name__}")
+        heard, wrong = sender.submit(send, load, target).result()
+        told += heard
+        faults += wrong
         rounds += 1
         time.sleep(0.5)  # what it left behind belongs to it
-    return Phase(load, how, begin, time.monotonic(), rounds, told, faults)
+    return Phase(load, LOADS[load][0], begin, time.monotonic(), rounds, told, faults)
+
+
+def send(load: str, target: Target) -> tuple[Told, list[str]]:
+    """A load once: what the server said, and what should not have been."""
+    told = Told()
+    try:
+        return told, LOADS[load][1](target, told)
+    except httpx.HTTPError as error:
+        return told, [f"whoever sent it: {type(error).__name__}"]
 
 
 def judge(phase: Phase, quiet: Phase, heard: Heard, listener: Listener) -> Row:
@@ -266,15 +296,17 @@ def judge(phase: Phase, quiet: Phase, heard: Heard, listener: Listener) -> Row:
     times, usual = ([took for at, took in heard.times if one.begin <= at < one.end] for one in (phase, quiet))
     p95, before = _p95(times), _p95(usual)
     pause, calm = (listener.longest(one.begin, one.end) for one in (phase, quiet))
-    said = ", ".join(f"{count} {code}" for code, count in phase.told.most_common())
+    count = f"{len(times)} chats in {phase.end - phase.begin:.0f} s"
     result = f"longest pause of a stream {1000 * pause:.0f} ms; p95 of a short chat {1000 * p95:.0f} ms"
-    if phase is not quiet:
-        result += f" (quiet: {1000 * calm:.0f} and {1000 * before:.0f} ms); told: {said}"
+    if phase is quiet:
+        return Row(f"beside {phase.load}: what the others are held against", phase.how, count, result, kept=bool(times))
+    said = ", ".join(f"{number} {code}" for code, number in phase.told.most_common())
     return Row(
-        f"short chats wait at most {SLOWER:g} times as long beside {phase.load}",
+        f"beside {phase.load}, short chats take at most {SLOWER:g} times as long",
         phase.how,
-        f"{phase.rounds} times in {phase.end - phase.begin:.0f} s; {len(times)} chats",
-        result + "".join(f"; {one}" for one in phase.faults[:3]),
+        f"{phase.rounds} times; {count}",
+        f"{result} (quiet: {1000 * calm:.0f} and {1000 * before:.0f} ms); told: {said or 'nothing'}"
+        + "".join(f"; {one}" for one in phase.faults[:3]),
         kept=bool(times) and p95 <= SLOWER * before and not phase.faults,
     )
 
