@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from masquerade.engine import Request
+from masquerade.http import limits
 from masquerade.http.limits import Policy, Protocol
 from masquerade.service.serving import Serving
 from tests.contract.here import serve_here
@@ -221,9 +222,10 @@ def test_a_body_that_arrives_drop_by_drop(tiny_folder: Path, tmp_path: Path, pat
     assert heard.startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_large_file_has_the_time_that_its_size_needs(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_large_file_has_the_time_that_its_size_needs(tiny_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Slower than every other body may be, and fast enough for a file."""
-    policy = Policy(body_seconds=0.1, upload_rate=1.0)
+    monkeypatch.setattr(limits, "_PATIENCE", 0.05)
+    policy = Policy(body_seconds=20.0, upload_rate=1.0)
     with serve_here(tiny_folder, tmp_path / "store", policy=policy) as (_, http):
         line = b'{"text": "good day"}\n'
         head = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
