@@ -71,6 +71,7 @@ def create_app(
         serving.engine.stop()
         serving.residency.close()
         serving.names.close()
+        serving.workers.close()
         keyring.close()
 
     def count_jobs() -> Mapping[str, int]:

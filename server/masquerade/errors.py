@@ -48,6 +48,20 @@ know how a failure is rendered. Faults of mask files have a tree of their own in
 
 from __future__ import annotations
 
+import reprlib
+
+GIVEN = 80  # characters of what was given that a message repeats
+
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = _shorten.maxlong = GIVEN
+_shorten.maxlist = _shorten.maxdict = _shorten.maxlevel = 2
+
+
+def quote(value: object) -> str:
+    """What was given, for a message: its representation, cut to `GIVEN` characters."""
+    text = _shorten.repr(value)
+    return text if len(text) <= GIVEN else f"{text[: GIVEN - 3]}..."
+
 
 class MasqueradeError(Exception):
     """Base of the tree. `param` names the request field at fault, where there is one."""
@@ -89,9 +103,16 @@ class PersonaConflict(BadRequest):
 
 
 class ContextTooLong(BadRequest):
-    """Prompt and answer do not fit the model's context or the key-value cache."""
+    """Prompt and answer do not fit the model's context or the key-value cache.
+
+    `tokens` is how many the prompts have, or are known to have at least: they are charged although they are refused.
+    """
 
     code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, param: str | None = None, tokens: int = 0) -> None:
+        super().__init__(message, param=param)
+        self.tokens = tokens
 
 
 class InvalidKey(MasqueradeError):

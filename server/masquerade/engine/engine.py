@@ -388,4 +388,5 @@ class Engine:
                     f"This model's maximum context length is {limit} tokens{given}. However, {request.reach} were "
                     f"requested ({prompt} in the messages, {request.max_tokens} in the completion).",
                     param="messages",
+                    tokens=prompt,
                 )

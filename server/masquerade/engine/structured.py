@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from masquerade.engine.request import Grammar
+from masquerade.engine.schemas import MOST_PARTS, count_parts, is_endless
 from masquerade.errors import InvalidValue, UnsupportedParameter
 
 _FREE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}  # a weak model would write spaces until it is cut
@@ -25,6 +26,7 @@ _PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 _PLACE = re.compile(
     r"^at \d+\(\d+\): (failed to compile JSON schema: )?"
 )  # a place in the grammar that is written here
+_EXCERPT = re.compile(r"\s*\d+ \| |<state>")  # of the grammar, below what is wrong with it
 # Where JSON Schema has schemas: under names, in lists, alone; and words with which an object is said in several places.
 _NAMED, _LISTS = frozenset({"properties", "$defs", "definitions"}), frozenset({"anyOf", "oneOf", "prefixItems"})
 _SINGLE, _CHOICES = frozenset({"items", "additionalProperties"}), frozenset({"anyOf", "oneOf", "$ref"})
@@ -75,16 +77,21 @@ class Grammars:
     def compile(self, form: AnswerFormat, count: int = 1) -> list[Grammar]:
         """The grammar of a form, for each of `count` answers.
 
-        Raises `InvalidValue` with what is wrong with a schema, and `UnsupportedParameter` without the extra.
+        Raises `InvalidValue` with what is wrong with a schema, or if no finite answer fits it, and
+        `UnsupportedParameter` without the extra.
         """
-        matcher = self._match(form)
-        if not matcher.is_error():
-            return [Matched(matcher.deep_copy(), self._vocabulary) for _ in range(count)]
         frames = [*form.frames, *([form.instead] if form.instead else [])]
-        wrong = next((frame for frame in frames if self._match(AnswerFormat([frame])).is_error()), frames[0])
-        reason = self._match(AnswerFormat([wrong])).get_error() or matcher.get_error()
-        words = _PLACE.sub("", reason.splitlines()[0])[:300] if reason else "it cannot be understood"
-        raise InvalidValue(f"the schema in `{wrong.param}` cannot be used: {words}", param=wrong.param)
+        for frame in frames:
+            if (parts := count_parts(frame.schema)) > MOST_PARTS:
+                raise _refuse(frame, f"it has {parts} objects; the limit is {MOST_PARTS}")
+            if is_endless(frame.schema):
+                raise _refuse(frame, "no finite document meets it")
+        matcher = self._match(form)
+        if _explain(matcher) is None:
+            return [Matched(matcher.deep_copy(), self._vocabulary) for _ in range(count)]
+        reasons = ((frame, _explain(self._match(AnswerFormat([frame])))) for frame in frames)
+        wrong, reason = next(((frame, reason) for frame, reason in reasons if reason), (frames[0], _explain(matcher)))
+        raise _refuse(wrong, reason or "it cannot be understood")
 
     def _match(self, form: AnswerFormat) -> Any:
         try:
@@ -94,7 +101,11 @@ class Grammars:
             raise UnsupportedParameter(
                 f"`{param}` needs the package llguidance: pip install 'masquerade[structured]'", param=param
             ) from None
-        return LLMatcher(self._prepare(), LLMatcher.grammar_from_lark(_write(form)), log_level=0)
+        try:
+            return LLMatcher(self._prepare(), LLMatcher.grammar_from_lark(_write(form)), log_level=0)
+        except RecursionError:
+            frame = form.frames[0]
+            raise _refuse(frame, "it is nested too deeply") from None
 
     def _prepare(self) -> Any:
         from llguidance.hf import from_tokenizer
@@ -118,15 +129,43 @@ class Matched:
         return bool(self._matcher.is_stopped())
 
     def allow(self, row: Tensor) -> None:
-        """Set the logits [vocabulary] of what may not come next to minus infinity, in place."""
+        """Set the logits [vocabulary] of what may not come next to minus infinity, in place: all of them if the answer
+        can neither go on nor end here.
+        """
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(allowed, bitorder="little", count=self._vocabulary)
         row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), float("-inf"))
+        if _is_stuck(self._matcher):
+            row.fill_(float("-inf"))
 
     def accept(self, token: int) -> None:
         """Advance by a token."""
         if not self._matcher.consume_token(token):
             raise InvalidValue(f"the grammar cannot go on: {self._matcher.get_error()}")
+
+
+def _is_stuck(matcher: Any) -> bool:
+    """Whether nothing may follow although what is there is not all; known after a mask was computed."""
+    return bool(matcher.is_stopped()) and not matcher.is_accepting()
+
+
+def _explain(matcher: Any) -> str | None:
+    """Why a new grammar cannot be used; None if it can."""
+    if not matcher.is_error():
+        trial = matcher.deep_copy()
+        trial.compute_bitmask()
+        return "no document meets it" if _is_stuck(trial) else None
+    place, *more = (matcher.get_error() or "it cannot be understood").splitlines()
+    told = [_PLACE.sub("", place)]
+    for line in more:  # a fault in a pattern is told in several lines, below it a mark and the reason
+        if _EXCERPT.match(line):
+            break
+        told.append(line.strip())
+    return " ".join(line for line in told if line.strip("^ "))[:300]
+
+
+def _refuse(frame: JsonFormat, reason: str) -> InvalidValue:
+    return InvalidValue(f"the schema in `{frame.param}` cannot be used: {reason}", param=frame.param)
 
 
 def _write(form: AnswerFormat) -> str:

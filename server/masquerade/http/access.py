@@ -28,6 +28,7 @@ from masquerade.errors import (
     RateLimited,
 )
 from masquerade.http import errors
+from masquerade.http.bodies import read_body
 from masquerade.http.limits import Policy
 from masquerade.http.request_log import RequestRecord
 from masquerade.keys import Key, Keyring, Rates
@@ -89,7 +90,9 @@ class Needs:
 
 
 class ScopedRoute(APIRoute):
-    """Asks for the scope before the body is read: who may not ask hears that, whatever is wrong with the body."""
+    """Asks for the scope before the body is read: who may not ask hears that, whatever is wrong with the body. Reads
+    JSON within the bounds of `bodies`.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Any]]:  # type: ignore[override]
         """The framework's, and the question before it."""
@@ -99,7 +102,7 @@ class ScopedRoute(APIRoute):
         async def ask_first(http: Request) -> Any:
             if needs is not None:
                 await needs(http)
-            return await handle(http)
+            return await handle(await read_body(http))
 
         return ask_first
 

@@ -22,7 +22,9 @@ from starlette.requests import ClientDisconnect
 import maskstore
 from maskstore import MaskError
 from masquerade.errors import (
+    GIVEN,
     BadRequest,
+    ContextTooLong,
     InvalidValue,
     MasqueradeError,
     NotFound,
@@ -37,6 +39,7 @@ from masquerade.errors import (
     TooLarge,
     UnsupportedParameter,
     UnusableStore,
+    quote,
 )
 from masquerade.http.wire import Refusal
 
@@ -47,6 +50,7 @@ _UNUSABLE = (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 _SQLITE_UNUSABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _SQLITE_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _FAILED = "the server failed; its log says why"
+MOST_WORDS = 1000  # characters of a message
 _UNION_MEMBERS = ("str", "list", "float", "int", "dict")
 
 _MASK_ERRORS: Mapping[type, type[MasqueradeError]] = {
@@ -114,8 +118,11 @@ def install(app: FastAPI) -> None:
 
 
 def body(error: MasqueradeError) -> dict[str, Any]:
-    """The error as a client sees it."""
-    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+    """The error as a client sees it; never long, whatever it repeats."""
+    message = str(error)
+    if len(message) > MOST_WORDS:
+        message = f"{message[:MOST_WORDS]}..."
+    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def respond(error: MasqueradeError, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -141,8 +148,10 @@ def translate(error: Exception) -> MasqueradeError:
     return refusal or MasqueradeError(_FAILED)
 
 
-def _on_known(_: Request, error: Exception) -> JSONResponse:
+def _on_known(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MasqueradeError)
+    if isinstance(error, ContextTooLong):  # the attempt is paid for like a prompt
+        request.state.entry.unanswered += error.tokens
     return respond(error)
 
 
@@ -161,11 +170,10 @@ def _name_fault(error: MaskError) -> MasqueradeError:
 
 
 def _on_invalid(_: Request, error: Exception) -> JSONResponse:
-    """A body that does not fit the schema: 400 with the first fault and the path to it."""
+    """A body that does not fit the schema: 400 with the fault, the path to it and what was given."""
     assert isinstance(error, RequestValidationError)
-    fault = error.errors()[0]
-    if fault["type"] == "json_invalid":
-        return respond(InvalidValue(f"the body is not JSON: {fault['ctx']['error']} at byte {fault['loc'][-1]}"))
+    faults = error.errors()
+    field, fault = _path(faults[0]["loc"]), _choose(faults)
     path = _path(fault["loc"])
     if isinstance(refusal := fault.get("ctx", {}).get("error"), Refusal):
         refused = refusal.error
@@ -175,7 +183,24 @@ def _on_invalid(_: Request, error: Exception) -> JSONResponse:
         return respond(InvalidValue("the body must be a JSON object, with the header `Content-Type: application/json`"))
     if fault["type"] == "extra_forbidden":
         return respond(UnsupportedParameter(f"`{path}` is not supported", param=path))
-    return respond(InvalidValue(f"{path}: {fault['msg']}", param=path))
+    return respond(InvalidValue(f"{path}: {_tell(fault)}", param=field))
+
+
+def _choose(faults: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first fault; where a field may have one of several types, that of the type which was given."""
+    first = _path(faults[0]["loc"])
+    rivals = [fault for fault in faults if f"{_path(fault['loc'])}.".startswith(f"{first}.")]
+    return next((fault for fault in rivals if not fault["type"].endswith("_type")), faults[0])
+
+
+def _tell(fault: Mapping[str, Any]) -> str:
+    """What is wrong, and what was given if that is short enough to be told."""
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] in ("list_too_long", "too_long"):
+        return f"it has {len(fault['input'])} items; the limit is {fault['ctx']['max_length']}"
+    if fault["type"] in ("missing", "value_error"):
+        return message
+    return f"{message}; given: {quote(fault['input'])}"
 
 
 def _on_http(request: Request, error: Exception) -> JSONResponse:
@@ -227,7 +252,7 @@ def _methods(request: Request) -> list[str]:
 
 def _path(location: Sequence[int | str]) -> str:
     """`messages.0.role` of a fault's location, without the names of union members that pydantic adds."""
-    names = [str(part) for part in location if part != "body"]
+    names = [str(part)[:GIVEN] for part in location if part != "body"]
     return ".".join(name for name in names if name.isdigit() or _is_field(name))
 
 

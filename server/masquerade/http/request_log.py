@@ -68,6 +68,7 @@ class RequestRecord:
     generation: str | None = None
     first_token: float | None = None  # seconds since the start
     reasons: list[str] = field(default_factory=list)  # why its answers ended
+    unanswered: int = 0  # tokens of texts that were only tokenised, or refused because they are too long
     closed: bool = False
     _usage: Callable[[], Usage] | None = None
     _times: Histograms | None = None
@@ -100,9 +101,9 @@ class RequestRecord:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it has used, in and out."""
+        """Tokens that it has used, in and out, and those that it tried to use."""
         usage = self._usage() if self._usage else None
-        return usage.prompt + usage.completion if usage else 0
+        return self.unanswered + (usage.prompt + usage.completion if usage else 0)
 
     def close(self) -> dict[str, Any]:
         """Enter it into the metrics; everything worth telling about it."""

@@ -33,7 +33,7 @@ class Refusal(ValueError):
 class Schema(BaseModel):
     """Strict types, and nothing changes after it was checked."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
 def refuse(fields: Any, table: Mapping[str, tuple[Any, ...]]) -> Any:

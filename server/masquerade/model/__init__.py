@@ -4,6 +4,7 @@ Knows torch modules. Refuses to know about requests, HTTP and building.
 """
 
 from masquerade.model.chat import render_chat
+from masquerade.model.encoding import Room, check_bytes, check_tokens, encode, longest_token, too_long
 from masquerade.model.host_cache import HostCache
 from masquerade.model.load import Base, load
 from masquerade.model.manager import MaskManager
@@ -29,6 +30,7 @@ __all__ = [
     "Reader",
     "Residency",
     "ResidentMask",
+    "Room",
     "Route",
     "SlotMap",
     "SlotShape",
@@ -36,11 +38,16 @@ __all__ = [
     "Span",
     "Staging",
     "VerifiedStore",
+    "check_bytes",
+    "check_tokens",
+    "encode",
     "find_dialect",
     "find_entries",
     "find_targets",
     "hand_back",
     "load",
+    "longest_token",
     "make_route",
     "render_chat",
+    "too_long",
 ]

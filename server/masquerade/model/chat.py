@@ -13,17 +13,19 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from jinja2 import TemplateError
 
 from masquerade.errors import BadRequest
+from masquerade.model.encoding import PIECE, Room, check_tokens
 from masquerade.model.tools import Dialect, find_dialect
 
 _PLAIN = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
 )
+LONGEST_SPECIAL = 1024  # characters of a special token's name
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private use: around the number of a spelled-out token while the template runs
 
 
@@ -37,15 +39,22 @@ once for each call. Results come back in <tool_response>."""
 
 
 def render_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    room: Room | None = None,
 ) -> list[int]:
     """Token ids of a chat, ready for the assistant's answer.
 
     `messages` and `tools` are as chat templates want them: text contents, and arguments of calls as objects. A template
     that knows nothing of tools, or writes calls as nobody here reads them, gets them as text. A model without a chat
     template gets the messages' text, one after the other. Raises `BadRequest` with the template's own words if it
-    refuses the messages.
+    refuses the messages. Raises `ContextTooLong` for what is far longer than the room, if one is given, without
+    tokenising all of it; what is returned may be longer than the room by a factor.
     """
+    if room is not None:
+        check_tokens(tokenizer, list(_texts(messages)), room, "messages")
+        check_tokens(tokenizer, list(_texts(tools)), room, "tools")
     if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         dialect = find_dialect(tokenizer)
         if dialect.lonely:
@@ -55,13 +64,17 @@ def render_chat(
     pattern = _special(tokenizer)
     spelled: list[str] = []
 
-    def hide(match: re.Match[str]) -> str:
-        spelled.append(match.group())
-        return f"{_OPEN}{len(spelled) - 1}{_CLOSE}"
+    def hide(text: str) -> Iterator[str]:
+        end = 0
+        for match in _find(pattern, text):
+            yield f"{text[end : match.start()]}{_OPEN}{len(spelled)}{_CLOSE}"
+            spelled.append(match.group())
+            end = match.end()
+        yield text[end:]
 
     def hide_in(value: Any) -> Any:
         if isinstance(value, str):
-            return pattern.sub(hide, value)
+            return "".join(hide(value))
         if isinstance(value, Mapping):
             return {hide_in(key): hide_in(inner) for key, inner in value.items()}
         return [hide_in(inner) for inner in value] if isinstance(value, list | tuple) else value
@@ -77,12 +90,39 @@ def render_chat(
     except (TemplateError, TypeError, RecursionError) as error:
         raise BadRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
     ids: list[int] = []
+    literal = lru_cache(partial(_literal(tokenizer).encode, add_special_tokens=False, split_special_tokens=True))
     for index, part in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", text) if spelled else [text]):
         if index % 2:
-            ids += _literal(tokenizer).encode(spelled[int(part)], add_special_tokens=False, split_special_tokens=True)
+            ids += literal(spelled[int(part)])
         else:
             ids += tokenizer.encode(part, add_special_tokens=False)
     return ids
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield name
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _find(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    """All matches, from piece to piece of the text: other threads run between the pieces."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        match = pattern.search(text, start, end + LONGEST_SPECIAL)
+        if match is None or match.start() >= end:  # the next piece finds it
+            start = end
+        else:
+            yield match
+            start = match.end()
 
 
 def _part(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

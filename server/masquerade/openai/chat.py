@@ -5,26 +5,24 @@ Knows how a chat becomes a prompt and what its answer may be. Refuses to know ho
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
 
 from masquerade.engine import AnswerFormat
-from masquerade.http.access import Chatting
+from masquerade.http.access import Chatting, ScopedRoute
 from masquerade.http.dependencies import PERSONA_HEADER, Served, read_persona
-from masquerade.model import find_dialect, render_chat
+from masquerade.model import find_dialect
 from masquerade.openai.answers import ChatAnswer
-from masquerade.openai.generation import LONG, departure, plan, respond
+from masquerade.openai.generation import departure, plan, respond
 from masquerade.openai.objects import CHAT_CHUNK, ChatCompletion, either
-from masquerade.openai.schemas import ChatRequest, Message, Tool
+from masquerade.openai.prompts import context_room, tokenise_chat
+from masquerade.openai.schemas import ChatRequest
 from masquerade.openai.tools import open_toolbox
 
-router = APIRouter()
+router = APIRouter(route_class=ScopedRoute)
 
 
 @router.post("/v1/chat/completions", responses=either(ChatCompletion, CHAT_CHUNK), openapi_extra=PERSONA_HEADER)
@@ -32,21 +30,15 @@ async def complete_chat(asked: ChatRequest, serving: Served, caller: Chatting, h
     """Answer a chat as a persona. See the README for the fields beyond OpenAI's."""
     choice = serving.choose(asked.model, asked.persona, await read_persona(http))
     caller.check_choice(choice)
-    gone = partial(departure, http.receive)
-    resolved = await serving.resolve_persona(choice, asked.gamma, asked.persona_phase, gone)
-    tokenizer = serving.base.tokenizer
+    tokenizer, size = serving.base.tokenizer, len(await http.body())
+    resolved = await serving.resolve_persona(choice, asked.gamma, asked.persona_phase, partial(departure, http.receive))
     toolbox = open_toolbox(asked, find_dialect(tokenizer), tokenizer) if asked.tools else None
-    prompt = await tokenise(tokenizer, asked.messages, asked.tools if toolbox else None)
+    tools = asked.tools if toolbox else None
+    prompt = await tokenise_chat(serving, caller, size, asked.messages, tools, context_room(serving))
     form = toolbox.form(asked.wanted) if toolbox else AnswerFormat([asked.wanted]) if asked.wanted else None
-    grammars = await asyncio.to_thread(serving.engine.grammars.compile, form, asked.n or 1) if form else None
+    grammars = None
+    if form:
+        compile_form = partial(serving.engine.grammars.compile, form, asked.n or 1)
+        grammars = await serving.workers.run(caller.owner, size, compile_form)
     generation = plan(serving, resolved, asked, caller, [prompt], grammars)
     return await respond(generation, ChatAnswer(serving.base, resolved, toolbox), asked, http.receive)
-
-
-async def tokenise(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] | None) -> list[int]:
-    """Token ids of a chat; of a long one, while the event loop goes on."""
-    plain = [message.plain() for message in messages]
-    offered = [tool.model_dump(exclude_none=True) for tool in tools or ()]
-    if sum(len(message["content"]) for message in plain) > LONG or offered:
-        return await asyncio.to_thread(render_chat, tokenizer, plain, offered)
-    return render_chat(tokenizer, plain, offered)

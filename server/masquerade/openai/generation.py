@@ -24,11 +24,11 @@ from masquerade.http.access import Caller
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import sse
 from masquerade.openai.answers import Answer, ChoiceDelta
+from masquerade.openai.prompts import CONTEXT
 from masquerade.openai.schemas import GenerationRequest
 from masquerade.service.serving import ResolvedPersona, Serving
 
 PING_SECONDS = 10.0  # silence after which a stream says that it is alive
-LONG = 4096  # characters of text that keep the event loop from its other work if it tokenises them
 
 _STREAMING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -246,8 +246,9 @@ def _rest(context: int, prompt: int) -> int:
     """What an answer without a limit may take: the rest of the context."""
     if prompt >= context:
         raise ContextTooLong(
-            f"This model's maximum context length is {context} tokens. However, your messages resulted in {prompt} "
-            "tokens, which leaves no room for an answer.",
+            f"{CONTEXT.format(context)} However, your messages resulted in {prompt} tokens, which leaves no room for "
+            "an answer.",
             param="messages",
+            tokens=prompt,
         )
     return context - prompt

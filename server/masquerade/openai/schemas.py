@@ -5,19 +5,24 @@ Knows field names, types and ranges, and which fields must not be ignored. Refus
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from masquerade.engine import MOST_LOGPROBS, JsonFormat, Phase, SamplingParams
-from masquerade.errors import InvalidValue, UnsupportedParameter
+from masquerade.errors import InvalidValue, UnsupportedParameter, quote
+from masquerade.http.bodies import NotJson, check_size, count, parse
 from masquerade.http.wire import Refusal, Schema, Text, refuse
 from masquerade.openai import unsupported
 
 MOST_CHOICES = 16  # answers to one prompt
 MOST_PROMPTS = 64  # in one request for completions
 MOST_MESSAGES = 2048  # in one chat
+MOST_TOOLS = 128
+MOST_STOPS = 4
+MOST_BIASES = 4096  # tokens with a bias
 
 _CHAT: dict[str, Any] = {
     "model": "demo",
@@ -30,6 +35,8 @@ _COMPLETION: dict[str, Any] = {"model": "demo:introvert", "prompt": "On Sunday I
 
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON has no other keys than strings
 Id = Annotated[int, Field(ge=0, lt=10**9)]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -78,6 +85,14 @@ class CalledFunction(Schema):
     name: Text
     arguments: Text
 
+    @cached_property
+    def value(self) -> Any:
+        """The arguments as an object, unless they are no JSON. Raises `InvalidValue` as `bodies.parse` does."""
+        try:
+            return parse(self.arguments, "the text in `arguments`", "arguments")
+        except NotJson:
+            return self.arguments
+
 
 class ToolCall(Schema):
     """A call that the model made."""
@@ -88,19 +103,16 @@ class ToolCall(Schema):
 
     def plain(self) -> dict[str, Any]:
         """As chat templates want it: the arguments are an object, unless they are no JSON."""
-        try:
-            arguments = json.loads(self.function.arguments)
-        except ValueError:
-            arguments = self.function.arguments
-        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+        called = {"name": self.function.name, "arguments": self.function.value}
+        return {"id": self.id, "type": self.type, "function": called}
 
 
 class Message(Schema):
     """One message of a chat. `content` may be null in an assistant's message with `tool_calls` only."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
 
     @model_validator(mode="before")
@@ -133,6 +145,15 @@ class Message(Schema):
             raise Refusal(InvalidValue("a tool's message needs `tool_call_id`", param="tool_call_id"))
         return self
 
+    def texts(self) -> Iterator[str]:
+        """All that it says, piece by piece."""
+        if isinstance(self.content, str):
+            yield self.content
+        else:
+            yield from (part.text for part in self.content or ())
+        for call in self.tool_calls or ():
+            yield from (call.function.name, call.function.arguments)
+
     def plain(self) -> dict[str, Any]:
         """As chat templates want it: text only, calls as objects, and `developer` is `system`."""
         text = self.content or ""
@@ -144,6 +165,34 @@ class Message(Schema):
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message
+
+
+def _check_arguments(messages: list[Message]) -> list[Message]:
+    """Refuse arguments of calls that are too many values, together, or nested too deeply."""
+    values = containers = 0
+    for number, message in enumerate(messages):
+        for place, call in enumerate(message.tool_calls or ()):
+            more = count(call.function.arguments)
+            values, containers = values + more[0], containers + more[1]
+            try:
+                check_size(values, containers, "what all calls have in `arguments`", "arguments")
+                call.function.value  # noqa: B018 - it is read here once, and kept
+            except InvalidValue as error:
+                error.param = f"{number}.tool_calls.{place}.function.arguments"
+                raise Refusal(error) from None
+    return messages
+
+
+Messages = Annotated[
+    list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES), AfterValidator(_check_arguments)
+]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)]
+
+
+def _check_biases(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
+        raise ValueError(f"it has {len(biases)} tokens; the limit is {MOST_BIASES}")
+    return biases
 
 
 class StreamOptions(Schema):
@@ -184,15 +233,15 @@ class GenerationRequest(Schema):
     gamma: Annotated[float, Field(ge=0, le=1)] | None = None
     persona_phase: Phase | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 0 is greedy
+    top_k: Annotated[int, Field(ge=-1)] | None = None  # 0 and -1 are off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_check_biases)] | None = None
     seed: int | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -207,9 +256,9 @@ class GenerationRequest(Schema):
     def sampling(self, choice: int = 0) -> SamplingParams:
         """How the tokens of one of the choices are chosen; OpenAI's defaults. A seed counts on with the choices."""
         return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
+            temperature=0.0 if self.top_p == 0 else 1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p or 1.0,
+            top_k=max(0, self.top_k or 0),
             seed=None if self.seed is None else self.seed + choice,
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
@@ -238,11 +287,11 @@ class ChatRequest(GenerationRequest):
 
     model_config = ConfigDict(json_schema_extra={"example": _CHAT})
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -268,7 +317,9 @@ class ChatRequest(GenerationRequest):
                 InvalidValue(f"`tool_choice` is {self.tool_choice!r}, but there are no `tools`", param="tool_choice")
             )
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise Refusal(InvalidValue(f"there is no tool {self.tool_choice.function.name!r}", param="tool_choice"))
+            raise Refusal(
+                InvalidValue(f"there is no tool {quote(self.tool_choice.function.name)}", param="tool_choice")
+            )
         return self
 
     @property
@@ -290,6 +341,9 @@ class ChatRequest(GenerationRequest):
         return JsonFormat({"type": "object"})
 
 
+_SOME_PROMPTS = Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)
+
+
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`. A text is a prompt as it is, special tokens included."""
 
@@ -297,9 +351,11 @@ class CompletionRequest(GenerationRequest):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Id], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[Ids, Field(min_length=1)]
+        | Annotated[
+            list[Annotated[Ids, Field(min_length=1)]], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)
+        ]
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 

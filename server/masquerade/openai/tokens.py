@@ -5,20 +5,22 @@ Knows what a text or a chat is in tokens. Refuses to generate.
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter
-from pydantic import ConfigDict, Field, model_validator
+from fastapi import APIRouter, Response
+from fastapi import Request as HTTPRequest
+from pydantic import ConfigDict, model_validator
 
 from masquerade.errors import InvalidValue
-from masquerade.http.access import Chatting
+from masquerade.http.access import Chatting, ScopedRoute
 from masquerade.http.dependencies import Served
 from masquerade.http.wire import Schema, Text, refuse
-from masquerade.openai import chat, completions, unsupported
-from masquerade.openai.schemas import MOST_MESSAGES, Id, Message, Tool
+from masquerade.model import too_long
+from masquerade.openai import unsupported
+from masquerade.openai.prompts import counting_room, tokenise_chat, tokenise_texts, work
+from masquerade.openai.schemas import Ids, Messages, Tools
 
-router = APIRouter()
+router = APIRouter(route_class=ScopedRoute)
 
 
 class TokenizeRequest(Schema):
@@ -28,8 +30,8 @@ class TokenizeRequest(Schema):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True  # of a prompt; a chat has those of its template
     return_token_strs: bool | None = None
 
@@ -60,7 +62,7 @@ class DetokenizeRequest(Schema):
     model_config = ConfigDict(json_schema_extra={"example": {"tokens": [1567, 4]}})
 
     model: Text | None = None
-    tokens: list[Id]
+    tokens: Ids
 
     @model_validator(mode="before")
     @classmethod
@@ -77,31 +79,53 @@ class Detokenized(Schema):
 
 
 @router.post("/tokenize", response_model=Tokenized)
-async def tokenize(asked: TokenizeRequest, serving: Served, caller: Chatting) -> Any:
-    """The tokens of a text, or of a chat as the model gets it."""
+async def tokenize(asked: TokenizeRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
+    """The tokens of a text, or of a chat as the model gets it.
+
+    At most as many as the context has, or 65 536 where that is more. They count as the key's tokens.
+    """
     if asked.model is not None:
         caller.check_choice(serving.choose(asked.model, None, None))
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidValue("give `prompt` or `messages`, one of them", param="prompt")
     if asked.tools and asked.messages is None:
         raise InvalidValue("`tools` are offered in a chat: they need `messages`", param="tools")
-    tokenizer = serving.base.tokenizer
+    tokenizer, room, size = serving.base.tokenizer, counting_room(serving), len(await http.body())
     if asked.messages is not None:
-        ids = await chat.tokenise(tokenizer, asked.messages, asked.tools)
+        ids = await tokenise_chat(serving, caller, size, asked.messages, asked.tools, room)
     else:
-        (ids,) = await completions.tokenise(tokenizer, [asked.prompt or ""], special=asked.add_special_tokens)
-    names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
-    return {"count": len(ids), "max_model_len": serving.base.context, "tokens": ids, "token_strs": names}
+        prompts, special = [asked.prompt or ""], asked.add_special_tokens
+        (ids,) = await tokenise_texts(serving, caller, size, prompts, room, special=special)
+    if len(ids) > room.tokens:
+        raise too_long(room, f"this one has {len(ids)}", "prompt" if asked.messages is None else "messages", len(ids))
+    caller.entry.unanswered += len(ids)
+
+    def answer() -> str:
+        names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
+        told = Tokenized(count=len(ids), max_model_len=serving.base.context, tokens=ids, token_strs=names)
+        return told.model_dump_json()
+
+    return Response(await work(serving, caller, size, answer), media_type="application/json")
 
 
 @router.post("/detokenize", response_model=Detokenized)
-async def detokenize(asked: DetokenizeRequest, serving: Served, caller: Chatting) -> Any:
-    """The text of tokens, special ones included."""
+async def detokenize(asked: DetokenizeRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
+    """The text of tokens, special ones included. At most as many as the context has, or 65 536 where that is more."""
     if asked.model is not None:
         caller.check_choice(serving.choose(asked.model, None, None))
+    most, count = counting_room(serving).tokens, len(asked.tokens)
+    if count > most:
+        raise InvalidValue(f"tokens has {count} token ids; the limit is {most}", param="tokens")
     strange = next((token for token in asked.tokens if token >= serving.base.vocabulary), None)
     if strange is not None:
         raise InvalidValue(
             f"token id {strange} is outside of the vocabulary of {serving.base.vocabulary}", param="tokens"
         )
-    return {"prompt": await asyncio.to_thread(serving.base.tokenizer.decode, asked.tokens)}
+
+    def answer() -> str:
+        return Detokenized(prompt=serving.base.tokenizer.decode(asked.tokens)).model_dump_json()
+
+    return Response(
+        await work(serving, caller, len(await http.body()), answer),
+        media_type="application/json",
+    )

@@ -12,10 +12,11 @@ from typing import Any
 
 from maskstore import InvalidName, MaskMismatch, MaskNotFound, Registry, Revision, Store
 from masquerade.engine import Engine, Phase
-from masquerade.errors import InvalidValue, ModelNotFound, Overloaded, PersonaConflict, PersonaNotFound
+from masquerade.errors import InvalidValue, ModelNotFound, Overloaded, PersonaConflict, PersonaNotFound, quote
 from masquerade.model import AppliedMask, Base, MaskManager, Residency, ResidentMask, find_targets
 from masquerade.service.notifier import StepNotifier
 from masquerade.service.registry_cache import RegistryCache
+from masquerade.service.workers import Workers
 
 PATIENCE = 120.0  # seconds that a request waits for its mask
 
@@ -61,6 +62,7 @@ class Serving:
     manager: MaskManager
     request_counts: RequestCounts = field(default_factory=RequestCounts)
     notifier: StepNotifier = field(default_factory=StepNotifier)
+    workers: Workers = field(default_factory=Workers)
 
     @cached_property
     def names(self) -> RegistryCache:
@@ -87,7 +89,8 @@ class Serving:
         suffix = self._suffix(model)
         if suffix is not None and persona is not None and suffix != persona:
             raise PersonaConflict(
-                f"the model {model!r} names the persona {suffix!r}, but the field `persona` says {persona!r}; give one",
+                f"the model {quote(model)} names the persona {quote(suffix)}, but the field `persona` says "
+                f"{quote(persona)}; give one",
                 param="persona",
             )
         if suffix is not None:
@@ -120,13 +123,13 @@ class Serving:
             worn = await self._fetch(generation.digest, gone)
         except TimeoutError as error:
             raise Overloaded(
-                f"the mask of {reference!r} has not got room on the device for {PATIENCE:.0f} s; try again later",
+                f"the mask of {quote(reference)} has not got room on the device for {PATIENCE:.0f} s; try again later",
                 retry_after=10,
             ) from error
         except (MaskNotFound, InvalidName, MaskMismatch) as error:
             what = ModelNotFound if field == "model" else PersonaNotFound
             raise what(
-                f"the base {self.base.name!r} has no persona {reference!r}: {error.message}; see GET /v1/models",
+                f"the base {self.base.name!r} has no persona {quote(reference)}: {error.message}; see GET /v1/models",
                 param=field,
             ) from error
         self.request_counts.count(generation.digest)
@@ -174,7 +177,7 @@ class Serving:
         name, colon, suffix = model.rpartition(":")
         if not colon or name != self.base.name:
             raise ModelNotFound(
-                f"the model {model!r} is not served; {self.base.name} is, and {self.base.name}:PERSONA",
+                f"the model {quote(model)} is not served; {self.base.name} is, and {self.base.name}:PERSONA",
                 param="model",
             )
         return suffix

@@ -1,0 +1,161 @@
+"""JSON that clients send, read within bounds: a body of any kind keeps the event loop for less than 0.1 s."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from email.message import Message
+from typing import Any
+
+from fastapi import Request
+
+from masquerade.errors import InvalidValue
+
+MOST_VALUES = 2**18  # in one JSON text
+MOST_CONTAINERS = 2**15  # arrays and objects in one JSON text
+MOST_DEPTH = 128  # arrays and objects in one another
+
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{},:]', re.DOTALL)
+_NAMED = 4  # parts of the path to what is nested too deeply that are told
+
+
+class NotJson(InvalidValue):
+    """A text is not JSON."""
+
+
+class Parsed(Request):
+    """A request whose body was read as JSON."""
+
+    def __init__(self, http: Request, content: bytes, value: Any) -> None:
+        super().__init__(http.scope, http.receive)
+        self._content, self._value = content, value
+
+    async def body(self) -> bytes:
+        """As it came."""
+        return self._content
+
+    async def json(self) -> Any:
+        """What it says."""
+        return self._value
+
+
+async def read_body(http: Request) -> Request:
+    """The request, with its body read if that is JSON. Raises `InvalidValue` as `parse` does."""
+    if not _is_json(http.headers.get("content-type", "")):
+        return http
+    content = await http.body()
+    return Parsed(http, content, parse(content)) if content else http
+
+
+def parse(content: bytes | str, what: str = "the body", param: str | None = None) -> Any:
+    """The value of a JSON text.
+
+    Raises `InvalidValue` with the place of what is wrong, or with the limit, if it has more than `MOST_VALUES` values,
+    more than `MOST_CONTAINERS` arrays and objects, or is nested deeper than `MOST_DEPTH`. `what` and `param` say where
+    the text came from; for the body, `param` is the field that is nested too deeply.
+    """
+    text = content if isinstance(content, str) else _decode(content, what)
+    check_size(*count(text), what, param)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise NotJson(f"{what} is not JSON: {error.msg} at byte {_byte(text, error.pos)}", param=param) from None
+    except RecursionError:
+        raise _too_deep(text, what, param) from None
+    except ValueError as error:  # a number of too many digits
+        raise InvalidValue(f"{what} has a number that cannot be read: {error}", param=param) from None
+    if _is_deep(value):
+        raise _too_deep(text, what, param)
+    return value
+
+
+def count(text: str) -> tuple[int, int]:
+    """Values of a JSON text, and arrays and objects; exact only where they are more than the limits."""
+    values, containers = _count(text)
+    if values <= MOST_VALUES and containers <= MOST_CONTAINERS:
+        return values, containers
+    bare = text.replace("\\\\", "").replace('\\"', "")  # what is in strings does not count
+    if (strings := bare.count('"') // 2) > 2 * MOST_VALUES:  # names and values
+        return strings, 0
+    return _count("".join(bare.split('"')[::2]))
+
+
+def check_size(values: int, containers: int, what: str, param: str | None) -> None:
+    """Raises `InvalidValue` for more than the limits."""
+    for found, most, name in (
+        (values, MOST_VALUES, "values"),
+        (containers, MOST_CONTAINERS, "arrays and objects"),
+    ):
+        if found > most:
+            raise InvalidValue(f"{what} has {found} {name}; the limit is {most}", param=param)
+
+
+def _count(text: str) -> tuple[int, int]:
+    containers = text.count("[") + text.count("{")
+    return text.count(",") + containers, containers
+
+
+def _is_json(content_type: str) -> bool:
+    """By the framework's own rule."""
+    header = Message()
+    header["content-type"] = content_type
+    subtype = header.get_content_subtype()
+    return header.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
+def _decode(content: bytes, what: str) -> str:
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding, "surrogatepass")
+    except UnicodeDecodeError as error:
+        name = encoding.upper().removesuffix("-SIG")
+        raise InvalidValue(
+            f"{what} is not {name}: byte {error.start} is 0x{content[error.start]:02x}; send JSON in UTF-8"
+        ) from None
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested deeper than is allowed."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [inner for outer in level for inner in _containers(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (inner for inner in inside if isinstance(inner, dict | list))
+
+
+def _too_deep(text: str, what: str, param: str | None) -> InvalidValue:
+    """The refusal, with the place where it gets too deep and the path to it."""
+    path: list[str | int] = []  # a name or a number for each array and object that is open
+    name = ""
+    for token in _TOKEN.finditer(text):
+        match token.group():
+            case "[" | "{" as opening:
+                path.append(0 if opening == "[" else "")
+                if len(path) > MOST_DEPTH:
+                    where = ".".join(str(part) for part in path[:_NAMED])
+                    return InvalidValue(
+                        f"{what} is nested deeper than {MOST_DEPTH} levels, which is the limit, at byte "
+                        f"{_byte(text, token.start())}",
+                        param=param or where,
+                    )
+            case "]" | "}" if path:
+                path.pop()
+            case "," if path and isinstance(path[-1], int):
+                path[-1] += 1
+            case ":" if path:
+                path[-1] = name[1:-1]
+            case name:
+                pass
+    return InvalidValue(f"{what} is nested too deeply; the limit is {MOST_DEPTH} levels", param=param)
+
+
+def _byte(text: str, place: int) -> int:
+    """The place of a character, in bytes."""
+    return len(text[:place].encode(errors="surrogatepass"))
