@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 pytest.importorskip("llguidance")
 
-from masquerade.engine import AnswerText, Engine, Request, SamplingParams
+from masquerade.engine import AnswerText, Engine, Request, SamplingParams, structured
+from masquerade.engine.schemas import is_endless
 from masquerade.engine.structured import AnswerFormat, Grammars, JsonFormat, Matched, close
-from masquerade.errors import InvalidValue
+from masquerade.errors import InvalidValue, StepFailed
 from masquerade.model import Base
 from tests.engine.asking import Listener, finish
 
@@ -111,6 +113,115 @@ def test_a_schema_that_cannot_be_is_refused_by_name(grammars: Grammars, schema: 
     with pytest.raises(InvalidValue, match="schema") as refusal:
         compile_schema(grammars, schema)
     assert refusal.value.param == "response_format"
+
+
+def refer(**parts: dict[str, Any]) -> dict[str, Any]:
+    """The schema `a` of some that refer to each other."""
+    return {"$defs": parts, "$ref": "#/$defs/a"}
+
+
+TREE = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+PAIR = {"type": "array", "prefixItems": [{"type": "integer"}, {"$ref": "#"}], "items": False}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        refer(a={"$ref": "#/$defs/b"}, b={"$ref": "#/$defs/a"}),
+        refer(a={"$ref": "#/$defs/b"}, b={"$ref": "#/$defs/c"}, c={"anyOf": [{"$ref": "#/$defs/b"}]}),
+        {"anyOf": [{"$ref": "#"}, {"oneOf": [{"$ref": "#"}]}]},
+        {"allOf": [{"$ref": "#"}, {"type": "object"}]},
+        TREE | {"required": ["a"]},
+        {"type": "array", "minItems": 1, "items": {"$ref": "#"}},
+        PAIR | {"minItems": 2},
+        refer(a={"type": "object", "properties": {"b": {"$ref": "#/$defs/b"}}, "required": ["b"]},
+              b={"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 1}),
+        {"type": "object", "properties": {"a": False}, "required": ["a"]},
+        {"type": "array", "minItems": 1, "items": False},
+        {"enum": []},
+        {"type": []},
+        {"allOf": [{"type": "string"}, {"type": "integer"}]},
+        {"type": "string", "pattern": "^a$", "minLength": 3},
+        {"type": "object", "required": ["x"], "additionalProperties": False},
+    ],
+    ids=json.dumps,
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["alone", "a call", "or else"])
+def test_what_no_document_meets_is_refused_by_name(grammars: Grammars, schema: dict[str, Any], place: str) -> None:
+    form = {
+        "alone": AnswerFormat([JsonFormat(schema, "wrong")]),
+        "a call": AnswerFormat([CALL, JsonFormat(schema, "wrong", "<call>", "</call>")], talk=True, trigger="<call>"),
+        "or else": AnswerFormat([CALL], instead=JsonFormat(schema, "wrong")),
+    }[place]
+    with pytest.raises(InvalidValue) as refusal:
+        grammars.compile(form)
+    assert refusal.value.param == "wrong"
+    assert "`wrong`" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "document"),
+    [
+        (TREE, {"a": {"a": {}}}),
+        (PAIR | {"minItems": 1}, [1, [2]]),
+        ({"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}}]}, [None, [None]]),
+        (refer(a={"type": "object", "properties": {"n": {"$ref": "#/$defs/b"}}, "required": ["n"]},
+               b={"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}), {"n": {"n": None}}),
+        ({"type": "object", "properties": {"a": {"$ref": "#/properties/b"}, "b": {"const": 1}}}, {"a": 1}),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"const": 1}}}, 1),
+        ({"$ref": "#x", "$defs": {"y": {"$anchor": "x", "type": "string"}}}, "s"),
+        ({"type": "object", "properties": {"enum": {"enum": ["$ref"]}, "$ref": {"type": "string"}}}, {"$ref": "s"}),
+    ],
+    ids=json.dumps,
+)  # fmt: skip
+def test_what_some_document_meets_is_not(tiny: Base, grammars: Grammars, schema: dict[str, Any], document: Any) -> None:
+    assert fits(tiny, grammars, AnswerFormat([JsonFormat(schema)]), json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        lambda to: to,
+        lambda to: {"anyOf": [to]},
+        lambda to: {"allOf": [to, to]},
+        lambda to: {"type": "object", "properties": {"a": to}, "required": ["a"]},
+    ],
+    ids=["reference", "any", "all", "property"],
+)
+def test_a_long_chain_of_schemas_is_decided_soon(link: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A stall: whoever looks at all of them again and again needs the square of the chain."""
+    chain = {f"d{number}": link({"$ref": f"#/$defs/d{number + 1}"}) for number in range(1000)}
+    for last, endless in ({"$ref": "#/$defs/d0"}, True), ({"type": "null"}, False):
+        started = time.process_time()
+        assert is_endless({"$ref": "#/$defs/d0", "$defs": chain | {"d1000": last}}) is endless
+        assert time.process_time() - started < 2
+
+
+def test_a_schema_is_not_larger_than_can_be_looked_at(grammars: Grammars) -> None:
+    with pytest.raises(InvalidValue, match="9003 values; the limit is 8192") as refusal:
+        compile_schema(grammars, {"type": "integer", "enum": list(range(9000))})
+    assert refusal.value.param == "response_format"
+
+
+def test_the_reason_of_a_pattern_is_told_in_full(grammars: Grammars) -> None:
+    with pytest.raises(InvalidValue, match=r"\(\?=a\)b.*look-ahead.*not supported"):
+        compile_schema(grammars, {"type": "string", "pattern": "(?=a)b"})
+
+
+def test_an_answer_that_can_neither_go_on_nor_end_is_an_error(
+    tiny: Base, make_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an answer that was cut: whatever the check before it overlooks."""
+    monkeypatch.setattr(structured, "is_endless", lambda _: False)
+    schema = {"type": "array", "prefixItems": [{"const": 1}, {"$ref": "#/$defs/x"}], "minItems": 2, "items": False}
+    grammars = Grammars(tiny.tokenizer, tiny.vocabulary, tiny.ends)
+    request, heard = ask(tiny, compile_schema(grammars, schema | {"$defs": {"x": {"$ref": "#/$defs/x"}}}))
+    engine = make_engine()
+    engine.submit(request)
+    finish(engine)
+    assert heard.end.reason == "error"
+    assert isinstance(heard.end.error, StepFailed)
 
 
 PARAMETERS: dict[str, Any] = {

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 _TYPES = ("null", "boolean", "object", "array", "number", "string")
 
 
-MOST_PARTS = 8192  # objects in a schema
+MOST_PARTS = 8192  # values in a schema
 
 
 def count_parts(schema: Any) -> int:
-    """Objects in a schema, itself included."""
-    return len(_collect(schema))
+    """Values in a schema, itself included."""
+    return sum(1 for _ in _walk(schema))
 
 
 def is_endless(schema: Any) -> bool:
@@ -89,15 +89,19 @@ def _list(node: Mapping[str, Any], word: str) -> list[Any]:
 
 def _collect(schema: Any) -> list[Mapping[str, Any]]:
     """All objects in a document, the inner ones first."""
-    found, waiting = [], [schema]
+    return [part for part in _walk(schema) if isinstance(part, Mapping)][::-1]
+
+
+def _walk(schema: Any) -> Iterator[Any]:
+    """All values in a document, the outer ones first."""
+    waiting = [schema]
     while waiting:
         part = waiting.pop()
+        yield part
         if isinstance(part, Mapping):
-            found.append(part)
             waiting += part.values()
         elif isinstance(part, list):
             waiting += part
-    return found[::-1]
 
 
 def _resolve(schema: Any, reference: str) -> Any:

@@ -83,7 +83,7 @@ class Grammars:
         frames = [*form.frames, *([form.instead] if form.instead else [])]
         for frame in frames:
             if (parts := count_parts(frame.schema)) > MOST_PARTS:
-                raise _refuse(frame, f"it has {parts} objects; the limit is {MOST_PARTS}")
+                raise _refuse(frame, f"it has {parts} values; the limit is {MOST_PARTS}")
             if is_endless(frame.schema):
                 raise _refuse(frame, "no finite document meets it")
         matcher = self._match(form)

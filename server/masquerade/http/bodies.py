@@ -6,14 +6,15 @@ import json
 import re
 from collections.abc import Iterator
 from email.message import Message
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 
 from masquerade.errors import InvalidValue
 
 MOST_VALUES = 2**18  # in one JSON text
-MOST_CONTAINERS = 2**15  # arrays and objects in one JSON text
+MOST_NAMES = 2**15  # of fields in objects
+MOST_CONTAINERS = 2**15  # arrays and objects
 MOST_DEPTH = 128  # arrays and objects in one another
 
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{},:]', re.DOTALL)
@@ -51,12 +52,12 @@ async def read_body(http: Request) -> Request:
 def parse(content: bytes | str, what: str = "the body", param: str | None = None) -> Any:
     """The value of a JSON text.
 
-    Raises `InvalidValue` with the place of what is wrong, or with the limit, if it has more than `MOST_VALUES` values,
-    more than `MOST_CONTAINERS` arrays and objects, or is nested deeper than `MOST_DEPTH`. `what` and `param` say where
-    the text came from; for the body, `param` is the field that is nested too deeply.
+    Raises `InvalidValue` with the place of what is wrong, or with the limit, if it has more values, names or arrays and
+    objects than may be, or is nested deeper than `MOST_DEPTH`. `what` and `param` say where the text came from; for the
+    body, `param` is the field that is nested too deeply.
     """
     text = content if isinstance(content, str) else _decode(content, what)
-    check_size(*count(text), what, param)
+    check_size(count(text), what, param)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -70,30 +71,45 @@ def parse(content: bytes | str, what: str = "the body", param: str | None = None
     return value
 
 
-def count(text: str) -> tuple[int, int]:
-    """Values of a JSON text, and arrays and objects; exact only where they are more than the limits."""
-    values, containers = _count(text)
-    if values <= MOST_VALUES and containers <= MOST_CONTAINERS:
-        return values, containers
+class Size(NamedTuple):
+    """What reading a JSON text costs."""
+
+    values: int
+    names: int
+    containers: int
+
+    def plus(self, other: Size) -> Size:
+        """Of both texts."""
+        return Size(*map(sum, zip(self, other, strict=True)))
+
+    def faults(self) -> Iterator[str]:
+        """What is more than is allowed."""
+        names = "values", "names", "arrays and objects"
+        for found, most, name in zip(self, (MOST_VALUES, MOST_NAMES, MOST_CONTAINERS), names, strict=True):
+            if found > most:
+                yield f"{found} {name}; the limit is {most}"
+
+
+def count(text: str) -> Size:
+    """The size of a JSON text; exact only if it is more than is allowed."""
+    size = _count(text)
+    if not any(size.faults()):
+        return size
     bare = text.replace("\\\\", "").replace('\\"', "")  # what is in strings does not count
-    if (strings := bare.count('"') // 2) > 2 * MOST_VALUES:  # names and values
-        return strings, 0
+    if (strings := bare.count('"') // 2) > MOST_VALUES + MOST_NAMES:
+        return Size(strings, 0, 0)
     return _count("".join(bare.split('"')[::2]))
 
 
-def check_size(values: int, containers: int, what: str, param: str | None) -> None:
-    """Raises `InvalidValue` for more than the limits."""
-    for found, most, name in (
-        (values, MOST_VALUES, "values"),
-        (containers, MOST_CONTAINERS, "arrays and objects"),
-    ):
-        if found > most:
-            raise InvalidValue(f"{what} has {found} {name}; the limit is {most}", param=param)
+def check_size(size: Size, what: str, param: str | None) -> None:
+    """Raises `InvalidValue` for more than is allowed."""
+    for fault in size.faults():
+        raise InvalidValue(f"{what} has {fault}", param=param)
 
 
-def _count(text: str) -> tuple[int, int]:
+def _count(text: str) -> Size:
     containers = text.count("[") + text.count("{")
-    return text.count(",") + containers, containers
+    return Size(text.count(",") + containers, text.count(":"), containers)
 
 
 def _is_json(content_type: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ _SQLITE_UNUSABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLIT
 _SQLITE_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _FAILED = "the server failed; its log says why"
 MOST_WORDS = 1000  # characters of a message
+_RUN = re.compile(rf"(\S{{{GIVEN - 3}}})\S{{4,}}")  # what is longer than a word was given, and is cut
 _UNION_MEMBERS = ("str", "list", "float", "int", "dict")
 
 _MASK_ERRORS: Mapping[type, type[MasqueradeError]] = {
@@ -119,7 +121,7 @@ def install(app: FastAPI) -> None:
 
 def body(error: MasqueradeError) -> dict[str, Any]:
     """The error as a client sees it; never long, whatever it repeats."""
-    message = str(error)
+    message = _RUN.sub(r"\1...", str(error))
     if len(message) > MOST_WORDS:
         message = f"{message[:MOST_WORDS]}..."
     return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}

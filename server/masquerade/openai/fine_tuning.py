@@ -34,6 +34,7 @@ from masquerade.jobs import Event, File, Job, JobService, Repeat, draw_job_id
 from masquerade.jobs.records import OPEN
 from masquerade.openai.files import EXAMPLE, PURPOSE, keep, read_form, take_apart
 from masquerade.openai.objects import EVENT, CheckpointObject, EventObject, JobObject, stream_of
+from masquerade.openai.schemas import at_most
 from masquerade.pruning import Recipe
 from masquerade.service import building
 from masquerade.service.serving import Serving
@@ -47,7 +48,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Label = Annotated[Text, Field(max_length=64)]
 Remark = Annotated[Text, Field(max_length=512)]
-Metadata = Annotated[dict[Label, Remark], Field(max_length=16)]
+Metadata = Annotated[dict[Label, Remark], Field(max_length=16), at_most(16)]
 
 
 class MaskRecipe(Schema):
@@ -117,7 +118,9 @@ class JobRequest(Schema):
     validation_file: Text | None = None
     seed: Seed | None = None
     metadata: Metadata | None = None
-    hyperparameters: dict[str, Literal["auto"]] | None = None  # OpenAI's; a mask has its own, in `method`
+    hyperparameters: Annotated[dict[str, Literal["auto"]], at_most(16)] | None = (
+        None  # OpenAI's; a mask has its own, in `method`
+    )
 
     @model_validator(mode="before")
     @classmethod

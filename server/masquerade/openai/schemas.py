@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 
 from masquerade.engine import MOST_LOGPROBS, JsonFormat, Phase, SamplingParams
 from masquerade.errors import InvalidValue, UnsupportedParameter, quote
-from masquerade.http.bodies import NotJson, check_size, count, parse
+from masquerade.http.bodies import NotJson, Size, check_size, count, parse
 from masquerade.http.wire import Refusal, Schema, Text, refuse
 from masquerade.openai import unsupported
 
@@ -21,6 +21,7 @@ MOST_CHOICES = 16  # answers to one prompt
 MOST_PROMPTS = 64  # in one request for completions
 MOST_MESSAGES = 2048  # in one chat
 MOST_TOOLS = 128
+MOST_CALLS = 2048  # that were made in one chat
 MOST_STOPS = 4
 MOST_BIASES = 4096  # tokens with a bias
 
@@ -41,6 +42,17 @@ FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 _OF_REQUESTS = ("persona", "gamma", "persona_phase")
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Refuses an object with more fields before they are looked at: the faults of each would be collected."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"it has {len(value)} items; the limit is {limit}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class TextPart(Schema):
@@ -169,17 +181,22 @@ class Message(Schema):
 
 def _check_arguments(messages: list[Message]) -> list[Message]:
     """Refuse arguments of calls that are too many values, together, or nested too deeply."""
-    values = containers = 0
-    for number, message in enumerate(messages):
-        for place, call in enumerate(message.tool_calls or ()):
-            more = count(call.function.arguments)
-            values, containers = values + more[0], containers + more[1]
-            try:
-                check_size(values, containers, "what all calls have in `arguments`", "arguments")
-                call.function.value  # noqa: B018 - it is read here once, and kept
-            except InvalidValue as error:
-                error.param = f"{number}.tool_calls.{place}.function.arguments"
-                raise Refusal(error) from None
+    calls = [
+        (f"{number}.tool_calls.{place}", call.function)
+        for number, message in enumerate(messages)
+        for place, call in enumerate(message.tool_calls or ())
+    ]
+    if len(calls) > MOST_CALLS:
+        raise ValueError(f"they have {len(calls)} `tool_calls`; the limit is {MOST_CALLS}")
+    size = Size(0, 0, 0)
+    for place, function in calls:
+        try:
+            size = size.plus(count(function.arguments))
+            check_size(size, "what the calls have in `arguments`, together,", None)
+            function.value  # noqa: B018 - it is read here once, and kept
+        except InvalidValue as error:
+            error.param = f"{place}.function.arguments"
+            raise Refusal(error) from None
     return messages
 
 
@@ -187,12 +204,6 @@ Messages = Annotated[
     list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES), AfterValidator(_check_arguments)
 ]
 Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)]
-
-
-def _check_biases(biases: Any) -> Any:
-    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
-        raise ValueError(f"it has {len(biases)} tokens; the limit is {MOST_BIASES}")
-    return biases
 
 
 class StreamOptions(Schema):
@@ -239,7 +250,7 @@ class GenerationRequest(Schema):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_check_biases)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], at_most(MOST_BIASES)] | None = None
     seed: int | None = None
     stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
