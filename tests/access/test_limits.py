@@ -356,3 +356,40 @@ def test_many_at_once_get_no_more_than_the_limit(tiny_folder: Path, tmp_path: Pa
         for thread in threads:
             thread.join()
     assert sorted(told) == [200] * 10 + [429] * 20
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "tokens"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 300}]}, 300),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 15_000}]}, 15_000 // 13),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000}, 2),
+        ("/v1/completions", {"prompt": "x" * 15_000}, 15_000 // 13),
+        ("/v1/completions", {"prompt": [7] * 5_000}, 5_000),
+        ("/tokenize", {"prompt": "x" * 700}, 700),
+    ],
+    ids=["a little", "by its bytes", "with its answer", "a prompt", "token ids", "only counted"],
+)
+def test_what_was_tried_is_charged(
+    tiny_folder: Path, tmp_path: Path, path: str, fields: dict[str, Any], tokens: int
+) -> None:
+    """A token of the model's is 13 bytes at most, so many that a prompt has is certain."""
+    token, _ = make_key(tmp_path / "store", "chat", tpm=100_000)
+    with serve_here(tiny_folder, tmp_path / "store", clock=Clock()) as (serving, http):
+        http.headers.update(bearer(token))
+        answer = http.post(path, json={"model": serving.base.name} | fields)
+        assert answer.status_code == (200 if path == "/tokenize" else 400)
+        left = int(http.get("/v1/models").headers["x-ratelimit-remaining-tokens"])
+        assert tokens <= 100_000 - left < tokens + 20
+
+
+def test_who_tried_too_much_waits(tiny_folder: Path, tmp_path: Path) -> None:
+    token, _ = make_key(tmp_path / "store", "chat", tpm=600)
+    clock = Clock()
+    with serve_here(tiny_folder, tmp_path / "store", clock=clock) as (serving, http):
+        http.headers.update(bearer(token))
+        said = [{"role": "user", "content": "x" * 15_000}]
+        check(http.post("/v1/chat/completions", json=chat(serving, messages=said)), 400, "context_length_exceeded")
+        check(http.post("/v1/chat/completions", json=chat(serving)), 429, "rate_limited")
+        clock.now += 60
+        assert http.post("/v1/chat/completions", json=chat(serving)).status_code == 200

@@ -13,8 +13,11 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,10 @@ from tests.attacks.corpus import attacks
 from tests.contract.asking import CHAT
 from tests.maskstore import forge
 from tests.reliability.chaos import upload, write_examples
-from tests.reliability.crowd import Crowd, Known, code_of, draw
-from tests.reliability.faults import connect, job_for
+from tests.reliability.crowd import Crowd, Heard, Known, code_of, draw
+from tests.reliability.faults import connect, job_for, quantile, resident
 from tests.reliability.report import Progress, Row, Scale
-from tests.reliability.scene import Scene, ailments, make_scene, mask_file
+from tests.reliability.scene import NAME, Scene, ailments, make_scene, mask_file
 from tests.serving import Server
 
 MASKS, LINES, CHATS, RAW, EXAMPLES = 2000, 400, 4000, 600, 10  # cases of a full run; the last is schemathesis', a route
@@ -38,6 +41,9 @@ STRANGE: tuple[Any, ...] = (
     None, True, -1, 0, 2**63, 2**4000, 1e308, float("nan"), float("inf"), "", "\x00", "\ud800", "x" * 70_000, "漢" * 99,
     [], {}, [[]], [None], {"": None}, [[[[[[[[]]]]]]]], "../../etc/passwd", "' or 1=1 --", "demo:grim@00000000", "base",
 )  # fmt: skip
+FLOODS, FLOOD_SECONDS, SLOWER, GROWN_MIB = 48, 4.0, 2.0, 400  # rounds, and what they may cost others
+MANY = {f"name {number}": number for number in range(300_000)}
+JSON = {"Content-Type": "application/json"}
 PATHS = re.compile(r"/(tmp|work|root|home|usr)/")
 
 
@@ -51,7 +57,7 @@ def play(scale: Scale, progress: Progress) -> Iterator[Row]:
             with Crowd(server.base_url, known, 2, scale.seed).chatting() as heard:
                 for number, attack in enumerate((send_masks, send_lines, send_chats, send_bytes), 1):
                     yield attack(scene, store, server, http, scale, rng)
-                    progress(number, 5, "kinds of input")
+                    progress(number, 6, "kinds of input")
             again = Known.learn(http, [body for body, _ in known.asked])
             wrong = [
                 *heard.wrong,
@@ -59,6 +65,7 @@ def play(scale: Scale, progress: Progress) -> Iterator[Row]:
             ]
             faults = [*wrong[:3], *(f"refused: {code}" for code in heard.refused), *ailments(store)]
             faults += ["stack traces in its log"] if "Traceback" in server.said() else []
+            yield send_floods(server, known, scale)
             yield Row(
                 "nobody else notices anything",
                 "chats of known requests all the while; then the store and the log",
@@ -216,6 +223,65 @@ def mutate(value: Any, rng: random.Random) -> Any:
         at = rng.randrange(len(value))
         return [*value[:at], mutate(value[at], rng), *value[at + 1 :]]
     return rng.choice(STRANGE)
+
+
+def send_floods(server: Server, known: Known, scale: Scale) -> Row:
+    """Bodies at the limit, six at once, beside a crowd; in turn with rounds in which the crowd is alone."""
+    rounds, told, faults = scale.of(FLOODS, 3), Counter[str](), []
+    quiet, beside = Heard(), Heard()
+    floods = dict(make_floods())
+    before = most = resident(server)
+    for number in range(2 * rounds):
+        crowd = Crowd(server.base_url, known, 2, scale.seed + number)
+        heard = beside if number % 2 else quiet
+        with crowd.chatting() as said, ThreadPoolExecutor(6) as pool, connect(server) as http:
+            until = time.monotonic() + FLOOD_SECONDS
+            if number % 2:
+                name = list(floods)[number // 2 % len(floods)]
+                path, content = floods[name]
+                asked = [pool.submit(http.post, path, content=content, headers=JSON) for _ in range(6)]
+                while not all(one.done() for one in asked):
+                    most = max(most, resident(server))
+                    time.sleep(0.01)
+                for one in asked:
+                    faults += look(name, one.result(), told, {"context_length_exceeded", "invalid_value"})
+            time.sleep(max(0.0, until - time.monotonic()))
+        heard.times += said.times
+        heard.exact, heard.lost = heard.exact + said.exact, heard.lost + said.lost
+        faults += [*said.wrong[:3], *(f"refused: {code}" for code in said.refused)]
+    slower = quantile(beside) / quantile(quiet)
+    grown = (most - before) >> 20
+    faults += [f"p95 is {slower:.1f} times that of the quiet rounds"] if not slower <= SLOWER else []
+    faults += [f"{grown} MiB more memory"] if grown > GROWN_MIB else []
+    faults += [f"{beside.lost} answers cut off"] if beside.lost else []
+    result = row("what is far too much is refused at no cost to others", "", 6 * rounds, told, faults)
+    return replace(
+        result,
+        test=f"{', '.join(floods)}: 8 MB each, six at once, beside chats whose p95 must stay within {SLOWER:g} times",
+        result=f"p95 {quantile(quiet):.0f} ms, then {quantile(beside):.0f} ms; {grown} MiB more memory; "
+        f"{result.result}",
+    )
+
+
+def make_floods() -> Iterator[tuple[str, tuple[str, bytes]]]:
+    """What is as large as a body may be, and says far too much, by what it is."""
+
+    def chat(**fields: Any) -> tuple[str, bytes]:
+        return CHAT, json.dumps({"model": NAME, "messages": [{"role": "user", "content": "hi"}], **fields}).encode()
+
+    def call(arguments: str) -> list[dict[str, Any]]:
+        called = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [{"role": "assistant", "tool_calls": [called]}]
+
+    text = "Are you out there? " * 416_000
+    yield "a prompt", chat(messages=[{"role": "user", "content": text}])
+    yield "a system prompt", chat(messages=[{"role": "system", "content": text}])
+    yield "a tool", chat(tools=[{"type": "function", "function": {"name": "f", "description": text}}])
+    yield "a text to go on with", ("/v1/completions", json.dumps({"model": NAME, "prompt": text}).encode())
+    yield "a text to tokenise", ("/tokenize", json.dumps({"prompt": text}).encode())
+    yield "empty arrays", chat(stop=[[]] * 1_900_000)
+    yield "deep arguments", chat(messages=call("[" * 3_900_000 + "]" * 3_900_000))
+    yield "a schema of many names", chat(tools=[{"type": "function", "function": {"name": "f", "parameters": MANY}}])
 
 
 def send_bytes(scene: Scene, store: Path, server: Server, http: httpx.Client, scale: Scale, rng: random.Random) -> Row:

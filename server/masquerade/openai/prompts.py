@@ -67,6 +67,8 @@ async def tokenise_texts(
     for prompt in prompts:
         if isinstance(prompt, str):
             check_bytes(tokenizer, [prompt], room, "prompt")
+        elif len(prompt) > room.tokens:
+            raise too_long(room, f"the prompt has {len(prompt)} tokens", "prompt", len(prompt))
 
     def encode_all() -> list[list[int]]:
         found, tokens = [], 0
