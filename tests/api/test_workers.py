@@ -57,7 +57,7 @@ def test_too_many_bytes_are_refused_until_there_is_room() -> None:
     async def scenario(workers: Workers, gate: Gate) -> None:
         held = [start(workers, gate, "a", "1", 60), start(workers, gate, "a", "2", 40)]
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded, match="100 bytes.*limit is 100") as refusal:
+        with pytest.raises(Overloaded, match=r"100 bytes.*limit is 100") as refusal:
             await workers.run("b", 1, gate.work("3"))
         assert (refusal.value.status, refusal.value.retry_after) == (429, 1)
         gate.opened.set()

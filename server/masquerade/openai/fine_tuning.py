@@ -118,9 +118,8 @@ class JobRequest(Schema):
     validation_file: Text | None = None
     seed: Seed | None = None
     metadata: Metadata | None = None
-    hyperparameters: Annotated[dict[str, Literal["auto"]], at_most(16)] | None = (
-        None  # OpenAI's; a mask has its own, in `method`
-    )
+    # OpenAI's; a mask has its own, in `method`
+    hyperparameters: Annotated[dict[str, Literal["auto"]], at_most(16)] | None = None
 
     @model_validator(mode="before")
     @classmethod
