@@ -12,6 +12,7 @@ from masquerade.errors import ContextTooLong
 
 PIECE = 2**16  # characters that are counted at a time
 ORDINARY = 8  # bytes that a token of a text has at most on average, where the text is tokenised without being counted
+CHARGED = 4  # times the room: what a refused text is charged at most
 
 # Most bytes of a text that a normalizer makes one byte of, by its type; of those not named, any number. Those of
 # Unicode were counted over all characters: 3.5 for NFC, 3 for NFD and for lower case, 4 for NFKD; NFKC is one after the
@@ -66,8 +67,8 @@ def encode(tokenizer: Any, text: str, room: Room, param: str, *, special: bool =
 
 
 def too_long(room: Room, given: str, param: str, tokens: int) -> ContextTooLong:
-    """The refusal; `tokens` is what was tried."""
-    return ContextTooLong(f"{room.words} However, {given}.", param=param, tokens=tokens)
+    """The refusal; `tokens` is what was tried, of which no more is charged than the room `CHARGED` times."""
+    return ContextTooLong(f"{room.words} However, {given}.", param=param, tokens=min(tokens, CHARGED * room.tokens))
 
 
 def count_bytes(text: str) -> int:
