@@ -362,9 +362,9 @@ def test_many_at_once_get_no_more_than_the_limit(tiny_folder: Path, tmp_path: Pa
     ("path", "fields", "tokens"),
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 300}]}, 300),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 15_000}]}, 15_000 // 13),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 13_000}]}, 13_000 // 13),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000}, 2),
-        ("/v1/completions", {"prompt": "x" * 15_000}, 15_000 // 13),
+        ("/v1/completions", {"prompt": "x" * 13_000}, 13_000 // 13),
         ("/v1/completions", {"prompt": [7] * 5_000}, 4 * 256),
         ("/tokenize", {"prompt": "x" * 700}, 700),
     ],
