@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from masquerade.cli.loading import Loading
+from masquerade.cli.serve import _listen
 from masquerade.errors import StoreTooNew
 from masquerade.jobs import JobTable as Jobs
 from masquerade.keys import KeyTable as Keys
@@ -128,3 +129,11 @@ def test_a_server_is_warm_before_it_is_ready(tiny_folder: Path) -> None:
             urllib.request.urlopen(f"{server.base_url}/v1/models/nobody")
         assert refused.value.code == 404
         refused.value.close()
+
+
+def test_small_answers_do_not_wait_for_the_clients_acknowledgement() -> None:
+    """Nagle's algorithm is off on what is accepted: with it, an answer of two writes takes 40 ms."""
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
