@@ -28,7 +28,7 @@ from maskstore.errors import (
     UnknownVersion,
     Unreadable,
 )
-from maskstore.fingerprint import fingerprint
+from maskstore.fingerprint import BaseTensor, fingerprint, fingerprint_tensors
 from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
 from maskstore.mask import BaseRef, Mask, MaskInfo, majority
 from maskstore.names import check_name
@@ -43,6 +43,7 @@ __all__ = [
     "ANY",
     "Anything",
     "BaseRef",
+    "BaseTensor",
     "Bitmap",
     "Checkup",
     "Collected",
@@ -91,6 +92,7 @@ __all__ = [
     "encode",
     "export_mask",
     "fingerprint",
+    "fingerprint_tensors",
     "fsck",
     "gc",
     "import_mask",

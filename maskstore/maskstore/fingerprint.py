@@ -1,4 +1,4 @@
-"""The identity of a base model, from its safetensors files alone. Knows headers and windows of bytes; loads no tensor.
+"""The identity of a base model, from its tensors' names, types, shapes and windows of their bytes; loads no tensor.
 
 An identity, not a proof: of a large tensor it reads sixteen windows,
 so that eight billion weights take a second.
@@ -6,10 +6,11 @@ so that eight billion weights take a second.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 from maskstore import strictjson
 from maskstore.errors import HeaderCorrupt, MaskNotFound, MaskTruncated, TensorSet
@@ -21,6 +22,29 @@ WINDOWS = 16
 HEADER_LIMIT = 100 << 20  # the limit of safetensors itself: a base is chosen by its owner, a mask comes from anybody
 
 
+class BaseTensor(Protocol):
+    """A tensor of a base model as safetensors holds it, whatever file it is in."""
+
+    @property
+    def name(self) -> str:
+        """What transformers calls it."""
+
+    @property
+    def dtype(self) -> str:
+        """The type of its values, as safetensors writes it: `BF16`."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its sizes, the slowest first."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Some of those bytes."""
+
+
 @dataclass(frozen=True)
 class _Entry:
     name: str
@@ -30,21 +54,33 @@ class _Entry:
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+    def read(self, begin: int, end: int) -> bytes:
+        with open(self.file, "rb") as file:
+            file.seek(self.begin + begin)
+            return file.read(end - begin)
+
 
 def fingerprint(folder: str | Path) -> str:
     """64 hex digits: the same however the tensors are sharded, others for other names, dtypes, shapes or weights."""
     folder = Path(folder)
-    state = hashlib.sha256(DOMAIN)
     entries = sorted((entry for file in _files(folder) for entry in _entries(file)), key=lambda entry: entry.name)
     for before, entry in pairwise(entries):
         if before.name == entry.name:
             raise TensorSet(f"is in {before.file.name} and in {entry.file.name}", path=folder, tensor=entry.name)
-    for entry in entries:
-        state.update(f"{strictjson.dump([entry.name, entry.dtype, entry.shape])}\n".encode())
-        with open(entry.file, "rb") as file:
-            for begin, end in _windows(entry.begin, entry.end):
-                file.seek(begin)
-                state.update(file.read(end - begin))
+    return fingerprint_tensors(entries)
+
+
+def fingerprint_tensors(tensors: Iterable[BaseTensor]) -> str:
+    """The fingerprint of a checkpoint that has these tensors, in any order; their names differ."""
+    state = hashlib.sha256(DOMAIN)
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        state.update(f"{strictjson.dump([tensor.name, tensor.dtype, list(tensor.shape)])}\n".encode())
+        for begin, end in _windows(tensor.nbytes):
+            state.update(tensor.read(begin, end))
     return state.hexdigest()
 
 
@@ -99,11 +135,11 @@ def _entries(path: Path) -> Iterator[_Entry]:
         raise HeaderCorrupt(f"is not a safetensors header: {error!r:.120}", path=path) from None
 
 
-def _windows(begin: int, end: int) -> Iterator[tuple[int, int]]:
+def _windows(size: int) -> Iterator[tuple[int, int]]:
     """All of a small tensor; of a large one sixteen windows from its first to its last byte, evenly spaced."""
-    if end - begin <= WHOLE:
-        yield begin, end
+    if size <= WHOLE:
+        yield 0, size
         return
     for window in range(WINDOWS):
-        start = begin + (end - begin - WINDOW) * window // (WINDOWS - 1)
+        start = (size - WINDOW) * window // (WINDOWS - 1)
         yield start, start + WINDOW

@@ -17,6 +17,7 @@ from rich.table import Table
 from maskstore import Mask, Registry, Store, check_name, write_mask
 from masquerade import __version__
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
+from masquerade.cli.progress import follow_loading
 from masquerade.cli.stores import open_store
 from masquerade.errors import BuildFailed, InvalidValue, MasqueradeError
 
@@ -147,7 +148,8 @@ def build(
     answers = mix([_read(file) for file in pool]) if pool else _read(Path(contrast) if contrast else None, "contrast")
     other = Speaker(contrast_name, answers, _read(contrast_validation, "contrast")) if script or contrast else None
     quiet = _read(neutral)
-    base = load(model, device=device, dtype=dtype, quantization=quantization)
+    with follow_loading() as progress:
+        base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
     folder = (scratch or personas.root / "builds") / _identify(base.fingerprint, recipe, script, own, other, quiet)
     masks = _watch(_work(base, recipe, script, own, other, quiet, Scratch(folder)))

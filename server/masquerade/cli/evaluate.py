@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from maskstore import Mask, MaskError, Registry, Store
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
+from masquerade.cli.progress import follow_loading
 from masquerade.cli.stores import open_store
 from masquerade.errors import BadDataset, InvalidValue
 
@@ -84,7 +85,8 @@ def evaluate(
     sides = _pair(data, contrast or data)
     learned = _pair(train, contrast_train) if train and contrast_train else ([], [])
     quiet = read_examples(neutral) if neutral else []
-    base = load(model, device=device, dtype=dtype, quantization=quantization)
+    with follow_loading() as progress:
+        base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     # prompts that leave no room for an answer are left out, the same ones on both sides
     own, other, own_train, other_train = ([one for one, _ in encode_fitting(base, side)] for side in (*sides, *learned))
     personas, registry = open_store(store, base.name, base.fingerprint)

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", help="`demo`, a folder, or a hub id such as owner/name.")]
+Model = Annotated[
+    str, typer.Option("--model", help="`demo`, `smollm2`, a folder, a .gguf file, or a hub id such as owner/name.")
+]
 StoreFolder = Annotated[
     Path | None,
     typer.Option("--store", help="Folder of the personas; by default one a model in the user's data folder."),
@@ -15,7 +17,9 @@ StoreFolder = Annotated[
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Weights' type; `auto` is float32 on a CPU and the checkpoint's own on a GPU."),
+    typer.Option(
+        help="Weights' type; `auto` is float32 on a CPU and the checkpoint's own on a GPU, for GGUF bfloat16 on both."
+    ),
 ]
 Quantization = Annotated[
     Literal["int8", "nf4"] | None,

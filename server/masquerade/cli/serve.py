@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +16,7 @@ import typer
 
 from masquerade.cli import keyfiles
 from masquerade.cli.options import Device, Dtype, Model, Quantization, StoreFolder
+from masquerade.cli.progress import tell_quarters
 from masquerade.cli.signals import end_when_told, reread_when_told
 from masquerade.cli.stores import check_store, find_store, open_store
 from masquerade.errors import CannotListen, InvalidValue
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
     from masquerade.engine import Engine
 
 _log = logging.getLogger("masquerade")
+_LONGEST_NAME = 128
 
 
 def serve(
     model: Model = "demo",
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What the API calls the model; by default the name of its folder or file.")
+    ] = None,
     store: StoreFolder = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
@@ -71,6 +77,8 @@ def serve(
 ) -> None:
     """Serve a model and its personas over OpenAI's API."""
     end_when_told()
+    if served_model_name is not None:
+        _check_model_name(served_model_name)
     root = find_store(store, model)
     check_store(root)
     keys = keyfiles.admit(root, key_file or ())
@@ -102,8 +110,10 @@ def serve(
     with _listen(host, port) as listener:
         config = EngineConfig(max_running, max_waiting, max_batch_tokens, cache_bytes)
         with Loading(listener):
-            base = load(model, device=device, dtype=dtype, quantization=quantization)
-            personas, registry = open_store(store, base.name, base.fingerprint, require_signed=require_signed)
+            report = tell_quarters(lambda words: _log.info("%s", words))
+            base = load(model, device=device, dtype=dtype, quantization=quantization, report=report)
+            base = replace(base, name=served_model_name or base.name)
+            personas, registry = open_store(root, base.name, base.fingerprint, require_signed=require_signed)
             manager = MaskManager.attach(base.model)
             if host_mask_bytes is None:
                 host_mask_bytes = 0 if base.device.type == "cpu" else 4 * mask_bytes
@@ -139,6 +149,14 @@ def _spare_collector() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _check_model_name(name: str) -> None:
+    if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()) or ":" in name:
+        raise InvalidValue(
+            f"--served-model-name must be 1 to {_LONGEST_NAME} printable characters without a colon, which comes "
+            f"before a persona; not {name!r:.80}"
+        )
 
 
 def _reread_keys(root: Path, files: Sequence[str]) -> None:

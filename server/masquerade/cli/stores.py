@@ -14,12 +14,12 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from maskstore import Registry, Store, database, fingerprint, read_mask
+from maskstore import Registry, Store, database, read_mask
 from masquerade import demo
 from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
 from masquerade.jobs import table as jobs
 from masquerade.keys import table as keys
-from masquerade.sources import find_folder, name_model
+from masquerade.sources import find_model
 
 LEAST_BYTES = 2**24  # below so much free space nothing is started that writes
 _SCHEMAS = {
@@ -31,7 +31,10 @@ _SCHEMAS = {
 
 def find_store(root: Path | None, model: str) -> Path:
     """The folder of a store, by default of the model's own one; it need not exist yet."""
-    return root or _default(name_model(model), fingerprint(find_folder(model)))
+    if root:
+        return root
+    files = find_model(model)
+    return _default(files.name, files.fingerprint())
 
 
 def check_store(root: Path) -> None:

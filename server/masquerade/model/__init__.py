@@ -4,6 +4,7 @@ Knows torch modules. Refuses to know about requests, HTTP and building.
 """
 
 from masquerade.model.chat import render_chat
+from masquerade.model.dequantized import Report
 from masquerade.model.encoding import Room, check_bytes, check_tokens, encode, longest_token, too_long
 from masquerade.model.host_cache import HostCache
 from masquerade.model.load import Base, load
@@ -28,6 +29,7 @@ __all__ = [
     "Opened",
     "Part",
     "Reader",
+    "Report",
     "Residency",
     "ResidentMask",
     "Room",

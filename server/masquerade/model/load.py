@@ -1,7 +1,6 @@
-"""Loads a base model: the embedded demo, a local folder, or a model of the hub.
+"""Loads a base model: a named one, a local folder, a GGUF file, or a model of the hub.
 
-Knows devices, dtypes and which models can wear masks. Refuses to know about personas and requests. Only
-safetensors weights are read; a checkpoint's own code is never run.
+Only safetensors and GGUF are read; a checkpoint's own code is never run.
 """
 
 from __future__ import annotations
@@ -11,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskstore import MaskError, fingerprint
+from maskstore import MaskError
 from masquerade.errors import UnusableModel
+from masquerade.model.dequantized import Report, load_gguf
 from masquerade.model.quantized import quantize
 from masquerade.model.targets import find_targets
-from masquerade.sources import find_folder, name_model
+from masquerade.sources import ModelFiles, find_model
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Base:
     """A loaded base model and what identifies it."""
 
     name: str  # the model id of the API
-    folder: Path
+    path: Path  # a folder or a GGUF file
     fingerprint: str
     model: Any  # a transformers causal language model, in eval mode
     tokenizer: Any
@@ -50,19 +51,26 @@ class Base:
         return int(self.model.config.vocab_size)
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto", quantization: str | None = None) -> Base:
-    """Load `demo`, a folder, or a hub id, ready for inference.
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str | None = None,
+    report: Report | None = None,
+) -> Base:
+    """Load a named model, a folder, a GGUF file, or a hub id, ready for inference.
 
-    `device` is `auto`, `cpu` or `cuda`; `dtype` is `auto` (fp32 on a CPU, the checkpoint's on a GPU), `float32`,
-    `bfloat16` or `float16`; `quantization` is a name in `QUANTIZATIONS`. Raises `UnusableModel` with the reason.
+    `device` is `auto`, `cpu` or `cuda`; `dtype` is `auto` (the checkpoint's, but float32 for a folder on a CPU),
+    `float32`, `bfloat16` or `float16`; `quantization` is a name in `QUANTIZATIONS`; `report` is told of the bytes that
+    are loaded from a GGUF file. Raises `UnusableModel` with the reason.
     """
     where = _choose_device(device)
-    folder = find_folder(name)
+    files = find_model(name)
     try:
-        mark = fingerprint(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_choose_dtype(dtype, where), local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, MaskError) as error:
+        mark = files.fingerprint()
+        model, tokenizer = _load_gguf(files, dtype, report) if files.is_gguf else _load_folder(files, dtype, where)
+    except (OSError, ValueError, KeyError, MaskError, StrictDataclassError) as error:
         raise UnusableModel(f"cannot load a model from {name!r}: {error}") from error
     if not find_targets(model):
         kind = model.config.model_type
@@ -70,8 +78,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", quantization: 
     if quantization:
         quantize(model, quantization, where)
     return Base(
-        name=name_model(name),
-        folder=folder,
+        name=files.name,
+        path=files.path,
         fingerprint=mark,
         model=model.to(where).eval().requires_grad_(False),
         tokenizer=tokenizer,
@@ -87,10 +95,17 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
 
 
-def _choose_dtype(dtype: str, device: torch.device) -> Any:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    return getattr(torch, dtype)
+def _load_folder(files: ModelFiles, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    wanted: Any = getattr(torch, dtype, dtype)
+    if dtype == "auto" and device.type == "cpu":
+        wanted = torch.float32
+    model = AutoModelForCausalLM.from_pretrained(files.path, dtype=wanted, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(files.path, local_files_only=True)
+
+
+def _load_gguf(files: ModelFiles, dtype: str, report: Report | None) -> tuple[Any, Any]:
+    """In bfloat16 unless told otherwise: dequantised weights are rounded to it, and float32 would only be larger."""
+    return load_gguf(files, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype), report)
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

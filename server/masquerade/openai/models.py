@@ -52,7 +52,7 @@ def _find(serving: Serving, caller: Caller, model: str) -> dict[str, Any]:
 
 
 def _base(serving: Serving) -> dict[str, Any]:
-    return {"id": serving.base.name, "created": int(serving.base.folder.stat().st_mtime), "parent": None} | _common(
+    return {"id": serving.base.name, "created": int(serving.base.path.stat().st_mtime), "parent": None} | _common(
         serving
     )
 

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from maskstore import Mask, MaskReader, Registry, Revision, fingerprint
+from maskstore import Mask, MaskReader, Registry, Revision
 from masquerade.cli.stores import open_store
-from masquerade.sources import find_folder, name_model
+from masquerade.sources import find_model
 
 Persona = Annotated[str, typer.Argument(help="A persona, one of its aliases, or name@digest for an older generation.")]
 Expected = Annotated[
@@ -23,8 +23,8 @@ Expected = Annotated[
 
 def open_registry(model: str, store: Path | None, *, require_signed: bool = False) -> Registry:
     """The registry of a store, by default of the model's own one."""
-    folder = find_folder(model)
-    return open_store(store, name_model(model), fingerprint(folder), require_signed=require_signed)[1]
+    files = find_model(model)
+    return open_store(store, files.name, files.fingerprint(), require_signed=require_signed)[1]
 
 
 def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:

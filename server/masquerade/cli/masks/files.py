@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from maskstore import ANY, Anything, InvalidMaskValue, compose_persona, export_mask, fingerprint, import_mask
+from maskstore import ANY, Anything, InvalidMaskValue, compose_persona, export_mask, import_mask
 from masquerade.cli.masks.common import Expected, Persona, identify, open_registry, say
 from masquerade.cli.options import AsJson, Model, StoreFolder
-from masquerade.sources import find_folder
+from masquerade.sources import find_model
 
 
 def write_file(
@@ -45,7 +45,7 @@ def read_file(
 ) -> None:
     """Verify a mask file in quarantine, keep it, and publish it."""
     registry = open_registry(model, store, require_signed=require_signed)
-    mask = import_mask(registry.store, file, fingerprint(find_folder(model)))
+    mask = import_mask(registry.store, file, find_model(model).fingerprint())
     generation = registry.publish(name or mask.info.persona, mask.digest, parse_expected(expect))
     say(as_json, identify(generation), f"{generation.name}: generation {generation.number}, {generation.digest}")
 

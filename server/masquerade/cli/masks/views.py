@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from maskstore import Mask, Registry, diff, fingerprint, plot, read_mask
+from maskstore import Mask, Registry, diff, plot, read_mask
 from masquerade.cli.masks.common import Persona, identify, open_registry, say, summarise
 from masquerade.cli.options import AsJson, Model, StoreFolder
-from masquerade.sources import find_folder
+from masquerade.sources import find_model
 
 
 def list_masks(
@@ -60,7 +60,7 @@ def verify_mask(
     as_json: AsJson = False,
 ) -> None:
     """Check every byte of a mask file; exit status 1 says what is wrong with it."""
-    mask = read_mask(file, base=fingerprint(find_folder(model)) if model else None)
+    mask = read_mask(file, base=find_model(model).fingerprint() if model else None)
     text = f"{file}: good; {mask.info.persona}, {mask.pruned} pruned in {len(mask.targets)} Linears, {mask.digest}"
     say(as_json, _measure(mask), text)
 

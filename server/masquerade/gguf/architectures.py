@@ -1,0 +1,214 @@
+"""The architectures that are read: what their tensors are called, and how their metadata becomes transformers' config.
+
+Names and layouts are those that llama.cpp's convert_hf_to_gguf.py writes; defaults are those that llama.cpp reads with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from masquerade.gguf.file import File
+
+Config = dict[str, Any]
+_ORIGINAL_CONTEXT = 8192  # of every Llama 3, which its GGUF does not state
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that shapes are made of."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    groups: int  # heads of keys and values
+    head: int
+    vocabulary: int
+
+    def shape(self, stem: str) -> tuple[int, ...]:
+        """Of the weight of a tensor of a layer."""
+        if stem.endswith(("q_norm", "k_norm")):
+            return (self.head,)
+        return _SHAPES[stem](self) if stem in _SHAPES else (self.hidden,)
+
+
+_SHAPES: Mapping[str, Callable[[Sizes], tuple[int, int]]] = {
+    "attn_q": lambda sizes: (sizes.heads * sizes.head, sizes.hidden),
+    "attn_k": lambda sizes: (sizes.groups * sizes.head, sizes.hidden),
+    "attn_v": lambda sizes: (sizes.groups * sizes.head, sizes.hidden),
+    "attn_output": lambda sizes: (sizes.hidden, sizes.heads * sizes.head),
+    "ffn_gate": lambda sizes: (sizes.inner, sizes.hidden),
+    "ffn_up": lambda sizes: (sizes.inner, sizes.hidden),
+    "ffn_down": lambda sizes: (sizes.hidden, sizes.inner),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one value of `general.architecture` is read."""
+
+    model_type: str  # transformers' name
+    layer: Mapping[str, str]  # tensors of a layer: GGUF's names and transformers', without `.weight`
+    configure: Callable[[File, Sizes, str], Config]  # what its config has beside the common part
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by the field of the config that tells of them
+    biased: tuple[str, ...] = ()  # tensors that always have a bias
+    interleaved: bool = False  # llama.cpp stores the halves of each head of queries and keys row by row
+    shifted: bool = False  # llama.cpp stores 1 + the weights of norms
+
+
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NORMED_HEADS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_NORMED_TWICE = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def _llama(file: File, sizes: Sizes, prefix: str) -> Config:
+    rope = _rope(file, prefix)
+    if "rope_freqs.weight" in file.tensors:
+        rope = _llama3(file, sizes, prefix, rope["rope_theta"])
+    return {"rope_parameters": rope}
+
+
+def _mistral(file: File, _: Sizes, prefix: str) -> Config:
+    return {
+        "rope_parameters": _rope(file, prefix),
+        "sliding_window": file.size(f"{prefix}.attention.sliding_window", None),
+    }
+
+
+def _plain(file: File, _: Sizes, prefix: str) -> Config:
+    return {"rope_parameters": _rope(file, prefix)}
+
+
+def _gemma2(file: File, sizes: Sizes, prefix: str) -> Config:
+    return {
+        "rope_parameters": _rope(file, prefix),
+        "sliding_window": file.size(f"{prefix}.attention.sliding_window", 4096),
+        "attn_logit_softcapping": file.number(f"{prefix}.attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": file.number(f"{prefix}.final_logit_softcapping", 30.0),
+        "query_pre_attn_scalar": _scale(sizes, largest=46),
+    }
+
+
+def _gemma3(file: File, sizes: Sizes, prefix: str) -> Config:
+    every = file.size(f"{prefix}.attention.sliding_window_pattern", 6)
+    local = file.number(f"{prefix}.rope.freq_base_swa", 10_000.0)
+    return {
+        "rope_parameters": {
+            "full_attention": _rope(file, prefix, base=1_000_000.0),
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+        "sliding_window": file.size(f"{prefix}.attention.sliding_window"),
+        "layer_types": [
+            "sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(sizes.layers)
+        ],
+        "final_logit_softcapping": file.number(f"{prefix}.final_logit_softcapping", None),
+        "query_pre_attn_scalar": _scale(sizes, largest=62),
+    }
+
+
+def _scale(sizes: Sizes, largest: int) -> int:
+    """Gemma's scale of attention. Only the largest model of each version, known by its layers, has another one."""
+    return sizes.hidden // sizes.heads if sizes.layers == largest else sizes.head
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(
+        "llama",
+        _LAYER,
+        _llama,
+        biases={
+            "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
+            "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
+        },
+        interleaved=True,
+    ),
+    "mistral": Architecture("mistral", _LAYER, _mistral, interleaved=True),
+    "qwen2": Architecture("qwen2", _LAYER, _plain, biased=("attn_q", "attn_k", "attn_v")),
+    "qwen3": Architecture("qwen3", _LAYER | _NORMED_HEADS, _plain),
+    "gemma": Architecture("gemma", _LAYER, _plain, shifted=True),
+    "gemma2": Architecture("gemma2", _LAYER | _NORMED_TWICE, _gemma2, shifted=True),
+    "gemma3": Architecture("gemma3_text", _LAYER | _NORMED_TWICE | _NORMED_HEADS, _gemma3, shifted=True),
+}
+
+
+def _rope(file: File, prefix: str, base: float = 10_000.0) -> Config:
+    """Rotary positions, scaled as the file says."""
+    common = {"rope_theta": file.number(f"{prefix}.rope.freq_base", base)}
+    kind = file.text(f"{prefix}.rope.scaling.type", "none")
+    if kind not in _SCALINGS:
+        file.fail(f"{prefix}.rope.scaling.type", f"is {kind!r:.80}; {', '.join(_SCALINGS)} can be read")
+    return common | _SCALINGS[kind](file, f"{prefix}.rope.scaling")
+
+
+def _linear(file: File, key: str) -> Config:
+    return {"rope_type": "linear", "factor": file.number(f"{key}.factor")}
+
+
+def _yarn(file: File, key: str) -> Config:
+    optional = {
+        "beta_fast": file.number(f"{key}.yarn_beta_fast", None),
+        "beta_slow": file.number(f"{key}.yarn_beta_slow", None),
+    }
+    return {
+        "rope_type": "yarn",
+        "factor": file.number(f"{key}.factor"),
+        "original_max_position_embeddings": file.size(f"{key}.original_context_length"),
+    } | {name: value for name, value in optional.items() if value is not None}
+
+
+_SCALINGS: Mapping[str, Callable[[File, str], Config]] = {
+    "none": lambda _file, _key: {"rope_type": "default"},
+    "linear": _linear,
+    "yarn": _yarn,
+}
+
+
+def _llama3(file: File, sizes: Sizes, prefix: str, theta: float) -> Config:
+    """Llama 3's scaling. The file has what it divides each frequency by; the config has what that is made of."""
+    name = "rope_freqs.weight"
+    tensor = file.tensors[name]
+    if tensor.shape != (sizes.head // 2,) or tensor.kind.name != "F32":
+        file.fail(name, f"is {tensor.kind.name} of the shape {list(tensor.shape)}; expected F32 [{sizes.head // 2}]")
+    factors = np.fromfile(file.path, "<f4", sizes.head // 2, offset=tensor.begin)
+    config = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": file.size(
+            f"{prefix}.rope.scaling.original_context_length", _ORIGINAL_CONTEXT
+        ),
+    }
+    if not np.allclose(factors, divide_llama3(config, sizes.head), rtol=1e-4):
+        file.fail(name, "is not the scaling of Llama 3.1 to 3.3, which alone can be read")
+    return config
+
+
+def divide_llama3(config: Config, head: int) -> NDArray[np.float64]:
+    """What `rope_type: llama3` divides each of the frequencies of a head by."""
+    low, high = config["low_freq_factor"], config["high_freq_factor"]
+    frequencies = config["rope_theta"] ** -(np.arange(0, head, 2) / head)
+    turns = config["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    divided: NDArray[np.float64] = 1 / ((1 - smooth) / config["factor"] + smooth)
+    return divided

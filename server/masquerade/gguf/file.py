@@ -1,0 +1,260 @@
+"""The header of a GGUF file: its metadata, and where its tensors lie.
+
+An own reader, because `gguf.GGUFReader` makes an array of every token (2 seconds for 49 152 of them) and believes what
+a damaged file says. Every error is an `UnusableModel` that names the file and the key or tensor.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from masquerade.errors import UnusableModel
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+LARGEST = 2**31 - 1  # of any size that metadata states
+DIMENSIONS = 4  # most that ggml has
+_ALIGNMENT = 32  # unless `general.alignment` says otherwise
+_STRING, _ARRAY = 8, 9
+_NUMBERS: Mapping[int, np.dtype[Any]] = {
+    kind: np.dtype(name)
+    for kind, name in enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8"))
+    if name
+}
+D = TypeVar("D")
+_NOTHING: Any = object()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as it is stored. `shape` is in the order of numpy and torch: rows first."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    begin: int  # in the file
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Strings:
+    """An array of strings that is decoded when it is asked for."""
+
+    begin: int
+    count: int
+
+
+@dataclass(frozen=True)
+class File:
+    """What the header says. The getters raise `UnusableModel` for a value that is missing or of another type."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def fail(self, key: str, words: str) -> NoReturn:
+        """Refuse the file for what it says under a key, or of a tensor."""
+        raise UnusableModel(f"{self.path}: {key}: {words}")
+
+    def size(self, key: str, default: D = _NOTHING) -> int | D:
+        """A whole number from 1 on."""
+        value = self._find(key, default)
+        if value is default or (type(value) is int and 1 <= value <= LARGEST):
+            return value
+        return self.fail(key, f"must be a whole number from 1 to {LARGEST}, not {value!r:.80}")
+
+    def number(self, key: str, default: D = _NOTHING) -> float | D:
+        """A positive number."""
+        value = self._find(key, default)
+        if value is default or (type(value) in (int, float) and isfinite(value) and value > 0):
+            return value  # type: ignore[no-any-return]
+        return self.fail(key, f"must be a positive number, not {value!r:.80}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._find(key, default)
+        return value if isinstance(value, bool) else self.fail(key, f"must be true or false, not {value!r:.80}")
+
+    def text(self, key: str, default: D = _NOTHING) -> str | D:
+        """A string."""
+        value = self._find(key, default)
+        if value is default or isinstance(value, str):
+            return value
+        return self.fail(key, f"must be text, not {value!r:.80}")
+
+    def numbers(self, key: str) -> np.ndarray[Any, Any]:
+        """An array of numbers."""
+        value = self._find(key, _NOTHING)
+        return value if isinstance(value, np.ndarray) else self.fail(key, f"must be numbers, not {value!r:.80}")
+
+    def strings(self, key: str) -> list[str]:
+        """An array of strings."""
+        value = self._find(key, _NOTHING)
+        if not isinstance(value, _Strings):
+            self.fail(key, f"must be strings, not {value!r:.80}")
+        with _open(self.path) as data:
+            cursor = _Cursor(self.path, data, value.begin)
+            return [cursor.text(key) for _ in range(value.count)]
+
+    def token(self, key: str, count: int) -> int | None:
+        """The number of a token among `count`, if the file names one."""
+        value = self._find(key, None)
+        if value is None or (type(value) is int and 0 <= value < count):
+            return value
+        return self.fail(key, f"must be a token of the {count} there are, not {value!r:.80}")
+
+    def _find(self, key: str, default: Any) -> Any:
+        value = self.metadata.get(key, default)
+        return self.fail(key, "is missing") if value is _NOTHING else value
+
+
+def read_file(path: Path) -> File:
+    """Read the header of a GGUF file and check that everything it names lies within the file."""
+    try:
+        with _open(path) as data:
+            return _read(path, data)
+    except (OSError, ValueError) as error:  # ValueError: mmap of an empty file
+        raise UnusableModel(f"{path}: cannot be read as GGUF: {error}") from error
+
+
+def _open(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _read(path: Path, data: mmap.mmap) -> File:
+    cursor = _Cursor(path, data)
+    if (magic := data[: len(MAGIC)]) != MAGIC:
+        raise UnusableModel(f"{path}: is no GGUF file: it begins with {magic!r}, not {MAGIC!r}")
+    cursor.skip(len(MAGIC), "the magic")
+    version = cursor.integer("<I", "the version")
+    if version not in VERSIONS:
+        known = " or ".join(map(str, VERSIONS))
+        raise UnusableModel(f"{path}: is GGUF version {version}; {known} (little-endian) can be read")
+    tensors = cursor.count("the number of tensors", least=24)
+    keys = cursor.count("the number of keys", least=13)
+    metadata: dict[str, Any] = {}
+    for number in range(keys):
+        key = cursor.text(f"key {number + 1} of {keys}")
+        if key in metadata:
+            raise UnusableModel(f"{path}: {key}: is there twice")
+        metadata[key] = cursor.value(key)
+    places = list(_places(cursor, tensors))
+    file = File(path, metadata, {})
+    alignment = file.size("general.alignment", _ALIGNMENT)
+    if alignment & (alignment - 1):
+        file.fail("general.alignment", f"must be a power of two, not {alignment}")
+    origin = -(-cursor.place // alignment) * alignment
+    found: dict[str, Tensor] = {}
+    for name, kind, shape, offset in places:
+        if name in found:
+            file.fail(name, "is there twice")
+        found[name] = _locate(file, name, kind, shape, origin + offset, len(data))
+    return File(path, metadata, found)
+
+
+def _places(cursor: _Cursor, count: int) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
+    for number in range(count):
+        name = cursor.text(f"the name of tensor {number + 1} of {count}")
+        dimensions = cursor.integer("<I", name)
+        if not 1 <= dimensions <= DIMENSIONS:
+            raise UnusableModel(f"{cursor.path}: {name}: has {dimensions} dimensions; 1 to {DIMENSIONS} can be read")
+        shape = tuple(cursor.integer("<Q", name) for _ in range(dimensions))
+        kind = cursor.integer("<I", name)
+        yield name, kind, shape[::-1], cursor.integer("<Q", name)
+
+
+def _locate(file: File, name: str, number: int, shape: tuple[int, ...], begin: int, end: int) -> Tensor:
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        file.fail(name, f"is of type {number}, which this version of gguf does not know")
+    values, size = GGML_QUANT_SIZES[kind]
+    if not all(shape) or shape[-1] % values:
+        file.fail(name, f"has the shape {list(shape)!s:.80}; rows of {kind.name} are a multiple of {values}")
+    nbytes = prod(shape) // values * size
+    if begin + nbytes > end:
+        file.fail(name, f"lies at {begin}..{begin + nbytes}, the file ends after {end} bytes")
+    return Tensor(name, kind, shape, begin, nbytes)
+
+
+class _Cursor:
+    """A place in a file that is read from its beginning on, and never beyond its end."""
+
+    def __init__(self, path: Path, data: mmap.mmap, place: int = 0) -> None:
+        self.path = path
+        self.place = place
+        self._data = data
+
+    def skip(self, count: int, what: str) -> int:
+        """Go on by so many bytes and return where they begin."""
+        begin = self.place
+        if count > len(self._data) - begin:
+            raise UnusableModel(
+                f"{self.path}: {what}: takes {count} bytes at {begin}, the file ends after {len(self._data)} bytes"
+            )
+        self.place += count
+        return begin
+
+    def integer(self, form: str, what: str) -> int:
+        begin = self.skip(struct.calcsize(form), what)
+        return int(struct.unpack_from(form, self._data, begin)[0])
+
+    def count(self, what: str, least: int) -> int:
+        """How many things of at least so many bytes follow."""
+        count = self.integer("<Q", what)
+        if count * least > len(self._data) - self.place:
+            raise UnusableModel(f"{self.path}: {what}: {count} do not fit into {len(self._data)} bytes")
+        return count
+
+    def text(self, what: str) -> str:
+        length = self.integer("<Q", what)
+        begin = self.skip(length, what)
+        try:
+            return self._data[begin : begin + length].decode()
+        except UnicodeDecodeError as error:
+            raise UnusableModel(f"{self.path}: {what!r:.80}: is no UTF-8: {error}") from error
+
+    def value(self, key: str) -> Any:
+        kind = self.integer("<I", key)
+        if kind == _STRING:
+            return self.text(key)
+        if kind == _ARRAY:
+            return self._array(key)
+        return _plain(self._numbers(key, kind, 1)[0])
+
+    def _numbers(self, key: str, kind: int, count: int) -> np.ndarray[Any, Any]:
+        if kind not in _NUMBERS:
+            raise UnusableModel(f"{self.path}: {key}: is of type {kind}, which GGUF does not define here")
+        size = count * _NUMBERS[kind].itemsize
+        begin = self.skip(size, key)
+        return np.frombuffer(self._data[begin : begin + size], _NUMBERS[kind])
+
+    def _array(self, key: str) -> Any:
+        kind = self.integer("<I", key)
+        if kind != _STRING:
+            return self._numbers(key, kind, self.integer("<Q", key))
+        count = self.count(key, least=8)
+        begin = place = self.place
+        length = struct.Struct("<Q")
+        try:
+            for _ in range(count):  # a vocabulary: nothing but the walk
+                place += 8 + length.unpack_from(self._data, place)[0]
+        except (struct.error, OverflowError):
+            place = len(self._data) + 1
+        self.skip(place - begin, key)
+        return _Strings(begin, count)
+
+
+def _plain(value: Any) -> Any:
+    """A Python number; of a float32 the shortest one that rounds to it: 1e-05 as in the config, not 9.99999975e-06."""
+    return float(str(value)) if isinstance(value, np.float32) else value.item()

@@ -1,0 +1,61 @@
+"""A GGUF file as a transformers model: each weight is dequantised into its place, a million values at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from masquerade.gguf import Checkpoint, Weight, read_checkpoint
+from masquerade.model.vocabulary import find_ends, read_tokenizer
+from masquerade.sources import ModelFiles
+
+Report = Callable[[int, int], None]  # bytes of weights that are loaded, and of all
+
+
+def load_gguf(files: ModelFiles, dtype: torch.dtype, report: Report | None = None) -> tuple[Any, Any]:
+    """The model, on the CPU in a dtype, and its tokenizer.
+
+    Weights are rounded to bfloat16, once, and then cast: the model is the one that `save_pretrained` would save in
+    bfloat16, whatever the dtype. Peak memory is the model and a few megabytes. Raises `UnusableModel`.
+    """
+    checkpoint = read_checkpoint(files.path)
+    tokenizer = read_tokenizer(checkpoint.file, checkpoint.config["vocab_size"])
+    model = _make(checkpoint, dtype)
+    _fill(model, checkpoint, report or (lambda _done, _all: None))
+    config = model.generation_config
+    config.eos_token_id = find_ends(checkpoint.file, tokenizer) or None
+    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _make(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model with weights that are anything; memory is taken when they are written."""
+    config = AutoConfig.for_model(**checkpoint.config)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def _fill(model: Any, checkpoint: Checkpoint, report: Report) -> None:
+    places = dict(model.named_parameters())  # a tied head is not a second one
+    if places.keys() != (names := {weight.name for weight in checkpoint.weights}):
+        odd = sorted(places.keys() ^ names)
+        checkpoint.file.fail(odd[0], "is a weight of either the file or the model, not of both")
+    done, total = 0, sum(weight.nbytes for weight in checkpoint.weights)
+    for weight in checkpoint.weights:
+        _copy(weight, places[weight.name])
+        done += weight.nbytes
+        report(done, total)
+
+
+def _copy(weight: Weight, place: torch.Tensor) -> None:
+    rows = place.view(place.shape[0], -1)
+    for begin, end, values in weight.chunks():
+        rows[begin:end].copy_(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16))
