@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from maskstore import fingerprint
+from masquerade.engine import Engine, EngineConfig, Request, SamplingParams
 from masquerade.errors import UnusableModel
 from masquerade.gguf import ARCHITECTURES, read_checkpoint
 from masquerade.gguf.weight import is_readable, round_to_bfloat16
 from masquerade.model import find_targets, load
 from masquerade.sources import find_model
+from tests import world
 from tests.model import ggufs
 from tests.model.ggufs import Kind
 
@@ -104,6 +106,16 @@ class TestWeights:
         compare(base.model, written.expected)
         assert torch.equal(answer(base.model), answer(model))
         assert len(find_targets(base.model)) == 7 * model.config.num_hidden_layers
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_each_architecture_is_served(self, tmp_path: Path, name: str) -> None:
+        model = make(name)
+        base = load(str(ggufs.write(tmp_path / "m.gguf", model).path), device="cpu", dtype="float32")
+        engine, prompt = Engine(base, EngineConfig()), PROMPT[0].tolist()
+        tokens = engine.generate([Request(prompt, 16, lambda _: None, sampling=SamplingParams(temperature=0))])[0]
+        plain = model.float()
+        spoken = [token for token in tokens if token not in base.ends]
+        assert world.speak(plain, plain, prompt, 16, base.ends).agrees(spoken)
 
     @pytest.mark.parametrize("name", MODELS)
     def test_the_config_is_the_one_it_was_made_from(self, tmp_path: Path, name: str) -> None:
@@ -237,6 +249,7 @@ def test_memory_is_the_model_and_little_more(tmp_path: Path) -> None:
 import json, re
 from pathlib import Path
 from masquerade.model import load
+from tests import world
 from tests.model import ggufs
 
 def anonymous(key):
