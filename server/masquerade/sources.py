@@ -61,8 +61,7 @@ def find_model(name: str) -> ModelFiles:
         return ModelFiles(path.stem, path.absolute())
     if path.exists():
         raise UnusableModel(
-            f"the model {name!r} is a file and no {GGUF}; give one, or the folder that holds config.json and "
-            "*.safetensors"
+            f"the model {name!r} is a file; give the folder that holds config.json and *.safetensors, or a {GGUF} file"
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == GGUF:
         raise UnusableModel(

@@ -56,7 +56,8 @@ class Weight:
             raw = stored[self.head * number + 2 * place + half]
         else:
             raw = np.ascontiguousarray(stored[begin:end])
-        return round_to_bfloat16(dequantize(raw, self.tensor.kind) - np.float32(self.offset))
+        with np.errstate(all="ignore"):  # infinities are the file's
+            return round_to_bfloat16(dequantize(raw, self.tensor.kind) - np.float32(self.offset))
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes of the checkpoint's tensor; dequantises the rows that they are of."""
