@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from masquerade.errors import UnusableModel
 from masquerade.gguf import ARCHITECTURES, read_checkpoint
 from masquerade.gguf.weight import is_readable, round_to_bfloat16
 from masquerade.model import find_targets, load
+from masquerade.model.vocabulary import read_tokenizer
 from masquerade.sources import find_model
 from tests import world
 from tests.model import ggufs
@@ -378,6 +380,24 @@ class TestHostile:
         with pytest.raises(UnusableModel, match=words) as refused:
             load(str(path), device="cpu")
         assert str(path) in str(refused.value)
+
+    @pytest.mark.parametrize("value", [[1, 2, 3], ["a", "b"], "words", -1, 2.5, True])
+    def test_no_value_of_another_type_is_believed(self, tmp_path: Path, value: Any) -> None:
+        """Of any key that is read: it is refused, or it means what it says."""
+        path = ggufs.write(tmp_path / "m.gguf", make("gemma3")).path
+        add = {str: "add_string", list: "add_array", float: "add_float32", int: "add_int32", bool: "add_bool"}[
+            type(value)
+        ]
+        more = ["split.count", "gemma3.expert_count", "gemma3.attention.sliding_window_pattern", "general.alignment"]
+        for key in [*read_checkpoint(path).file.metadata, *more, "tokenizer.ggml.add_space_prefix"]:
+
+            def change(writer: GGUFWriter, key: str = key) -> None:
+                writer.kv_data[0].pop(key, None)
+                getattr(writer, add)(key, value)
+
+            changed = ggufs.write(tmp_path / "changed.gguf", make("gemma3"), change=change).path
+            with suppress(UnusableModel):
+                read_tokenizer(read_checkpoint(changed).file, 268)
 
     @pytest.mark.parametrize(
         ("name", "data", "words"),

@@ -50,9 +50,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _check_whole(file: File, prefix: str) -> None:
     """Refuse what would load and answer wrongly."""
-    if (parts := file.metadata.get("split.count", 1)) != 1:
-        file.fail("split.count", f"is one of {parts!r:.80} files; make them one with `llama-gguf-split --merge`")
-    if file.metadata.get(f"{prefix}.expert_count", 0) != 0:
+    if (parts := file.size("split.count", 1)) != 1:
+        file.fail("split.count", f"is one of {parts} files; make them one with `llama-gguf-split --merge`")
+    if f"{prefix}.expert_count" in file.metadata and not file.is_zero(f"{prefix}.expert_count"):
         file.fail(f"{prefix}.expert_count", "mixtures of experts cannot be read")
     for key in _UNKNOWN:
         if f"{prefix}.{key}" in file.metadata:

@@ -72,6 +72,11 @@ class File:
             return value
         return self.fail(key, f"must be a whole number from 1 to {LARGEST}, not {value!r:.80}")
 
+    def is_zero(self, key: str) -> bool:
+        """Whether it is the number 0."""
+        value = self._find(key, _NOTHING)
+        return isinstance(value, int | float) and value == 0
+
     def number(self, key: str, default: D = _NOTHING) -> float | D:
         """A positive number."""
         value = self._find(key, default)
