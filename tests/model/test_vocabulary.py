@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from masquerade.errors import UnusableModel
 from masquerade.gguf import read_file
-from masquerade.model import render_chat
+from masquerade.model import longest_token, render_chat
 from masquerade.model.vocabulary import find_ends, read_tokenizer
 from tests import world
 from tests.model import ggufs
@@ -121,6 +121,7 @@ def test_ids_are_the_originals(tmp_path: Path, pre: str) -> None:
     original = train(ORIGINALS[pre])
     _, tokenizer = read(tmp_path, add(original, pre))
     assert len(tokenizer) == original.get_vocab_size()
+    assert longest_token(tokenizer) is not None  # so texts that cannot fit are refused without being tokenised
     for text in [*TEXTS, "xyzzy", " ".join(TEXTS)]:
         expected = original.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text, add_special_tokens=False) == expected
@@ -229,6 +230,7 @@ def test_sentencepiece_of_llama(tmp_path: Path) -> None:
     tokens, write = _sentencepiece(["<unk>", "<s>", "</s>"], "llama")
     _, tokenizer = read(tmp_path, write)
     assert len(tokenizer) == len(tokens)
+    assert longest_token(tokenizer) == len("\u2581hello".encode())
     ids = tokenizer.encode("hello world \u00e9")
     spelled = ["<s>", "\u2581hello", "\u2581w", "or", "ld", "\u2581", "<0xC3>", "<0xA9>"]
     assert tokenizer.convert_ids_to_tokens(ids) == spelled
