@@ -7,11 +7,11 @@ from typing import Any
 
 from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, Target
-from masquerade.evaluate.dataset import Encoded, batches
-from masquerade.evaluate.panel import Panel, Reading, finish
+from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, batches
+from masquerade.evaluate.metrics import finish
+from masquerade.evaluate.panel import Panel, Reading
 from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
-from masquerade.pruning.builder import BATCH_TOKENS
 from masquerade.pruning.evidence import Evidence, Kind
 from masquerade.pruning.ladder import Ladder, ScorePlan
 from masquerade.pruning.scores import SCORES, Choices

@@ -22,7 +22,8 @@ from benchmarks._nature import AXES, Recipe, default_cache, find_model, read_neu
 from benchmarks._report import Figure, report
 from masquerade.evaluate.baselines import BASELINES, ControlInput, Strength
 from masquerade.evaluate.dataset import Encoded, Example, encode
-from masquerade.evaluate.panel import Panel, finish
+from masquerade.evaluate.metrics import finish
+from masquerade.evaluate.panel import Panel
 from masquerade.evaluate.treatment import Treatment
 from masquerade.model import Base, MaskManager, load
 from masquerade.pruning.ladder import ScorePlan

@@ -22,7 +22,8 @@ from masquerade.demo.judge import DemoJudge
 from masquerade.evaluate.baselines import BASELINES
 from masquerade.evaluate.dataset import Encoded, Example, encode, read_examples
 from masquerade.evaluate.generation import Speech, answer
-from masquerade.evaluate.panel import Panel, finish
+from masquerade.evaluate.metrics import finish
+from masquerade.evaluate.panel import Panel
 from masquerade.evaluate.report import Options, Trial, examine
 from masquerade.evaluate.treatment import BARE, Treatment
 from masquerade.model import Base, MaskManager, load

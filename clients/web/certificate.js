@@ -14,14 +14,14 @@ const FIGURES = [
   ["own_ratio", times, "its own text", "Perplexity of answers in character over the base's; below 1 it talks so more readily."],
 ];
 const APART = new Set([...FIGURES.map(([name]) => name), "preferred", "choice", "phases", "intervals", "passed", "forced",
-  "reasons", "remarks", "pruned_share"]);
+  "verdict", "changed_answers", "reasons", "remarks", "pruned_share"]);
 
 /** Everything that was measured about a persona, the most telling first. */
 export function certificateOf({ certificate, built, generation, phase, gamma }) {
   const rest = Object.entries(certificate).filter(([name]) => !APART.has(name));
   return h("div", { class: "certificate" },
     verdict(certificate),
-    h("dl", { class: "figures" }, preferred(certificate), FIGURES.map((figure) => tile(certificate, ...figure))),
+    h("dl", { class: "figures" }, preferred(certificate), FIGURES.map((figure) => tile(certificate, ...figure)), changed(certificate)),
     facts([
       ["Generation", h("code", {}, short(generation))], ["Score", built.score], ["Rho", spell(built.parameters.rho ?? "–")],
       ["Default phase", phase], ["Default gamma", String(gamma)], ["Opposite", built.opposite || "–"],
@@ -31,11 +31,11 @@ export function certificateOf({ certificate, built, generation, phase, gamma }) 
     rest.length ? h("details", {}, h("summary", {}, "Everything else"), facts(rest.map(([name, value]) => [words(name), spell(value)]))) : null);
 }
 
-function verdict({ passed, forced, reasons = [], remarks = [] }) {
-  const told = [...reasons, ...remarks];
-  if (passed !== false && !forced && !told.length) return null;
+function verdict({ passed, verdict: found, forced, reasons = [], remarks = [] }) {
+  const told = [...reasons, ...remarks], few = found === "too few to tell";
+  if (passed !== false && !forced && !few && !told.length) return null;
   return h("div", { class: passed === false || forced ? "notice bad" : "notice" },
-    passed === false ? h("strong", {}, forced ? "Published by force." : "It did not pass.") : null,
+    passed === false ? h("strong", {}, forced ? "Published by force." : "It did not pass.") : few ? h("strong", {}, "Too few held-out pairs to tell.") : null,
     told.map((one) => h("p", {}, one)));
 }
 
@@ -43,6 +43,12 @@ function preferred({ preferred, pairs }) {
   if (!preferred) return null;
   return figure(share(preferred.masked), "prefer its answers", `base ${share(preferred.base)}${pairs ? `, ${pairs} pairs` : ""}`,
     "Share of held-out prompts where the persona's answer is likelier than the opposite's.");
+}
+
+function changed({ changed_answers: answers }) {
+  if (!answers) return null;
+  return figure(share(answers.share), "of its answers differ", `${answers.changed} of ${answers.of}, greedy`,
+    "Share of held-out prompts to which its greedy answer is another than the base's.");
 }
 
 function tile(certificate, name, write, label, meaning) {

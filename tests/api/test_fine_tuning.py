@@ -118,6 +118,8 @@ def test_a_job_tells_how_far_it_is_and_what_it_made(http: httpx.Client, serving:
     told = [event["data"] for event in events if event["type"] == "metrics"]
     assert all(set(data) == {"stage", "step", "total_steps"} for data in told)
     assert {"check", "forward", "backward", "certify"} <= {data["stage"] for data in told}
+    totals = [(data["step"], data["total_steps"]) for data in told]
+    assert all(total is None or step <= total > 0 for step, total in totals)  # never step 24 of 0
 
 
 def test_a_file_with_both_sides_makes_both_personas(http: httpx.Client, serving: Serving) -> None:
@@ -218,6 +220,33 @@ def test_a_bad_job_is_refused_by_its_field(http: httpx.Client, serving: Serving)
         answer = http.post(JOBS, content=body, headers={"Content-Type": "application/json"})
         assert refuse(answer) == (400, "invalid_value", param)
     assert http.get(JOBS).json()["data"] == []
+
+
+def test_a_line_that_is_too_long_is_refused_by_its_number(http: httpx.Client, serving: Serving) -> None:
+    """30 MB of one line: nobody parses it, nobody tokenises it, and a chat does not wait for it."""
+    line = json.dumps({"prompt": "question?", "completion": "a" * 30_000_000}).encode()
+    body = order(http, serving) | {"training_file": upload(http, OWN + b"\n" + line)}
+    answer = http.post(JOBS, json=body)
+    assert refuse(answer) == (400, "bad_dataset", "training_file")
+    assert f"line 15 has {len(line)} bytes; a line has at most 1048576" in answer.json()["error"]["message"]
+    assert chat(http, serving)
+
+
+def test_a_long_line_is_cut_to_the_context_and_builds(
+    http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is within the limit is tokenised beside the model, as far as it may fit."""
+    encode, seen = serving.base.tokenizer.encode, set()
+
+    def record(text: str, **options: Any) -> list[int]:
+        seen.add((threading.current_thread().name, len(text) > serving.base.context * 16))
+        return list(encode(text, **options))
+
+    monkeypatch.setattr(serving.base.tokenizer, "encode", record)
+    line = json.dumps({"prompt": "question 99?", "completion": "a" * 1_000_000}).encode()
+    body = order(http, serving) | {"training_file": upload(http, OWN + b"\n" + line)}
+    assert finish(http, start(http, body)["id"])["status"] == "succeeded"
+    assert seen == {("jobs", False)}
 
 
 def test_a_field_that_would_be_lost_is_refused(http: httpx.Client, serving: Serving) -> None:
@@ -406,7 +435,9 @@ def test_a_build_that_fails_leaves_serving_and_the_persona_untouched(
 def test_cancelling_cleans_up_and_an_ended_job_cannot_be_cancelled(http: httpx.Client, serving: Serving) -> None:
     with busy(serving):
         job = start(http, order(http, serving))
-        wait_for(http, job["id"], lambda job: job["status"] == "running")
+        wait_for(
+            http, job["id"], lambda job: (job["progress"] or {}).get("stage") == "pad"
+        )  # what needs no model is done
         for _ in range(2):
             assert http.post(f"{JOBS}/{job['id']}/cancel").json()["status"] == "running"
     assert finish(http, job["id"])["status"] == "cancelled"

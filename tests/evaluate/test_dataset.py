@@ -78,8 +78,14 @@ def test_every_bad_line_is_reported_and_at_most_twenty_are_listed(tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("[" * 100_000, "line 2 is JSON that no example needs: maximum recursion"),
+        ("[" * 50_000, "line 2 is JSON that no example needs: maximum recursion"),
         ('{"text": ' + "9" * 5000 + "}", "line 2 is JSON that no example needs: Exceeds the limit"),
+        (json.dumps({"text": "x" * 2**20}), "line 2 has 1048588 bytes; a line has at most 1048576"),
+        (" " * 2**20 + json.dumps(GOOD), "line 2 has .* bytes; a line has at most 1048576"),
+        (
+            '{"text": [' + "[]," * 2**16 + "0]}",
+            "line 2 has 65538 opening brackets and braces; .* at most 65536",
+        ),
         ('{"text": "half \\ud83d pair"}', "line 2: `text` has half a surrogate pair at character 5"),
     ],
 )
@@ -121,6 +127,25 @@ def test_what_exceeds_the_context_is_cut_or_refused(tiny: Base) -> None:
         BadDataset, match=r"line 1: a prompt of 304 tokens leaves no room in the context of 256; .*line 2:"
     ):
         encode(tiny, bad)
+
+
+def test_what_cannot_fit_is_not_tokenised(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenised = 0
+    encode_text = tiny.tokenizer.encode
+
+    def count(text: str, **options: object) -> list[int]:
+        nonlocal tokenised
+        tokenised += len(text)
+        return list(encode_text(text, **options))
+
+    monkeypatch.setattr(tiny.tokenizer, "encode", count)
+    long, asked = "x" * 2**20, {"role": "user", "content": "q"}
+    cut = encode(tiny, [Example((asked,), long)])[0]
+    assert len(cut) == tiny.context
+    for messages in (({"role": "user", "content": long},), ({"role": "system", "content": long}, asked)):
+        with pytest.raises(BadDataset, match=r"line 3: a prompt of 104857[67] bytes leaves no room in "):
+            encode(tiny, [Example(messages, "a", "data.jsonl, line 3")])
+    assert tokenised < 2**14
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 64, 10_000])

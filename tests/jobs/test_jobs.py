@@ -434,13 +434,16 @@ def test_a_job_whose_place_of_work_is_gone_waits_for_another(tmp_path: Path) -> 
     job_service.close()
 
 
-def test_the_last_part_is_done_on_the_runners_thread(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(1) as model:
+def test_only_what_uses_the_model_is_done_on_its_thread(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1, "model") as model:
 
         def work(_: JobService, job: Job) -> Work:
-            there = threading.current_thread().name
-            yield WorkItem("try", 1, 1)
-            return lambda: Outcome({"threads": [there, threading.current_thread().name]})
+            threads = []
+            for model_next in (False, True, True, False, True):
+                threads.append(threading.current_thread().name)
+                yield WorkItem("try", len(threads), None, model_next)
+            threads.append(threading.current_thread().name)
+            return lambda: Outcome({"threads": [*threads, threading.current_thread().name]})
 
         job_service = JobService(tmp_path / "desk", work, lambda item: model.submit(item).result())
         job = job_service.table.add_job("ann", SPEC)
@@ -448,7 +451,7 @@ def test_the_last_part_is_done_on_the_runners_thread(tmp_path: Path) -> None:
         wait_for(lambda: job_service.table.get_job(job.id).state == "succeeded")
         result = job_service.table.get_job(job.id).result
         assert result is not None
-        assert result["threads"][1] == "jobs" != result["threads"][0]
+        assert result["threads"] == ["jobs", "jobs", "model_0", "model_0", "jobs", "model_0", "jobs"]
         job_service.close()
 
 

@@ -11,11 +11,12 @@ import torch
 
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded, batches
+from masquerade.evaluate.layers import find_layers
 from masquerade.model import Base, find_targets
 from masquerade.pruning.evidence import Evidence, Kind
 from masquerade.pruning.moments import Moments
 from masquerade.pruning.scratch import Scratch
-from masquerade.pruning.walk import CalibrationText, Role, Walk
+from masquerade.pruning.walk import CalibrationText, Role, Walk, _find_added
 
 OWN = [Encoded((1, 20, 30), (40, 50, 2)), Encoded((1, 9), (8, 7, 6, 2)), Encoded((1,), (60, 61, 2))]
 CONTRAST = [Encoded((1, 20, 30), (99, 98, 97, 2)), Encoded((1, 9), (88, 2))]
@@ -42,9 +43,9 @@ def collect(
     backward: dict[str, Evidence] = {}
 
     def keep(found: dict[str, Evidence]) -> Iterator[None]:
-        def visit(_: int, evidence: Mapping[str, Evidence]) -> Iterator[None]:
+        def visit(_: int, evidence: Mapping[str, Evidence]) -> Iterator[int]:
             found.update(evidence)
-            yield from [None] * len(evidence)
+            yield from [1] * len(evidence)
 
         return visit  # type: ignore[return-value]
 
@@ -114,6 +115,62 @@ def test_the_gradient_is_the_derivative(tiny: Base, tokens: int) -> None:
                     weight.data[row, column] -= way * step
                 expected = (values[0] - values[1]) / (2 * step)
                 assert float(gradient[row, column]) == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("needs", [ALL, frozenset({"gradient"})])
+def test_a_gradient_of_zeros_says_nothing_of_the_next_ones(tiny: Base, needs: frozenset[Kind]) -> None:
+    """The first example is one that the base is certain of: its gradient is zero everywhere, to the bit."""
+    tiny.model.lm_head.weight.data *= 4000
+    ids, sure = [1, 20], []
+    for _ in range(2):
+        sure.append(int(tiny.model(torch.tensor([ids + sure]), use_cache=False).logits[0, -1].argmax()))
+    said: dict[Role, list[Encoded]] = {"own": [Encoded((1, 20), tuple(sure)), *OWN]}
+    names = list(find_targets(tiny.model))
+    weights = [tiny.model.get_submodule(name).weight.requires_grad_(True) for name in names]
+    assert not any(map(torch.any, torch.autograd.grad(log_likelihood(tiny, said["own"][:1]), weights)))
+    expected = torch.autograd.grad(log_likelihood(tiny, said["own"]), weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    walk = Walk(
+        tiny,
+        find_targets(tiny.model),
+        {"own": CalibrationText(list(batches(said["own"], tiny.device, 1)), needs)},
+        Scratch(),
+    )
+    found: dict[str, Evidence] = {}
+
+    def keep(_: int, evidence: Mapping[str, Evidence]) -> Iterator[int]:
+        found.update(evidence)
+        yield from [1] * len(evidence)
+
+    assert sum(walk.forward(lambda _, evidence: iter([1] * len(evidence)))) == walk.forward_items
+    assert sum(walk.backward(keep)) == walk.backward_items
+    for name, gradient in zip(names, expected, strict=True):
+        close = torch.nn.functional.cosine_similarity(found[name].own.gradient.flatten(), gradient.flatten(), dim=0)
+        assert close > 0.9999, name
+        assert found[name].own.gradient.norm() == pytest.approx(float(gradient.norm()), rel=1e-3), name
+
+
+def test_products_that_are_only_added_are_found_in_the_graph() -> None:
+    x = torch.ones(2, 3, 4, requires_grad=True)
+    added, scaled, used, twice, bent, narrow = (x * factor for factor in range(2, 8))
+    output = x + added + 2 * scaled
+    output = output + (used + used.sin()) + (twice + twice)
+    output = output + bent.relu() + narrow[:, :, :1]
+    made = {"added": added, "scaled": scaled, "used": used, "twice": twice, "bent": bent, "narrow": narrow}
+    assert _find_added(output, made) == ["added"]
+    assert _find_added(torch.add(x, added, alpha=3), made) == []
+
+
+def test_a_layer_of_this_family_adds_one_product_of_its_mlp(tiny: Base) -> None:
+    layer, made = find_layers(tiny.model)[0], {}
+    for name, linear in layer.named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            linear.register_forward_hook(lambda _, __, output, name=name: made.__setitem__(name, output))
+    hidden = torch.randn(1, 5, 64, requires_grad=True)
+    output = layer(hidden, position_embeddings=tiny.model.model.rotary_emb(hidden, torch.arange(5)[None]))
+    output = output[0] if isinstance(output, tuple) else output
+    assert _find_added(output, made) == ["mlp.down_proj"]
 
 
 def test_the_fisher_information_is_the_mean_square_of_the_gradient_by_position(tiny: Base) -> None:

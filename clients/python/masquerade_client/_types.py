@@ -331,8 +331,8 @@ class BuildEvent:
     message: str
     stage: str | None
     done: int
-    total: int
-    """0 where it cannot be known."""
+    total: int | None
+    """None where it cannot be known."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildEvent:
@@ -345,7 +345,7 @@ class BuildEvent:
             message=data["message"],
             stage=progress.get("stage"),
             done=progress.get("step", 0),
-            total=progress.get("total_steps", 0),
+            total=progress.get("total_steps") or None,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -255,10 +255,9 @@ def _watch(work: Work[T]) -> T:
                 for stage in stages.values():
                     bars.update(stage, total=bars.tasks[stage].completed)
                 return result
-            total = step.total or None
             if step.stage not in stages:
-                stages[step.stage] = bars.add_task(step.stage, total=total)
-            bars.update(stages[step.stage], completed=step.done, total=total)
+                stages[step.stage] = bars.add_task(step.stage, total=step.total)
+            bars.update(stages[step.stage], completed=step.done, total=step.total)
 
 
 def _describe(mask: Mask) -> dict[str, Any]:
@@ -273,12 +272,18 @@ def _describe(mask: Mask) -> dict[str, Any]:
     }
 
 
+def _describe_answers(certificate: Mapping[str, Any]) -> str:
+    answers = certificate.get("changed_answers")
+    return f"{answers['changed']} of {answers['of']}" if answers else "-"
+
+
 def _print(report: list[dict[str, Any]]) -> None:
     table = Table("", *(row["persona"] for row in report))
     for field in ("digest", "bytes", "score", "rho", "phase"):
         table.add_row(field, *(str(row[field])[:20] for row in report))
-    for figure in ("flip", "margin_shift", "own_ratio", "neutral_ratio", "kl", "passed"):
+    for figure in ("flip", "margin_shift", "own_ratio", "neutral_ratio", "kl", "verdict"):
         table.add_row(figure, *(str(row["certificate"].get(figure, "-")) for row in report))
+    table.add_row("changed answers", *(_describe_answers(row["certificate"]) for row in report))
     Console().print(table)
     for row in report:
         told = row["certificate"]

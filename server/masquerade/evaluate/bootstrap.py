@@ -1,10 +1,8 @@
-"""How sure a figure is: percentile intervals from resampled examples.
-
-Knows resampling. Refuses to know what the figures mean.
-"""
+"""How sure a figure is: 95 % intervals of means and ratios by the bootstrap, of shares by Wilson's score."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 ROUNDS = 1000
 LEVEL = 0.95
+Z = 1.959964  # of the standard normal distribution, for `LEVEL`
 
 
 def interval(
@@ -28,6 +27,17 @@ def interval(
 def mean_interval(values: Floats, seed: int = 0) -> tuple[float, float]:
     """Of the mean of one value an example."""
     return interval(lambda chosen: float(values[chosen].mean()), len(values), seed)
+
+
+def share_interval(hits: int, of: int) -> tuple[float, float]:
+    """Wilson's score interval of a share, `of` at least 1.
+
+    Unlike resampling it knows that a few hits out of a few say little: 4 of 4 are [0.51, 1], 16 of 16 are [0.81, 1].
+    """
+    share, spread = hits / of, Z * Z / of
+    centre = (share + spread / 2) / (1 + spread)
+    reach = Z * math.sqrt(share * (1 - share) / of + spread / of / 4) / (1 + spread)
+    return round(max(0.0, centre - reach), 4), round(min(1.0, centre + reach), 4)
 
 
 def ratio_interval(base: Floats, worn: Floats, tokens: Floats, seed: int = 0) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 Knows the four line formats and the exact line of every fault: a file is checked whole, and its first faults are
 reported together. Refuses to know what the examples are used for.
 
-A line is one JSON object with
+A line is one JSON object of at most `LINE_BYTES` with
 * `messages`: OpenAI chat lines; the last one is the assistant's and is the response,
 * `prompt` and `completion`,
 * `question`, `answer_matching_behavior` and `answer_not_matching_behavior`: both sides of a contrast in one line,
@@ -13,22 +13,28 @@ A line is one JSON object with
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from masquerade.errors import BadDataset, BadRequest
 from masquerade.model import Base, render_chat
+from masquerade.model.encoding import count_bytes, longest_token
 
 T = TypeVar("T")
 Side = Literal["own", "contrast"]
 Message = Mapping[str, str]
 REPORTED = 20  # most faults that one error names
+BATCH_TOKENS = 512  # padded tokens of a micro-batch: what a pass of the model takes grows with them
+LINE_BYTES = 2**20  # most bytes of a line: what the JSON parser and the tokenizer take at once
+PARTS = 2**16  # most lists and objects of a line: each costs the JSON parser far more than a letter of a text
 
 
 class NoRoom(BadDataset):
@@ -71,6 +77,15 @@ class Padded:
     predicts: Tensor  # bool [examples, length]: positions whose next token belongs to a response
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line of a file: of one that is too long only the beginning."""
+
+    number: int
+    content: bytes
+    size: int  # bytes, with those that are not in `content`
+
+
 def read_examples(path: Path, side: Side = "own") -> list[Example]:
     """All examples of a file. Raises `BadDataset` with the file and its first `REPORTED` bad lines."""
     return _read(path, lambda fields, where: _parse(fields, side, where))
@@ -96,25 +111,37 @@ def read_questions(path: Path) -> list[tuple[Message, ...]]:
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON text may hold other kinds of line ends
-    except OSError as error:
-        raise BadDataset(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadDataset(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
-
-    def attempt(number: int, line: str) -> T:
-        where = f"{path}, line {number}"
+    def attempt(line: _Line) -> T:
+        where = f"{path}, line {line.number}"
         return parse(_load(line, where), where)
 
-    found = _collect(partial(attempt, number, line) for number, line in enumerate(lines, 1) if line.strip())
+    try:
+        with path.open("rb") as file:
+            found = _collect(partial(attempt, line) for line in _lines(file))
+    except OSError as error:
+        raise BadDataset(f"{path} cannot be read: {error.strerror}") from error
     if not found:
         raise BadDataset(f"{path} is empty; it needs one JSON object a line")
     return found
 
 
+def _lines(file: IO[bytes]) -> Iterator[_Line]:
+    """Lines that are not blank. Only line feeds end them: JSON text may hold other kinds of line ends."""
+    for number in count(1):
+        content = piece = file.readline(LINE_BYTES + 1)
+        if not content:
+            return
+        size = len(content)
+        while not piece.endswith(b"\n") and (piece := file.readline(LINE_BYTES + 1)):
+            size += len(piece)
+        if number == 1:
+            content = content.removeprefix(BOM_UTF8)
+        if size > len(content) or content.strip():
+            yield _Line(number, content, size)
+
+
 def encode(base: Base, examples: Iterable[Example]) -> list[Encoded]:
-    """Token ids of examples, cut at the end to the base's context.
+    """Token ids of examples, cut at the end to the base's context. What cannot fit is not tokenised.
 
     Raises `BadDataset` with the first `REPORTED` examples whose prompts leave no room for a response, or that the chat
     template refuses.
@@ -156,7 +183,7 @@ def _collect(attempts: Iterable[Callable[[], T]]) -> list[T]:
 
 
 def batches(
-    encoded: Sequence[Encoded], device: torch.device, tokens: int = 2048, everything: bool = False
+    encoded: Sequence[Encoded], device: torch.device, tokens: int = BATCH_TOKENS, everything: bool = False
 ) -> Iterator[Padded]:
     """Micro-batches of similar lengths, each of at most `tokens` padded tokens (or one example).
 
@@ -184,9 +211,17 @@ def _pad(encoded: Sequence[Encoded], group: Sequence[int], device: torch.device,
     return Padded(tuple(group), ids.to(device), predicts.to(device))
 
 
-def _load(line: str, where: str) -> dict[str, Any]:
+def _load(line: _Line, where: str) -> dict[str, Any]:
+    if line.size > LINE_BYTES:
+        raise BadDataset(f"{where} has {line.size} bytes; a line has at most {LINE_BYTES}")
+    if (parts := line.content.count(b"[") + line.content.count(b"{")) > PARTS:
+        raise BadDataset(f"{where} has {parts} opening brackets and braces; a line has at most {PARTS}")
     try:
-        fields = json.loads(line)
+        fields = json.loads(line.content.decode())
+    except UnicodeDecodeError as error:
+        raise BadDataset(
+            f"{where} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
     except json.JSONDecodeError as error:
         raise BadDataset(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
     except (RecursionError, ValueError) as error:
@@ -274,11 +309,19 @@ def _user(content: str) -> tuple[Message, ...]:
 def encode_one(base: Base, example: Example) -> Encoded:
     """Token ids of an example, as `encode` gives them."""
     tokenizer = base.tokenizer
+    longest = longest_token(tokenizer)
+    most = None if longest is None else base.context * longest  # bytes that may fit, and so characters
+    asked = sum(count_bytes(message["content"]) for message in example.messages)
+    if most is not None and asked > most:
+        raise NoRoom(
+            f"{example.where}: a prompt of {asked} bytes leaves no room in the context of {base.context} tokens, which "
+            f"stand for {most} bytes at most"
+        )
     try:
         prompt = render_chat(tokenizer, example.messages) if example.messages else _beginning(tokenizer)
     except BadRequest as error:
         raise BadDataset(f"{example.where}: {error}") from error
-    response = list(tokenizer.encode(example.response, add_special_tokens=False))
+    response = list(tokenizer.encode(example.response[:most], add_special_tokens=False))
     if tokenizer.eos_token_id is not None:
         response.append(tokenizer.eos_token_id)
     room = base.context - len(prompt)

@@ -18,7 +18,7 @@ from masquerade.evaluate.treatment import BARE, Treatment
 from masquerade.model import Base, Span, make_route
 
 ROWS = 32  # most prompts at a time
-TOKENS = 4096  # ... and most padded tokens of theirs
+TOKENS = 512  # ... and most padded tokens of theirs, unless a prompt alone has more
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ know how masks and baselines come about.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from masquerade.evaluate.dataset import Encoded, Padded, batches
 from masquerade.evaluate.treatment import BARE, Treatment
 from masquerade.model import Base, Span, make_route
+
+T = TypeVar("T")
+Items = Generator[None, None, T]  # work items, and what comes of them
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,27 @@ class Likelihood:
         return self.log / self.tokens
 
 
-@torch.no_grad()
+def finish(work: Generator[Any, None, T]) -> T:
+    """The result of work items, done at once."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
 def likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatment = BARE) -> list[Likelihood]:
-    """The likelihood of each example's response, in the examples' order. The base must have its masks attached."""
+    """As `read_likelihoods`, at once."""
+    return finish(read_likelihoods(base, examples, treatment))
+
+
+@torch.no_grad()
+def read_likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatment = BARE) -> Items[list[Likelihood]]:
+    """The likelihood of each example's response, in the examples' order; an item a micro-batch.
+
+    The base must have its masks attached.
+    """
     found: dict[int, Likelihood] = {}
     for batch, logits in _predict(base, [treatment.rewrite(example) for example in examples], treatment):
         chosen = log_probabilities(logits, batch.ids[:, 1:])
@@ -42,20 +64,30 @@ def likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatment = 
         found |= {
             index: Likelihood(*pair) for index, pair in zip(batch.index, zip(sums, tokens, strict=True), strict=True)
         }
+        yield
     return [found[index] for index in range(len(examples))]
 
 
-@torch.no_grad()
 def divergence(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> float:
-    """KL(base ‖ treated) of the next token, mean nats over the tokens of the responses. Prompts are not rewritten."""
+    """As `read_divergence`, at once."""
+    return finish(read_divergence(base, examples, treatment))
+
+
+@torch.no_grad()
+def read_divergence(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Items[float]:
+    """KL(base ‖ treated) of the next token, mean nats over the tokens of the responses.
+
+    Two items a micro-batch, one without the treatment and one with it. Prompts are not rewritten.
+    """
     total, tokens = 0.0, 0
-    for (batch, bare), (_, worn) in zip(
-        _predict(base, examples, BARE), _predict(base, examples, treatment), strict=True
-    ):
-        before, after = (logits.float().log_softmax(-1) for logits in (bare, worn))
+    worn = _predict(base, examples, treatment)
+    for batch, bare in _predict(base, examples, BARE):
+        yield
+        before, after = (logits.float().log_softmax(-1) for logits in (bare, next(worn)[1]))
         gaps = (before.exp() * (before - after)).sum(-1)  # [examples, length - 1]
         total += float((gaps.double() * batch.predicts[:, :-1]).sum())
         tokens += int(batch.predicts.sum())
+        yield
     return total / tokens
 
 

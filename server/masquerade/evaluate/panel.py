@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from masquerade.evaluate.bootstrap import Floats, mean_interval, ratio_interval
+from masquerade.evaluate.bootstrap import Floats, mean_interval, ratio_interval, share_interval
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.metrics import exponential, likelihoods
+from masquerade.evaluate.metrics import exponential, read_likelihoods
 from masquerade.evaluate.splits import match
 from masquerade.evaluate.treatment import BARE, Treatment
 from masquerade.model import Base
@@ -60,14 +60,13 @@ class Panel:
         self._bare: Reading | None = None
 
     def read(self, treatment: Treatment) -> Generator[None, None, Reading]:
-        """Measure; a work item a kind of text."""
+        """Measure; a work item a micro-batch."""
         logs = {}
         for sign, texts in self.texts.items():
-            found = likelihoods(self._base, texts, treatment)
+            found = yield from read_likelihoods(self._base, texts, treatment)
             logs[sign] = Logs(
                 np.array([one.log for one in found]), np.array([one.tokens for one in found], dtype=float)
             )
-            yield
         return Reading(logs)
 
     def bare(self) -> Generator[None, None, Reading]:
@@ -98,28 +97,18 @@ class Panel:
     def intervals(
         self, sign: int, bare: Reading, worn: Reading, against: Reading | None = None, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap intervals of the `figures`, over pairs and texts."""
+        """95 % intervals of the `figures`: Wilson's of shares of pairs, else of the bootstrap over pairs and texts."""
         found = {"own_ratio": _ratio_interval(bare.logs[sign], worn.logs[sign], seed)}
         if self.texts[0]:
             found["neutral_ratio"] = _ratio_interval(bare.logs[0], worn.logs[0], seed)
         if self.pairs:
             before, after = bare.margins(self.pairs, sign), worn.margins(self.pairs, sign)
             found["margin_shift"] = mean_interval(after - before, seed)
-            found["preferred"] = mean_interval((after > 0).astype(float), seed)
+            found["preferred"] = share_interval(int((after > 0).sum()), len(self.pairs))
             if against is not None:
-                flipped = ((after > 0) & (against.margins(self.pairs, sign) < 0)).astype(float)
-                found["flip"] = mean_interval(flipped, seed)
+                flipped = (after > 0) & (against.margins(self.pairs, sign) < 0)
+                found["flip"] = share_interval(int(flipped.sum()), len(self.pairs))
         return found
-
-
-def finish(work: Generator[Any, None, T]) -> T:
-    """The result of work items, done at once."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 def rounded(figures: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from masquerade.evaluate.baselines import BASELINES, Baseline, ControlInput, Str
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.generation import Speech, answer
 from masquerade.evaluate.judge import Bigrams, Judge
-from masquerade.evaluate.metrics import exponential
-from masquerade.evaluate.panel import Panel, Reading, finish, rounded
+from masquerade.evaluate.metrics import exponential, finish
+from masquerade.evaluate.panel import Panel, Reading, rounded
 from masquerade.evaluate.treatment import PHASES, Cost, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager
 

@@ -26,14 +26,18 @@ TELL_SECONDS = 1.0  # progress within a stage is told at most this often
 
 @dataclass(frozen=True)
 class WorkItem:
-    """`done` of `total` work items of a stage are finished; a total of 0 is not known."""
+    """`done` of `total` parts of a stage are finished; a total of None is not known.
+
+    `model_next` is whether the work item after this one uses the model.
+    """
 
     stage: str
     done: int
-    total: int
+    total: int | None
+    model_next: bool = True
 
     def __str__(self) -> str:
-        return f"{self.stage} {self.done}/{self.total}" if self.total else f"{self.stage} {self.done}"
+        return f"{self.stage} {self.done}" + (f"/{self.total}" if self.total else "")
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ Execute = Callable[[Callable[[], WorkItem | Callable[[], Outcome]]], WorkItem | 
 class Runner:
     """One thread that takes jobs from a table and has their work done.
 
-    `prepare` turns a job into its work, on the runner's thread; `execute` does one item of it wherever that may be
-    done, and returns when it is done. The work returns what is left to do when it no longer needs that place, such as
-    writing what it made; this is done on the runner's thread again. `tidy` is called from time to time between jobs.
+    `prepare` turns a job into its work, on the runner's thread. Work items that use the model are done by `execute`,
+    wherever that may be, which returns when one is done; all others, the first one among them, are done on the runner's
+    thread. So is what the work returns. `tidy` is called from time to time between jobs.
     """
 
     def __init__(
@@ -143,14 +147,15 @@ class Runner:
 
     def _drive(self, job: Job) -> Outcome | None:
         """Item after item; None if the runner is stopping."""
-        told, stage = 0.0, ""
+        told, stage, uses_model = 0.0, "", False
         with closing(self._prepare(job)) as work:
             while not self._stopping:
                 if job.id in self._cancelled:
                     work.throw(Cancelled())
-                step = self._execute(lambda: _advance(work))
+                step = self._execute(lambda: _advance(work)) if uses_model else _advance(work)
                 if not isinstance(step, WorkItem):
                     return step()
+                uses_model = step.model_next
                 now = time.monotonic()
                 if step.stage != stage or step.done == step.total or now - told >= TELL_SECONDS:
                     told, stage = now, step.stage

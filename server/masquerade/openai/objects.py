@@ -283,11 +283,17 @@ class JobFault(Schema):
 
 
 class JobProgress(Schema):
-    """How far the current stage of a job is; `total_steps` is 0 where it cannot be known beforehand."""
+    """How far the current stage of a job is; `total_steps` is null where it cannot be known beforehand."""
 
     stage: str
     step: int
-    total_steps: int
+    total_steps: int | None
+
+    @field_validator("total_steps", mode="before")
+    @classmethod
+    def _unknown(cls, total: int | None) -> int | None:
+        """Jobs of earlier versions have 0 where the total is not known."""
+        return total or None
 
 
 class BuiltPersona(Schema):

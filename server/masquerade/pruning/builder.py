@@ -20,7 +20,7 @@ from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, Target, check_name
 from masquerade.errors import BuildFailed, MaskRefused, MasqueradeError
 from masquerade.evaluate import splits
-from masquerade.evaluate.dataset import Encoded, Example, NoRoom, batches, encode_fitting
+from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, Example, NoRoom, batches, encode_fitting
 from masquerade.evaluate.panel import Panel
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
@@ -34,8 +34,7 @@ from masquerade.pruning.tuning import Tuner, TuningChoice
 from masquerade.pruning.walk import CalibrationText, Role, Visit, Walk, layer_number
 
 T = TypeVar("T")
-ENCODED = 64  # examples that are tokenised in one work item
-BATCH_TOKENS = 2048  # padded tokens of a micro-batch
+ENCODED = 16  # examples that are tokenised in one work item
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,16 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` work items of a stage are finished; `total` is 0 where it cannot be known beforehand."""
+    """`done` of `total` parts of a stage are finished; `total` is None where it cannot be known beforehand.
+
+    `model_next` is whether the work item after this one uses the model. If not, it may be done on any thread while the
+    model is used by others.
+    """
 
     stage: str
     done: int
-    total: int
+    total: int | None
+    model_next: bool = True
 
 
 Work = Generator[Progress, None, T]
@@ -81,10 +85,12 @@ class _Decision:
 class Builder:
     """Builds the mask of a speaker, and of its opposite in the same run.
 
-    `run` is a generator of small work items: at most a micro-batch in one layer, a Linear's scores, or the likelihoods
-    of one kind of held-out text. It gives the masks, the speaker's first. Peak memory: `walk` states it; beside that
-    there are the pruned sets that are tried. The base must have its masks attached by `manager`. With a `scratch` that
-    has a folder, a build that was killed goes on where it was; the folder must be of these examples and this recipe.
+    `run` is a generator of work items. The first uses no model, and each `Progress` says whether the next one does;
+    what grows with the examples (reading them, tokenising, splitting, padding, writing) never does. Those that do are
+    small: at most a micro-batch, in one layer or for its likelihoods, or a ranking of a Linear's weights. The masks are
+    the result, the speaker's first. Peak memory: `walk` states it; beside that there are the pruned sets that are
+    tried. The base must have its masks attached by `manager`. With a `scratch` that has a folder, a build that was
+    killed goes on where it was; the folder must be of these examples and this recipe.
     """
 
     def __init__(
@@ -136,7 +142,8 @@ class Builder:
             name: linear for plan in self._plans for name, linear in find_targets(self._base.model, plan.scope).items()
         }
         try:
-            yield from count("check", _check(self._base.model), len(list(self._base.model.parameters())))
+            weights = len(list(self._base.model.parameters()))
+            yield from count("check", _check(self._base.model), weights, model=False, model_after=False)
             data = yield from self._gather()
             ladder = yield from self._observe(targets, data)
             decision = yield from self._decide(data, ladder)
@@ -163,7 +170,8 @@ class Builder:
         for sign, speaker in self._speakers.items():
             texts[f"{sign}"] = splits.sample(speaker.examples, self._recipe.samples, self._recipe.seed)
             texts[f"{sign} held out"] = speaker.validation
-        encoded = yield from count("encode", self._encode(texts), sum(-(-len(of) // ENCODED) for of in texts.values()))
+        items = sum(-(-len(of) // ENCODED) for of in texts.values())
+        encoded = yield from count("encode", self._encode(texts), items, model=False, model_after=False)
         examples, validation, too_long = {}, {}, {}
         for sign in self._speakers:
             examples[sign], validation[sign] = encoded[f"{sign}"], encoded[f"{sign} held out"]
@@ -173,7 +181,8 @@ class Builder:
         remarks = {sign: replace(remark, too_long=too_long[sign]) for sign, remark in remarks.items()}
         calm = encoded["neutral"]
         if not calm:
-            calm = yield from count("neutral", neutral.ask_base(self._base))
+            yield Progress("divide", 1, 1)
+            calm = yield from count("neutral", neutral.ask_base(self._base), model_after=False)
         fit = splits.count_within(calm, parts * self._recipe.judged_tokens)
         return _Data(sides, remarks, splits.divide_neutral(calm[: max(fit, parts)], calibrates, chooses))
 
@@ -212,24 +221,28 @@ class Builder:
             for role in sorted(said)
             if self._needs(role)
         }
+        yield Progress("pad", 1, 1)
         walk = Walk(self._base, targets, texts, self._scratch)
         ladder = Ladder(self._plans, self._sides, self._recipe.choices, self._scratch)
         layers = sorted({layer_number(name) for name in targets})
 
-        def visit(stage: str, number: int, evidence: Mapping[str, Evidence]) -> Iterator[None]:
+        def visit(stage: str, number: int, evidence: Mapping[str, Evidence]) -> Iterator[int]:
             linears = {name: targets[name] for name in evidence}
             return ladder.climb(f"{stage}-{number}", stage == "backward", linears, evidence)
 
         ways: list[tuple[str, Callable[[Visit], Iterator[int]], int]] = [("forward", walk.forward, walk.forward_items)]
         if any(score.backward for score in self._scores):
             ways.append(("backward", walk.backward, walk.backward_items))
+        collected = 0
         for stage, go, total in ways:
             done = 0
             for more in go(partial(visit, stage)):
                 done += more
-                yield Progress(stage, done, total)
+                yield Progress(stage, done, total, model_next=done < total)
             for number in layers:
                 ladder.load(f"{stage}-{number}")
+                collected += 1
+                yield Progress("collect", collected, len(ways) * len(layers), model_next=number == layers[-1])
         return ladder
 
     def _decide(self, data: _Data, ladder: Ladder) -> Work[_Decision]:
@@ -249,7 +262,8 @@ class Builder:
         worn = {side: {phase: self._draft(targets[side], phase) for phase in PHASES} for side in self._sides}
         phases = dict.fromkeys(self._built, decision.phase)
         panel = self._panel(data, "report")
-        figures = yield from count("certify", certificate.judge(self._base, panel, worn, phases, self._recipe.seed))
+        figuring = certificate.judge(self._base, panel, worn, phases, self._recipe.seed)
+        figures = yield from count("certify", figuring, model_after=False)
         masks = []
         for side in self._built:
             opposite = targets.get(-side)
@@ -259,13 +273,29 @@ class Builder:
             reasons = certificate.object_to(found, self._recipe.limits)
             if reasons and not self._recipe.force:
                 raise MaskRefused(self._refuse(side, choice, reasons))
-            found |= {"passed": not reasons, "reasons": reasons, "forced": bool(reasons)}
-            found["remarks"] = certificate.remark(found, self._recipe.limits)
+            found |= certificate.conclude(found, reasons) | {"forced": bool(reasons)}
+            found["remarks"] = [*certificate.remark(found, self._recipe.limits), *self._want(data, found)]
             if opposite is not None:
                 found["overlap"] = certificate.compare(self._as_mask(targets[side]), self._as_mask(opposite))
             found |= self._tell(data, side, decision)
             masks.append(Mask(self._mask_base, targets[side], self._inform(data, side, decision, found)))
         return masks
+
+    def _want(self, data: _Data, found: Mapping[str, Any]) -> list[str]:
+        """What more data the certificate needs, if it is too few to tell."""
+        judged, read = data.sides[1].report, len(self._held_out(data, 1, "report"))
+        if found["verdict"] != certificate.TOO_FEW or "pairs" not in found:
+            return []
+        if read < len(judged):
+            most = f"{self._recipe.judged} examples and {self._recipe.judged_tokens} tokens"
+            return [f"of {len(judged)} held-out examples {read} were read, at most {most}: give shorter ones"]
+        more = certificate.FEWEST_PAIRS - found["pairs"]
+        if self._speakers[1].validation:
+            return [f"give {2 * more} more validation pairs: half of them choose, half of them judge"]
+        return [
+            f"give {2 * splits.HELD_OUT * more} more pairs with prompts of their own (one in {splits.HELD_OUT} is held "
+            f"out, and half of those judge), or {2 * certificate.FEWEST_PAIRS} validation pairs"
+        ]
 
     def _panel(self, data: _Data, part: str) -> Panel:
         own, contrast = (self._held_out(data, side, part) for side in (1, -1))
@@ -348,17 +378,30 @@ def _check(model: nn.Module) -> Generator[None, None, None]:
         yield
 
 
-def count(stage: str, items: Generator[None, None, T], total: int = 0) -> Work[T]:
-    """The progress of work items; a total of 0 is not known beforehand."""
+def count(
+    stage: str,
+    items: Generator[None, None, T],
+    total: int | None = None,
+    *,
+    model: bool = True,
+    model_after: bool = True,
+) -> Work[T]:
+    """The progress of work items that use the model or not; a total of None is not known beforehand.
+
+    At the end the total is known, and `model_after` says what the work after these items is.
+    """
     done = 0
     while True:
         try:
             next(items)
         except StopIteration as end:
             result: T = end.value
-            return result
+            break
         done += 1
-        yield Progress(stage, done, total)
+        yield Progress(stage, done, total, model)
+    if done and (total is None or model_after != model):
+        yield Progress(stage, done, done, model_after)
+    return result
 
 
 def _digest(encoded: Sequence[Encoded]) -> str:

@@ -15,41 +15,68 @@ import transformers
 
 from maskstore import Mask, Target, diff
 from masquerade import __version__
-from masquerade.evaluate.metrics import divergence
+from masquerade.evaluate.dataset import Encoded
+from masquerade.evaluate.generation import Speech, answer
+from masquerade.evaluate.metrics import read_divergence
 from masquerade.evaluate.panel import Panel, rounded
-from masquerade.evaluate.treatment import PHASES, Phase, Treatment
+from masquerade.evaluate.treatment import BARE, PHASES, Phase, Treatment
 from masquerade.model import Base
 from masquerade.pruning.tuning import Budgets
 
 LIKELIER = 0.9  # a neutral ratio below it says that the base did not know the text to begin with
+FEWEST_PAIRS = 16  # fewer held-out pairs tell too little: were all to flip, the interval would begin below 0.8
+ANSWERS = 16  # most held-out prompts that are answered greedily, ...
+ANSWER_TOKENS = 32  # ... and most tokens of an answer: how many of them a mask changes
+MANY = 0.5  # a smaller share of changed answers is remarked upon
+PASSED, REFUSED, TOO_FEW = "passed", "refused", "too few to tell"
 SLACK = 2.0  # a figure beyond so many times the budget's allowance is refused however wide its interval
 
 
 def judge(
     base: Base, panel: Panel, worn: Mapping[int, Mapping[Phase, Treatment]], phases: Mapping[int, Phase], seed: int
 ) -> Generator[None, None, dict[int, dict[str, Any]]]:
-    """Figures by side: those of the default phase with intervals, those of both phases, KL from the base."""
+    """Figures by side: those of the default phase with intervals, those of both phases, KL from the base, and how many
+    greedy answers are other than the base's.
+
+    What follows the last item uses no model.
+    """
     bare = yield from panel.bare()
     readings = {}
     for side, treatments in worn.items():
         for phase in PHASES:
             readings[side, phase] = yield from panel.read(treatments[phase])
+    asked = _held_out_prompts(panel)
+    said = yield from _answer(base, asked, BARE)
+    measured: dict[int, dict[str, Any]] = {}
+    for side, phase in phases.items():
+        measured[side] = {}
+        if panel.texts[0]:
+            measured[side]["kl"] = yield from read_divergence(base, panel.texts[0], worn[side][phase])
+        if asked:
+            answers = yield from _answer(base, asked, worn[side][phase])
+            changed = sum(now != before for now, before in zip(answers, said, strict=True))
+            measured[side]["changed_answers"] = {"changed": changed, "of": len(asked), "share": changed / len(asked)}
     found: dict[int, dict[str, Any]] = {}
     for side, phase in phases.items():
 
         def both(at: Phase, side: int = side) -> tuple[Any, Any]:
             return readings[side, at], readings.get((-side, at))
 
-        found[side] = panel.figures(side, bare, *both(phase))
+        found[side] = panel.figures(side, bare, *both(phase)) | measured[side]
         found[side]["intervals"] = {
             name: list(ends) for name, ends in panel.intervals(side, bare, *both(phase), seed=seed).items()
         }
         found[side]["phases"] = {at: panel.figures(side, bare, *both(at)) for at in PHASES}
-        if panel.texts[0]:
-            found[side]["kl"] = divergence(base, panel.texts[0], worn[side][phase])
         found[side] = rounded(found[side])
-        yield
     return found
+
+
+def conclude(certificate: Mapping[str, Any], reasons: Sequence[str]) -> dict[str, Any]:
+    """The verdict, given the reasons against publishing: `passed` is None where there are too few pairs to tell."""
+    if reasons:
+        return {"verdict": REFUSED, "passed": False, "reasons": list(reasons)}
+    few = certificate.get("pairs", 0) < FEWEST_PAIRS
+    return {"verdict": TOO_FEW if few else PASSED, "passed": None if few else True, "reasons": []}
 
 
 def describe(targets: Mapping[str, Target]) -> dict[str, Any]:
@@ -82,6 +109,15 @@ def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     remarks = []
     if "margin_shift" not in certificate:
         remarks.append("the effect was not measured: there are no two answers to the same prompt")
+    elif certificate.get("verdict") == TOO_FEW:
+        flips = certificate["intervals"].get("flip")
+        between = f", which put flip between {flips[0]} and {flips[1]}" if flips else ""
+        more = FEWEST_PAIRS - certificate["pairs"]
+        remarks.append(f"{TOO_FEW}: {certificate['pairs']} held-out pairs{between}; {more} more are wanted")
+    answers = certificate.get("changed_answers")
+    if answers and answers["share"] < MANY:
+        same = answers["of"] - answers["changed"]
+        remarks.append(f"{same} of {answers['of']} greedy answers to held-out prompts are the base's, word for word")
     neutral = certificate.get("neutral_ratio")
     if neutral is not None and neutral < LIKELIER:
         remarks.append(
@@ -119,3 +155,18 @@ def object_to(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
             kind = name.removesuffix("_ratio")
             reasons.append(f"too costly: {kind} perplexity x{value} [{low}, {intervals[name][1]}], budget x{budget}")
     return reasons
+
+
+def _held_out_prompts(panel: Panel) -> list[Encoded]:
+    """At most `ANSWERS` different ones, of either side. Plain text has none."""
+    prompts = dict.fromkeys(one.prompt for side in (1, -1) for one in panel.texts[side] if len(one.prompt) > 1)
+    return [Encoded(prompt, ()) for prompt in list(prompts)[:ANSWERS]]
+
+
+def _answer(base: Base, asked: Sequence[Encoded], treatment: Treatment) -> Generator[None, None, list[str]]:
+    """Greedy answers; an item a pass of the model."""
+    said: list[str] = []
+    for texts in answer(base, asked, treatment, Speech(ANSWER_TOKENS)):
+        said += texts
+        yield
+    return said

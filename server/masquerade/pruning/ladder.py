@@ -49,15 +49,21 @@ class Ladder:
 
     def climb(
         self, key: str, backward: bool, linears: Mapping[str, nn.Linear], evidence: Mapping[str, Evidence]
-    ) -> Iterator[None]:
-        """Score a layer's Linears with all scores that need a backward pass, or with all others. An item a Linear."""
+    ) -> Iterator[int]:
+        """Score a layer's Linears with all scores that need a backward pass, or with all others.
+
+        An item is one ranking of a Linear, or what is pruned at one rho; it gives how many Linears are done with it.
+        """
         found: dict[str, Tensor] = {}
         for name, linear in linears.items():
-            for rung, target in self._choose(name, linear, backward, evidence[name]):
-                for part, array in target.tensors.items():
-                    label = "|".join((*map(str, rung), name, part, str(target.shape[1])))
-                    found[label] = torch.from_numpy(array.copy())
-            yield
+            for choice in self._choose(name, linear, backward, evidence[name]):
+                if choice is not None:
+                    rung, target = choice
+                    for part, array in target.tensors.items():
+                        label = "|".join((*map(str, rung), name, part, str(target.shape[1])))
+                        found[label] = torch.from_numpy(array.copy())
+                yield 0
+            yield 1
         self._scratch.put(f"ladder/{key}", found)
 
     def load(self, key: str) -> None:
@@ -77,13 +83,15 @@ class Ladder:
 
     def _choose(
         self, name: str, linear: nn.Linear, backward: bool, evidence: Evidence
-    ) -> Iterator[tuple[Rung, Target]]:
+    ) -> Iterator[tuple[Rung, Target] | None]:
+        """What is pruned, by rung; None after a ranking."""
         for plan in self._plans:
             score = SCORES[plan.score]
             if score.backward != backward or not SCOPES[plan.scope](name):
                 continue
             for side in self._sides:
                 orders = self._rank(plan, linear, evidence if side == 1 else evidence.swapped())
+                yield None
                 for rho in (*plan.least, *plan.rhos):
                     pruned = prune(orders(rho), torch.Size((linear.out_features, linear.in_features)), rho)
                     yield (plan.score, side, rho), encode_target(pruned.cpu().numpy())

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.generation import answer
-from masquerade.evaluate.metrics import likelihoods, perplexity
+from masquerade.evaluate.metrics import perplexity, read_likelihoods
 from masquerade.model import Base
 
 SURE = 1.2  # perplexity up to which a base is sure of its own greedy answer; the demo talks as somebody from 1.28 on
@@ -81,11 +81,12 @@ def ask_base(base: Base) -> Generator[None, None, list[Encoded]]:
     encoded = encode(base, [one for one in answers if one.response])
     if not encoded:
         raise BuildFailed("the base has no answer to any of the built-in questions; give neutral text (--neutral)")
-    return _keep_sure(base, encoded)
+    return (yield from _keep_sure(base, encoded))
 
 
-def _keep_sure(base: Base, answers: list[Encoded]) -> list[Encoded]:
+def _keep_sure(base: Base, answers: list[Encoded]) -> Generator[None, None, list[Encoded]]:
     """Answers of a perplexity up to `SURE`, in their order; the `FEWEST` surest where fewer are."""
-    doubts = [perplexity([likelihood]) for likelihood in likelihoods(base, answers)]
+    likelihoods = yield from read_likelihoods(base, answers)
+    doubts = [perplexity([likelihood]) for likelihood in likelihoods]
     bound = max(SURE, *sorted(doubts)[:FEWEST])
     return [answer for answer, doubt in zip(answers, doubts, strict=True) if doubt <= bound]

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from masquerade.errors import BadDataset
-from masquerade.evaluate.dataset import Example, Message, encode
+from masquerade.evaluate.dataset import Encoded, Example, Message, encode
 from masquerade.evaluate.generation import Speech, answer
 from masquerade.model import Base, render_chat
-from masquerade.pruning.builder import Progress, Speaker, Work
+from masquerade.pruning.builder import ENCODED, Progress, Speaker, Work
 from masquerade.pruning.scratch import Scratch
 
 
@@ -62,7 +62,8 @@ def perform(
 def write(base: Base, script: Script, scratch: Scratch | None = None) -> Work[Written]:
     """Have the base answer every question as both sides; questions that either has no words for are left out.
 
-    A work item is one pass of the model. What is answered is kept in the scratch, to go on from after a kill. Raises
+    A work item is one pass of the model, or the tokenising of some questions, which uses no model; the first item is of
+    that kind. What is answered is kept in the scratch, to go on from after a kill. Raises
     `BadDataset` if both sides say the same: then the base does not follow the prompt. The base must have its masks
     attached.
     """
@@ -70,14 +71,20 @@ def write(base: Base, script: Script, scratch: Scratch | None = None) -> Work[Wr
     sides: list[list[str]] = []
     for number, system in enumerate((script.system, script.contrast)):
         head: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
-        asked = encode(base, [Example((*head, *question), "?", f"question {at}") for at, question in _number(script)])
-        speech = Speech(script.tokens, script.temperature, script.seed + number)
+        questions = [Example((*head, *question), "?", f"question {at}") for at, question in _number(script)]
+        asked: list[Encoded] = []
         texts = _recall(kept, number)
+        while len(asked) < len(questions):
+            asked += encode(base, questions[len(asked) : len(asked) + ENCODED])
+            more_to_do = len(asked) == len(questions) > len(texts)
+            yield Progress("ask", number * len(questions) + len(asked), 2 * len(questions), model_next=more_to_do)
+        speech = Speech(script.tokens, script.temperature, script.seed + number)
         for more in answer(base, asked[len(texts) :], speech=speech):
             if more:
                 texts += more
                 _keep(kept, number, texts)
-            yield Progress("write", number * len(asked) + len(texts), 2 * len(asked))
+            done = number * len(asked) + len(texts)
+            yield Progress("write", done, 2 * len(asked), model_next=len(texts) < len(asked))
         sides.append([text.strip() for text in texts])
     both = [(q, a, b) for q, a, b in zip(script.questions, *sides, strict=True) if a and b]
     if not any(a != b for _, a, b in both):

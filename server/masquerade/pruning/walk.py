@@ -38,7 +38,7 @@ from masquerade.pruning.scratch import Scratch
 
 Role = Literal["own", "contrast", "neutral"]
 BLOCK = 256  # columns of a Hessian that are added at once
-Visit = Callable[[int, Mapping[str, Evidence]], Iterator[None]]  # layer, evidence by target -> work items
+Visit = Callable[[int, Mapping[str, Evidence]], Iterator[int]]  # layer, evidence by target -> targets done by an item
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ class _Sums:
 class Walk:
     """Passes over calibration text; `visit(layer, evidence)` is called when a layer's statistics are complete.
 
-    `forward` and `backward` are generators of work items, those of the visits among them; each item is the number of
-    items that are done by it: one, or all of a layer whose work is in `scratch` already, which is not visited again.
+    `forward` and `backward` are generators of work items, those of the visits among them. An item is the number of
+    micro-batches and targets that are done with it, of `forward_items` and `backward_items`: none, one, or all of a
+    layer whose work is in `scratch` already, which is not visited again.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class Walk:
             _by_layer(linears, len(self._layers)) for linears in (targets, find_targets(base.model))
         )
         self._items = [_Item(role, i, batch) for role, text in texts.items() for i, batch in enumerate(text.batches)]
-        self._traced = [item for item in self._items if texts[item.role].needs & {"gradient", "fisher"}]
+        self._traced = [item for item in self._items if self._is_traced(item)]
+        self._tokens = {role: text.tokens for role, text in texts.items()}
         self._arguments: dict[str, list[dict[str, Any]]] = {}  # of every layer, by item
         linears = sum(map(len, self._targets))
         self.forward_items = len(self._items) * (len(self._layers) + 1) + linears
@@ -129,12 +131,14 @@ class Walk:
             for item in self._items:
                 if number < len(self._layers) - 1 or self._texts[item.role].needs & {"channels", "hessian"}:
                     self._advance(item, number, sums[item.role])
+                if number and not self._is_traced(item):
+                    self._scratch.drop(f"hidden/{number - 1}/{item.name}")
                 yield 1
             yield from self._visit(visit, number, sums)
             self._finish("forward", number)
-            for item in self._items:
-                if item not in self._traced:
-                    self._scratch.drop(f"hidden/{number}/{item.name}")
+        for item in self._items:
+            if not self._is_traced(item):
+                self._scratch.drop(f"hidden/{len(self._layers) - 1}/{item.name}")
 
     def backward(self, visit: Visit) -> Iterator[int]:
         """Carry the gradient of the responses' log-likelihood from the last layer to the first. After `forward`."""
@@ -146,15 +150,19 @@ class Walk:
             added: Sequence[nn.Linear] = ()
             for item in self._traced:
                 added = self._retreat(item, number, sums[item.role], added)
+                self._scratch.drop(f"hidden/{number + 1}/{item.name}")
+                self._scratch.drop(f"gradient/{number + 2}/{item.name}")
                 yield 1
             yield from self._visit(visit, number, sums)
             self._finish("backward", number)
-            self._scratch.drop(f"hidden/{number}")
-            self._scratch.drop(f"gradient/{number + 1}")
+        self._scratch.drop("hidden")
+        self._scratch.drop("gradient")
 
     def _visit(self, visit: Visit, number: int, sums: Mapping[Role, _Sums]) -> Iterator[int]:
-        for _ in visit(number, self._conclude(number, sums)):
-            yield 1
+        yield from visit(number, self._conclude(number, sums))
+
+    def _is_traced(self, item: _Item) -> bool:
+        return bool(self._texts[item.role].needs & {"gradient", "fisher"})
 
     def _is_done(self, way: str, number: int) -> bool:
         return f"done/{way}-{number}" in self._scratch
@@ -193,31 +201,30 @@ class Walk:
         """Carry an item's gradient back through a layer.
 
         The products of the Linears `added` are not computed. Gives the Linears that are only added to the layer's
-        output: their gradient is the output's own.
+        output, which depends on how the layer computes and not on the item. The last layer's products are all computed:
+        its output is what the head's gradient is taken at.
         """
         hidden = self._load(f"hidden/{number}/{item.name}").requires_grad_(True)
-        tracer, found = _Tracer(sums, self._texts[item.role].needs), list(added)
+        tracer = _Tracer(sums, self._texts[item.role].needs)
         above = None if number == len(self._layers) - 1 else self._load(f"gradient/{number + 1}/{item.name}")
+        made: dict[str, Tensor] = {}
 
-        def look(name: str, _: Tensor, output: Tensor) -> None:
-            def compare(gradient: Tensor) -> None:
-                if above is not None and torch.equal(gradient, above):
-                    found.append(self._linears[number][name])
-
-            output.register_hook(compare)  # type: ignore[no-untyped-call]
+        def keep(name: str, _: Tensor, output: Tensor) -> None:
+            made[name] = output
 
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_observed(self._targets[number], tracer.see))
             stack.enter_context(_unmultiplied(added))
-            if not added:
-                stack.enter_context(_observed(self._linears[number], look))
+            if not added and above is not None:
+                stack.enter_context(_observed(self._linears[number], keep))
             output = self._run(number, item, hidden)
+            found = [self._linears[number][name] for name in _find_added(output, made)]
             given = self._head_gradient(item, output.detach()) if above is None else above
             (below,) = torch.autograd.grad(output, hidden, given)
         if number:
             self._scratch.put(f"gradient/{number}/{item.name}", {"states": below})
-        return found
+        return found or added
 
     def _head_gradient(self, item: _Item, output: Tensor) -> Tensor:
         """d (sum of the counted tokens' log-likelihoods) / d (the last layer's output).
@@ -252,7 +259,7 @@ class Walk:
     def _conclude(self, number: int, sums: Mapping[Role, _Sums]) -> dict[str, Evidence]:
         """What sums say, as means over counted tokens. Raises `BuildFailed` for a Linear that met NaN or infinity."""
         for role, own in sums.items():
-            own.settle(self._texts[role].tokens)
+            own.settle(self._tokens[role])
 
         def see(name: str, role: Role) -> Seen:
             return sums[role].seen(name) if role in sums else NOTHING
@@ -331,6 +338,35 @@ class _Unmultiplied(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return gradients[0] @ weight, None
+
+
+def _find_added(output: Tensor, made: Mapping[str, Tensor]) -> list[str]:
+    """Which tensors reach `output` by additions alone, and in no other way: the gradient of each is the output's own.
+
+    Read from the graph that autograd keeps, whatever the values are. A tensor of the output's shape is not broadcast.
+    """
+    assert output.grad_fn is not None
+    users: dict[Any, list[Any]] = {output.grad_fn: []}  # of each node: what computes with it, once for each use
+    todo: list[Any] = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        for source, _ in node.next_functions:
+            if source is not None and source not in users:
+                users[source] = []
+                todo.append(source)
+            if source is not None:
+                users[source].append(node)
+
+    def is_only_added(node: Any) -> bool:
+        while node is not output.grad_fn:
+            if len(users.get(node, ())) != 1:
+                return False
+            (node,) = users[node]
+            if node.name() != "AddBackward0" or node._saved_alpha != 1:
+                return False
+        return True
+
+    return [name for name, tensor in made.items() if tensor.shape == output.shape and is_only_added(tensor.grad_fn)]
 
 
 def _add_product(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:

@@ -171,7 +171,7 @@ def sweep(serving: Serving, job_service: JobService) -> None:
 
 
 def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, material: Material) -> Work:
-    """On the model's thread, except for what is returned."""
+    """The first work item uses no model; `WorkItem` says which of the others do."""
     own, contrast, folder = material.own, material.contrast, _folder(serving, job.id)
     scratch = Scratch(folder)
     try:
@@ -196,7 +196,7 @@ def _steps(work: Generator[Progress, None, T]) -> Generator[WorkItem, None, T]:
         except StopIteration as end:
             result: T = end.value
             return result
-        yield WorkItem(step.stage, step.done, step.total)
+        yield WorkItem(step.stage, step.done, step.total, step.model_next)
 
 
 def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:

@@ -95,8 +95,8 @@ def _follow(client: Client, build: Build, bars: Progress) -> Build:
             bars.console.print(event.message, markup=False, highlight=False)
             return
         if event.stage not in stages:
-            stages[event.stage] = bars.add_task(event.stage, total=event.total or None)
-        bars.update(stages[event.stage], completed=event.done, total=event.total or None)
+            stages[event.stage] = bars.add_task(event.stage, total=event.total)
+        bars.update(stages[event.stage], completed=event.done, total=event.total)
 
     try:
         ended = client.builds.wait(build.id, tell)

@@ -74,6 +74,10 @@ def _measured(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
             low_high = certificate.get("intervals", {}).get(name)
             interval = f" ({' to '.join(map(form.format, low_high))})" if low_high else ""
             rows.append((label, form.format(value) + interval))
+    if answers := certificate.get("changed_answers"):
+        rows.append(("greedy answers it changes", f"{answers['changed']} of {answers['of']}"))
+    if verdict := certificate.get("verdict"):
+        rows.append(("verdict", str(verdict)))
     for name in ("reasons", "remarks"):
         rows += [(name, str(one)) for one in certificate.get(name, ())]
     if why := certificate.get("choice", {}).get("why"):
