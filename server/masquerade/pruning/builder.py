@@ -270,11 +270,11 @@ class Builder:
             found = figures[side] | certificate.describe(targets[side])
             if not found["pruned"]:
                 raise BuildFailed(f"rho {choice.rho} prunes no weight at all of Linears this small; give a larger one")
-            reasons = certificate.object_to(found, self._recipe.limits)
-            if reasons and not self._recipe.force:
-                raise MaskRefused(self._refuse(side, choice, reasons))
-            found |= certificate.conclude(found, reasons) | {"forced": bool(reasons)}
-            found["remarks"] = [*certificate.remark(found, self._recipe.limits), *self._want(data, found)]
+            found |= certificate.conclude(found, self._recipe.limits)
+            if found["reasons"] and not self._recipe.force:
+                raise MaskRefused(self._refuse(side, choice, found["reasons"]))
+            found["forced"] = bool(found["reasons"])
+            found["remarks"] += self._want(data, found)
             if opposite is not None:
                 found["overlap"] = certificate.compare(self._as_mask(targets[side]), self._as_mask(opposite))
             found |= self._tell(data, side, decision)

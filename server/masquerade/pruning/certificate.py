@@ -71,14 +71,6 @@ def judge(
     return found
 
 
-def conclude(certificate: Mapping[str, Any], reasons: Sequence[str]) -> dict[str, Any]:
-    """The verdict, given the reasons against publishing: `passed` is None where there are too few pairs to tell."""
-    if reasons:
-        return {"verdict": REFUSED, "passed": False, "reasons": list(reasons)}
-    few = certificate.get("pairs", 0) < FEWEST_PAIRS
-    return {"verdict": TOO_FEW if few else PASSED, "passed": None if few else True, "reasons": []}
-
-
 def describe(targets: Mapping[str, Target]) -> dict[str, Any]:
     """How much is pruned, and where."""
     shares = {name: target.pruned / (target.shape[0] * target.shape[1]) for name, target in targets.items()}
@@ -102,6 +94,18 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
     }
+
+
+def conclude(found: Mapping[str, Any], limits: Budgets) -> dict[str, Any]:
+    """The verdict on figures, why, and what else is to be said about them.
+
+    `passed` is None where there are too few held-out pairs to tell.
+    """
+    reasons = object_to(found, limits)
+    few = found.get("pairs", 0) < FEWEST_PAIRS
+    verdict, passed = (REFUSED, False) if reasons else (TOO_FEW, None) if few else (PASSED, True)
+    told = {"verdict": verdict, "passed": passed, "reasons": reasons, "forced": False}
+    return told | {"remarks": remark({**found, **told}, limits)}
 
 
 def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
