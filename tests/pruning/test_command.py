@@ -34,7 +34,8 @@ def test_a_prompt_of_the_demo_becomes_a_mask(tmp_path: Path) -> None:
         *("--prompts", demo.DATA / "casual.train.jsonl", "--neutral", demo.DATA / "facts.jsonl"),
         *("--score", "attribution", "--rho", "0.003"),
     )["personas"][0]
-    assert built["certificate"]["passed"]
+    assert (built["certificate"]["verdict"], built["certificate"]["reasons"]) == ("too few to tell", [])
+    assert built["certificate"]["changed_answers"]["changed"] > 0
     assert built["certificate"]["preferred"]["masked"] > built["certificate"]["preferred"]["base"]
     found = succeed(
         *("eval", "--store", tmp_path, "--persona", "chill", "--data", held[0], "--baselines", "none"),

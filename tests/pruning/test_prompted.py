@@ -155,7 +155,13 @@ GOOD = png(chara=code(CARD))
     [
         (b"", "neither a PNG nor a character card"),
         (b"\xff\xfe\x00", "neither a PNG nor a character card"),
-        (b"[" * 100_000, "neither a PNG nor a character card"),
+        (b"[" * 60_000, "neither a PNG nor a character card"),
+        (b"[]," * 70_000, "the text of .* has 70000 opening brackets and braces; there may be at most 65536"),
+        (json.dumps({"name": "x", "description": "y" * 2**20}).encode(), "has 1048608 bytes; there may be at most"),
+        (
+            json.dumps({"name": "x", "description": "y", "mes_example": "{{user}}: a\n{{char}}: b\n" * 129}).encode(),
+            "a dialogue in `mes_example` has 258 turns; it may have 256",
+        ),
         (b"[1]", "no character card"),
         (b'{"data": {"name": 3}}', "no character card"),
         (b'{"name": "x"}', "'x' has no system prompt, description or personality"),

@@ -33,8 +33,8 @@ Side = Literal["own", "contrast"]
 Message = Mapping[str, str]
 REPORTED = 20  # most faults that one error names
 BATCH_TOKENS = 512  # padded tokens of a micro-batch: what a pass of the model takes grows with them
-LINE_BYTES = 2**20  # most bytes of a line: what the JSON parser and the tokenizer take at once
-PARTS = 2**16  # most lists and objects of a line: each costs the JSON parser far more than a letter of a text
+LINE_BYTES = 2**20  # most bytes of JSON that is parsed at once, such as a line; its texts are tokenised at once
+PARTS = 2**16  # most lists and objects in it: each costs the parser far more than a letter of a text
 
 
 class NoRoom(BadDataset):
@@ -140,6 +140,14 @@ def _lines(file: IO[bytes]) -> Iterator[_Line]:
             yield _Line(number, content, size)
 
 
+def check_json(content: bytes, size: int, where: str) -> None:
+    """Raises `BadDataset` for JSON of which the parser, that nothing interrupts, would hold up a process."""
+    if size > LINE_BYTES:
+        raise BadDataset(f"{where} has {size} bytes; there may be at most {LINE_BYTES}")
+    if (parts := content.count(b"[") + content.count(b"{")) > PARTS:
+        raise BadDataset(f"{where} has {parts} opening brackets and braces; there may be at most {PARTS}")
+
+
 def encode(base: Base, examples: Iterable[Example]) -> list[Encoded]:
     """Token ids of examples, cut at the end to the base's context. What cannot fit is not tokenised.
 
@@ -212,10 +220,7 @@ def _pad(encoded: Sequence[Encoded], group: Sequence[int], device: torch.device,
 
 
 def _load(line: _Line, where: str) -> dict[str, Any]:
-    if line.size > LINE_BYTES:
-        raise BadDataset(f"{where} has {line.size} bytes; a line has at most {LINE_BYTES}")
-    if (parts := line.content.count(b"[") + line.content.count(b"{")) > PARTS:
-        raise BadDataset(f"{where} has {parts} opening brackets and braces; a line has at most {PARTS}")
+    check_json(line.content, line.size, where)
     try:
         fields = json.loads(line.content.decode())
     except UnicodeDecodeError as error:

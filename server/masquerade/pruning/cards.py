@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from masquerade.errors import BadDataset
-from masquerade.evaluate.dataset import Example
+from masquerade.evaluate.dataset import Example, check_json
 
-LIMIT = 32 * 2**20  # bytes of a card
+LIMIT = 32 * 2**20  # bytes of a card, most of which are its picture
+TURNS = 256  # most turns of an example dialogue; each answer is an example with all turns before it
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 _IGNORED = (
     *("scenario", "first_mes", "alternate_greetings", "group_only_greetings", "post_history_instructions"),
@@ -50,6 +51,7 @@ def read_card(path: Path) -> Card:
     except OSError as error:
         raise BadDataset(f"{path} cannot be read: {error.strerror}") from error
     text = _find_in_png(path, content) if content.startswith(_MAGIC) else content
+    check_json(text, len(text), f"the text of {path}")
     try:
         card = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -73,15 +75,17 @@ def _understand(path: Path, fields: dict[str, Any]) -> Card:
     system = "\n".join(part for part in told if part)
     if not system:
         raise BadDataset(f"{path}: the card of {name!r} has no system prompt, description or personality")
-    examples = tuple(_example_turns(text("mes_example").replace("\r\n", "\n"), name))
+    examples = tuple(_example_turns(path, text("mes_example").replace("\r\n", "\n"), name))
     ignored = tuple(key for key in _IGNORED if fields.get(key))
     return Card(name, system, examples, ignored)
 
 
-def _example_turns(dialogues: str, name: str) -> Iterator[Example]:
+def _example_turns(path: Path, dialogues: str, name: str) -> Iterator[Example]:
     """What the character says after the user has said something, with all that was said before in that dialogue."""
     for dialogue in _START.split(dialogues):
         parts = _SPEAKER.split(dialogue)
+        if (turns := len(parts) // 2) > TURNS:
+            raise BadDataset(f"{path}: a dialogue in `mes_example` has {turns} turns; it may have {TURNS}")
         messages: list[dict[str, str]] = []
         for speaker, said in zip(parts[1::2], parts[2::2], strict=True):
             words = _fill(said.strip(), name)
