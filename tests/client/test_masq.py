@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from masquerade import demo
+from masquerade_client._types import BuildEvent
 from masquerade_client.cli.options import plain
+from masquerade_client.cli.personas import _measured
 from tests.keys.making import make_key
 from tests.serving import Server, serve
 
@@ -244,3 +246,24 @@ def test_completion_in_a_shell(server: Server, words: str, found: str) -> None:
 
 def test_what_steers_a_terminal_does_not_reach_it() -> None:
     assert plain("a\x1b[31mb\x07\x9b1m\n\tc") == "a[31mb1m\n\tc"
+
+
+def test_a_certificate_is_shown_with_its_verdict_and_an_older_one_without() -> None:
+    figures = {"flip": 1.0, "intervals": {"flip": [0.51, 1.0]}, "remarks": ["too few to tell: 4 held-out pairs"]}
+    new = figures | {
+        "verdict": "too few to tell",
+        "passed": None,
+        "changed_answers": {"changed": 3, "of": 16, "share": 0.1875},
+    }
+    assert ("verdict", "too few to tell") in _measured(new)
+    assert ("greedy answers it changes", "3 of 16") in _measured(new)
+    assert not {"verdict", "greedy answers it changes"} & dict(_measured(figures | {"passed": True})).keys()
+    assert ("of prompts flip", "100% (51% to 100%)") in _measured(new)
+
+
+@pytest.mark.parametrize("told", [0, None])
+def test_a_total_that_is_not_known_is_none(told: int | None) -> None:
+    """Servers of earlier versions say 0."""
+    event = {"id": "ftevent-1", "created_at": 1, "level": "info", "message": "tune 24"}
+    data = {"stage": "tune", "step": 24, "total_steps": told}
+    assert BuildEvent.from_json(event | {"data": data}).total is None
