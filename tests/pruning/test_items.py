@@ -110,7 +110,10 @@ def test_questions_are_tokenised_beside_the_model(
 
 @pytest.mark.parametrize("score", ["auto", "sparsegpt"])
 def test_no_item_stalls_the_demo(score: str) -> None:
-    """In CPU time, as multiples of one pass over a micro-batch in the same run."""
+    """In CPU time, as multiples of one pass over a micro-batch in the same run.
+
+    The base has four layers, so whatever is long is so four times: a single outlier is the machine's.
+    """
     base = load("demo", device="cpu")
     casual, formal, facts = (
         read_examples(demo.DATA / f"{name}.jsonl") for name in ("casual.train", "formal.train", "facts")
@@ -125,7 +128,8 @@ def test_no_item_stalls_the_demo(score: str) -> None:
         before = time.thread_time()
         uses_model, stage = next(work)
         items.append((time.thread_time() - before if uses_model else 0.0, stage))
-    assert max(items)[0] <= 4 * passes[len(passes) // 2], (max(items), passes)
+    longest = sorted(items)[-4:]
+    assert longest[0][0] <= 3 * passes[len(passes) // 2], (longest, passes)
 
 
 def spend(work: Callable[[], object]) -> float:
