@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from masquerade.errors import BuildFailed
 from masquerade.pruning.evidence import Channels, Evidence, Seen
+from masquerade.pruning.ladder import Ladder, ScorePlan
 from masquerade.pruning.moments import Moments
 from masquerade.pruning.scores import EPSILON, SCORES, Choices
+from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.selection import prune, prune_lowest, rank
 
 Array = NDArray[np.float64]
@@ -151,6 +153,38 @@ def test_eq_9_prunes_disjoint_sets() -> None:
     sides = [example.evidence(), example.evidence().swapped()]
     masks = [prune_lowest(SCORES["contrastive-sparse"].function(weight, side, Choices()), 0.3, "row") for side in sides]
     assert not (masks[0] & masks[1]).any()
+
+
+@pytest.mark.parametrize("group", ["row", "layer"])
+@pytest.mark.parametrize("rho", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("silent", [0.0, 0.5, 0.8, 1.0])
+def test_eq_9_prunes_a_weight_from_one_side_at_most(group: str, rho: float, silent: float) -> None:
+    """Also where all scores are equal, because channels are silent on both sides."""
+    example = Example()
+    mute = np.random.default_rng(1).permutation(IN) < silent * IN
+    for side in SIDES:
+        example.inputs[side][:, :, mute] = 0
+    linear = torch.nn.Linear(IN, OUT, bias=False)
+    linear.weight.data = torch.from_numpy(example.weight).float()
+    ladder = Ladder((ScorePlan("contrastive-sparse", group, "all", (0.1, 0.3, 0.5)),), (1, -1), Choices(), Scratch())
+    name = "model.layers.0.self_attn.o_proj"
+    for _ in ladder.climb("forward-0", False, {name: linear}, {name: example.evidence()}):
+        pass
+    ladder.load("forward-0")
+    own, other = (~ladder.targets(("contrastive-sparse", side, rho))[name].to_keep() for side in (1, -1))
+    assert own.sum() == other.sum() == (OUT * round(rho * IN) if group == "row" else round(rho * OUT * IN))
+    assert not (own & other).any()
+
+
+@pytest.mark.parametrize("group", ["row", "layer"])
+def test_backwards_ties_go_from_the_last_on(group: str) -> None:
+    score = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]])
+    tie = torch.tensor([[0.0, 2.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+    places = rank(score, 0.5, group, backwards=True)
+    assert places.tolist() == ([[3, 2], [3, 1]] if group == "row" else [[7, 5, 4, 3]])
+    assert rank(score, 0.5, group, tie, backwards=True).tolist() == (
+        [[3, 2], [0, 3]] if group == "row" else [[4, 7, 5, 3]]
+    )
 
 
 def test_eq_8_breaks_its_ties_by_wanda() -> None:

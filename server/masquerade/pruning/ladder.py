@@ -90,22 +90,26 @@ class Ladder:
             if score.backward != backward or not SCOPES[plan.scope](name):
                 continue
             for side in self._sides:
-                orders = self._rank(plan, linear, evidence if side == 1 else evidence.swapped())
+                orders = self._rank(plan, linear, evidence, side)
                 yield None
                 for rho in (*plan.least, *plan.rhos):
                     pruned = prune(orders(rho), torch.Size((linear.out_features, linear.in_features)), rho)
                     yield (plan.score, side, rho), encode_target(pruned.cpu().numpy())
 
-    def _rank(self, plan: ScorePlan, linear: nn.Linear, evidence: Evidence) -> Callable[[float], Tensor]:
+    def _rank(self, plan: ScorePlan, linear: nn.Linear, evidence: Evidence, side: int) -> Callable[[float], Tensor]:
         """rho -> places to prune; one ranking serves every rho unless the score itself assumes one."""
         score, weight = SCORES[plan.score], dense_weight(linear).float()
+        backwards = score.allocates and side == -1
+        if side == -1:
+            evidence = evidence.swapped()
 
         def order(rho: float) -> Tensor:
             choices = replace(self._choices, rho=rho)
             values = score.function(weight, evidence, choices)
             if not bool(values.isfinite().all()):
                 raise BuildFailed(f"the score {plan.score!r} is not finite; are there NaN among the base's weights?")
-            return rank(values, rho, plan.group, score.tie and score.tie(weight, evidence, choices))
+            tie = score.tie and score.tie(weight, evidence, choices)
+            return rank(values, rho, plan.group, tie, backwards)
 
         if score.assumes_rho:
             return order

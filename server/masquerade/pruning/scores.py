@@ -81,8 +81,10 @@ def contrastive_sparse(weight: Tensor, evidence: Evidence, _: Choices) -> Tensor
 
     Scores are normalised over the columns of a row. (Within a channel, the activation would cancel, and both personas
     would have the same scores.) |S̃⁺ - S̃⁻| is the paper's difference; its sign says to whom the weight belongs, so what
-    belongs most to the opposite goes first, and two opposites prune disjoint sets as long as rho is not larger than
-    the share of weights that belong to either.
+    belongs most to the opposite goes first. Weights of equal score, such as all those of channels that are silent for
+    both, are pruned from the first column on for the persona and from the last one on for its opposite
+    (`Score.allocates`). So one order serves both sides, from its two ends: no weight is pruned from both as long as
+    each prunes at most half of a group.
     """
 
     def normalised(activation: Tensor) -> Tensor:
@@ -130,6 +132,7 @@ class Score:
     least: tuple[float, ...] = ()  # smaller ones, descending, tried where none of those keeps the budgets
     tie: Function | None = None  # what orders weights of equal score; after it, their index
     assumes_rho: bool = False  # whether the scores themselves depend on the share pruned
+    allocates: bool = False  # whether a weight goes to one side: the opposite's order is this one, backwards
 
     @property
     def backward(self) -> bool:
@@ -150,7 +153,7 @@ SCORES: Mapping[str, Score] = {
     "attribution": Score(attribution, frozenset({"gradient"}), True, "layer", "all", _SPARSE, _SPARSER),
     "signed": Score(signed, _CHANNELS, True, "layer", "outputs", _CONTRAST),
     "contrastive-wanda": Score(contrastive_wanda, _CHANNELS, True, "row", "all", _CONTRAST, tie=wanda),
-    "contrastive-sparse": Score(contrastive_sparse, _CHANNELS, True, "row", "all", _CONTRAST),
+    "contrastive-sparse": Score(contrastive_sparse, _CHANNELS, True, "row", "all", _CONTRAST, allocates=True),
     "wanda": Score(wanda, _CHANNELS, False, "row", "all", _DENSE),
     "sparsegpt": Score(sparsegpt, frozenset({"hessian"}), False, "layer", "all", _DENSE, assumes_rho=True),
     "magnitude": Score(magnitude, frozenset(), False, "layer", "all", _DENSE),

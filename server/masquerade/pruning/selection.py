@@ -13,14 +13,17 @@ from torch import Tensor
 GROUPS: Mapping[str, str] = {"row": "within each output row", "layer": "within the whole Linear"}
 
 
-def rank(score: Tensor, rho: float, group: str, tie: Tensor | None = None) -> Tensor:
+def rank(score: Tensor, rho: float, group: str, tie: Tensor | None = None, backwards: bool = False) -> Tensor:
     """The lowest scores' places, lowest first: score [out, in] -> int64 [groups, count] within each group of `GROUPS`.
 
     `count` is rho times the group's size, rounded half to even. Equal scores go in order of `tie`, then of their index
-    (row by row), so that the same scores always give the same mask; a smaller rho's places are the beginning of a
-    larger one's.
+    (row by row; from the last index on if `backwards`), so that the same scores always give the same mask; a smaller
+    rho's places are the beginning of a larger one's.
     """
     rows = score if group == "row" else score.reshape(1, -1)
+    if backwards:
+        turned = None if tie is None else tie.reshape(rows.shape).flip(1)
+        return rows.shape[1] - 1 - rank(rows.flip(1), rho, "row", turned)
     count = round(rho * rows.shape[1])
     if tie is not None:
         first = tie.reshape(rows.shape).argsort(dim=1, stable=True)
