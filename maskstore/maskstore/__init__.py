@@ -33,8 +33,9 @@ from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
 from maskstore.mask import BaseRef, Mask, MaskInfo, majority
 from maskstore.names import check_name
 from maskstore.plot import plot
-from maskstore.registry import ANY, Anything, Persona, Registry, Revision
+from maskstore.registry import ANY, Anything, Certificate, Measurement, Persona, Registry, Revision
 from maskstore.store import Store
+from maskstore.summary import Summary
 from maskstore.target import Bitmap, Sparse, Target, encode
 from maskstore.transfer import Exported, export_mask, import_mask
 from maskstore.upkeep import Checkup, Collected, Finding, fsck, gc, sweep
@@ -45,6 +46,7 @@ __all__ = [
     "BaseRef",
     "BaseTensor",
     "Bitmap",
+    "Certificate",
     "Checkup",
     "Collected",
     "ColumnOrder",
@@ -68,6 +70,7 @@ __all__ = [
     "MaskReader",
     "MaskTruncated",
     "MaskWriter",
+    "Measurement",
     "NotAMask",
     "Overlap",
     "PadBits",
@@ -79,6 +82,7 @@ __all__ = [
     "Sparse",
     "Store",
     "StoreBusy",
+    "Summary",
     "Target",
     "TensorOffsets",
     "TensorSet",

@@ -24,24 +24,35 @@ _LEVELS: tuple[tuple[str, Callable[[Mask, Mask], Mask]], ...] = (
 )
 
 
-def compose(expression: str, known: Collection[str], load: Callable[[str], Mask], persona: str) -> Mask:
+def compose(
+    expression: str, known: Collection[str], load: Callable[[str], Mask], persona: str, force: bool = False
+) -> Mask:
     """The mask an expression describes, as `persona`, with the expression and its parents as ancestry.
 
-    `known` are the names and aliases it may use, each optionally followed by `@digest-prefix`; `load` opens one.
+    `known` are the names and aliases it may use, each optionally followed by `@digest-prefix`; `load` opens one. A mask
+    that prunes nothing is InvalidValue, unless `force`.
     """
     tokens = tokenize(expression, known)
     loaded = {token: load(token) for token in dict.fromkeys(tokens) if token not in "|&-~()"}
     if not loaded:
         raise InvalidMaskValue(f"{expression!r:.80} names no persona")
     mask = _Parser(expression, tokens, loaded).parse()
+    if not mask.pruned and not force:
+        raise InvalidMaskValue(
+            f"{expression!r:.80} is an empty mask: it prunes nothing, which is the base; `force` keeps it"
+        )
     info = derived(expression, *loaded.values())
     return replace(mask, info=replace(info, persona=check_name(persona)), signature=None)
 
 
-def compose_persona(registry: Registry, name: str, expression: str, expected: str | Anything | None = ANY) -> Revision:
+def compose_persona(
+    registry: Registry, name: str, expression: str, expected: str | Anything | None = ANY, force: bool = False
+) -> Revision:
     """Compose a mask of the registry's personas and publish it as a new generation of `name`."""
     known = [*(generation.name for generation in registry.names()), *registry.aliases()]
-    mask = compose(expression, known, lambda reference: registry.store.open(registry.resolve(reference).digest), name)
+    mask = compose(
+        expression, known, lambda reference: registry.store.open(registry.resolve(reference).digest), name, force
+    )
     return registry.publish(name, registry.store.add(mask), expected)
 
 

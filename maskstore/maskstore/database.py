@@ -40,6 +40,12 @@ MIGRATIONS = (
     alter table generation add column gamma real;
     alter table generation add column phase text;
     """,
+    """
+    create table measurement (
+        digest text primary key, certificate text not null, gamma real not null, phase text not null,
+        data text not null, measured_at text not null
+    ) strict, without rowid;
+    """,
 )
 SCHEMA = len(MIGRATIONS)  # the newest, as the file's `user_version` counts them
 

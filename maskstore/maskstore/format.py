@@ -27,13 +27,15 @@ Arrays = Mapping[str, NDArray[Any]]
 _KINDS: dict[tuple[str, ...], Callable[..., Target]] = {("keep",): Bitmap, ("rows", "cols"): Sparse}
 
 
-def read_mask(path: str | os.PathLike[str], base: str | None = None, verify: bool = True) -> Mask:
+def read_mask(
+    path: str | os.PathLike[str], base: str | None = None, verify: bool = True, lenient: bool = False
+) -> Mask:
     """The mask in a file, mapped into memory, or the MaskError that names what is wrong and where.
 
     `base` is the fingerprint it must be for. `verify=False` skips the digests (of a file verified before);
-    everything a kernel relies on is checked all the same.
+    everything a kernel relies on is checked all the same. `lenient` is that of `header.decode`.
     """
-    with MaskReader(path, base, verify) as reader:
+    with MaskReader(path, base, verify, lenient) as reader:
         return reader.mask()
 
 
@@ -57,26 +59,29 @@ def write_file(
             file.write(array.data if array.size else b"")
 
 
-def read_header(file: int, size: int) -> Header:
-    """The header of an open file of `size` bytes."""
+def read_header(file: int, size: int, lenient: bool = False) -> Header:
+    """The header of an open file of `size` bytes; `lenient` is that of `header.decode`."""
     length = headers.check_length(os.pread(file, headers.PREFIX + 1, 0), size)
-    return headers.decode(os.pread(file, length, headers.PREFIX), size)
+    return headers.decode(os.pread(file, length, headers.PREFIX), size, lenient)
 
 
 class MaskReader:
     """An open mask file: what it says at once, its modules one at a time, each verified before it is handed out.
 
     A module's pages belong to its target and go with it, so walking a large mask takes the memory of one module.
+    `lenient` is that of `header.decode`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], base: str | None = None, verify: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], base: str | None = None, verify: bool = True, lenient: bool = False
+    ) -> None:
         self.path = Path(path)
         self.verify = verify
         self._buffer = memoryview(bytearray(files.CHUNK))
         with ExitStack() as stack:
             try:
                 self._file, self.size = stack.enter_context(files.opened(self.path))
-                self.header = read_header(self._file, self.size)
+                self.header = read_header(self._file, self.size, lenient)
                 self._check_kind()
                 self._check_base(base)
                 self._check_identity()
@@ -104,6 +109,11 @@ class MaskReader:
     def digest(self) -> str:
         """The identity its header records; it holds for the tensors once they are verified."""
         return self.header.digest
+
+    @property
+    def signature(self) -> str | None:
+        """What its header records; nothing is verified here."""
+        return self.header.signature
 
     @property
     def names(self) -> tuple[str, ...]:

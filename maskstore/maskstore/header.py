@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from maskstore import layout, strictjson
+from maskstore import layout, metadata, strictjson
 from maskstore.errors import (
     HeaderCorrupt,
     InvalidMaskValue,
@@ -34,7 +34,7 @@ HEADER_LIMIT = 4 << 20
 MODULE_LIMIT = 8192
 _BLANK = "0" * 64
 _SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')
-_SIGNATURE = re.compile(r"[0-9a-f]{64}:[0-9a-f]{128}")
+_SIGNATURE = re.compile(r"(?:2:)?[0-9a-f]{64}:[0-9a-f]{128}")
 _INFO = tuple(item.name for item in fields(MaskInfo))
 _JSON = (*_INFO, "base", "modules")
 _REQUIRED = {FORMAT: {*_JSON, "format", "digest", "seal"}, DELTA_FORMAT: {*_JSON, "format", "digest", "seal", "parent"}}
@@ -43,7 +43,10 @@ _SETS = {FORMAT: layout.MASK, DELTA_FORMAT: layout.DELTA}
 
 @dataclass(frozen=True)
 class Header:
-    """Everything a file says before its tensors. A delta has a parent; `start` is the first byte of the tensors."""
+    """Everything a file says before its tensors. A delta has a parent; `start` is the first byte of the tensors.
+
+    `faults` says what a lenient reader found wrong with objects of the metadata; those are empty in `info`.
+    """
 
     base: BaseRef
     info: MaskInfo
@@ -52,6 +55,7 @@ class Header:
     signature: str | None = None
     parent: str | None = None
     start: int = 0
+    faults: tuple[str, ...] = ()
 
 
 def encode(header: Header) -> bytes:
@@ -59,10 +63,10 @@ def encode(header: Header) -> bytes:
     modules = {name: [module.out, module.columns, module.sha256] for name, module in header.modules.items()}
     values = {name: getattr(header.info, name) for name in _INFO}
     base = {"fingerprint": header.base.fingerprint, "name": header.base.name}
-    metadata = {key: strictjson.dump(value) for key, value in {**values, "base": base, "modules": modules}.items()}
-    metadata |= {"format": DELTA_FORMAT if header.parent else FORMAT, "digest": header.digest, "seal": _BLANK}
-    metadata |= {key: text for key in ("parent", "signature") if (text := getattr(header, key)) is not None}
-    document: dict[str, Any] = {"__metadata__": metadata}
+    texts = {key: strictjson.dump(value) for key, value in {**values, "base": base, "modules": modules}.items()}
+    texts |= {"format": DELTA_FORMAT if header.parent else FORMAT, "digest": header.digest, "seal": _BLANK}
+    texts |= {key: text for key in ("parent", "signature") if (text := getattr(header, key)) is not None}
+    document: dict[str, Any] = {"__metadata__": texts}
     for tensor, name, suffix in layout.order(header.modules):
         document[f"{name}.{suffix}"] = {
             "dtype": layout.CODES[tensor.dtype],
@@ -91,32 +95,39 @@ def check_length(prefix: bytes, size: int) -> int:
     return length
 
 
-def decode(raw: bytes, size: int) -> Header:
-    """The header from its bytes (without the length prefix) in a file of `size` bytes; every refusal is a MaskError."""
+def decode(raw: bytes, size: int, lenient: bool = False) -> Header:
+    """The header from its bytes (without the length prefix) in a file of `size` bytes; every refusal is a MaskError.
+
+    A lenient reader, of a file that an older version has let into a store, takes an object of the metadata with a value
+    of the wrong type for an empty one.
+    """
     sealed = _check_seal(raw)
     document = _object(strictjson.parse(_text(raw), "the header"), "the header")
-    metadata = _object(document.pop("__metadata__", {}), "__metadata__")
-    _check_format(metadata)
+    texts = _object(document.pop("__metadata__", {}), "__metadata__")
+    _check_format(texts)
     if not sealed:
-        raise SealMismatch(f"the header bears no seal: {metadata['seal']!r:.80} is not 64 hex digits, once")
-    values = {key: strictjson.parse(metadata[key], key) for key in _JSON}
+        raise SealMismatch(f"the header bears no seal: {texts['seal']!r:.80} is not 64 hex digits, once")
+    values = {key: strictjson.parse(texts[key], key) for key in _JSON}
+    values, faults = metadata.mend(values) if lenient else (values, ())
     tensors = {name: _tensor(name, entry) for name, entry in document.items()}
     start = PREFIX + len(raw)
     try:
-        modules = _modules(values["modules"], _SETS[metadata["format"]], tensors)
+        modules = _modules(values["modules"], _SETS[texts["format"]], tensors)
         layout.check_offsets(modules, start, size)
         base, info = _base(values["base"]), MaskInfo(**{name: values[name] for name in _INFO})
-        parent = check_digest(metadata["parent"], "parent digest") if "parent" in metadata else None
-        digest, signature = check_digest(metadata["digest"]), check_signature(metadata.get("signature"))
+        parent = check_digest(texts["parent"], "parent digest") if "parent" in texts else None
+        digest, signature = check_digest(texts["digest"]), check_signature(texts.get("signature"))
     except (InvalidName, InvalidMaskValue) as error:
         raise HeaderCorrupt(error.message) from None
-    return Header(base, info, digest, modules, signature, parent, start)
+    return Header(base, info, digest, modules, signature, parent, start, faults)
 
 
 def check_signature(signature: str | None) -> str | None:
-    """The signature if there is none or it has the form `<public key>:<signature>` in hex; nothing is verified here."""
+    """The signature if it has the form `2:<public key>:<signature>` or, of version 1, `<public key>:<signature>`, in
+    hex; None stays None. Nothing is verified here.
+    """
     if signature is not None and not _SIGNATURE.fullmatch(signature):
-        raise HeaderCorrupt(f"signature {signature!r:.80} is not 64 and 128 hex digits around a colon")
+        raise HeaderCorrupt(f"signature {signature!r:.80} is not `2:` and 64 and 128 hex digits around a colon")
     return signature
 
 
@@ -143,18 +154,18 @@ def _text(raw: bytes) -> str:
         raise HeaderCorrupt(f"byte {error.start} of the header is not ASCII") from None
 
 
-def _check_format(metadata: dict[str, Any]) -> None:
+def _check_format(texts: dict[str, Any]) -> None:
     """Format, version and the exact set of keys; all values are strings."""
-    found = metadata.get("format")
+    found = texts.get("format")
     if not isinstance(found, str) or not found.startswith(("masquerade-mask/", "masquerade-delta/")):
         raise NotAMask(f"safetensors without masks: format is {found!r:.40}, expected {FORMAT!r}")
     if found not in _REQUIRED:
         raise UnknownVersion(f"format {found!r:.40} is not known here, this reader knows {', '.join(_REQUIRED)}")
-    missing = sorted(_REQUIRED[found] - metadata.keys())
-    extra = sorted(metadata.keys() - _REQUIRED[found] - {"signature"})
+    missing = sorted(_REQUIRED[found] - texts.keys())
+    extra = sorted(texts.keys() - _REQUIRED[found] - {"signature"})
     if missing or extra:
         raise HeaderCorrupt(f"metadata keys: missing {missing}, unknown {extra!s:.160}")
-    wrong = sorted(key for key, value in metadata.items() if not isinstance(value, str))
+    wrong = sorted(key for key, value in texts.items() if not isinstance(value, str))
     if wrong:
         raise HeaderCorrupt(f"metadata values that are not strings: {wrong}")
 

@@ -11,8 +11,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
-from maskstore import algebra, strictjson
-from maskstore.errors import HeaderCorrupt, InvalidMaskValue, MaskMismatch
+from maskstore import algebra
+from maskstore.errors import InvalidMaskValue, MaskMismatch
+from maskstore.metadata import OBJECTS, check_object
 from maskstore.names import check_digest, check_module, check_name
 from maskstore.target import Target, nothing, smaller
 
@@ -40,7 +41,11 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class MaskInfo:
-    """What is said about a mask. Mappings hold JSON values; gamma and phase are defaults a request may override."""
+    """What is said about a mask; gamma and phase are defaults a request may override.
+
+    Mappings hold JSON; values of the keys that `metadata.OBJECTS` names have the types it says. Raises InvalidValue and
+    InvalidName.
+    """
 
     persona: str
     score: str
@@ -64,13 +69,13 @@ class MaskInfo:
             raise InvalidMaskValue(f"phase {self.phase!r:.40} is not one of {', '.join(get_args(Phase))}")
         object.__setattr__(self, "gamma", float(self.gamma))
         _check_time(self.created_at)
-        for name in ("parameters", "calibration", "certificate", "ancestry"):
-            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+        for name in OBJECTS:
+            object.__setattr__(self, name, check_object(name, getattr(self, name)))
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Immutable; equal and hashed by digest. `signature` is what signing made of the digest, if it was signed."""
+    """Immutable; equal and hashed by digest. `signature` is what `signing.sign` made, if it was signed."""
 
     base: BaseRef
     targets: Mapping[str, Target]
@@ -224,16 +229,3 @@ def _check_time(text: Any) -> None:
         datetime.fromisoformat(text)
     except (TypeError, ValueError):
         raise InvalidMaskValue(f"created_at {text!r:.80} is not an ISO 8601 time") from None
-
-
-def _plain(what: str, value: Any) -> dict[str, Any]:
-    """A private copy of a mapping, exactly as a file will give it back."""
-    if not isinstance(value, Mapping):
-        raise InvalidMaskValue(f"{what} is a {type(value).__name__}, not an object")
-    try:
-        plain: dict[str, Any] = strictjson.parse(strictjson.dump(dict(value)), what)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidMaskValue(f"{what} is not JSON: {error}") from None
-    except HeaderCorrupt as error:
-        raise InvalidMaskValue(error.message) from None
-    return plain

@@ -1,4 +1,4 @@
-"""Persona names, their generations and aliases, in one sqlite file. Knows which digest is current; never opens a mask.
+"""Persona names, their generations and aliases, and the certificates measured here, in one sqlite file.
 
 A generation is a row that never changes; publishing adds one, rolling back moves the name to an older one. Every
 write is one transaction: processes may share the file, and a crash leaves the state before or after.
@@ -6,15 +6,16 @@ write is one transaction: processes may share the file, and a crash leaves the s
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Any, Final, Literal
 
+from maskstore import strictjson
 from maskstore.database import Database, Watch
 from maskstore.errors import InvalidMaskValue, MaskConflict, MaskExists, MaskNotFound
-from maskstore.mask import MaskInfo, Phase, now
+from maskstore.mask import Mask, MaskInfo, Phase, now
 from maskstore.names import check_digest, check_name, split_reference
 from maskstore.store import Store
 
@@ -67,11 +68,40 @@ class Persona:
     pinned: bool
 
 
-class Registry:
-    """The names of one store."""
+@dataclass(frozen=True)
+class Measurement:
+    """A certificate that was measured by this store's own server or commands; no file can claim to have one.
 
-    def __init__(self, root: str | os.PathLike[str], require_signed: bool = False) -> None:
-        self.store = Store(root, require_signed)
+    It is of a digest, and so of a base and tensors, worn at `gamma` and, unless it says otherwise, in `phase`. `data`
+    says what it was measured on, as digests and counts.
+    """
+
+    digest: str
+    certificate: Mapping[str, Any]
+    gamma: float
+    phase: Phase
+    data: Mapping[str, Any]
+    measured_at: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known about what a mask does. Of a claimed one, for which only the mask's maker vouches, `passed` is None
+    and what the maker says is in `figures["claimed"]`. `source` is None if there is no certificate at all.
+    """
+
+    figures: Mapping[str, Any]
+    source: Literal["measured", "claimed"] | None
+    measurement: Measurement | None = None
+
+
+class Registry:
+    """The names of one store. `require_signed` and `accept_tensors` are the store's."""
+
+    def __init__(
+        self, root: str | os.PathLike[str], require_signed: bool = False, accept_tensors: bool = False
+    ) -> None:
+        self.store = Store(root, require_signed, accept_tensors)
         self.path = self.store.root / FILE
         self._session = Database(self.path).session
 
@@ -99,6 +129,38 @@ class Registry:
             if digest not in self.store:
                 raise MaskNotFound(f"no mask {digest[:16]} in the store to publish as {name}")
             return self._append(db, name, digest, gamma, phase)
+
+    def publish_built(self, mask: Mask, expected: str | Anything | None = ANY) -> Revision:
+        """Keep a mask that was built, and so measured, here, and publish it as its persona."""
+        info = mask.info
+        digest = self.store.add(mask, built=True)
+        self.record(Measurement(digest, info.certificate, info.gamma, info.phase, info.calibration, now()))
+        return self.publish(info.persona, digest, expected, info)
+
+    def record(self, measurement: Measurement) -> None:
+        """Remember what was measured about a digest, in place of what was measured before."""
+        row = (
+            check_digest(measurement.digest),
+            strictjson.dump(measurement.certificate),
+            measurement.gamma,
+            measurement.phase,
+            strictjson.dump(measurement.data),
+            measurement.measured_at,
+        )
+        with self._session("immediate") as db:
+            db.execute("insert or replace into measurement values (?, ?, ?, ?, ?, ?)", row)
+
+    def certificate(self, digest: str, info: MaskInfo) -> Certificate:
+        """What was measured here about a digest, or else what its file claims; `info` is the file's."""
+        with self._session() as db:
+            row = db.execute("select * from measurement where digest = ?", (check_digest(digest),)).fetchone()
+        if row:
+            figures, data = (strictjson.parse(row[place], "a measurement") for place in (1, 4))
+            return Certificate(figures, "measured", Measurement(digest, figures, row[2], row[3], data, row[5]))
+        if not info.certificate:
+            return Certificate({}, None)
+        claimed = {"passed": info.certificate.get("passed")}
+        return Certificate({**info.certificate, "passed": None, "claimed": claimed}, "claimed")
 
     def resolve(self, reference: str) -> Revision:
         """The generation of `name` (its current one) or `name@digest-prefix`; the name may be an alias."""

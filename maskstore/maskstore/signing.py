@@ -1,22 +1,68 @@
-"""Who vouches for a mask: ed25519 over its digest, and the keys a store trusts. Knows no file but the list of keys.
+"""Signatures of masks: ed25519 over what is served, the keys a store trusts, and which of two copies is better signed.
 
-A signature covers the base and the pruned sets; it does not cover what the mask says about itself.
+Version 2 covers the tensors and all that is said about the mask; version 1 covered the tensors only, and is still read.
 The arithmetic is the package `cryptography`, imported only when something is signed or checked.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, Protocol
 
-from maskstore import files
+from maskstore import files, strictjson
 from maskstore.errors import MaskNotFound, SignatureError
-from maskstore.mask import Mask
+from maskstore.mask import BaseRef, Mask, MaskInfo
 from maskstore.names import check_digest, check_name
 
-DOMAIN = "masquerade-signature/1"
+Cover = Literal["everything", "tensors"]
+_PREFIX = "2:"
 _LINE = re.compile(r"([0-9a-f]{64}) (\S+)")
+
+
+class Signable(Protocol):
+    """Whatever knows all that a signature covers: a mask, a header, an open file, a summary."""
+
+    @property
+    def base(self) -> BaseRef:
+        """The model it is for."""
+        ...
+
+    @property
+    def info(self) -> MaskInfo:
+        """What is said about it."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Its identity."""
+        ...
+
+    @property
+    def signature(self) -> str | None:
+        """As its file records it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A signature as a mask bears it, held against that mask."""
+
+    key: str  # public
+    covers: Cover
+    valid: bool | None  # whether it fits; None where `cryptography` is missing
+    label: str | None  # of the key, if it is trusted
+
+
+class Standing(IntEnum):
+    """How much a copy's signature is worth; of two copies of one digest, the higher one is kept."""
+
+    FALSE = 0  # it does not fit
+    UNKNOWN = 1  # there is none, or it is of a key that is not trusted
+    TENSORS = 2  # of a trusted key, over the tensors only
+    EVERYTHING = 3  # of a trusted key, over everything
 
 
 def generate() -> tuple[str, str]:
@@ -26,26 +72,67 @@ def generate() -> tuple[str, str]:
 
 
 def sign(mask: Mask, private: str) -> Mask:
-    """The same mask, signed."""
+    """The same mask, signed: its tensors and everything that is said about it."""
     key = _cryptography()[0].Ed25519PrivateKey.from_private_bytes(bytes.fromhex(check_digest(private, "private key")))
     public = key.public_key().public_bytes_raw().hex()
-    return replace(mask, signature=f"{public}:{key.sign(_message(mask.digest)).hex()}")
+    return replace(mask, signature=f"{_PREFIX}{public}:{key.sign(message(mask, 'everything')).hex()}")
 
 
-def check(digest: str, signature: str | None, trusted: Mapping[str, str]) -> str:
-    """The label of the trusted key (public key -> label) that signed a digest, else SignatureError."""
-    if signature is None:
-        raise SignatureError(f"the mask {digest[:16]} is not signed")
-    public, _, value = signature.partition(":")
-    if public not in trusted:
-        raise SignatureError(f"the mask {digest[:16]} is signed by {public[:16]}, which is none of {len(trusted)} keys")
-    ed25519, invalid = _cryptography()
+def message(signed: Signable, covers: Cover) -> bytes:
+    """What is signed: FORMAT.md, section 7."""
+    if covers == "tensors":
+        return f"masquerade-signature/1\n{signed.digest}\n".encode()
+    said = {item.name: getattr(signed.info, item.name) for item in fields(MaskInfo)}
+    base = {"fingerprint": signed.base.fingerprint, "name": signed.base.name}
+    return f"masquerade-signature/2\n{strictjson.dump({**said, 'base': base, 'digest': signed.digest})}\n".encode()
+
+
+def examine(signed: Signable, trusted: Mapping[str, str]) -> Signature | None:
+    """The signature of a mask, held against it and the trusted keys (public key -> label); None if there is none."""
+    if signed.signature is None:
+        return None
+    covers: Cover = "everything" if signed.signature.startswith(_PREFIX) else "tensors"
+    public, _, value = signed.signature.removeprefix(_PREFIX).partition(":")
     try:
-        key = ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
-        key.verify(bytes.fromhex(value), _message(digest))
-    except (invalid, ValueError):
-        raise SignatureError(f"the signature of {trusted[public]} does not fit the mask {digest[:16]}") from None
-    return trusted[public]
+        valid = _fits(public, value, message(signed, covers))
+    except SignatureError:
+        valid = None
+    return Signature(public, covers, valid, trusted.get(public))
+
+
+def check(signed: Signable, trusted: Mapping[str, str], accept_tensors: bool = False) -> str:
+    """The label of the trusted key that signed a mask, else SignatureError.
+
+    A signature of version 1, which covers the tensors only, is refused unless `accept_tensors`.
+    """
+    found = examine(signed, trusted)
+    subject = f"the mask {signed.digest[:16]}"
+    if found is None:
+        raise SignatureError(f"{subject} is not signed")
+    if found.label is None:
+        raise SignatureError(f"{subject} is signed by {found.key[:16]}, which is none of {len(trusted)} keys")
+    if found.valid is None:
+        _cryptography()
+    if not found.valid:
+        raise SignatureError(f"the signature of {found.label} does not fit {subject}")
+    if found.covers == "tensors" and not accept_tensors:
+        raise SignatureError(
+            f"the signature of {found.label} covers only the tensors of {subject}, not its metadata; sign it again, or "
+            "accept signatures of tensors"
+        )
+    return found.label
+
+
+def rank(signed: Signable, trusted: Mapping[str, str]) -> Standing:
+    """How much a copy's signature is worth here."""
+    found = examine(signed, trusted)
+    if found is None:
+        return Standing.UNKNOWN
+    if found.valid is False:
+        return Standing.FALSE
+    if found.label is None or found.valid is None:
+        return Standing.UNKNOWN
+    return Standing.EVERYTHING if found.covers == "everything" else Standing.TENSORS
 
 
 class TrustedKeys:
@@ -92,5 +179,11 @@ def _cryptography() -> tuple[ModuleType, type[Exception]]:
     return ed25519, InvalidSignature
 
 
-def _message(digest: str) -> bytes:
-    return f"{DOMAIN}\n{digest}\n".encode()
+def _fits(public: str, value: str, text: bytes) -> bool:
+    """Whether a signature in hex is one of a text by a key."""
+    ed25519, invalid = _cryptography()
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(bytes.fromhex(value), text)
+    except (invalid, ValueError):
+        return False
+    return True

@@ -1,29 +1,45 @@
-"""Masks by content. Knows where a digest lies on disk and how it gets there whole; knows no names and no history."""
+"""Masks by content: where a digest lies on disk, how it gets there whole, and which copy of it is kept."""
 
 import fcntl
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from maskstore import files, signing
-from maskstore.errors import DigestMismatch, MaskNotFound, StoreBusy
+from maskstore.errors import DigestMismatch, MaskCorrupt, MaskNotFound, StoreBusy
 from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
+from maskstore.header import Header
 from maskstore.mask import BaseRef, Mask, MaskInfo
 from maskstore.names import check_digest
+from maskstore.signing import Signable
+from maskstore.summary import Summaries, Summary
 
 SUFFIX = ".safetensors"
 TIMEOUT = 30.0
 
 
 class Store:
-    """A folder of immutable mask files, `<root>/masks/<first two digits>/<digest>.safetensors`."""
+    """A folder of immutable mask files, `<root>/masks/<first two digits>/<digest>.safetensors`.
 
-    def __init__(self, root: str | os.PathLike[str], require_signed: bool = False) -> None:
+    A digest covers base and tensors, so copies of one mask may differ in what they say and in who signed it. One copy
+    is kept: the one whose signature has the higher `signing.Standing` with the keys that are trusted at the time; of
+    equal ones, a copy that was built here; otherwise the one that was there first. A copy whose header is damaged gives
+    way to any other, and one with faulty metadata to one that is as well signed.
+
+    With `require_signed`, masks are opened and taken in only if a trusted key signed everything about them, or, with
+    `accept_tensors`, at least their tensors.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], require_signed: bool = False, accept_tensors: bool = False
+    ) -> None:
         self.root = Path(root)
         self.require_signed = require_signed
+        self.accept_tensors = accept_tensors
+        self._summaries = Summaries()
         self.keys = signing.TrustedKeys(self.root / "trusted-keys")
         self.masks = self.root / "masks"
         self.masks.mkdir(parents=True, exist_ok=True)
@@ -32,58 +48,68 @@ class Store:
         """Where a digest lies, or would lie."""
         return self.masks / check_digest(digest)[:2] / f"{digest}{SUFFIX}"
 
-    def add(self, mask: Mask) -> str:
-        """Keep a mask and return its digest; of equal masks the first file stays, unless only the later is signed."""
+    def add(self, mask: Mask, built: bool = False) -> str:
+        """Keep a mask, unless the copy that is here is better (see above), and return its digest.
+
+        `built` is for masks that were built, and so measured, on this store's own server or command.
+        """
         with self.lock():
-            path = self._seat(mask.digest)
-            if self._wants(mask.digest, mask.signature):
-                write_mask(mask, path)
-            os.utime(path)  # young again: a collector leaves it to whoever is about to publish it
+            if self._prefers(mask, built):
+                self._write(mask, lambda: self._prefers(mask, built))
+            else:
+                self._touch(mask.digest)
         return mask.digest
 
-    def adopt(self, path: Path, digest: str, signature: str | None) -> str:
-        """Move in a file that was verified to be this digest, on the same file system; return the digest."""
+    def replace(self, mask: Mask) -> str:
+        """Keep this copy of a mask whichever is here: the operator's word. Return its digest."""
         with self.lock():
-            seat = self._seat(digest)
-            if self._wants(digest, signature):
-                os.replace(path, seat)
-                files.sync_folder(seat.parent)
-            else:
-                path.unlink()
-            os.utime(seat)
-        return digest
+            self._write(mask, lambda: True)
+        return mask.digest
+
+    def adopt(self, path: Path, head: Signable) -> str:
+        """Move in a file that was verified to be what its header says, on the same file system, unless the copy that is
+        here is better; either way it is gone from `path`. Return its digest.
+        """
+        with self.lock():
+            self._place(path, head.digest, lambda: self._prefers(head))
+        return head.digest
 
     def open(self, digest: str, base: str | None = None, verify: bool = True) -> Mask:
         """The mask of a digest, mapped into memory; `base` is the fingerprint it must be for."""
         path = self.path(digest)
         if not path.exists():
             raise MaskNotFound(f"no mask {digest[:16]} in {self.root}")
-        mask = read_mask(path, base, verify)
+        mask = read_mask(path, base, verify, lenient=True)
         if mask.digest != digest:
             raise DigestMismatch(f"holds the mask {mask.digest[:16]}, not the one it is named after", path=path)
-        self.admit(digest, mask.signature)
+        self.admit(mask)
         return mask
 
-    def admit(self, digest: str, signature: str | None) -> None:
-        """SignatureError if this store requires signatures and this is none of a trusted key."""
+    def admit(self, signed: Signable) -> None:
+        """SignatureError if this store requires signatures and a mask's is not what it requires."""
         if self.require_signed:
-            signing.check(digest, signature, self.keys.trusted())
+            signing.check(signed, self.keys.trusted(), self.accept_tensors)
+
+    def summary(self, digest: str) -> Summary:
+        """What a mask's file says, without its tensors; it is opened only if it was not, or is another one now."""
+        return self._summaries.of(self.path(digest))
 
     def reader(self, digest: str, base: str | None = None) -> MaskReader:
         """The mask's file as a MaskReader: what it says without touching a tensor, or its modules one at a time."""
         path = self.path(digest)
         if not path.exists():
             raise MaskNotFound(f"no mask {digest[:16]} in {self.root}")
-        return MaskReader(path, base)
+        return MaskReader(path, base, lenient=True)
 
     @contextmanager
     def writing(self, base: BaseRef, info: MaskInfo) -> Iterator[MaskWriter]:
         """A MaskWriter whose mask is kept, under its digest, when the block ends well: for masks larger than memory."""
-        folder = self.quarantine()
-        path = folder / f"{secrets.token_hex(8)}{SUFFIX}"
+        path = self._leaf()
         with MaskWriter(path, base, info) as writer:
             yield writer
-        self.adopt(path, writer.digest, None)
+        with self.lock():
+            head = Header(base, info, writer.digest, {})
+            self._place(path, head.digest, lambda: self._prefers(head))
 
     def quarantine(self) -> Path:
         """The folder for files that are not masks of this store yet; whatever stays there is a leftover."""
@@ -98,21 +124,47 @@ class Store:
     def __contains__(self, digest: str) -> bool:
         return self.path(digest).exists()
 
-    def _wants(self, digest: str, signature: str | None) -> bool:
-        """Whether a mask is new here, or brings the first signature."""
-        path = self.path(digest)
-        if not path.exists():
+    def _prefers(self, new: Signable, built: bool = False) -> bool:
+        """Whether a copy is better than the one that is here, if there is one."""
+        try:
+            kept = self.summary(new.digest)
+        except (MaskNotFound, MaskCorrupt):
             return True
-        if signature is None:
-            return False
-        with MaskReader(path) as reader:
-            return reader.header.signature is None
+        trusted = self.keys.trusted()
+        theirs, ours = signing.rank(new, trusted), signing.rank(kept, trusted)
+        return theirs >= ours if built or kept.faults else theirs > ours
+
+    def _write(self, mask: Mask, wanted: Callable[[], bool]) -> None:
+        path = self._leaf()
+        try:
+            write_mask(mask, path)
+            self._place(path, mask.digest, wanted)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _place(self, path: Path, digest: str, wanted: Callable[[], bool]) -> None:
+        """Give a file its seat, if it is wanted there. One writer at a time decides, so that the better copy wins."""
+        with self.lock(exclusive=True, name="seats"):
+            if wanted():
+                seat = self._seat(digest)
+                os.replace(path, seat)
+                files.sync_folder(seat.parent)
+        path.unlink(missing_ok=True)
+        self._touch(digest)
+
+    def _touch(self, digest: str) -> None:
+        """Young again: a collector leaves it to whoever is about to publish it."""
+        os.utime(self.path(digest))
+
+    def _leaf(self) -> Path:
+        """A new path in quarantine."""
+        return self.quarantine() / f"{secrets.token_hex(8)}{SUFFIX}"
 
     @contextmanager
-    def lock(self, exclusive: bool = False) -> Iterator[None]:
+    def lock(self, exclusive: bool = False, name: str = "lock") -> Iterator[None]:
         """Hold the store: shared to add, exclusive to take away. The kernel lets go for a process that dies."""
         kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        with open(self.root / "lock", "ab") as file:
+        with open(self.root / name, "ab") as file:
             deadline = time.monotonic() + TIMEOUT
             while not _try_lock(file.fileno(), kind):
                 if time.monotonic() > deadline:

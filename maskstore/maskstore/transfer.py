@@ -39,7 +39,8 @@ def export_mask(store: Store, digest: str, path: str | os.PathLike[str], against
 def import_mask(store: Store, path: str | os.PathLike[str], base: str | None = None) -> Mask:
     """Keep a mask from a file, whole or delta; nothing enters the store before everything about it is verified.
 
-    `base` is the fingerprint it must be for. A delta needs its parent in the store.
+    `base` is the fingerprint it must be for. A delta needs its parent in the store. What is returned is the copy that
+    the store keeps, which may be another one (see Store).
     """
     path = Path(path)
     try:
@@ -58,13 +59,13 @@ def _settle(store: Store, copy: Path, base: str | None) -> str:
     if header.parent is None:
         with MaskReader(copy, base) as reader:
             reader.check()
-            store.admit(reader.digest, reader.header.signature)
+            store.admit(reader)
     else:
         with DeltaReader(copy, store.open, base) as reader:
             mask = reader.mask()
-        store.admit(mask.digest, mask.signature)
+        store.admit(mask)
         write_mask(mask, copy)
-    return store.adopt(copy, header.digest, header.signature)
+    return store.adopt(copy, header)
 
 
 @contextmanager

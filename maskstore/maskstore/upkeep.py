@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maskstore.database import Database
 from maskstore.errors import MaskError, Unreadable
-from maskstore.format import MaskReader
+from maskstore.format import MaskReader, read_mask, write_mask
 from maskstore.registry import FILE, Registry
 from maskstore.store import Store
 
@@ -80,8 +80,9 @@ def sweep(root: str | os.PathLike[str], grace: float = GRACE) -> tuple[str, ...]
 
 def fsck(root: str | os.PathLike[str], repair: bool = False) -> Checkup:
     """Verify every mask and every reference. `repair` moves damaged files to `<root>/damaged`, misplaced ones to their
-    place, and rebuilds a registry that cannot be read from what the masks say about themselves.
-    """  # fmt: skip
+    place, empties objects of the metadata with values of the wrong type, and rebuilds a registry that cannot be read
+    from what the masks say about themselves.
+    """
     store = Store(root)
     with store.lock(exclusive=repair):
         faults, references = _read_registry(store)  # before the files: what is published meanwhile is not dangling
@@ -124,7 +125,7 @@ def _check_files(store: Store, sound: dict[str, tuple[str, str]], repair: bool) 
         if path in waiting:
             continue
         try:
-            with MaskReader(path) as reader:
+            with MaskReader(path, lenient=True) as reader:
                 reader.check()
         except Unreadable as error:
             yield Finding("unreadable", _relative(store, path), error.message)
@@ -138,6 +139,9 @@ def _check_files(store: Store, sound: dict[str, tuple[str, str]], repair: bool) 
             yield Finding("misplaced", _relative(store, path), f"is the mask {reader.digest}", action)
             if not action:
                 continue
+        if reader.header.faults:
+            action = _mend(store, reader.digest) if repair else ""
+            yield Finding("metadata", _relative(store, path), "; ".join(reader.header.faults), action)
         sound[reader.digest] = (reader.info.created_at, reader.info.persona)
 
 
@@ -160,6 +164,13 @@ def _put_right(store: Store, path: Path, digest: str) -> str:
     target.parent.mkdir(exist_ok=True)
     os.replace(path, target)
     return f"moved to {_relative(store, target)}"
+
+
+def _mend(store: Store, digest: str) -> str:
+    """Write a mask again as a lenient reader sees it; its tensors, and so its digest, stay."""
+    path = store.path(digest)
+    write_mask(read_mask(path, lenient=True), path)
+    return "written again with those objects empty"
 
 
 def _read_registry(store: Store) -> tuple[list[str], list[tuple[str, str]]]:

@@ -24,6 +24,33 @@ from tests.maskstore import forge, world
 DOWN = "model.layers.0.mlp.down_proj"  # a bitmap, 24 x 100
 OUT = "model.layers.0.self_attn.o_proj"  # sparse, 16 x 64
 LIMIT = 4 << 20
+# Values of the wrong type: where the refusal says it is -> an object of the metadata, and what it is replaced with
+WRONG = {
+    "ancestry.parents": ("ancestry", {"parents": ["a"]}),
+    "a key of ancestry.parents": ("ancestry", {"parents": {"a": "b"}}),
+    "ancestry.expression": ("ancestry", {"expression": 3}),
+    "certificate.passed": ("certificate", {"passed": "yes"}),
+    "certificate.flip": ("certificate", {"flip": "1.0"}),
+    "certificate.pairs": ("certificate", {"pairs": True}),
+    "certificate.preferred": ("certificate", {"preferred": {"base": 0.5}}),
+    "certificate.preferred.masked": ("certificate", {"preferred": {"base": 0.5, "masked": None}}),
+    "certificate.intervals.flip": ("certificate", {"intervals": {"flip": [0.1]}}),
+    "certificate.intervals": ("certificate", {"intervals": [1]}),
+    "certificate.phases.all": ("certificate", {"phases": {"all": 1}}),
+    "certificate.phases.all.flip": ("certificate", {"phases": {"all": {"flip": []}}}),
+    "certificate.reasons": ("certificate", {"reasons": "none"}),
+    "certificate.remarks[1]": ("certificate", {"remarks": ["x", 1]}),
+    "certificate.choice.tried[0]": ("certificate", {"choice": {"tried": [1]}}),
+    "certificate.phase.default": ("certificate", {"phase": {"default": "prefill"}}),
+    "certificate.pruned_share.x": ("certificate", {"pruned_share": {"x": "y"}}),
+    "certificate holds half of a surrogate pair": ("certificate", {"x": "\ud800"}),
+    "calibration.examples": ("calibration", {"examples": -1}),
+    "calibration.contrast": ("calibration", {"contrast": []}),
+    "calibration.system_prompt": ("calibration", {"system_prompt": "x"}),
+    "calibration.system_prompt.tokens": ("calibration", {"system_prompt": {"text": "x", "tokens": "y"}}),
+    "parameters.rho": ("parameters", {"rho": [1]}),
+    "parameters.scope": ("parameters", {"scope": 1}),
+}
 
 
 @dataclass(frozen=True)
@@ -191,6 +218,8 @@ def metadata(raw: bytes) -> Iterator[Attack]:
     yield said("opposite-number", opposite="3")
     yield said("time", created_at='"0000-99-99"')
     yield said("certificate-list", certificate="[]")
+    for where, (field, value) in WRONG.items():
+        yield said(f"type-{where.replace(' ', '-')}", **{field: json.dumps(value)})
     yield said("base-missing", base="{}")
     yield said("base-extra", base=json.dumps({"fingerprint": "a" * 64, "name": "x", "path": "/"}))
     yield said("base-short", base=json.dumps({"fingerprint": "abc", "name": "x"}))
@@ -198,6 +227,7 @@ def metadata(raw: bytes) -> Iterator[Attack]:
     yield said("digest-other", maskstore.DigestMismatch, digest="0" * 64)
     yield said("digest-text", digest="x")
     yield said("signature-form", signature="me")
+    yield said("signature-later", signature=f"3:{'0' * 64}:{'0' * 128}")
     yield said("modules-empty", modules="{}")
     yield said("modules-list", modules="[]")
     yield said("modules-short", modules=json.dumps({OUT: [1, 2]}))

@@ -55,6 +55,20 @@ def test_what_is_no_expression(expression, error):
         made(expression)
 
 
+@pytest.mark.parametrize("expression", ["a - a", "a & ~a", "~(a | ~a)", "a - (a | b)"])
+def test_an_empty_mask_is_refused_unless_forced(tmp_path, expression):
+    with pytest.raises(InvalidMaskValue, match="is an empty mask: it prunes nothing"):
+        made(expression)
+    assert not compose(expression, MASKS, MASKS.__getitem__, "mix", force=True).pruned
+    registry = Registry(tmp_path)
+    for name in "ab":
+        registry.publish(name, registry.store.add(MASKS[name]))
+    with pytest.raises(InvalidMaskValue, match="empty mask"):
+        compose_persona(registry, "mix", expression)
+    assert [one.name for one in registry.names()] == ["a", "b"]
+    assert compose_persona(registry, "mix", expression, force=True).number == 1
+
+
 def test_unknown_personas_and_bad_names():
     with pytest.raises(MaskNotFound, match="'zebra' at 4 of the expression"):
         made("a | zebra")

@@ -53,7 +53,16 @@ update persona set gamma = 0.25, notes = 'kept' where name = 'old';
 insert into tag values ('old', 'good');
 insert into pin values ('{first}');
 """
-RECORDED = {1: (FIRST + GENERATION + ALIAS, ROWS), 2: (SECOND + GENERATION + ALIAS + TAG, ROWS + MORE)}
+DEFAULTS = """
+alter table generation add column gamma real;
+alter table generation add column phase text;
+"""
+LATER = "update generation set gamma = 0.75, phase = 'decode' where name = 'other';"
+RECORDED = {
+    1: (FIRST + GENERATION + ALIAS, ROWS),
+    2: (SECOND + GENERATION + ALIAS + TAG, ROWS + MORE),
+    3: (SECOND + GENERATION + ALIAS + TAG + DEFAULTS, ROWS + MORE + LATER),
+}
 
 
 def make(root: Path, version: int) -> tuple[str, str]:
@@ -97,6 +106,10 @@ def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
     assert [one.digest for one in registry.history("old")] == [second, first]
     assert (told.gamma, told.notes, told.tags) == ((0.25, "kept", ("good",)) if version > 1 else (None, "", ()))
     assert (told.current.gamma, told.current.phase) == (None, None)
+    other = registry.resolve("other")
+    assert (other.gamma, other.phase) == ((0.75, "decode") if version > 2 else (None, None))
+    claimed = registry.certificate(first, world.info(certificate={"passed": True}))
+    assert claimed.source == "claimed"  # what an older version measured is not told apart from what it was told
     assert {one.name for one in registry.personas()} == {"old", "other"}
     assert database.Database(tmp_path / "store" / FILE).faults() == []
 

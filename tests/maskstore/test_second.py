@@ -1,5 +1,6 @@
 """A second implementation, from FORMAT.md alone: struct, json, hashlib and numpy; the package is its counterpart."""
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -152,3 +153,19 @@ def test_fingerprint(tmp_path):
         windows = [(0, size)] if size <= 65536 else [(start, start + 4096) for start in starts]
         state.update(b"".join(data[begin + left : begin + right] for left, right in windows))
     assert maskstore.fingerprint(tmp_path) == state.hexdigest()
+
+
+def test_signatures(tmp_path):
+    """Section 7: the text that is signed, of both versions."""
+    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
+    key = ed25519.Ed25519PrivateKey.generate()
+    maskstore.write_mask(maskstore.signing.sign(world.mask(**SAID), key.private_bytes_raw().hex()), tmp_path / "m")
+    metadata, _ = read(tmp_path / "m")
+    said = {name: json.loads(metadata[name]) for name in (*SAID, "base")} | {"digest": metadata["digest"]}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    version, public, value = metadata["signature"].split(":")
+    assert (version, public) == ("2", key.public_key().public_bytes_raw().hex())
+    key.public_key().verify(bytes.fromhex(value), f"masquerade-signature/2\n{text}\n".encode())
+    first = key.sign(f"masquerade-signature/1\n{metadata['digest']}\n".encode()).hex()
+    old = dataclasses.replace(world.mask(**SAID), signature=f"{public}:{first}")
+    assert maskstore.signing.examine(old, {}).valid

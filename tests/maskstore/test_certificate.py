@@ -1,0 +1,75 @@
+"""A certificate is measured here, or claimed by whoever made the file; a file cannot say which."""
+
+import pytest
+
+from maskstore import Measurement, Registry, Store, export_mask, import_mask
+from maskstore.mask import now
+from tests.maskstore import world
+
+FALSE = {"passed": True, "flip": 1.0}
+TRUE = {"passed": True, "flip": 0.25}
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return Registry(tmp_path / "store")
+
+
+def told(registry: Registry, digest: str):
+    return registry.certificate(digest, registry.store.summary(digest).info)
+
+
+def bring(registry: Registry, tmp_path, **said) -> str:
+    """Import a mask that was made elsewhere."""
+    away = Store(tmp_path / "away")
+    export_mask(away, away.replace(world.mixed(**said)), tmp_path / "x")
+    return import_mask(registry.store, tmp_path / "x").digest
+
+
+def test_a_certificate_that_came_with_a_file_is_claimed(registry, tmp_path):
+    digest = bring(registry, tmp_path, certificate=FALSE)
+    found = told(registry, digest)
+    assert (found.source, found.measurement) == ("claimed", None)
+    assert found.figures == {"passed": None, "flip": 1.0, "claimed": {"passed": True}}
+
+
+def test_no_certificate_has_no_source(registry, tmp_path):
+    assert told(registry, bring(registry, tmp_path)).source is None
+
+
+def test_a_build_here_replaces_what_was_claimed(registry, tmp_path):
+    digest = bring(registry, tmp_path, certificate=FALSE, gamma=0.5)
+    made = registry.publish_built(world.mixed(certificate=TRUE, calibration={"examples": 7}))
+    assert (made.digest, made.name) == (digest, "pirate")
+    found = told(registry, digest)
+    assert (found.source, found.figures) == ("measured", TRUE)
+    assert found.measurement.data == {"examples": 7}
+    info = registry.store.open(digest).info
+    assert (info.certificate, info.gamma) == (TRUE, 0.0)
+
+
+def test_what_comes_later_does_not_replace_what_was_measured(registry, tmp_path):
+    digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
+    assert bring(registry, tmp_path, certificate=FALSE, gamma=0.5) == digest
+    assert (told(registry, digest).source, told(registry, digest).figures) == ("measured", TRUE)
+    assert registry.store.open(digest).info.gamma == 0
+
+
+def test_a_measurement_stands_beside_a_signed_file(registry, tmp_path):
+    """Nothing that is measured here is written into a file: its signature would not fit any more."""
+    signing = pytest.importorskip("maskstore.signing")
+    pytest.importorskip("cryptography")
+    private, public = signing.generate()
+    registry.store.keys.trust(public, "me")
+    digest = registry.store.add(signing.sign(world.mixed(certificate=FALSE), private))
+    registry.publish_built(world.mixed(certificate=TRUE))
+    assert (told(registry, digest).source, told(registry, digest).figures) == ("measured", TRUE)
+    assert Registry(registry.store.root, require_signed=True).store.open(digest).info.certificate == FALSE
+
+
+def test_the_last_measurement_counts(registry):
+    digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
+    later = Measurement(digest, {"passed": False}, 0.5, "decode", {"own": {"examples": 3}}, now())
+    registry.record(later)
+    found = told(Registry(registry.store.root), digest)
+    assert (found.figures, found.measurement) == ({"passed": False}, later)
