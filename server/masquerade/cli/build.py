@@ -231,8 +231,8 @@ def _publish(masks: Sequence[Mask], store: Store, registry: Registry, out: Path 
     report = []
     try:
         for mask in masks:
-            path = store.path(store.add(mask))
-            generation = registry.publish(mask.info.persona, mask.digest, info=mask.info)
+            generation = registry.publish_built(mask)
+            path = store.path(mask.digest)
             if out:
                 out.mkdir(parents=True, exist_ok=True)
                 write_mask(mask, out / f"{mask.info.persona}.safetensors")

@@ -54,8 +54,32 @@ class PersonaObject(RevisionObject):
     requests: int
 
 
+class SignatureObject(Schema):
+    """The signature in a mask's file: the public key, what it covers, whether it fits (null: cannot be checked here), and
+    the label of the key if the server trusts it.
+    """
+
+    key: str
+    covers: Literal["everything", "tensors"]
+    valid: bool | None
+    label: str | None
+
+
+class MeasurementObject(Schema):
+    """When this server measured a certificate, at which gamma and phase, and on what: digests and counts."""
+
+    measured_at: str
+    gamma: float
+    phase: Literal["all", "decode"]
+    data: dict[str, Any]
+
+
 class PersonaDetails(PersonaObject):
-    """... with its notes, its history (the newest first), how it was built, and its certificate."""
+    """... with its notes, its history (the newest first), how it was built, its certificate and its signature.
+
+    `certificate_source` is `measured` for a certificate of this server, and `claimed` for one that came with the file:
+    then its `passed` is null, and what the maker says about it is in `claimed`. It is null if there is no certificate.
+    """
 
     model_config = show(
         _PERSONA_EXAMPLE
@@ -64,6 +88,14 @@ class PersonaDetails(PersonaObject):
             "history": [{key: _PERSONA_EXAMPLE[key] for key in ("generation", "number", "created_at")}],
             "built": {"score": "attribution", "parameters": {"rho": 0.003}, "opposite": "cheerful"},
             "certificate": {"flip": 0.98, "passed": True},
+            "certificate_source": "measured",
+            "measurement": {
+                "measured_at": "2026-11-22T10:00:00+00:00",
+                "gamma": 0.0,
+                "phase": "decode",
+                "data": {"examples": 256, "digest": "5c9e0f1a" * 8},
+            },
+            "signature": None,
         }
     )
 
@@ -71,6 +103,9 @@ class PersonaDetails(PersonaObject):
     history: list[RevisionObject]
     built: dict[str, Any]
     certificate: dict[str, Any]
+    certificate_source: Literal["measured", "claimed"] | None
+    measurement: MeasurementObject | None
+    signature: SignatureObject | None
 
 
 class PersonaList(Schema):

@@ -24,6 +24,7 @@ from maskstore import (
     Mask,
     MaskCorrupt,
     MaskMismatch,
+    Measurement,
     Persona,
     Revision,
     SignatureError,
@@ -32,6 +33,7 @@ from maskstore import (
     diff,
     import_mask,
 )
+from maskstore.signing import examine
 from masquerade.errors import InvalidMask, InvalidValue
 from masquerade.http import downloads
 from masquerade.http.access import Building, Caller, Chatting, Managing, ScopedRoute
@@ -73,6 +75,7 @@ class Composition(Command):
 
     name: Text
     expression: Text
+    force: bool = False  # publish even a mask that prunes nothing
 
 
 class Renaming(Command):
@@ -131,7 +134,7 @@ def compose_masks(asked: Composition, serving: Served, expected: Expected, calle
     def load(reference: str) -> Mask:
         return store.open(registry.resolve(caller.check_managed(reference, aliases, "expression")).digest)
 
-    mask = compose(asked.expression, list(filter(caller.sees, known)), load, asked.name)
+    mask = compose(asked.expression, list(filter(caller.sees, known)), load, asked.name, asked.force)
     generation = registry.publish(asked.name, store.add(mask), expected)
     return _show(serving, caller, generation.name, status=201)
 
@@ -268,8 +271,10 @@ def _publish(serving: Serving, caller: Caller, name: str, upload: Path, expected
 def _show(serving: Serving, caller: Caller, name: str, status: int = 200) -> Response:
     persona = serving.registry.describe(name.partition("@")[0])
     history = serving.registry.history(persona.name)
-    with serving.store.reader(persona.current.digest) as mask:
-        info = asdict(mask.info)
+    summary = serving.store.summary(persona.current.digest)
+    certificate = serving.registry.certificate(summary.digest, summary.info)
+    signature = examine(summary, serving.store.keys.trusted())
+    info = asdict(summary.info)
     _hide(caller, info)
     details = _describe(serving, caller, persona) | {
         "notes": persona.notes,
@@ -277,10 +282,18 @@ def _show(serving: Serving, caller: Caller, name: str, status: int = 200) -> Res
         "built": {
             key: info[key] for key in ("score", "parameters", "calibration", "created_at", "opposite", "ancestry")
         },
-        "certificate": info["certificate"],
+        "certificate": dict(certificate.figures),
+        "certificate_source": certificate.source,
+        "measurement": certificate.measurement and _tell(certificate.measurement),
+        "signature": signature and asdict(signature),
     }
     shown = PersonaDetails(**details).model_dump()
     return JSONResponse(shown, status_code=status, headers={"ETag": f'"{persona.current.digest}"'})
+
+
+def _tell(measurement: Measurement) -> dict[str, Any]:
+    told = asdict(measurement)
+    return {key: told[key] for key in ("measured_at", "gamma", "phase", "data")}
 
 
 def _hide(caller: Caller, info: dict[str, Any]) -> None:
@@ -292,8 +305,8 @@ def _hide(caller: Caller, info: dict[str, Any]) -> None:
 
 
 def _describe(serving: Serving, caller: Caller, persona: Persona) -> dict[str, Any]:
-    with serving.store.reader(persona.current.digest) as mask:
-        usual, phase = persona.current.defaults(mask.info)
+    summary = serving.store.summary(persona.current.digest)
+    usual, phase = persona.current.defaults(summary.info)
     return {
         "id": persona.name,
         "object": "persona",
@@ -304,7 +317,7 @@ def _describe(serving: Serving, caller: Caller, persona: Persona) -> dict[str, A
         "aliases": list(filter(caller.sees, persona.aliases)),
         "tags": list(persona.tags),
         "pinned": persona.pinned,
-        "bytes": serving.store.path(persona.current.digest).stat().st_size,
+        "bytes": summary.nbytes,
         "resident": persona.current.digest in serving.residency,
         "requests": serving.request_counts.of(persona.current.digest),
     }

@@ -216,9 +216,7 @@ def _publish(serving: Serving, keyring: Keyring, job_service: JobService, job: J
     for mask in masks:
         name = mask.info.persona
         try:
-            serving.store.add(mask)
-            expected = ANY if job.spec["replace"] else None
-            generation = serving.registry.publish(name, mask.digest, expected, mask.info)
+            generation = serving.registry.publish_built(mask, ANY if job.spec["replace"] else None)
             path = serving.store.path(mask.digest)
             file = job_service.uploads.adopt(job.owner, f"{name}.safetensors", path, mask.digest)
         except (MaskConflict, MaskExists) as error:

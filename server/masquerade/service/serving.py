@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from maskstore import InvalidName, MaskMismatch, MaskNotFound, Registry, Revision, Store
+from maskstore import InvalidName, MaskError, MaskInfo, MaskMismatch, MaskNotFound, Registry, Revision, Store
 from masquerade.engine import Engine, Phase
 from masquerade.errors import InvalidValue, ModelNotFound, Overloaded, PersonaConflict, PersonaNotFound, quote
 from masquerade.model import AppliedMask, Base, MaskManager, Residency, ResidentMask, find_targets
@@ -77,8 +77,7 @@ class Serving:
 
     def fits_base(self, generation: Revision) -> bool:
         """Whether a generation's mask is for this base."""
-        with self.store.reader(generation.digest) as mask:
-            return mask.base.fingerprint == self.base.fingerprint
+        return self.store.summary(generation.digest).base.fingerprint == self.base.fingerprint
 
     def choose(self, model: str, persona: str | None, header: str | None) -> tuple[str, str] | None:
         """Which persona a request names, as (reference, field that named it); None is the bare base.
@@ -133,7 +132,7 @@ class Serving:
                 param=field,
             ) from error
         self.request_counts.count(generation.digest)
-        usual, usually = generation.defaults(worn.info)
+        usual, usually = generation.defaults(self._look_up(generation.digest) or worn.info)
         strength = next(value for value in (gamma, preferred, usual) if value is not None)
         return ResolvedPersona(
             model=f"{self.base.name}:{reference}",
@@ -143,6 +142,15 @@ class Serving:
             phase=phase or usually,
             applied=AppliedMask(worn, strength) if strength < 1 else None,
         )
+
+    def _look_up(self, digest: str) -> MaskInfo | None:
+        """What the kept copy of a mask says: a better one may have come since the mask was loaded. None if the disk does
+        not answer; a mask that is on the device is worn all the same.
+        """
+        try:
+            return self.store.summary(digest).info
+        except MaskError:
+            return None
 
     async def _fetch(self, digest: str, gone: Callable[[], Awaitable[None]]) -> ResidentMask:
         """A mask on the device; without a turn of the event loop if it is there. Raises `TimeoutError`."""
