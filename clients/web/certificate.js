@@ -14,21 +14,39 @@ const FIGURES = [
   ["own_ratio", times, "its own text", "Perplexity of answers in character over the base's; below 1 it talks so more readily."],
 ];
 const APART = new Set([...FIGURES.map(([name]) => name), "preferred", "choice", "phases", "intervals", "passed", "forced",
-  "verdict", "changed_answers", "reasons", "remarks", "pruned_share"]);
+  "verdict", "changed_answers", "reasons", "remarks", "pruned_share", "claimed"]);
 
-/** Everything that was measured about a persona, the most telling first. */
-export function certificateOf({ certificate, built, generation, phase, gamma }) {
+/** What is known about what a persona does, and who says so, the most telling first. */
+export function certificateOf({ certificate, certificate_source: source, signature, built, generation, phase, gamma }) {
   const rest = Object.entries(certificate).filter(([name]) => !APART.has(name));
   return h("div", { class: "certificate" },
-    verdict(certificate),
+    source === "claimed" ? claim() : verdict(certificate),
     h("dl", { class: "figures" }, preferred(certificate), FIGURES.map((figure) => tile(certificate, ...figure)), changed(certificate)),
     facts([
       ["Generation", h("code", {}, short(generation))], ["Score", built.score], ["Rho", spell(built.parameters.rho ?? "–")],
       ["Default phase", phase], ["Default gamma", String(gamma)], ["Opposite", built.opposite || "–"],
+      ...vouching(source, signature),
       ...spokenPrompt(built),
     ]),
     tried(certificate.choice), phases(certificate.phases),
     rest.length ? h("details", {}, h("summary", {}, "Everything else"), facts(rest.map(([name, value]) => [words(name), spell(value)]))) : null);
+}
+
+/** A certificate that came with the file: its figures are shown, and no verdict. */
+function claim() {
+  return h("div", { class: "notice" }, h("strong", {}, "Claimed, not measured here."),
+    h("p", {}, "These figures are what the mask's maker says. "
+      + "This server has not measured them; `masquerade masks certify` does."));
+}
+
+const SOURCES = { measured: "measured by this server", claimed: "claimed by its maker" };
+
+function vouching(source, signature) {
+  const rows = source ? [["Certificate", SOURCES[source]]] : [];
+  if (!signature) return rows;
+  const covers = signature.covers === "everything" ? "tensors and metadata" : "tensors only";
+  const fits = { true: "", false: ", does not fit", null: ", not checked" }[signature.valid];
+  return [...rows, ["Signature", `${covers}, by ${signature.label ?? `an untrusted key, ${short(signature.key)}`}${fits}`]];
 }
 
 function verdict({ passed, verdict: found, forced, reasons = [], remarks = [] }) {

@@ -42,9 +42,10 @@ def update(name: str, changes: dict[str, Any]) -> Call[Persona]:
     return Call("PATCH", _at(name), _read, json=changes, again=True)
 
 
-def compose(name: str, expression: str, expected: str | None) -> Call[Persona]:
+def compose(name: str, expression: str, expected: str | None, force: bool) -> Call[Persona]:
     """A persona of others."""
-    return Call("POST", f"{ROOT}/compose", _read, json={"name": name, "expression": expression}, headers=_if(expected))
+    body = {"name": name, "expression": expression, "force": force}
+    return Call("POST", f"{ROOT}/compose", _read, json=body, headers=_if(expected))
 
 
 def rename(name: str, to: str, expected: str | None) -> Call[Persona]:
@@ -144,9 +145,9 @@ class Personas:
         """Set the default gamma (None leaves it to the mask), the notes, the tags. What is not given stays."""
         return self._client.run(update(name, changes(gamma, notes, tags)))
 
-    def compose(self, name: str, expression: str, *, expected: str | None = None) -> Persona:
-        """Make a persona of others, such as `"gloomy | formal"`."""
-        return self._client.run(compose(name, expression, expected))
+    def compose(self, name: str, expression: str, *, expected: str | None = None, force: bool = False) -> Persona:
+        """Make a persona of others, such as `"gloomy | formal"`; one that prunes nothing is refused, unless `force`."""
+        return self._client.run(compose(name, expression, expected, force))
 
     def rename(self, name: str, to: str, *, expected: str | None = None) -> Persona:
         """Give a persona, with all that belongs to it, another name."""
@@ -210,9 +211,9 @@ class AsyncPersonas:
         """Set the default gamma (None leaves it to the mask), the notes, the tags. What is not given stays."""
         return await self._client.run(update(name, changes(gamma, notes, tags)))
 
-    async def compose(self, name: str, expression: str, *, expected: str | None = None) -> Persona:
-        """Make a persona of others, such as `"gloomy | formal"`."""
-        return await self._client.run(compose(name, expression, expected))
+    async def compose(self, name: str, expression: str, *, expected: str | None = None, force: bool = False) -> Persona:
+        """Make a persona of others, such as `"gloomy | formal"`; one that prunes nothing is refused, unless `force`."""
+        return await self._client.run(compose(name, expression, expected, force))
 
     async def rename(self, name: str, to: str, *, expected: str | None = None) -> Persona:
         """Give a persona, with all that belongs to it, another name."""

@@ -174,7 +174,11 @@ class Persona:
     built: Mapping[str, Any] = field(default_factory=dict)
     """Score, parameters and calibration data."""
     certificate: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured about it."""
+    """What its mask does. Of a claimed one `passed` is None; what its maker says is in `certificate["claimed"]`."""
+    certificate_source: str | None = None
+    """`"measured"` by this server, or `"claimed"` by whoever made the mask; None if there is no certificate."""
+    signature: Mapping[str, Any] | None = None
+    """Key, what it covers (`"everything"` or `"tensors"`), whether it is valid, and the label of a trusted key."""
 
     @property
     def generation(self) -> str:
@@ -200,6 +204,8 @@ class Persona:
             history=tuple(Generation.from_json(one) for one in data.get("history", ())),
             built=data.get("built", {}),
             certificate=data.get("certificate", {}),
+            certificate_source=data.get("certificate_source"),
+            signature=data.get("signature"),
         )
 
 

@@ -25,4 +25,18 @@ Quantization = Annotated[
     Literal["int8", "nf4"] | None,
     typer.Option(help="Keep the weights of attention and MLP in 8 or 4 bits (needs the extra `quantization`)."),
 ]
+RequireSigned = Annotated[
+    bool,
+    typer.Option(
+        "--require-signed",
+        help="Only masks whose tensors and metadata are signed by a trusted key (see `masks trust`).",
+    ),
+]
+AcceptTensorSignatures = Annotated[
+    bool,
+    typer.Option(
+        "--accept-tensor-signatures",
+        help="With --require-signed: signatures of version 1 will do. They leave gamma, phase and name open.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from masquerade.cli import keyfiles
-from masquerade.cli.options import Device, Dtype, Model, Quantization, StoreFolder
+from masquerade.cli.options import (
+    AcceptTensorSignatures,
+    Device,
+    Dtype,
+    Model,
+    Quantization,
+    RequireSigned,
+    StoreFolder,
+)
 from masquerade.cli.progress import tell_quarters
 from masquerade.cli.signals import end_when_told, reread_when_told
 from masquerade.cli.stores import check_store, find_store, open_store
@@ -51,9 +59,8 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="When told to stop, seconds for answers that have begun; the rest is cut off.")
     ] = 10.0,
-    require_signed: Annotated[
-        bool, typer.Option("--require-signed", help="Serve only masks that a trusted key signed (see `masks trust`).")
-    ] = False,
+    require_signed: RequireSigned = False,
+    accept_tensor_signatures: AcceptTensorSignatures = False,
     insecure_no_auth: Annotated[
         bool,
         typer.Option(
@@ -113,7 +120,13 @@ def serve(
             report = tell_quarters(lambda words: _log.info("%s", words))
             base = load(model, device=device, dtype=dtype, quantization=quantization, report=report)
             base = replace(base, name=served_model_name or base.name)
-            personas, registry = open_store(root, base.name, base.fingerprint, require_signed=require_signed)
+            personas, registry = open_store(
+                root,
+                base.name,
+                base.fingerprint,
+                require_signed=require_signed,
+                accept_tensors=accept_tensor_signatures,
+            )
             manager = MaskManager.attach(base.model)
             if host_mask_bytes is None:
                 host_mask_bytes = 0 if base.device.type == "cpu" else 4 * mask_bytes

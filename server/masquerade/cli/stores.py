@@ -74,15 +74,20 @@ def _check_schema(path: Path, known: int) -> None:
 
 
 def open_store(
-    root: Path | None, base_name: str, base_fingerprint: str, *, require_signed: bool = False
+    root: Path | None,
+    base_name: str,
+    base_fingerprint: str,
+    *,
+    require_signed: bool = False,
+    accept_tensors: bool = False,
 ) -> tuple[Store, Registry]:
-    """The store of a folder, or the default one of a base.
+    """The store of a folder, or the default one of a base; what it requires of signatures is as `Store` says.
 
     A store that is new gets the demo's personas if the base is the demo model.
     """
     root = root or _default(base_name, base_fingerprint)
     new = not (root / "registry.sqlite").exists()
-    registry = Registry(root, require_signed)
+    registry = Registry(root, require_signed, accept_tensors)
     for file in sorted(demo.PERSONAS.glob("*.safetensors")) if new else ():
         mask = read_mask(file)
         if mask.base.fingerprint == base_fingerprint:

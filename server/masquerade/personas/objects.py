@@ -55,8 +55,8 @@ class PersonaObject(RevisionObject):
 
 
 class SignatureObject(Schema):
-    """The signature in a mask's file: the public key, what it covers, whether it fits (null: cannot be checked here), and
-    the label of the key if the server trusts it.
+    """The signature in a mask's file: the public key, what it covers, whether it fits (null: it cannot be checked),
+    and the label of the key if the server trusts it.
     """
 
     key: str

@@ -6,7 +6,6 @@ know who runs it and where the masks go.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -362,9 +361,7 @@ class Builder:
     def _summarise(self, data: _Data, side: int) -> dict[str, Any]:
         calibration = data.sides[side].calibration
         return {
-            "examples": len(calibration),
-            "tokens": sum(map(len, calibration)),
-            "digest": _digest(calibration),
+            **certificate.summarise(calibration),
             "duplicates": data.remarks[side].duplicates,
             **self._speakers[side].origin,
         }
@@ -402,11 +399,6 @@ def count(
     if done and (total is None or model_after != model):
         yield Progress(stage, done, done, model_after)
     return result
-
-
-def _digest(encoded: Sequence[Encoded]) -> str:
-    """Identity of calibration data as the model saw it."""
-    return hashlib.sha256(repr([(one.prompt, one.response) for one in encoded]).encode()).hexdigest()
 
 
 def _short(value: Any) -> Any:

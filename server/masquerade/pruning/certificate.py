@@ -5,6 +5,7 @@ Knows the figures that go into a mask's metadata and the rule for refusing. Refu
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -94,6 +95,12 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
     }
+
+
+def summarise(texts: Sequence[Encoded]) -> dict[str, Any]:
+    """How much text there is, and its identity as the model reads it."""
+    digest = hashlib.sha256(repr([(one.prompt, one.response) for one in texts]).encode()).hexdigest()
+    return {"examples": len(texts), "tokens": sum(map(len, texts)), "digest": digest}
 
 
 def conclude(found: Mapping[str, Any], limits: Budgets) -> dict[str, Any]:

@@ -144,8 +144,8 @@ class Serving:
         )
 
     def _look_up(self, digest: str) -> MaskInfo | None:
-        """What the kept copy of a mask says: a better one may have come since the mask was loaded. None if the disk does
-        not answer; a mask that is on the device is worn all the same.
+        """What the kept copy of a mask says: a better one may have come since the mask was loaded. None if it cannot be
+        read; a mask that is on the device is served all the same.
         """
         try:
             return self.store.summary(digest).info

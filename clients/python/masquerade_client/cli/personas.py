@@ -51,7 +51,7 @@ _FIGURES: dict[str, tuple[str, str]] = {
 def certificate(persona: Persona) -> Table:
     """What was measured about a persona, and how it was made; `--json` has all of it."""
     table = Table("", Column(Text(persona.name), overflow="fold"))
-    for name, value in _identity(persona) + _measured(persona.certificate):
+    for name, value in _identity(persona) + _vouching(persona) + _measured(persona.certificate):
         table.add_row(name, Text(plain(value)))
     return table
 
@@ -61,6 +61,22 @@ def _identity(persona: Persona) -> list[tuple[str, str]]:
     rows += [(key, str(persona.built[key])) for key in ("score", "opposite") if persona.built.get(key)]
     rho = persona.built.get("parameters", {}).get("rho")
     return [*rows, *([("rho", str(rho))] if rho else []), ("phase", persona.phase), ("gamma", str(persona.gamma))]
+
+
+_SOURCES = {"measured": "measured by this server", "claimed": "claimed by its maker, not measured here"}
+_COVERS = {"everything": "tensors and metadata", "tensors": "tensors only"}
+
+
+def _vouching(persona: Persona) -> list[tuple[str, str]]:
+    """Who vouches for the certificate and for the mask."""
+    rows = [("certificate", _SOURCES[persona.certificate_source])] if persona.certificate_source in _SOURCES else []
+    if persona.certificate.get("passed") is False:
+        rows.append(("passed", "no"))
+    if (signed := persona.signature) is not None:
+        fits = {True: "", False: ", does not fit", None: ", not checked"}[signed["valid"]]
+        by = signed["label"] or f"an untrusted key, {signed['key'][:16]}"
+        rows.append(("signature", f"{_COVERS[signed['covers']]}, by {by}{fits}"))
+    return rows
 
 
 def _measured(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:

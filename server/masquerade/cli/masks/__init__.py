@@ -1,4 +1,4 @@
-"""`masquerade masks`: everything about masks that needs no model. Never imports torch."""
+"""`masquerade masks`. Only `certify` needs a model; nothing here imports torch before that runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from masquerade.cli.masks import files, names, upkeep, views
+from masquerade.cli.masks import certificates, files, names, upkeep, views
 
 app = typer.Typer(help="Look at masks, move, name and keep them.", no_args_is_help=True)
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -14,6 +14,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "show": views.show_mask,
     "verify": views.verify_mask,
     "diff": views.compare_masks,
+    "certify": certificates.certify,
     "compose": files.compose_mask,
     "export": files.write_file,
     "import": files.read_file,

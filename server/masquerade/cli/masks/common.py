@@ -21,10 +21,14 @@ Expected = Annotated[
 ]
 
 
-def open_registry(model: str, store: Path | None, *, require_signed: bool = False) -> Registry:
+def open_registry(
+    model: str, store: Path | None, *, require_signed: bool = False, accept_tensors: bool = False
+) -> Registry:
     """The registry of a store, by default of the model's own one."""
     files = find_model(model)
-    return open_store(store, files.name, files.fingerprint(), require_signed=require_signed)[1]
+    return open_store(
+        store, files.name, files.fingerprint(), require_signed=require_signed, accept_tensors=accept_tensors
+    )[1]
 
 
 def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from maskstore import ANY, Anything, InvalidMaskValue, compose_persona, export_mask, import_mask
 from masquerade.cli.masks.common import Expected, Persona, identify, open_registry, say
-from masquerade.cli.options import AsJson, Model, StoreFolder
+from masquerade.cli.options import AcceptTensorSignatures, AsJson, Model, RequireSigned, StoreFolder
 from masquerade.sources import find_model
 
 
@@ -36,15 +36,14 @@ def read_file(
     file: Annotated[Path, typer.Argument(help="A mask, whole or a difference to one that is here.")],
     name: Annotated[str | None, typer.Option(help="Publish as; by default the name that the file says.")] = None,
     expect: Expected = None,
-    require_signed: Annotated[
-        bool, typer.Option("--require-signed", help="Refuse what no trusted key signed.")
-    ] = False,
+    require_signed: RequireSigned = False,
+    accept_tensor_signatures: AcceptTensorSignatures = False,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify a mask file in quarantine, keep it, and publish it."""
-    registry = open_registry(model, store, require_signed=require_signed)
+    registry = open_registry(model, store, require_signed=require_signed, accept_tensors=accept_tensor_signatures)
     mask = import_mask(registry.store, file, find_model(model).fingerprint())
     generation = registry.publish(name or mask.info.persona, mask.digest, parse_expected(expect))
     say(as_json, identify(generation), f"{generation.name}: generation {generation.number}, {generation.digest}")
@@ -53,6 +52,7 @@ def read_file(
 def compose_mask(
     words: Annotated[list[str], typer.Argument(metavar='NAME = "EXPRESSION"', help="Such as: quiet = 'a | b - c'")],
     expect: Expected = None,
+    force: Annotated[bool, typer.Option("--force", help="Publish even a mask that prunes nothing.")] = False,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
@@ -62,7 +62,7 @@ def compose_mask(
     if not equals:
         raise InvalidMaskValue(f"{' '.join(words)!r:.80} is no NAME = EXPRESSION")
     registry = open_registry(model, store)
-    generation = compose_persona(registry, name.strip(), expression.strip(), parse_expected(expect))
+    generation = compose_persona(registry, name.strip(), expression.strip(), parse_expected(expect), force)
     say(as_json, identify(generation), f"{generation.name}: generation {generation.number}, {generation.digest}")
 
 

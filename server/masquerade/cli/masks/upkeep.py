@@ -63,10 +63,10 @@ def make_key(
 def sign_mask(
     persona: Persona, key: KeyFile, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False
 ) -> None:
-    """Sign a persona's mask: the base and what is pruned, not what is said about it."""
+    """Sign a persona's mask: the base, what is pruned, and all that its file says about it."""
     registry = open_registry(model, store)
     generation = registry.resolve(persona)
-    registry.store.add(signing.sign(registry.store.open(generation.digest), key.read_text().strip()))
+    registry.store.replace(signing.sign(registry.store.open(generation.digest), key.read_text().strip()))
     say(as_json, identify(generation), f"{generation.digest[:8]} is signed")
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from maskstore import Mask, Registry, diff, plot, read_mask
+from maskstore import Mask, Registry, SignatureError, diff, plot, read_mask, signing
 from masquerade.cli.masks.common import Persona, identify, open_registry, say, summarise
 from masquerade.cli.options import AsJson, Model, StoreFolder
 from masquerade.sources import find_model
@@ -44,8 +46,15 @@ def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None
     generation = registry.resolve(persona)
     mask = registry.store.open(generation.digest)
     known = registry.describe(generation.name)
-    info = asdict(mask.info)
-    details = _measure(mask) | info | identify(generation) | {"made_at": info["created_at"]}
+    certificate = registry.certificate(mask.digest, mask.info)
+    info = asdict(mask.info) | {
+        "certificate": dict(certificate.figures),
+        "certificate_source": certificate.source,
+        "measurement": certificate.measurement and asdict(certificate.measurement),
+    }
+    details = (
+        _measure(mask, registry.store.keys.trusted()) | info | identify(generation) | {"made_at": info["created_at"]}
+    )
     details |= {"aliases": known.aliases, "tags": known.tags, "notes": known.notes, "default_gamma": known.gamma}
     details["history"] = [identify(past) for past in registry.history(generation.name)]
     if as_json:
@@ -59,10 +68,13 @@ def verify_mask(
     model: Annotated[str | None, typer.Option(help="Also check that the mask is for this base.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of a mask file; exit status 1 says what is wrong with it."""
+    """Check every byte of a mask file, and that its signature fits; exit status 1 says what is wrong with it."""
     mask = read_mask(file, base=find_model(model).fingerprint() if model else None)
+    signature = signing.examine(mask, {})
+    if signature and signature.valid is False:
+        raise SignatureError(f"the signature by {signature.key} does not fit", path=file)
     text = f"{file}: good; {mask.info.persona}, {mask.pruned} pruned in {len(mask.targets)} Linears, {mask.digest}"
-    say(as_json, _measure(mask), text)
+    say(as_json, _measure(mask), f"{text}; {_word(signature)}")
 
 
 def compare_masks(
@@ -86,6 +98,14 @@ def _find(registry: Registry, name: str) -> Mask:
     return read_mask(path) if path.suffix == ".safetensors" else registry.store.open(registry.resolve(name).digest)
 
 
-def _measure(mask: Mask) -> dict[str, Any]:
+def _measure(mask: Mask, trusted: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     sizes = {"targets": len(mask.targets), "pruned": mask.pruned, "density": mask.density, "bytes": mask.nbytes}
-    return summarise(mask) | sizes
+    signature = signing.examine(mask, trusted)
+    return summarise(mask) | sizes | {"signature": signature and asdict(signature)}
+
+
+def _word(signature: signing.Signature | None) -> str:
+    if signature is None:
+        return "not signed"
+    covers = {"everything": "tensors and metadata", "tensors": "tensors only"}[signature.covers]
+    return f"signed by {signature.key[:16]}: {covers}" + ("" if signature.valid else ", not checked")

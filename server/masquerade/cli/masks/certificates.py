@@ -1,0 +1,102 @@
+"""Measuring a mask that exists: `certify`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from maskstore import MaskError, Measurement, Registry, Revision
+from maskstore.mask import Phase, now
+from masquerade.cli.masks.common import Persona, identify
+from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
+from masquerade.cli.progress import follow_loading
+from masquerade.cli.stores import open_store
+
+if TYPE_CHECKING:
+    from masquerade.pruning.measurement import Served
+
+
+def certify(
+    persona: Persona,
+    data: Annotated[Path, typer.Option(help="Held-out JSONL of how the persona talks.")],
+    contrast: Annotated[
+        Path | None,
+        typer.Option(help="The opposite's answers to the same prompts; by default --data, if it has both sides."),
+    ] = None,
+    neutral: Annotated[
+        Path | None, typer.Option(help="JSONL that the persona should not change; by default the base writes it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    model: Model = "demo",
+    store: StoreFolder = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a persona's certificate anew, here, and keep it beside the mask, whose file stays as it is."""
+    from masquerade.evaluate.dataset import holds_both_sides, read_examples
+    from masquerade.evaluate.panel import finish
+    from masquerade.model import MaskManager, load
+    from masquerade.pruning.measurement import HeldOut, measure
+
+    if contrast is None and holds_both_sides(data):
+        contrast = data
+    held = HeldOut(
+        read_examples(data),
+        read_examples(contrast, "contrast") if contrast else (),
+        read_examples(neutral) if neutral else (),
+    )
+    with follow_loading() as progress:
+        base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
+    _, registry = open_store(store, base.name, base.fingerprint)
+    generation = registry.resolve(persona)
+    served, phase = _serve(registry, generation, base.fingerprint)
+    manager = MaskManager.attach(base.model)
+    opposite = _find_opposite(registry, served)
+    certificate, measured_on = finish(measure(base, manager, served, phase, held, opposite, seed))
+    measurement = Measurement(generation.digest, certificate, served.gamma, phase, measured_on, now())
+    registry.record(measurement)
+    if as_json:
+        print(json.dumps(identify(generation) | asdict(measurement) | {"certificate_source": "measured"}))
+    else:
+        _print(generation, measurement)
+
+
+def _serve(registry: Registry, generation: Revision, fingerprint: str) -> tuple[Served, Phase]:
+    """A generation as requests get it that name neither gamma nor phase."""
+    from masquerade.pruning.measurement import Served
+
+    mask = registry.store.open(generation.digest, base=fingerprint)
+    gamma, phase = generation.defaults(mask.info)
+    preferred = registry.describe(generation.name).gamma
+    return Served(mask, gamma if preferred is None else preferred), phase
+
+
+def _find_opposite(registry: Registry, served: Served) -> Served | None:
+    """The current mask of the persona that this one was built against, if there is one."""
+    info = served.mask.info
+    if info.opposite is None:
+        return None
+    try:
+        return _serve(registry, registry.resolve(info.opposite), served.mask.base.fingerprint)[0]
+    except MaskError:
+        return None
+
+
+def _print(generation: Revision, measurement: Measurement) -> None:
+    certificate = measurement.certificate
+    table = Table("", generation.name)
+    for name in ("flip", "margin_shift", "own_ratio", "neutral_ratio", "kl", "pairs", "passed"):
+        if name in certificate:
+            interval = certificate["intervals"].get(name)
+            table.add_row(name, f"{certificate[name]}" + (f" {interval}" if interval else ""))
+    Console().print(table)
+    for line in (*certificate["reasons"], *certificate["remarks"]):
+        print(f"{generation.name}: {line}")
