@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from maskstore import BaseRef, Mask, MaskInfo, Registry, encode, fingerprint
+from maskstore import BaseRef, Mask, MaskInfo, Registry, encode, fingerprint, signing, write_mask
 from tests.cli.running import fail, masquerade, succeed
+from tests.maskstore.test_signing import sign_tensors
 
 NAME = "model.layers.0.mlp.up_proj"
 At = tuple[str, str, str, str]
@@ -94,6 +96,9 @@ def test_compose_follows_the_sets(at: At, registry: Registry) -> None:
     assert "names no persona" in fail(2, "masks", "compose", "x =", *at)
     assert "is no NAME = EXPRESSION" in fail(2, "masks", "compose", "calm", *at)
     assert "is no persona" in fail(1, "masks", "compose", "x = nobody", *at)
+    assert "is an empty mask" in fail(2, "masks", "compose", "void = calm - calm", *at)
+    made = succeed("masks", "compose", "void = calm - calm", "--force", *at)
+    assert not registry.store.open(made["digest"]).pruned
 
 
 def test_diff_compares_personas_and_files(at: At, registry: Registry, tmp_path: Path) -> None:
@@ -137,14 +142,38 @@ def test_signed_masks_are_known_by_their_keys(at: At, registry: Registry, tmp_pa
     assert key.stat().st_mode & 0o077 == 0
     assert "File exists" in fail(1, "masks", "keygen", key)
     assert "No such file" in fail(1, "masks", "sign", "calm", "--key", tmp_path / "none", *at)
+    assert succeed("masks", "show", "calm", *at)["signature"] is None
     succeed("masks", "sign", "calm", "--key", key, *at)
+    signature = {"key": public, "covers": "everything", "valid": True, "label": None}
+    assert succeed("masks", "show", "calm", *at)["signature"] == signature
     file = tmp_path / "calm.safetensors"
     succeed("masks", "export", "calm", file, *at)
+    assert succeed("masks", "verify", file)["signature"] == signature
+    assert f"signed by {public[:16]}: tensors and metadata" in masquerade("masks", "verify", file).stdout
     other = (*at[:3], str(tmp_path / "other"))
     assert "none of 0 keys" in fail(1, "masks", "import", file, "--require-signed", *other)
     assert succeed("masks", "trust", "ann", public, *other)["trusted"] == {public: "ann"}
     assert succeed("masks", "import", file, "--require-signed", *other)["persona"] == "calm"
+    assert succeed("masks", "show", "calm", *other)["signature"]["label"] == "ann"
     assert succeed("masks", "distrust", "ann", *other)["trusted"] == {}
+
+
+def test_a_signature_of_tensors_only_is_shown_as_one_and_not_enough(at: At, registry: Registry, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    private, public = signing.generate()
+    mask = registry.store.open(registry.resolve("calm").digest)
+    file, forged = tmp_path / "old.safetensors", tmp_path / "forged.safetensors"
+    write_mask(sign_tensors(mask, private), file)
+    write_mask(replace(signing.sign(mask, private), info=replace(mask.info, gamma=0.9)), forged)
+    assert succeed("masks", "verify", file)["signature"]["covers"] == "tensors"
+    assert "tensors only" in masquerade("masks", "verify", file).stdout
+    assert "does not fit" in fail(1, "masks", "verify", forged)
+    other = (*at[:3], str(tmp_path / "other"))
+    succeed("masks", "trust", "ann", public, *other)
+    assert "covers only the tensors" in fail(1, "masks", "import", file, "--require-signed", *other)
+    assert "does not fit" in fail(1, "masks", "import", forged, "--require-signed", *other)
+    tolerant = ("--require-signed", "--accept-tensor-signatures")
+    assert succeed("masks", "import", file, *tolerant, *other)["persona"] == "calm"
 
 
 def test_lists_are_tables_for_people(at: At) -> None:

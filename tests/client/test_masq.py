@@ -154,7 +154,9 @@ def test_personas(server: Server) -> None:
     assert {one["name"] for one in listed} >= {"formal", "casual"}
     assert "formal" in run(server, "personas").stdout
     assert read(run(server, "personas", "formal", "--json"))["certificate"]["flip"] >= 0.9
-    assert "shift, nats a token" in run(server, "personas", "formal").stdout
+    shown = run(server, "personas", "formal").stdout
+    assert "shift, nats a token" in shown
+    assert "claimed by its maker, not measured here" in " ".join(shown.split())
 
 
 def test_top(server: Server) -> None:

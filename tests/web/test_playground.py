@@ -103,6 +103,27 @@ def test_what_a_persona_prunes_and_how_it_differs(page: Page, server: Server) ->
     expect(differs.locator("caption")).not_to_contain_text("0.60 %")
 
 
+def test_a_claimed_certificate_shows_no_verdict(page: Page, server: Server) -> None:
+    """Whatever its maker says; one that the server has measured shows its own."""
+    verdict = {"passed": False, "forced": True, "reasons": ["made up"], "remarks": ["made up too"]}
+    persona = httpx.get(f"{server.base_url}/v1/personas/formal").json()
+    assert persona["certificate_source"] == "claimed"  # it came with the demo
+    persona["certificate"] |= verdict
+    page.route("**/v1/personas/formal", lambda route: route.fulfill(json=persona))
+    visit(page, server, "#/personas/formal")
+    shown = page.locator(".certificate")
+    expect(shown).to_contain_text("Claimed, not measured here.")
+    expect(shown).to_contain_text("claimed by its maker")
+    expect(shown).not_to_contain_text("force")
+    expect(shown).not_to_contain_text("made up")
+    persona["certificate_source"] = "measured"
+    persona["signature"] = {"key": "ab" * 32, "covers": "tensors", "valid": True, "label": None}
+    page.reload()
+    expect(shown).to_contain_text("Published by force.")
+    expect(shown).to_contain_text("measured by this server")
+    expect(shown).to_contain_text("tensors only, by an untrusted key, abababab")
+
+
 def test_rollback(page: Page, server: Server) -> None:
     for name in ("formal", "casual"):
         content = (demo.PERSONAS / f"{name}.safetensors").read_bytes()

@@ -54,7 +54,9 @@ def measure(
     started = time.perf_counter()
     own, contrast, calm = (_encode(base, side) for side in (held.own, held.contrast, held.neutral))
     if len(own) < LEAST:
-        raise BadDataset(f"{len(held.own)} examples leave {len(own)} to measure on; give at least {LEAST}")
+        raise BadDataset(
+            f"{len(own)} of {len(held.own)} held-out examples fit the base's context; give at least {LEAST}"
+        )
     calm = calm or (yield from count("neutral", neutral.ask_base(base)))
     sides = {1: persona} | ({-1: opposite} if opposite and contrast else {})
     worn = {side: {at: _treat(manager, served, at) for at in PHASES} for side, served in sides.items()}
