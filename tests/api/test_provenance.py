@@ -75,11 +75,14 @@ def test_an_import_with_metadata_of_the_wrong_type_publishes_nothing(
     assert bring(http, "calm", good)["id"] == "calm"
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("where", WRONG)
 def test_a_store_that_holds_such_a_mask_answers(
-    http: httpx.Client, serving: Serving, tmp_path: Path, where: str
+    http: httpx.Client, serving: Serving, tmp_path: Path, where: str, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An older version let it in."""
+    if large:  # then several threads verify it
+        monkeypatch.setattr("masquerade.model.verified_store.LARGE", 0)
     field, value = WRONG[where]
     mask = make(serving)
     digest = serving.store.add(mask)

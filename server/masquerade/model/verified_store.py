@@ -87,7 +87,7 @@ def _stamp(path: Path) -> Stamp:
 
 def _share_out(path: Path, work: Callable[[Path, Sequence[str]], None]) -> None:
     """Do something with all modules of a large file, on several threads."""
-    with MaskReader(path) as reader:
+    with MaskReader(path, lenient=True) as reader:
         names = reader.names
     threads = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, "reader") as pool:
@@ -97,14 +97,14 @@ def _share_out(path: Path, work: Callable[[Path, Sequence[str]], None]) -> None:
 
 def _verify(path: Path, names: Sequence[str]) -> None:
     """Hash some modules, each dropped again."""
-    with MaskReader(path) as reader:
+    with MaskReader(path, lenient=True) as reader:
         for name in names:
             reader[name]
 
 
 def _touch(path: Path, names: Sequence[str]) -> None:
     """Have some modules in the system's cache, so that no step of the engine waits for the disk."""
-    with MaskReader(path, verify=False) as reader, path.open("rb", buffering=0) as file:
+    with MaskReader(path, verify=False, lenient=True) as reader, path.open("rb", buffering=0) as file:
         buffer = bytearray(2**20)
         for name in names:
             for tensor in reader.header.modules[name].tensors.values():

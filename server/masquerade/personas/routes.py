@@ -272,7 +272,7 @@ def _show(serving: Serving, caller: Caller, name: str, status: int = 200) -> Res
     persona = serving.registry.describe(name.partition("@")[0])
     history = serving.registry.history(persona.name)
     summary = serving.store.summary(persona.current.digest)
-    certificate = serving.registry.certificate(summary.digest, summary.info)
+    certificate = serving.registry.certificate(persona.current.digest, summary.info)
     signature = examine(summary, serving.store.keys.trusted())
     info = asdict(summary.info)
     _hide(caller, info)
