@@ -86,8 +86,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known about what a mask does. Of a claimed one, for which only the mask's maker vouches, `passed` is None
-    and what the maker says is in `figures["claimed"]`. `source` is None if there is no certificate at all.
+    """What is known about what a mask does. Of a claimed one, for which only the mask's maker vouches, `passed` and
+    `verdict` are None and what the maker says is in `figures["claimed"]`. `source` is None if there is no certificate at all.
     """
 
     figures: Mapping[str, Any]
@@ -159,8 +159,9 @@ class Registry:
             return Certificate(figures, "measured", Measurement(digest, figures, row[2], row[3], data, row[5]))
         if not info.certificate:
             return Certificate({}, None)
-        claimed = {"passed": info.certificate.get("passed")}
-        return Certificate({**info.certificate, "passed": None, "claimed": claimed}, "claimed")
+        verdict = dict.fromkeys({"passed", "verdict"} & {"passed", *info.certificate})
+        claimed = {name: info.certificate.get(name) for name in verdict}
+        return Certificate({**info.certificate, **verdict, "claimed": claimed}, "claimed")
 
     def resolve(self, reference: str) -> Revision:
         """The generation of `name` (its current one) or `name@digest-prefix`; the name may be an alias."""

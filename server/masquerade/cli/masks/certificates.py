@@ -42,7 +42,7 @@ def certify(
 ) -> None:
     """Measure a persona's certificate anew, here, and keep it beside the mask, whose file stays as it is."""
     from masquerade.evaluate.dataset import holds_both_sides, read_examples
-    from masquerade.evaluate.panel import finish
+    from masquerade.evaluate.metrics import finish
     from masquerade.model import MaskManager, load
     from masquerade.pruning.measurement import HeldOut, measure
 
