@@ -86,8 +86,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known about what a mask does. Of a claimed one, for which only the mask's maker vouches, `passed` and
-    `verdict` are None and what the maker says is in `figures["claimed"]`. `source` is None if there is no certificate at all.
+    """What is known about what a mask does. `source` is None if there is no certificate at all.
+
+    Only the mask's maker vouches for a claimed one: its `passed` and `verdict` are None, and what the maker says about
+    them is in `figures["claimed"]`.
     """
 
     figures: Mapping[str, Any]

@@ -93,7 +93,11 @@ def test_it_measures_what_a_build_measures(
     before = Registry(store).store.path(shown["digest"]).read_bytes()
     done = certify(tiny_folder, store, files)
     for name in (*FIGURES, *JUDGED):
-        assert done["certificate"][name] == of_build[name], name
+        found = done["certificate"][name]
+        if name == "remarks":  # a build also says what to give it
+            assert found == of_build[name][: len(found)]
+        else:
+            assert found == of_build[name], name
     assert done["data"]["own"]["examples"] == 12
     assert Registry(store).store.path(shown["digest"]).read_bytes() == before
     shown = succeed("masks", "show", "vowels", *at)
