@@ -46,6 +46,9 @@ MIGRATIONS = (
         data text not null, measured_at text not null
     ) strict, without rowid;
     """,
+    """
+    create table built (digest text primary key, copy text not null) strict, without rowid;
+    """,
 )
 SCHEMA = len(MIGRATIONS)  # the newest, as the file's `user_version` counts them
 

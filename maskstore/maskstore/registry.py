@@ -4,6 +4,7 @@ A generation is a row that never changes; publishing adds one, rolling back move
 write is one transaction: processes may share the file, and a crash leaves the state before or after.
 """
 
+import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,10 @@ from typing import Any, Final, Literal
 
 from maskstore import strictjson
 from maskstore.database import Database, Watch
-from maskstore.errors import InvalidMaskValue, MaskConflict, MaskExists, MaskNotFound
+from maskstore.errors import InvalidMaskValue, MaskConflict, MaskError, MaskExists, MaskNotFound
 from maskstore.mask import Mask, MaskInfo, Phase, now
 from maskstore.names import check_digest, check_name, split_reference
+from maskstore.signing import Signable, message
 from maskstore.store import Store
 
 FILE = "registry.sqlite"
@@ -133,11 +135,27 @@ class Registry:
             return self._append(db, name, digest, gamma, phase)
 
     def publish_built(self, mask: Mask, expected: str | Anything | None = ANY) -> Revision:
-        """Keep a mask that was built, and so measured, here, and publish it as its persona."""
+        """Keep a mask that was built, and so measured, here, and publish it as its persona.
+
+        Its copy takes the place of one that is not better signed, unless that was built here as well.
+        """
         info = mask.info
-        digest = self.store.add(mask, built=True)
+        built_before = self._built_here(mask.digest)
+        digest = self.store.add(mask, preferred=not built_before)
+        if not built_before:
+            with self._session("immediate") as db:
+                db.execute("insert or replace into built values (?, ?)", (digest, _identify(mask)))
         self.record(Measurement(digest, info.certificate, info.gamma, info.phase, info.calibration, now()))
         return self.publish(info.persona, digest, expected, info)
+
+    def _built_here(self, digest: str) -> bool:
+        """Whether the copy that is kept is the one that was built here."""
+        with self._session() as db:
+            row = db.execute("select copy from built where digest = ?", (digest,)).fetchone()
+        try:
+            return row is not None and row[0] == _identify(self.store.summary(digest))
+        except MaskError:
+            return False
 
     def record(self, measurement: Measurement) -> None:
         """Remember what was measured about a digest, in place of what was measured before."""
@@ -388,6 +406,11 @@ class Registry:
         row = db.execute("select name from alias where alias = ?", (name,)).fetchone()
         if row:
             raise MaskExists(f"{name} is an alias of {row[0]}")
+
+
+def _identify(copy: Signable) -> str:
+    """A digest of all that a copy of a mask says, whoever signed it."""
+    return hashlib.sha256(message(copy, "everything")).hexdigest()
 
 
 def _compare(name: str, current: Revision | None, expected: str | Anything | None) -> None:

@@ -48,14 +48,14 @@ class Store:
         """Where a digest lies, or would lie."""
         return self.masks / check_digest(digest)[:2] / f"{digest}{SUFFIX}"
 
-    def add(self, mask: Mask, built: bool = False) -> str:
+    def add(self, mask: Mask, preferred: bool = False) -> str:
         """Keep a mask, unless the copy that is here is better (see above), and return its digest.
 
-        `built` is for masks that were built, and so measured, on this store's own server or command.
+        `preferred` is for a mask that was built here when the copy that is here was not.
         """
         with self.lock():
-            if self._prefers(mask, built):
-                self._write(mask, lambda: self._prefers(mask, built))
+            if self._prefers(mask, preferred):
+                self._write(mask, lambda: self._prefers(mask, preferred))
             else:
                 self._touch(mask.digest)
         return mask.digest
@@ -124,7 +124,7 @@ class Store:
     def __contains__(self, digest: str) -> bool:
         return self.path(digest).exists()
 
-    def _prefers(self, new: Signable, built: bool = False) -> bool:
+    def _prefers(self, new: Signable, preferred: bool = False) -> bool:
         """Whether a copy is better than the one that is here, if there is one."""
         try:
             kept = self.summary(new.digest)
@@ -132,7 +132,7 @@ class Store:
             return True
         trusted = self.keys.trusted()
         theirs, ours = signing.rank(new, trusted), signing.rank(kept, trusted)
-        return theirs >= ours if built or kept.faults else theirs > ours
+        return theirs >= ours if preferred or kept.faults else theirs > ours
 
     def _write(self, mask: Mask, wanted: Callable[[], bool]) -> None:
         path = self._leaf()

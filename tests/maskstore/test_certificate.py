@@ -48,6 +48,20 @@ def test_a_build_here_replaces_what_was_claimed(registry, tmp_path):
     assert (info.certificate, info.gamma) == (TRUE, 0.0)
 
 
+def test_of_two_builds_the_first_file_stays_and_the_last_measurement_counts(registry):
+    """The file of a persona is that of the job which made it, also when another job finds the same mask."""
+    digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
+    before = registry.store.path(digest).read_bytes()
+    later = TRUE | {"seconds": 7.0}
+    assert registry.publish_built(world.mixed(persona="monk", certificate=later)).name == "monk"
+    assert registry.store.path(digest).read_bytes() == before
+    assert told(registry, digest).figures == later
+    registry.publish_built(world.mixed(certificate=TRUE))
+    registry.record(Measurement(digest, {"passed": False}, 0.0, "all", {}, now()))
+    registry.publish_built(world.mixed(persona="nun", certificate=TRUE))
+    assert registry.store.path(digest).read_bytes() == before
+
+
 def test_what_comes_later_does_not_replace_what_was_measured(registry, tmp_path):
     digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
     assert bring(registry, tmp_path, certificate=FALSE, gamma=0.5) == digest

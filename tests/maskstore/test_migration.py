@@ -58,10 +58,22 @@ alter table generation add column gamma real;
 alter table generation add column phase text;
 """
 LATER = "update generation set gamma = 0.75, phase = 'decode' where name = 'other';"
+MEASUREMENT = """
+create table measurement (
+        digest text primary key, certificate text not null, gamma real not null, phase text not null,
+        data text not null, measured_at text not null
+    ) strict, without rowid;
+"""
+MEASURED = """
+insert into measurement values
+    ('{first}', '{{"passed":false}}', 0.5, 'decode', '{{"own":{{}}}}', '2026-01-04T00:00:00Z');
+"""
+_THIRD = SECOND + GENERATION + ALIAS + TAG + DEFAULTS
 RECORDED = {
     1: (FIRST + GENERATION + ALIAS, ROWS),
     2: (SECOND + GENERATION + ALIAS + TAG, ROWS + MORE),
-    3: (SECOND + GENERATION + ALIAS + TAG + DEFAULTS, ROWS + MORE + LATER),
+    3: (_THIRD, ROWS + MORE + LATER),
+    4: (_THIRD + MEASUREMENT, ROWS + MORE + LATER + MEASURED),
 }
 
 
@@ -108,8 +120,9 @@ def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
     assert (told.current.gamma, told.current.phase) == (None, None)
     other = registry.resolve("other")
     assert (other.gamma, other.phase) == ((0.75, "decode") if version > 2 else (None, None))
-    claimed = registry.certificate(first, world.info(certificate={"passed": True}))
-    assert claimed.source == "claimed"  # what an older version measured is not told apart from what it was told
+    found = registry.certificate(first, world.info(certificate={"passed": True}))
+    assert found.source == ("measured" if version > 3 else "claimed")  # before, measured and claimed are not told apart
+    assert found.figures["passed"] is (False if version > 3 else None)
     assert {one.name for one in registry.personas()} == {"old", "other"}
     assert database.Database(tmp_path / "store" / FILE).faults() == []
 
