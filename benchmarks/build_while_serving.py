@@ -82,7 +82,7 @@ def measure(engine: Engine, base: Base, manager: MaskManager, turns: int) -> Ite
 
 
 def build(engine: Engine, base: Base, manager: MaskManager) -> None:
-    """A pair of opposites from the demo's files, each item of the work an errand of the engine."""
+    """A pair of opposites from the demo's files, each item of the work a background task of the engine."""
     sides = [Speaker(name, read_examples(demo.DATA / f"{name}.train.jsonl")) for name in ("formal", "casual")]
     facts = read_examples(demo.DATA / "facts.jsonl")
     work = Builder(base, manager, Recipe(score="attribution", rho=0.003), sides[0], sides[1], facts).run()

@@ -32,7 +32,7 @@ from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 RHO = 0.003
 PERSONAS = 8
 GREEDY = SamplingParams(temperature=0)
-PROMPTS_FIRST = EngineConfig(beside_decodes=512)  # set for throughput: running answers wait for whole steps of prompts
+PROMPTS_FIRST = EngineConfig(prefill_budget=512)  # set for throughput: running answers wait for whole steps of prompts
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def measure_host_work(_: Scale) -> Iterator[Figure]:
             for prompt in make_prompts(count, (90, 110))
         ]
         engine.submit(*requests)
-        while any(not request.answered for request in requests):
+        while any(not request.num_output_tokens for request in requests):
             engine.step()
         spent = []
         for _ in range(150):
@@ -219,7 +219,9 @@ def measure_latency(scale: Scale) -> Iterator[Figure]:
     engine.submit(
         *(Request(prompt, 1000, lambda _: None, sampling=GREEDY) for prompt in make_prompts(8, (80, 120))),
     )
-    while any(request.pending > 1 for request in engine._scheduler.running) or len(engine._scheduler.running) < 8:
+    while (
+        any(request.num_uncomputed > 1 for request in engine._scheduler.running) or len(engine._scheduler.running) < 8
+    ):
         engine.step()
 
     def step() -> float:
@@ -231,7 +233,7 @@ def measure_latency(scale: Scale) -> Iterator[Figure]:
     late = Request(make_prompts(1, (scale.long, scale.long))[0], 4, lambda _: None, sampling=GREEDY)
     engine.submit(late)
     busy: list[float] = []
-    while not late.answered:
+    while not late.num_output_tokens:
         busy.append(step())
     engine.stop()
     before, during = (float(np.percentile(times, 95)) for times in (quiet, busy))

@@ -25,7 +25,7 @@ from benchmarks._report import Figure, arguments, report
 from maskstore import BaseRef as MaskBase
 from maskstore import Bitmap, Mask, MaskInfo, Sparse, Target
 from masquerade.engine import Request, attention
-from masquerade.engine.graphs import DecodeGraphs, Run, capture
+from masquerade.engine.cuda.graphs import DecodeGraphs, Run, capture
 from masquerade.engine.kv_cache import KVCache
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.scheduler import Chunk
@@ -72,7 +72,7 @@ def measure(scale: Scale, device: torch.device) -> Iterator[Figure]:
     """All figures. On a CPU, which only tests do, steps run in Triton's interpreter and nothing is captured."""
     base = make_base(scale, device)
     manager = MaskManager.attach(base.model)
-    pages = KVCache(base.model.config, scale.rows * -(-scale.context // BLOCK_SIZE), base.dtype, device)
+    kv = KVCache(base.model.config, scale.rows * -(-scale.context // BLOCK_SIZE), base.dtype, device)
     clock = Clock(device)
     before, base_attention = time.perf_counter(), base.model.config._attn_implementation
     masks = [make_mask(base, seed, make_list) for seed in range(max(scale.personas))]
@@ -82,7 +82,7 @@ def measure(scale: Scale, device: torch.device) -> Iterator[Figure]:
     lists = [AppliedMask(manager.fit(mask, "cuda-list"), 0.0) for mask in masks]
     bits = AppliedMask(manager.fit(bitmap, "cuda-bits"), 0.0)
     base.model.set_attn_implementation(attention.NAME)
-    steps = Steps(base, pages, scale)
+    steps = Steps(base, kv, scale)
     cases: dict[str, list[AppliedMask | None]] = {
         "base": [None],
         "bitmap": [bits],
@@ -100,7 +100,7 @@ def measure(scale: Scale, device: torch.device) -> Iterator[Figure]:
         yield Figure("step, 1 bitmap persona / base", times["bitmap"] / times["base"], "x", "<= 1.10")
         yield Figure("step, 1 bitmap persona at gamma 0.5 / base", times["bitmap, soft"] / times["base"], "x")
         speed = measure_bandwidth(device, clock)
-        read = count_bytes(base, pages)
+        read = count_bytes(base, kv)
         yield Figure("memory's speed, a copy's reads and writes", speed / 1e9, "GB/s")
         yield Figure("step of the base / reading its weights and cache once", times["base"] * speed / read, "x")
         yield Figure("switch of all rows to other personas, host work", steps.measure_switch(lists) * 1e6, "us")
@@ -140,24 +140,24 @@ class Clock:
 class Steps:
     """Decode steps of one batch, as the engine runs them, over graphs that all cases share."""
 
-    def __init__(self, base: Base, pages: KVCache, scale: Scale) -> None:
+    def __init__(self, base: Base, kv: KVCache, scale: Scale) -> None:
         repeat = capture if base.device.type == "cuda" else lambda run: run
-        self._graphs = DecodeGraphs(base, pages, scale.rows, repeat)
+        self._graphs = DecodeGraphs(base, kv, scale.rows, repeat)
         self._scale = scale
         columns = -(-scale.context // BLOCK_SIZE)
         self._table = np.arange(1, scale.rows * columns + 1).reshape(scale.rows, columns)
 
     def settle(self, applied_masks: Sequence[AppliedMask | None]) -> Run:
-        """Run one whole step whose rows wear these by turns; what repeats its graph alone."""
+        """Run one whole step whose rows have these masks by turns; returns what replays its graph."""
         assert self._graphs.run(self._chunk(applied_masks), self._table) is not None
-        run = next(reversed(self._graphs._steps.values())).run
+        run = next(reversed(self._graphs._graphs.values())).run
         assert run is not None
         return run
 
     def measure_switch(self, applied_masks: Sequence[AppliedMask | None]) -> float:
-        """Seconds of host work when all rows change their personas: sorting out and writing who wears what."""
+        """Seconds of host work when all rows change their personas: making and writing the slot map."""
         self.settle(applied_masks)
-        slots = next(reversed(self._graphs._steps.values())).slots
+        slots = next(reversed(self._graphs._graphs.values())).slots
         batches, spent = [self._chunk(applied_masks), self._chunk([*applied_masks[1:], *applied_masks[:1]])], []
         for turn in range(21):
             started = time.perf_counter()
@@ -169,7 +169,7 @@ class Steps:
         chunks = []
         for row in range(self._scale.rows):
             request = Request([5] * self._scale.context, 1, lambda _: None, applied_masks[row % len(applied_masks)])
-            request.seat = row
+            request.batch_index = row
             chunks.append(Chunk(request, self._scale.context - 1, self._scale.context, True))
         return chunks
 
@@ -215,7 +215,7 @@ def make_bits(out: int, columns: int, rng: np.random.Generator) -> Target:
 
 
 def measure_loads(manager: MaskManager, listed: Mask, bitmap: Mask, clock: Clock) -> Iterator[Figure]:
-    """From the host's memory to being ready to be worn."""
+    """From the host's memory to being ready for a step."""
     for kind, mask, backend in (("sparse", listed, "cuda-list"), ("bitmap", bitmap, "cuda-bits")):
         seconds = min(clock.time(lambda mask=mask, how=backend: manager.fit(mask, how)) for _ in range(3))  # type: ignore[misc]
         size = manager.fit(mask, backend).nbytes
@@ -229,10 +229,10 @@ def measure_bandwidth(device: torch.device, clock: Clock) -> float:
     return 2 * source.nbytes / min(clock.time(lambda: target.copy_(source)) for _ in range(10))
 
 
-def count_bytes(base: Base, pages: KVCache) -> int:
+def count_bytes(base: Base, kv: KVCache) -> int:
     """What a step of the base must read: all weights but the embeddings, and the whole cache."""
     weights = sum(part.nbytes for name, part in base.model.named_parameters() if "embed" not in name)
-    return weights + pages.keys.nbytes + pages.values.nbytes
+    return weights + kv.keys.nbytes + kv.values.nbytes
 
 
 def measure_peft(base: Base, scale: Scale, clock: Clock) -> float:

@@ -63,7 +63,7 @@ def measure(length: int) -> Iterator[Figure]:
         """CPU seconds to the first token."""
         started = time.process_time()
         engine.submit(request)
-        while not request.answered:
+        while not request.num_output_tokens:
             engine.step()
         seconds = time.process_time() - started
         engine.cancel(request)

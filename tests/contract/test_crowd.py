@@ -208,7 +208,7 @@ class TestLoad:
         """No request runs or waits, and no page is held by one; who left is noticed within a step."""
         for _ in range(600):
             held = serving.engine.occupancy
-            if not (held.running or held.waiting or held.pages_held):
+            if not (held.running or held.waiting or held.blocks_used):
                 return
             time.sleep(0.05)
         raise AssertionError(held)

@@ -51,7 +51,11 @@ def finish(engine: Engine) -> None:
 
 
 def is_whole(engine: Engine) -> bool:
-    """Whether nobody holds a page or a seat, and nobody is waited for."""
+    """Whether all blocks and batch indices are free and no request is left."""
     scheduler = engine._scheduler
     idle = not scheduler.running and not len(scheduler.waiting) and not engine._unfinished
-    return idle and engine._pool.free == engine._pool.count and len(scheduler._seats) == engine.config.max_running
+    return (
+        idle
+        and engine._block_manager.num_free == engine._block_manager.num_blocks
+        and len(scheduler._free_indices) == engine.config.max_running
+    )

@@ -1,7 +1,7 @@
 """Random scenarios for the engine, each made and judged from one seed.
 
 `python -m tests.engine.fuzz [--first 0] [--count 500]` runs many; a failing one prints its seed. Everything happens at
-once: mixed personas, phases and strengths, small chunks, few pages, shared beginnings, late arrivals, several answers
+once: mixed personas, phases and strengths, small chunks, few blocks, shared beginnings, late arrivals, several answers
 to one prompt, priorities, cancelled requests, owners that go away, forward passes that fail. The oracle is a
 single-request run of the plain model on materialised weights.
 """
@@ -32,7 +32,7 @@ GAMMAS = (0.0, 0.0, 0.3, 1.0)
 
 @dataclass
 class World:
-    """What all scenarios share: a base, masks, and the oracle's copies of the base that wear them."""
+    """What all scenarios share: a base, masks, and the oracle's copies of the base with their weights."""
 
     base: Base
     manager: MaskManager
@@ -40,14 +40,14 @@ class World:
 
     def __post_init__(self) -> None:
         self.masks = [world.make_mask(self.base, rho, seed) for seed, rho in enumerate((0.003, 0.3, 0.01, 0.5))]
-        self.worn = [self.manager.fit(mask) for mask in self.masks]
-        self.bare = world.materialise(self.base.model, None, 1.0)
-        self.bare.set_attn_implementation("sdpa")
+        self.applied = [self.manager.fit(mask) for mask in self.masks]
+        self.plain = world.materialise(self.base.model, None, 1.0)
+        self.plain.set_attn_implementation("sdpa")
 
     def oracle(self, mask: int, gamma: float) -> Any:
         """The base with a mask in its weights."""
         if (mask, gamma) not in self.oracles:
-            self.oracles[mask, gamma] = world.materialise(self.bare, self.masks[mask], gamma)
+            self.oracles[mask, gamma] = world.materialise(self.plain, self.masks[mask], gamma)
         return self.oracles[mask, gamma]
 
 
@@ -57,7 +57,7 @@ class Asked:
 
     request: Request
     listener: Listener
-    dress: tuple[int, float] | None
+    mask: tuple[int, float] | None
     arrives: int  # after so many steps
     leaves: int | None  # cancelled after so many steps
     greedy: bool
@@ -69,7 +69,7 @@ def make(rng: random.Random, shared: World) -> list[Asked]:
     asked: list[Asked] = []
     for _ in range(rng.randint(2, 6)):
         prompt = rng.choice(trunks)[: rng.randint(1, 70)] + [rng.randrange(6, 260) for _ in range(rng.randrange(6))]
-        dress = rng.choice([None, (rng.randrange(4), rng.choice(GAMMAS))])
+        mask = rng.choice([None, (rng.randrange(4), rng.choice(GAMMAS))])
         arrives, count = rng.choice([0, 0, rng.randrange(12)]), rng.randint(1, 40)
         sampling = SamplingParams(
             temperature=rng.choice([0, 0, 0, 1.0]), seed=rng.randrange(9), top_p=rng.choice([1, 0.8])
@@ -81,7 +81,7 @@ def make(rng: random.Random, shared: World) -> list[Asked]:
                 list(prompt),
                 count,
                 listener := Listener(),
-                AppliedMask(shared.worn[dress[0]], dress[1]) if dress else None,
+                AppliedMask(shared.applied[mask[0]], mask[1]) if mask else None,
                 phase,
                 sampling,
                 ends,
@@ -89,22 +89,22 @@ def make(rng: random.Random, shared: World) -> list[Asked]:
                 priority=priority,
             )
             leaves = arrives + rng.randrange(15) if rng.random() < 0.15 else None
-            asked.append(Asked(request, listener, dress, arrives, leaves, sampling.temperature == 0))
+            asked.append(Asked(request, listener, mask, arrives, leaves, sampling.temperature == 0))
     return asked
 
 
 def make_engine(rng: random.Random, shared: World, asked: list[Asked]) -> Engine:
     """An engine that is short of something."""
     running = rng.choice([1, 3, 8, 8])
-    longest = max(one.request.reach for one in asked)
-    pages = -(-longest // BLOCK_SIZE) + rng.choice([0, 1, 2, 4, 40])
+    longest = max(one.request.max_length for one in asked)
+    blocks = -(-longest // BLOCK_SIZE) + rng.choice([0, 1, 2, 4, 40])
     return Engine(
         shared.base,
         EngineConfig(
             max_running=running,
             max_batch_tokens=running + rng.choice([0, 5, 30, 300]),
-            cache_bytes=pages * BLOCK_SIZE * POSITION,
-            beside_decodes=rng.choice([1, 7, 64, None]),
+            cache_bytes=blocks * BLOCK_SIZE * POSITION,
+            prefill_budget=rng.choice([1, 7, 64, None]),
         ),
     )
 
@@ -135,7 +135,7 @@ def play(seed: int, shared: World) -> Counter[str]:
                     engine.cancel(one.request)
             engine.step()
         finish(engine)
-        assert is_whole(engine), "pages, seats or requests are left over"
+        assert is_whole(engine), "blocks, batch indices or requests are left over"
     finally:
         del shared.base.model.model.forward
         engine.stop()
@@ -161,8 +161,8 @@ def judge(one: Asked, shared: World) -> int:
         assert one.leaves is not None, "nobody cancelled it"
     if not one.greedy:
         return 0
-    worn = shared.oracle(*one.dress) if one.dress else shared.bare
-    for place, logits in enumerate(follow(shared.bare, worn, request.prompt, answer, request.phase)):
+    masked = shared.oracle(*one.mask) if one.mask else shared.plain
+    for place, logits in enumerate(follow(shared.plain, masked, request.prompt, answer, request.phase)):
         said = answer[place] if place < len(answer) else None
         if said is None and end.reason == "cancelled":
             break
@@ -170,15 +170,13 @@ def judge(one: Asked, shared: World) -> int:
         wanted = None if place == request.max_tokens or best in request.ends else best
         if said != wanted:
             first, second = logits.topk(2).values.tolist()
-            assert first - second < world.TIE, (
-                f"{one.dress} in phase {request.phase}: {answer} at {place}, not {wanted}"
-            )
+            assert first - second < world.TIE, f"{one.mask} in phase {request.phase}: {answer} at {place}, not {wanted}"
             break  # after a tie nothing is claimed
     return len(answer)
 
 
 @torch.no_grad()
-def follow(base: Any, worn: Any, prompt: list[int], answer: list[int], phase: str) -> torch.Tensor:
+def follow(base: Any, masked: Any, prompt: list[int], answer: list[int], phase: str) -> torch.Tensor:
     """The oracle's logits before each token of an answer and after the last: [len(answer) + 1, vocabulary], from one
     pass over all of it, which is much cheaper than to have the oracle speak.
     """
@@ -186,7 +184,7 @@ def follow(base: Any, worn: Any, prompt: list[int], answer: list[int], phase: st
     known = len(prompt) - 1 if phase == "decode" else 0
     if known:
         base(torch.tensor([prompt[:known]]), past_key_values=cache)
-    logits: torch.Tensor = worn(torch.tensor([[*prompt[known:], *answer]]), past_key_values=cache).logits[0].float()
+    logits: torch.Tensor = masked(torch.tensor([[*prompt[known:], *answer]]), past_key_values=cache).logits[0].float()
     return logits[-len(answer) - 1 :]
 
 

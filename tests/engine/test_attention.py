@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MistralConfig
 
-from masquerade.engine import Engine, EngineConfig, Request, SamplingParams, attention, cuda
+from masquerade.engine import Engine, EngineConfig, Request, SamplingParams, attention
+from masquerade.engine.cuda import attention as cuda_attention
 from masquerade.model import AppliedMask, Base, MaskManager, load
 from tests import world
 
@@ -59,18 +60,18 @@ def strange(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Base, Any]:
 def test_tokens_equal_those_of_the_models_own_attention(
     strange: tuple[Base, Any], device: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts beyond the window, in chunks and whole, with a mask and without, beside each other; with the parts of a
-    step on a CUDA device, too, which leave such scores to the same code.
+    """Prompts beyond the window, in chunks and whole, with a mask and without, beside each other; with the row
+    groups of a CUDA device, too, which leave such scores to the same code.
     """
     base, plain = strange
     if device == "cuda":
-        monkeypatch.setattr(cuda, "serves", lambda _: True)
-    assert not attention.is_plain(base.model, base.context)
-    attention._report.cache_clear()
+        monkeypatch.setattr(cuda_attention, "is_available", lambda _: True)
+    assert not attention.fits_sdpa(base.model, base.context)
+    attention._warn_slow.cache_clear()
     assert base.context == 256
     manager = MaskManager.attach(base.model)
     masks = [world.make_mask(base, 0.02, seed=1), None]
-    worn = [AppliedMask(manager.fit(mask), 0.0) if mask else None for mask in masks]
+    applied_masks = [AppliedMask(manager.fit(mask), 0.0) if mask else None for mask in masks]
     engine = Engine(base, EngineConfig(max_batch_tokens=48))
     prompts = [
         [(7 * place + place**2) % 250 + 6 for place in range(start, start + n)] for start, n in ((0, 90), (5, 20))
@@ -78,7 +79,7 @@ def test_tokens_equal_those_of_the_models_own_attention(
     requests = [
         Request(prompt, 16, lambda _: None, applied, "all", SamplingParams(temperature=0))
         for prompt in prompts
-        for applied in worn
+        for applied in applied_masks
     ]
     with caplog.at_level(logging.WARNING):
         answers = engine.generate(requests)

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskstore import Mask
-from masquerade.engine import Engine, EngineConfig, Request, SamplingParams, cuda, graphs
+from masquerade.engine import Engine, EngineConfig, Request, SamplingParams
+from masquerade.engine.cuda import attention as cuda_attention
+from masquerade.engine.cuda import graphs
 from masquerade.model import AppliedMask, Base, MaskManager, load
 from masquerade.model import manager as manager_module
 from tests import world
 
 pytest.importorskip("triton")
-from masquerade.engine import paged
+from masquerade.engine.cuda import paged
 
 COUNT = 4
 FORMS = ("cuda-list", "cuda-bits", "cuda-list")
@@ -37,14 +39,14 @@ def masks(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> Iterator[MaskManager]:
 
 
 @pytest.fixture(params=[False, True], ids=["no flash", "flash"])
-def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps made of the parts for CUDA; flash attention, which no CPU has, is played by its definition."""
-    monkeypatch.setattr(cuda, "serves", lambda _: True)
+def row_groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps made of the row groups for CUDA; flash attention, which no CPU has, is replaced by its definition."""
+    monkeypatch.setattr(cuda_attention, "is_available", lambda _: True)
     monkeypatch.setattr(graphs, "prepare", lambda *_: None)
     monkeypatch.setattr(paged, "_PROGRAMS", 1)
     if request.param and not torch.cuda.is_available():
-        monkeypatch.setattr(cuda, "_flash_takes", lambda _: True)
-        monkeypatch.setattr(cuda, "varlen_attn", varlen_attn)
+        monkeypatch.setattr(cuda_attention, "_supports_flash", lambda _: True)
+        monkeypatch.setattr(cuda_attention, "varlen_attn", varlen_attn)
 
 
 def varlen_attn(
@@ -73,28 +75,28 @@ def make_requests(base: Base, masks: MaskManager, lengths: list[int]) -> list[tu
     """Lists and bitmaps, hard and soft, in both phases, and the base."""
     rng = random.Random(0)
     made = [make_mask(base, seed) for seed in range(len(FORMS))]
-    worn = [(mask, masks.fit(mask, form)) for mask, form in zip(made, FORMS, strict=True)]
+    masked = [(mask, masks.fit(mask, form)) for mask, form in zip(made, FORMS, strict=True)]
     chosen = []
     for number, length in enumerate(lengths):
         prompt = [rng.randrange(6, 260) for _ in range(length)]
-        mask, applied = worn[number % len(worn)]
+        mask, applied = masked[number % len(masked)]
         gamma = (0.0, 0.3)[number % 2]
         phase = ("all", "decode")[number // 2 % 2]
-        bare = number % 4 == 3
+        unmasked = number % 4 == 3
         request = Request(
             prompt,
             COUNT,
             lambda _: None,
-            None if bare else AppliedMask(applied, gamma),
+            None if unmasked else AppliedMask(applied, gamma),
             phase,
             SamplingParams(temperature=0),
         )
-        chosen.append((request, None if bare else mask, gamma))
+        chosen.append((request, None if unmasked else mask, gamma))
     return chosen
 
 
-@pytest.mark.usefixtures("parts")
-def test_tokens_of_the_parts_equal_the_oracle(tiny: Base, masks: MaskManager) -> None:
+@pytest.mark.usefixtures("row_groups")
+def test_tokens_of_the_row_groups_equal_the_oracle(tiny: Base, masks: MaskManager) -> None:
     """Prompts whole and in chunks, several in a step, and decodes beside them."""
     rng = random.Random(1)
     prompts = [[rng.randrange(6, 260) for _ in range(length)] for length in (21, 6, 40, 3)]
@@ -108,8 +110,8 @@ def test_tokens_of_the_parts_equal_the_oracle(tiny: Base, masks: MaskManager) ->
     answers = engine.generate(requests)
     engine.stop()
     for request, applied, answer in zip(requests, applied_masks, answers, strict=True):
-        worn = world.materialise(tiny.model, mask if applied else None, 0.0)
-        assert world.speak(tiny.model, worn, request.prompt, COUNT).agrees(answer)
+        masked = world.materialise(tiny.model, mask if applied else None, 0.0)
+        assert world.speak(tiny.model, masked, request.prompt, COUNT).agrees(answer)
 
 
 def test_tokens_equal_the_oracle(tiny: Base, masks: MaskManager) -> None:
@@ -147,13 +149,13 @@ def test_steps_on_tensors_that_stay_put_equal_the_oracle(
     engine.stop()
     masks.detach()
     for request, mask, gamma in requests:
-        worn = world.materialise(tiny.model, mask, gamma)
-        oracle = world.speak(tiny.model, worn, request.prompt, COUNT, phase=request.phase)
+        masked = world.materialise(tiny.model, mask, gamma)
+        oracle = world.speak(tiny.model, masked, request.prompt, COUNT, phase=request.phase)
         assert oracle.agrees(request.ids[len(request.prompt) :])
     assert captured
-    trash = slice(engine._cache.trash * engine._cache.heads, None)
-    assert engine._cache.keys[:, trash].any()  # padding went there
-    assert not engine._cache.keys[:, : engine._cache.heads].any()  # and not into the page that padding reads
+    scratch = slice(engine._cache.scratch_block * engine._cache.kv_heads, None)
+    assert engine._cache.keys[:, scratch].any()  # padding went there
+    assert not engine._cache.keys[:, : engine._cache.kv_heads].any()  # and not into the block that padding reads
 
 
 def test_only_decodes_of_known_masks_are_graphs(tiny: Base, manager: MaskManager) -> None:
@@ -190,10 +192,10 @@ def test_captured_steps_equal_the_oracle(tiny_folder: Path) -> None:
     base = load(str(tiny_folder), device="cuda", dtype="float32")
     attached = MaskManager.attach(base.model)
     made = [world.make_mask(base, share, seed) for seed, share in enumerate((0.003, 0.3, 0.01))]
-    worn = [attached.fit(mask) for mask in made]
+    masked = [attached.fit(mask) for mask in made]
     chosen = [
         (mask, AppliedMask(applied, gamma), gamma)
-        for mask, applied in zip(made, worn, strict=True)
+        for mask, applied in zip(made, masked, strict=True)
         for gamma in (0.0, 0.4)
     ]
     prompts = [[(7 * number + place) % 250 + 6 for place in range(5 + 9 * number)] for number in range(len(chosen))]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from masquerade.engine.prefix import BLOCK_SIZE
 
 pytest.importorskip("triton")
-from masquerade.engine import paged
+from masquerade.engine.cuda import paged
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -32,9 +32,9 @@ def test_paged_decode_equals_torch(
 ) -> None:
     torch.manual_seed(size)
     rows, most = len(lengths), -(-max(lengths) // BLOCK_SIZE)
-    pages = 1 + rows * most
-    keys, values = (torch.randn(pages * kv_heads, BLOCK_SIZE, size, device=DEVICE).to(dtype) for _ in range(2))
-    table = (torch.randperm(pages - 1)[: rows * most].view(rows, most) + 1).to(DEVICE, torch.int32)
+    blocks = 1 + rows * most
+    keys, values = (torch.randn(blocks * kv_heads, BLOCK_SIZE, size, device=DEVICE).to(dtype) for _ in range(2))
+    table = (torch.randperm(blocks - 1)[: rows * most].view(rows, most) + 1).to(DEVICE, torch.int32)
     q = torch.randn(heads, rows, size, device=DEVICE).to(dtype).transpose(0, 1)
     scale = 0.3
     found = paged.decode(
@@ -42,7 +42,7 @@ def test_paged_decode_equals_torch(
     )
     for row, length in enumerate(lengths):
         past = [
-            part.view(pages, kv_heads, BLOCK_SIZE, size)[table[row].long()].transpose(0, 1).flatten(1, 2)[:, :length]
+            part.view(blocks, kv_heads, BLOCK_SIZE, size)[table[row].long()].transpose(0, 1).flatten(1, 2)[:, :length]
             for part in (keys.double(), values.double())
         ]  # [kv heads, length, size]
         expected = F.scaled_dot_product_attention(
@@ -52,7 +52,7 @@ def test_paged_decode_equals_torch(
 
 
 def test_what_lies_beyond_a_row_is_not_read() -> None:
-    """Pages of others and places not yet written may hold anything."""
+    """Blocks of others and places not yet written may hold anything."""
     keys, values = (torch.full((6, BLOCK_SIZE, 16), float("nan"), device=DEVICE) for _ in range(2))
     keys[2:4, :3], values[2:4, :3] = 1.0, 2.0
     table = torch.tensor([[1, 2]], dtype=torch.int32, device=DEVICE)

@@ -13,7 +13,7 @@ from masquerade.model import manager
 
 pytest.importorskip("triton")
 from benchmarks import gpu
-from masquerade.engine import paged
+from masquerade.engine.cuda import paged
 
 TINY = gpu.Scale(
     hidden=64,

@@ -106,7 +106,7 @@ def test_the_thread_serves_until_it_is_stopped(make_engine: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_running": 0}, {"max_waiting": 0}, {"beside_decodes": 0}, {"max_running": 9, "max_batch_tokens": 8}]
+    "limits", [{"max_running": 0}, {"max_waiting": 0}, {"prefill_budget": 0}, {"max_running": 9, "max_batch_tokens": 8}]
 )
 def test_limits_that_make_no_sense_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(InvalidValue):

@@ -148,7 +148,7 @@ class TestForwardPass:
         (victim, heard), (later, other) = ask(), ask()
         engine.submit(victim)
         assert heard.ended.wait(30)
-        assert "failed" in (engine.problem or "")
+        assert "failed" in (engine.unready_reason or "")
         fail(lambda _: False)
         engine.submit(later)
         assert other.ended.wait(30)
@@ -158,7 +158,7 @@ class TestForwardPass:
 class Injector:
     """Raises once, at a line of the engine's code, when it is reached for the n-th time; `step` itself excepted."""
 
-    SPARED = ("step", "_recover", "_tell", "finish", "_reset")  # the net, and what is called from it
+    SPARED = ("step", "_recover", "_emit", "_emit_step", "finish", "_reset")  # the net, and what is called from it
 
     def __init__(self, target: tuple[str, int] | None = None, time: int = 1) -> None:
         self.target, self.left, self.reached = target, time, dict[tuple[str, int], int]()
@@ -268,7 +268,7 @@ def test_a_hung_step_is_reported(tiny: Base, monkeypatch: pytest.MonkeyPatch) ->
     assert engine.ready
     now[0] = 61.0
     assert not engine.ready
-    assert "61 s" in (engine.problem or "")
+    assert "61 s" in (engine.unready_reason or "")
     released.set()
     assert listener.ended.wait(30)
     engine.stop()
@@ -296,7 +296,7 @@ def test_draining_refuses_newcomers_and_the_thread_goes_on(make_engine: Make) ->
     assert {heard.end.reason for _, heard in asked} <= {"cancelled", "length"}
     with pytest.raises(NotReady, match="stopping"):
         engine.submit(ask()[0])
-    assert "stopping" in (engine.problem or "")
+    assert "stopping" in (engine.unready_reason or "")
     assert engine.run_background(lambda: 7).result(30) == 7
 
 
@@ -329,7 +329,7 @@ def test_an_owner_that_goes_away_while_listening_leaves_the_batch(make_engine: M
 
 
 def test_what_was_no_number_once_is_not_found_again(tiny: Base, make_engine: Make) -> None:
-    """A chunk that goes wrong by chance has filled pages by the time that the last chunk tells."""
+    """A chunk that goes wrong by chance has filled blocks by the time that the last chunk tells."""
     engine, sick = make_engine(max_running=1, max_batch_tokens=16), True
 
     def spoil(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
@@ -342,6 +342,6 @@ def test_what_was_no_number_once_is_not_found_again(tiny: Base, make_engine: Mak
     sick = False
     (answer,) = engine.generate([second])
     hook.remove()
-    assert second.cached == 0
+    assert second.num_cached == 0
     assert answer == make_engine().generate([ask(list(range(6, 86)))[0]])[0]
     assert is_whole(engine)

@@ -1,4 +1,4 @@
-"""Who runs: nobody starves, who gives way is computed again, and pages always add up."""
+"""Who runs: nobody starves, who gives way is computed again, and blocks always add up."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TestPreemption:
         narrow = make_engine(cache_bytes=10 * BLOCK_SIZE * POSITION)
         assert narrow.generate([ask(prompt, 40) for prompt in asked]) == roomy
         assert narrow.counts.preemptions > 0
-        assert narrow._pool.free == 10
+        assert narrow._block_manager.num_free == 10
 
     def test_a_seeded_draw_is_not_drawn_again(self, make_engine: Make) -> None:
         def hot(prompt: list[int]) -> Request:
@@ -76,8 +76,8 @@ class TestPreemption:
         longest = 0
         while engine.step():
             if not requests[0].finished:
-                assert requests[0].done > longest or requests[0].done == 0 == longest
-                longest = requests[0].done
+                assert requests[0].num_computed > longest or requests[0].num_computed == 0 == longest
+                longest = requests[0].num_computed
         assert engine.counts.preemptions > 0
 
     def test_a_request_may_take_the_whole_cache(self, make_engine: Make) -> None:
@@ -94,9 +94,9 @@ class TestFairness:
     ) -> None:
         engine = make_engine(max_running=2)
         crowd = [ask(prompt, applied=applied_masks[0]) for prompt in prompts(20, 20)]
-        cold, bare = ask([9] * 20, applied=applied_masks[1]), ask([8] * 20)
-        order = run(engine, [*crowd, cold, bare])
-        assert max(order.index(cold), order.index(bare)) <= 4
+        cold, base = ask([9] * 20, applied=applied_masks[1]), ask([8] * 20)
+        order = run(engine, [*crowd, cold, base])
+        assert max(order.index(cold), order.index(base)) <= 4
 
     def test_a_new_owner_does_not_wait_behind_another_ones_crowd(
         self, make_engine: Make, applied_masks: list[AppliedMask]
@@ -137,9 +137,9 @@ class TestFairness:
         engine = make_engine()
         run(engine, [ask(prompt, owner=str(n)) for n, prompt in enumerate(prompts(10, 5))])
         queue = engine._scheduler.waiting
-        assert not queue._present
-        assert not queue._lines
-        assert not any(queue._inside.values())
+        assert not queue._active
+        assert not queue._queues
+        assert not any(queue._active_in.values())
 
 
 class TestPriority:
@@ -156,7 +156,7 @@ class TestPriority:
             engine.step()
         engine.submit(high)
         engine.step()
-        assert high.answered == 1
+        assert high.num_output_tokens == 1
         while engine.step():
             pass
         assert low.ids[20:] == alone
@@ -168,10 +168,10 @@ class TestPriority:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pages_add_up_under_random_traffic(make_engine: Make, applied_masks: list[AppliedMask], seed: int) -> None:
-    """Whatever arrives, leaves or gives way: holders, seats and the table agree, and in the end nobody holds a page."""
+def test_blocks_add_up_under_random_traffic(make_engine: Make, applied_masks: list[AppliedMask], seed: int) -> None:
+    """Whatever arrives, leaves or gives way: reference counts, batch indices and the block table agree."""
     engine = make_engine(max_running=6, max_batch_tokens=48, cache_bytes=40 * BLOCK_SIZE * POSITION)
-    rng, alive, scheduler, pool = random.Random(seed), [], engine._scheduler, engine._pool
+    rng, alive, scheduler, blocks = random.Random(seed), [], engine._scheduler, engine._block_manager
     for _ in range(200):
         if rng.random() < 0.4:
             prompt = [6 + rng.randrange(2)] * rng.randint(1, 120)
@@ -183,16 +183,16 @@ def test_pages_add_up_under_random_traffic(make_engine: Make, applied_masks: lis
         if alive and rng.random() < 0.1:
             engine.cancel(rng.choice(alive))
         engine.step()
-        held = [page for request in scheduler.running for page in request.pages]
-        assert [pool._holders[page] for page in range(1, 41)] == [held.count(page) for page in range(1, 41)]
-        assert len(set(held)) + pool.free == 40
-        seats = [request.seat for request in scheduler.running]
-        assert sorted(seats + scheduler._seats) == list(range(6))
+        held = [block for request in scheduler.running for block in request.blocks]
+        assert [blocks._ref_counts[block] for block in range(1, 41)] == [held.count(block) for block in range(1, 41)]
+        assert len(set(held)) + blocks.num_free == 40
+        indices = [request.batch_index for request in scheduler.running]
+        assert sorted(indices + scheduler._free_indices) == list(range(6))
         for request in scheduler.running:
-            assert scheduler.table[request.seat, : len(request.pages)].tolist() == request.pages
-            assert not scheduler.table[request.seat, len(request.pages) :].any()
+            assert scheduler.block_table[request.batch_index, : len(request.blocks)].tolist() == request.blocks
+            assert not scheduler.block_table[request.batch_index, len(request.blocks) :].any()
     while engine.step():
         pass
     assert all(request.finished for request in alive)
-    assert pool.free == 40
+    assert blocks.num_free == 40
     assert engine.counts.preemptions + engine.counts.cached > 0

@@ -14,7 +14,7 @@ pytest.importorskip("llguidance")
 
 from masquerade.engine import AnswerText, Engine, Request, SamplingParams, structured
 from masquerade.engine.schemas import is_endless
-from masquerade.engine.structured import AnswerFormat, Grammars, JsonFormat, Matched, close
+from masquerade.engine.structured import AnswerFormat, Grammars, JsonFormat, MatcherGrammar, close
 from masquerade.errors import InvalidValue, StepFailed
 from masquerade.model import Base
 from tests.engine.asking import Listener, finish
@@ -33,9 +33,9 @@ def grammars(tiny: Base) -> Grammars:
     return Grammars(tiny.tokenizer, tiny.vocabulary, tiny.ends)
 
 
-def compile_schema(grammars: Grammars, schema: dict[str, Any]) -> Matched:
+def compile_schema(grammars: Grammars, schema: dict[str, Any]) -> MatcherGrammar:
     (grammar,) = grammars.compile(AnswerFormat([JsonFormat(schema)]))
-    assert isinstance(grammar, Matched)
+    assert isinstance(grammar, MatcherGrammar)
     return grammar
 
 
@@ -232,13 +232,13 @@ PARAMETERS: dict[str, Any] = {
     "$defs": {"colour": {"enum": ["red", "blue"]}},
 }
 CALL = JsonFormat(PARAMETERS, "tools.0", '<call>{"name": "f", "arguments": ', "}</call>")
-GOOD, BAD = CALL.before + '{"a": 1, "b": "red"}' + CALL.after, CALL.before + '{"a": "x"}' + CALL.after
+GOOD, BAD = CALL.prefix + '{"a": 1, "b": "red"}' + CALL.suffix, CALL.prefix + '{"a": "x"}' + CALL.suffix
 
 
 def fits(tiny: Base, grammars: Grammars, form: AnswerFormat, text: str) -> bool:
     """Whether a text may be the whole answer."""
     (grammar,) = grammars.compile(form)
-    assert isinstance(grammar, Matched)
+    assert isinstance(grammar, MatcherGrammar)
     ids = tiny.tokenizer.encode(text, add_special_tokens=False)
     matcher = grammar._matcher
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
@@ -248,10 +248,18 @@ def fits(tiny: Base, grammars: Grammars, form: AnswerFormat, text: str) -> bool:
     ("form", "good", "bad"),
     [
         (AnswerFormat([CALL]), [GOOD], [BAD, "hello", f"hi {GOOD}", f"{GOOD}\n{GOOD}", ""]),
-        (AnswerFormat([CALL], most=2, between="\n"), [GOOD, f"{GOOD}\n{GOOD}"], [BAD, "", "\n".join([GOOD] * 3)]),
-        (AnswerFormat([CALL], instead=JsonFormat({"type": "array"})), [GOOD, "[1]"], [BAD, "{}", "hello"]),
-        (AnswerFormat([CALL], talk=True, trigger="<call>"), ["", "hi", f"hi {GOOD} bye {GOOD}"], [BAD, f"hi {BAD}"]),
-        (AnswerFormat([JsonFormat(PARAMETERS)], talk=True), ["", "hi {", '{"a": 1}'], ['{"a": "x"}', ' {"b": 1}']),
+        (
+            AnswerFormat([CALL], max_count=2, separator="\n"),
+            [GOOD, f"{GOOD}\n{GOOD}"],
+            [BAD, "", "\n".join([GOOD] * 3)],
+        ),
+        (AnswerFormat([CALL], alternative=JsonFormat({"type": "array"})), [GOOD, "[1]"], [BAD, "{}", "hello"]),
+        (
+            AnswerFormat([CALL], free_text=True, trigger="<call>"),
+            ["", "hi", f"hi {GOOD} bye {GOOD}"],
+            [BAD, f"hi {BAD}"],
+        ),
+        (AnswerFormat([JsonFormat(PARAMETERS)], free_text=True), ["", "hi {", '{"a": 1}'], ['{"a": "x"}', ' {"b": 1}']),
     ],
     ids=["once", "twice", "or else", "in talk", "or talk"],
 )
@@ -263,7 +271,7 @@ def test_a_form_holds_what_it_must_and_nothing_else(
 
 
 def test_of_several_schemas_the_wrong_one_is_named(grammars: Grammars) -> None:
-    form = AnswerFormat([CALL, JsonFormat({"type": "nonsense"}, "tools.1")], instead=JsonFormat({"type": "object"}))
+    form = AnswerFormat([CALL, JsonFormat({"type": "nonsense"}, "tools.1")], alternative=JsonFormat({"type": "object"}))
     with pytest.raises(InvalidValue, match="nonsense") as refusal:
         grammars.compile(form)
     assert refusal.value.param == "tools.1"

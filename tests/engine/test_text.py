@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from masquerade.engine import AnswerText, Detokenizer, spell
+from masquerade.engine import AnswerText, Detokenizer, token_bytes
 from tests import world
 
 TEXTS = [
@@ -209,12 +209,12 @@ def test_a_stop_before_the_least_length_does_not_count() -> None:
 def test_a_token_is_spelled_in_bytes() -> None:
     tokenizer = world.make_tokenizer()
     ids = tokenizer.encode("a 🎭", add_special_tokens=False)
-    assert b"".join(spell(tokenizer, token) for token in ids) == "a 🎭".encode()
-    assert spell(tokenizer, 2) == b"<|end|>"
+    assert b"".join(token_bytes(tokenizer, token) for token in ids) == "a 🎭".encode()
+    assert token_bytes(tokenizer, 2) == b"<|end|>"
 
 
 @pytest.mark.skipif(not SENTENCEPIECE.is_dir(), reason="needs the stories260K model")
 def test_a_piece_of_sentencepiece_is_spelled_in_bytes() -> None:
     tokenizer = AutoTokenizer.from_pretrained(SENTENCEPIECE)
     ids = tokenizer.encode("once 🎭 more", add_special_tokens=False)
-    assert b"".join(spell(tokenizer, token) for token in ids).decode().strip() == "once 🎭 more"
+    assert b"".join(token_bytes(tokenizer, token) for token in ids).decode().strip() == "once 🎭 more"

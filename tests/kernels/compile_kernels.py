@@ -17,12 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from masquerade.engine import paged
+from masquerade.engine.cuda import paged
 from masquerade.kernels import triton as masked
 
 BF16, I32, I64, F32 = "*bf16", "*i32", "*i64", "*fp32"
 TABLES = {"table": I64, "slots": I32, "rows": I32, "strengths": F32}
-PAGED = {"repeat": 4, "size": 128, "page": 16, "block": 64, "heads": 16, "width": 128}
+PAGED = {"repeat": 4, "size": 128, "cache_block": 16, "tile": 64, "heads": 16, "width": 128}
 
 
 def list_kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
@@ -37,10 +37,10 @@ def list_kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         constants |= {name: options.pop(name) for name in ("some_out", "some_in")}
         pointers = {"x": BF16, "w": BF16, "bias": BF16, "y": BF16, **TABLES}
         found.append((f"multiply {width} x {program.some_out}", masked._multiply, pointers, constants, options))
-    pointers = {"q": BF16, "keys": BF16, "values": BF16, "table": I32, "lengths": I32, "mixed": F32, "weights": F32}
+    pointers = {"q": BF16, "keys": BF16, "values": BF16, "table": I32, "lengths": I32, "partial": F32, "weights": F32}
     found.append(("attend", paged._attend, pointers, PAGED, {}))
-    shares = {"shares": 4, "size": 128, "width": 128}
-    found.append(("combine", paged._combine, {"mixed": F32, "weights": F32, "out": BF16}, shares, {}))
+    splits = {"splits": 4, "size": 128, "width": 128}
+    found.append(("combine", paged._combine, {"partial": F32, "weights": F32, "out": BF16}, splits, {}))
     return found
 
 
@@ -49,7 +49,7 @@ def compile_kernel(kernel: Any, pointers: dict[str, str], constants: dict[str, A
     kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     kinds |= {"scale": "fp32"} if "scale" in names else {}
     aligned = [
-        name for name in names if name not in constants and name not in ("scale", "kv_heads", "shares", "table_row")
+        name for name in names if name not in constants and name not in ("scale", "kv_heads", "splits", "table_row")
     ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature=kinds, constexprs=constants, attrs=attributes)

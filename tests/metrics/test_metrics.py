@@ -145,7 +145,7 @@ def test_what_the_engine_and_the_masks_are_doing(http: httpx.Client, serving: Se
     assert (found("queue_requests"), found("batch_requests"), found("batch_personas")) == (0, 0, 0)
     assert found("batch_capacity_requests") == serving.engine.config.max_running
     pages = sum(found("kv_pages", state=state) for state in ("held", "kept", "blank"))
-    assert pages == serving.engine._pool.count
+    assert pages == serving.engine._block_manager.num_blocks
     assert found("engine_steps_total") == serving.engine.counts.steps > 0
     assert found("engine_sampled_tokens_total") == serving.engine.counts.sampled == 10
     assert (found("personas", tier="device"), found("personas", tier="disk")) == (1, 1)

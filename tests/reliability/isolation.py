@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 from torch import Tensor
 
-from masquerade.engine import spell
+from masquerade.engine import token_bytes
 from tests import world
 from tests.reliability.crowd import TIMEOUT, Crowd, Known, Reply, ask, disguise, draw
 from tests.reliability.report import Progress, Row, Scale
@@ -32,7 +32,7 @@ REQUESTS = 10_000
 CLIENTS = 24
 JUDGED = 10  # one in so many of the greedy answers is held against transformers, too
 SCENARIOS = 400
-NARROW = ("--max-running", "1", "--cache-bytes", str(512 * CLIENTS * 32))  # hardly more than one request's pages
+NARROW = ("--max-running", "1", "--cache-bytes", str(512 * CLIENTS * 32))  # hardly more than one request's blocks
 FEW = ("--max-running", "12", "--max-batch-tokens", "96", "--cache-bytes", str(512 * 640))  # preemption, small chunks
 
 
@@ -165,7 +165,7 @@ class Oracle:
         return len(ours) == len(tokens) or spoken.margins[min(len(ours), len(tokens)) - 1] < world.TIE
 
     def spell(self, token: int) -> bytes:
-        raw = spell(self._scene.base.tokenizer, token)
+        raw = token_bytes(self._scene.base.tokenizer, token)
         return raw + raw.decode(errors="replace").encode()
 
     def read(self, token: bytes) -> int:
@@ -222,7 +222,7 @@ def _play_scenarios(scale: Scale) -> Row:
     said = (done.stdout or done.stderr).strip().splitlines()[-1:]
     return Row(
         "whatever happens to a batch, what its requests say stays theirs",
-        "random scenarios with failing passes, few pages, late arrivals, cancelled requests (`tests.engine.fuzz`)",
+        "random scenarios with failing passes, few blocks, late arrivals, cancelled requests (`tests.engine.fuzz`)",
         f"{count} scenarios from seed {scale.seed}",
         "".join(said).partition(": ")[2],
         kept=done.returncode == 0,

@@ -1,15 +1,12 @@
-"""Tokens for many requests at once: a compact continuous-batching engine over the unmodified transformers forward.
-
-Knows requests, steps and key-value pages. Refuses to know HTTP, names of personas and text formats of clients.
-"""
+"""Continuous batching over the unmodified transformers forward: requests go in, tokens come out as events."""
 
 from masquerade.engine.engine import Engine, EngineConfig
-from masquerade.engine.request import MOST_LOGPROBS, Event, Finished, Grammar, Phase, Request, SamplingParams, Token
+from masquerade.engine.request import MAX_LOGPROBS, Event, Finished, Grammar, Phase, Request, SamplingParams, Token
 from masquerade.engine.structured import AnswerFormat, JsonFormat
-from masquerade.engine.text import AnswerText, Detokenizer, spell
+from masquerade.engine.text import AnswerText, Detokenizer, token_bytes
 
 __all__ = [
-    "MOST_LOGPROBS",
+    "MAX_LOGPROBS",
     "AnswerFormat",
     "AnswerText",
     "Detokenizer",
@@ -23,5 +20,5 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Token",
-    "spell",
+    "token_bytes",
 ]

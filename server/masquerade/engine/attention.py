@@ -1,8 +1,7 @@
-"""Attention over the paged cache, plugged into transformers through its public interface.
+"""Attention over the paged cache, registered with transformers as an attention implementation.
 
-Knows how packed rows read and write pages, and how scores are mixed that are not plain products: soft caps (Gemma 2),
-sinks (gpt-oss), sliding windows. Refuses to keep state: the pages and the step's plan come with each call, so a model
-may serve any number of engines and, called without a plan, is an ordinary model.
+The cache and the step's plan are arguments of each call. A model can therefore serve several engines, and is an
+ordinary model when it is called without a plan.
 """
 
 from __future__ import annotations
@@ -26,42 +25,43 @@ from masquerade.errors import UnusableModel
 _log = logging.getLogger(__name__)
 
 NAME = "masquerade"
-NO_MASK = torch.empty(0, 0, 0, 0)  # a plan knows who sees what: transformers hands four dimensions on as they are
-_UNKNOWN = ("position_bias",)  # would change the scores; to ignore them would be to answer wrongly
+NO_MASK = torch.empty(0, 0, 0, 0)  # the plan has the masks; transformers passes a four-dimensional mask through
+_UNSUPPORTED = ("position_bias",)  # it changes the scores, so ignoring it would give wrong answers
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What becomes of the product of a query and a key."""
+    """How scores are computed from the products of queries and keys."""
 
     scale: float
-    cap: float | None = None  # cap * tanh(score / cap)
-    sinks: Tensor | None = None  # of each head, scores of a position without a value: [heads]
-    window: int | None = None  # only so many positions back are seen, the own one included
+    softcap: float | None = None  # score = softcap * tanh(score / softcap): Gemma 2
+    sinks: Tensor | None = None  # [heads]: a score for a position without a value: gpt-oss
+    sliding_window: int | None = None  # positions that a query attends to, its own included
 
-    def is_plain(self, positions: int) -> bool:
-        """Whether a scaled product is all there is to it, up to so many positions."""
-        return self.cap is None and self.sinks is None and (self.window is None or positions <= self.window)
+    def fit_sdpa(self, positions: int) -> bool:
+        """Whether, up to so many positions, this is scaled dot-product attention."""
+        windowed = self.sliding_window is not None and positions > self.sliding_window
+        return self.softcap is None and self.sinks is None and not windowed
 
     @property
-    def peculiarity(self) -> str:
-        """What makes these scores more than products, in words."""
-        return "soft caps" if self.cap is not None else "sinks" if self.sinks is not None else "a sliding window"
+    def feature(self) -> str:
+        """What scaled dot-product attention does not have, in words."""
+        return "soft caps" if self.softcap is not None else "sinks" if self.sinks is not None else "a sliding window"
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One layer's turn in a step: its number, what its scores are, and the keys and values of the step's own rows."""
+    """The attention of one layer in one step."""
 
     layer: int
     scores: Scores
     cache: KVCache
-    keys: Tensor  # [all rows, kv heads, size]
+    keys: Tensor  # of the step's rows: [rows, kv heads, head size]
     values: Tensor
 
 
-class Part(Protocol):
-    """Consecutive rows of a step, and how they see the cache."""
+class RowGroup(Protocol):
+    """Consecutive rows of a step that one kernel call computes."""
 
     @property
     def start(self) -> int:
@@ -72,11 +72,11 @@ class Part(Protocol):
         """The row after the last one."""
 
     def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
-        """Attention of these rows, [rows, heads, size], as q is."""
+        """The attention of q [rows, heads, head size], the queries of these rows; in the shape and dtype of q."""
 
 
 @dataclass(frozen=True)
-class Decodes:
+class DecodeRows:
     """Rows [start, stop) are one position each, of requests of similar length.
 
     Grouped query heads are packed into the query axis, so keys and values are never repeated.
@@ -84,50 +84,49 @@ class Decodes:
 
     start: int
     stop: int
-    parts: Tensor  # of the cache, with every row's context: int64 [rows * kv heads * most]
-    mask: Tensor  # 0 where a position exists, else minus infinity: [rows, 1, 1, most pages]
+    head_blocks: Tensor  # every row's context: int64 [rows * kv heads * blocks of the longest]
+    mask: Tensor  # 0 for the row's positions, minus infinity for padding: [rows, 1, 1, positions of these blocks]
 
     def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
-        """See `Part`."""
+        """See `RowGroup`."""
         (rows, heads, size), scores = q.shape, call.scores
-        past_k, past_v = call.cache.read(call.layer, self.parts, rows)
-        if not scores.is_plain(past_k.shape[2]):
-            return mix(q.unsqueeze(2), past_k, past_v, self.mask == 0, scores).squeeze(2)
-        grouped = q.reshape(rows, call.cache.heads, -1, size)
-        mixed = F.scaled_dot_product_attention(grouped, past_k, past_v, attn_mask=self.mask, scale=scores.scale)
-        return mixed.reshape(rows, heads, size)
+        k, v = call.cache.read(call.layer, self.head_blocks, rows)
+        if not scores.fit_sdpa(k.shape[2]):
+            return eager_attention(q.unsqueeze(2), k, v, self.mask == 0, scores).squeeze(2)
+        grouped = q.reshape(rows, call.cache.kv_heads, -1, size)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask, scale=scores.scale)
+        return out.reshape(rows, heads, size)
 
 
 @dataclass(frozen=True)
-class Prefill:
+class PrefillRows:
     """Rows [start, stop) are consecutive positions of one request.
 
-    `parts` and `mask` are None when the rows begin the request: they then attend to each other only.
+    `head_blocks` and `mask` are None if the first of them is position 0: the rows then attend to each other only.
     """
 
     start: int
     stop: int
-    parts: Tensor | None  # of the cache, with all positions up to the last row: int64 [kv heads * pages]
-    mask: Tensor | None  # 0 or minus infinity, [stop - start, positions of the pages]
+    head_blocks: Tensor | None  # all positions up to the last row: int64 [kv heads * blocks]
+    mask: Tensor | None  # 0 or minus infinity: [stop - start, positions of these blocks]
 
     def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
-        """See `Part`."""
-        if self.parts is None or self.mask is None:
+        """See `RowGroup`."""
+        if self.head_blocks is None or self.mask is None:
             rows = slice(self.start, self.stop)
-            past_k, past_v = (own[rows].transpose(0, 1).unsqueeze(0) for own in (call.keys, call.values))
+            k, v = (own[rows].transpose(0, 1).unsqueeze(0) for own in (call.keys, call.values))
         else:
-            past_k, past_v = call.cache.read(call.layer, self.parts, 1)
-        return attend_alone(q, past_k, past_v, self.mask, call.scores)
+            k, v = call.cache.read(call.layer, self.head_blocks, 1)
+        return attend_request(q, k, v, self.mask, call.scores)
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Where the rows of one step read and write."""
+    """Where the rows of one step read and write in the cache. The row groups cover all rows."""
 
     cache: KVCache
-    write: Tensor  # cache slots of every row's heads, int64 [rows * kv heads]
-    decodes: Sequence[Part]
-    prefills: Sequence[Part]
+    slot_mapping: Tensor  # the slots of every row's keys and values: int64 [rows * kv heads]
+    groups: Sequence[RowGroup]
 
 
 def attend(
@@ -140,97 +139,100 @@ def attend(
     plan: AttentionPlan | None = None,
     **kw: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention for packed rows: q is [1, heads, rows, size], k and v [1, kv heads, rows, size]; [1, rows, heads, size]
-    comes back.
+    """Attention of packed rows: q is [1, heads, rows, head size], k and v are [1, kv heads, rows, head size]. Returns
+    [1, rows, heads, head size], and no weights.
     """
-    scores = _read(q, kw)
+    scores = _read_scores(q, kw)
     if plan is None:
-        return _attend_plainly(module, q, k, v, attention_mask, scores, kw)
+        return _attend_without_plan(module, q, k, v, attention_mask, scores, kw)
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers has one
-    queries, keys, values = (part[0].transpose(0, 1) for part in (q, k, v))  # [rows, heads, size]
-    plan.cache.write(layer, plan.write, *(part.reshape(-1, q.shape[-1]) for part in (keys, values)))
+    queries, keys, values = (heads[0].transpose(0, 1) for heads in (q, k, v))  # [rows, heads, head size]
+    plan.cache.write(layer, plan.slot_mapping, *(heads.reshape(-1, q.shape[-1]) for heads in (keys, values)))
     call = AttentionCall(layer, scores, plan.cache, keys, values)
     out = queries.new_empty(queries.shape)
-    for part in (*plan.decodes, *plan.prefills):
-        rows = slice(part.start, part.stop)
-        out[rows] = part.attend(queries[rows], call)
+    for group in plan.groups:
+        rows = slice(group.start, group.stop)
+        out[rows] = group.attend(queries[rows], call)
     return out.unsqueeze(0), None
 
 
-def is_plain(model: nn.Module, positions: int) -> bool:
-    """Whether a model's scores are products up to so many positions, as far as can be told before it is called."""
+def fits_sdpa(model: nn.Module, positions: int) -> bool:
+    """Whether, up to so many positions, a model's attention is scaled dot-product attention, judging by its config and
+    modules.
+    """
     config: Any = model.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return (
-        not capped
-        and (window is None or positions <= window)
-        and not any(hasattr(module, "sinks") for module in model.modules())
-    )
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    has_sinks = any(hasattr(module, "sinks") for module in model.modules())
+    return Scores(1.0, softcap, sliding_window=window).fit_sdpa(positions) and not has_sinks
 
 
-def attend_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """Attention of one request's consecutive positions q [rows, heads, size] to k and v [1, kv heads, positions, size],
-    under a mask of 0 and minus infinity [rows, positions], or causally if rows are positions; like q.
+def attend_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Attention of one request's consecutive positions q [rows, heads, head size] to k and v [1, kv heads, positions,
+    head size], in the shape of q. `mask` is 0 or minus infinity, [rows, positions]; None means causal attention of
+    equally many rows and positions.
     """
     query = q.transpose(0, 1).unsqueeze(0)
-    if scores.is_plain(k.shape[2]):
-        mixed = F.scaled_dot_product_attention(
+    if scores.fit_sdpa(k.shape[2]):
+        out = F.scaled_dot_product_attention(
             query, k, v, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=True
         )
     else:
-        mixed = mix(query, k, v, None if mask is None else mask == 0, scores)
-    return mixed[0].transpose(0, 1)
+        out = eager_attention(query, k, v, None if mask is None else mask == 0, scores)
+    return out[0].transpose(0, 1)
 
 
-def mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scores: Scores) -> Tensor:
-    """Attention written out, in fp32: q is [batch, heads, rows, size], k and v [batch, kv heads, positions, size].
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scores: Scores) -> Tensor:
+    """Attention with soft caps, sinks and sliding windows, in fp32: q is [batch, heads, rows, head size], k and v are
+    [batch, kv heads, positions, head size].
 
-    `seen` says which positions a row sees, [..., rows, positions]: a row with a window sees the first ones up to its
-    own. None: the rows are the positions, and see what is not after them.
+    `visible` is the boolean mask [..., rows, positions], in which a row's own position is the last visible one. None
+    means causal attention of equally many rows and positions.
     """
-    _report(scores.peculiarity)
-    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+    _warn_slow(scores.feature)
+    k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
     product = (q @ k.transpose(-1, -2)).float() * scores.scale  # [batch, heads, rows, positions]
-    if scores.cap is not None:
-        product = torch.tanh(product / scores.cap) * scores.cap
-    if seen is None:
-        seen = torch.ones(product.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if scores.window is not None:
-        own = seen.sum(-1, keepdim=True) - 1
-        seen = seen & (torch.arange(seen.shape[-1], device=q.device) > own - scores.window)
-    product = product.masked_fill(~seen, torch.finfo(product.dtype).min)  # padding sees nothing, and stays a number
+    if scores.softcap is not None:
+        product = torch.tanh(product / scores.softcap) * scores.softcap
+    if visible is None:
+        visible = torch.ones(product.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if scores.sliding_window is not None:
+        own = visible.sum(-1, keepdim=True) - 1
+        visible = visible & (torch.arange(visible.shape[-1], device=q.device) > own - scores.sliding_window)
+    product = product.masked_fill(~visible, torch.finfo(product.dtype).min)  # finite, so that padding rows are not NaN
     if scores.sinks is not None:
         sinks = scores.sinks.float().view(-1, 1, 1).expand(*product.shape[:-1], 1)
         product = torch.cat([product, sinks], -1)
     return product.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
 
 
-def _read(q: Tensor, kw: dict[str, Any]) -> Scores:
-    """The scores that a model's attention asks for, by the names transformers gives them."""
-    if unknown := [name for name in _UNKNOWN if kw.get(name) is not None]:
-        raise UnusableModel(f"the model's attention has {', '.join(unknown)}, which the paged cache does not serve")
+def _read_scores(q: Tensor, kw: dict[str, Any]) -> Scores:
+    """The scores that a model asks for, by the argument names of transformers."""
+    if unsupported := [name for name in _UNSUPPORTED if kw.get(name) is not None]:
+        raise UnusableModel(
+            f"the model's attention uses {', '.join(unsupported)}, which the paged cache does not support"
+        )
     scale = kw.get("scaling")
     return Scores(
         q.shape[-1] ** -0.5 if scale is None else scale, kw.get("softcap"), kw.get("s_aux"), kw.get("sliding_window")
     )
 
 
-def _attend_plainly(
+def _attend_without_plan(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores, kw: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """The ordinary model's attention. torch's knows neither caps nor sinks; a window is in the mask that it gets."""
-    if scores.cap is None and scores.sinks is None:
+    """Attention of an ordinary call. torch's has neither caps nor sinks; the mask includes the sliding window."""
+    if scores.softcap is None and scores.sinks is None:
         outcome: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **kw)
         return outcome
-    seen = mask if mask is None or mask.dtype is torch.bool else mask == 0
-    unwindowed = Scores(scores.scale, scores.cap, scores.sinks)
-    return mix(q, k, v, seen, unwindowed).transpose(1, 2), None
+    visible = mask if mask is None or mask.dtype is torch.bool else mask == 0
+    unwindowed = Scores(scores.scale, scores.softcap, scores.sinks)
+    return eager_attention(q, k, v, visible, unwindowed).transpose(1, 2), None
 
 
 @cache
-def _report(peculiarity: str) -> None:
-    _log.warning("this model's attention has %s, so it is written out, which is slower", peculiarity)
+def _warn_slow(feature: str) -> None:
+    _log.warning("this model's attention has %s and runs without a fused kernel, which is slower", feature)
 
 
 AttentionInterface.register(NAME, attend)

@@ -1,8 +1,4 @@
-"""Other work for the model's thread, done between steps.
-
-Knows when such work is due while requests are being served. Refuses to know what it is: small pieces of it are handed
-in from other threads, which wait for their outcome.
-"""
+"""Background tasks: small functions from other threads that run on the engine's thread between steps."""
 
 from __future__ import annotations
 
@@ -16,64 +12,68 @@ from typing import Any, TypeVar
 from masquerade.errors import InvalidValue
 
 T = TypeVar("T")
-LATENESS = 1.0  # seconds that errands may be behind their share and make up for later
+MAX_CREDIT = 1.0  # seconds by which tasks may fall behind their share and catch up later
 
 
 class BackgroundTasks:
-    """A queue of pieces of work, done one at a time.
+    """A queue of tasks, run one at a time.
 
-    While requests are served, a piece is due after `steps` steps of theirs: at most one token in so many is delayed, so
-    the 95th percentile of the time between tokens stays what it was for any `steps` above 20. `share` is the least part
-    of the time that goes to errands nevertheless, so that they end. Without requests everything is due.
+    While requests are served, a task is due after every `steps` steps. At most one token in `steps` is delayed, so with
+    more than 20 steps the 95th percentile of the time between tokens does not change. `share` is the least part of the
+    time that tasks get in any case, so that they finish. Without requests every task is due.
     """
 
     def __init__(self, steps: int = 24, share: float = 0.02, clock: Callable[[], float] = time.monotonic) -> None:
         if steps < 0 or not 0 <= share <= 1:
-            raise InvalidValue(f"errands after {steps} steps, for a share of {share}: that is not possible")
+            raise InvalidValue(
+                f"steps is {steps} and share is {share}; steps must be at least 0, and share between 0 and 1"
+            )
         self._steps, self._share, self._clock = steps, share, clock
         self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._passed = steps  # steps of requests since the last errand
-        self._entitled = self._clock()  # when the share entitles to the next errand
+        self._passed = steps  # steps since the last task
+        self._entitled = self._clock()  # from when on the share allows the next task
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def ask(self, work: Callable[[], T]) -> Future[T]:
-        """Queue a piece of work. The caller wakes the thread; the future has the outcome, or what the work raised."""
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Queue a task; the future gets its result or its exception. The caller wakes the engine's thread."""
         outcome: Future[T] = Future()
         self._waiting.append((work, outcome))
         return outcome
 
-    def pass_step(self) -> None:
-        """A step of requests is done."""
+    def count_step(self) -> None:
+        """Record a step of the engine."""
         self._passed += 1
 
-    def do_due(self, *, serving: bool) -> bool:
-        """Do the next piece if it is due; whether there was one."""
-        if not self._waiting or (serving and not self._due()):
+    def run_due(self, *, serving: bool) -> bool:
+        """Run the next task if it is due; returns whether one was."""
+        if not self._waiting or (serving and not self._is_due()):
             return False
         started = self._clock()
-        self._do(*self._waiting.popleft())
+        self._run(*self._waiting.popleft())
         spent = self._clock() - started
-        entitled = max(self._entitled, started - LATENESS)
+        entitled = max(self._entitled, started - MAX_CREDIT)
         self._entitled = entitled + spent / self._share if self._share else math.inf
         self._passed = 0
         return True
 
-    def abandon(self, error: BaseException) -> None:
-        """Nothing will be done any more: whoever waits gets the error."""
+    def fail_all(self, error: BaseException) -> None:
+        """End all queued tasks with an error."""
         while self._waiting:
             outcome = self._waiting.popleft()[1]
-            if outcome.set_running_or_notify_cancel():  # else nobody waits for it any more
+            if outcome.set_running_or_notify_cancel():  # not cancelled
                 outcome.set_exception(error)
 
     @staticmethod
-    def _do(work: Callable[[], Any], outcome: Future[Any]) -> None:
+    def _run(work: Callable[[], Any], outcome: Future[Any]) -> None:
         if outcome.set_running_or_notify_cancel():
             try:
                 outcome.set_result(work())
-            except BaseException as error:  # even out of memory is the asker's, not the engine's
+            except (
+                BaseException
+            ) as error:  # even a MemoryError belongs to the task and must not end the engine's thread
                 outcome.set_exception(error)
 
-    def _due(self) -> bool:
+    def _is_due(self) -> bool:
         return self._passed >= self._steps or self._clock() >= self._entitled

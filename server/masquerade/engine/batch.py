@@ -1,7 +1,4 @@
-"""One step's inputs: chunks of many requests packed into one row of tokens.
-
-Knows how chunks become tensors. Refuses to decide which chunks run.
-"""
+"""The inputs of one step: chunks of many requests packed into one row of tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from masquerade.engine import cuda
-from masquerade.engine.attention import AttentionPlan, Decodes, Part, Prefill
+from masquerade.engine.attention import AttentionPlan, DecodeRows, PrefillRows, RowGroup
+from masquerade.engine.cuda import attention as cuda_attention
 from masquerade.engine.kv_cache import Index, KVCache
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.scheduler import Chunk
@@ -29,22 +26,24 @@ class Batch:
     positions: Tensor  # int64 [1, rows]
     route: Route
     plan: AttentionPlan
-    sampled: Tensor  # rows whose logits are needed, int64 [samples]
+    sampled: Tensor  # rows whose logits are needed: int64 [samples]
 
 
-def pack(chunks: Sequence[Chunk], table: Index, cache: KVCache, route: Callable[[list[Span]], Route]) -> Batch:
-    """Pack chunks, decodes first, in their order. `table` holds the pages of every seat; `route` makes the route of the
-    spans that wear a mask.
+def pack(
+    chunks: Sequence[Chunk], block_table: Index, cache: KVCache, make_route: Callable[[list[Span]], Route]
+) -> Batch:
+    """Pack chunks in their order, decodes first. `block_table` has the blocks of every batch index; `make_route` makes
+    the route from the rows under masks.
     """
     device = cache.keys.device
     ids: list[int] = []
-    starts: list[int] = []  # of the decodes
-    seats: list[int] = []
+    decode_positions: list[int] = []
+    decode_indices: list[int] = []
     sampled: list[int] = []
     spans: list[Span] = []
-    prompts: list[tuple[Chunk, int]] = []  # and their first rows
-    position: list[Index] = []  # of the prompts
-    seat: list[Index] = []
+    prefills: list[tuple[Chunk, int]] = []  # with their first rows
+    prefill_positions: list[Index] = []
+    prefill_indices: list[Index] = []
     for chunk in chunks:
         request, start, stop, samples = chunk
         row = len(ids)
@@ -52,29 +51,30 @@ def pack(chunks: Sequence[Chunk], table: Index, cache: KVCache, route: Callable[
             spans += request.masked_spans(start, stop, row)
         if stop - start == 1:
             ids.append(request.ids[start])
-            starts.append(start)
-            seats.append(request.seat)
+            decode_positions.append(start)
+            decode_indices.append(request.batch_index)
         else:
-            prompts.append((chunk, row))
+            prefills.append((chunk, row))
             ids += request.ids[start:stop]
-            position.append(np.arange(start, stop))
-            seat.append(np.full(stop - start, request.seat))
+            prefill_positions.append(np.arange(start, stop))
+            prefill_indices.append(np.full(stop - start, request.batch_index))
         if samples:
             sampled.append(len(ids) - 1)
-    decoding = np.array(seats, np.int64)
-    positions = _join(np.array(starts, np.int64), position)
-    write = cache.slots(table[_join(decoding, seat), positions // BLOCK_SIZE], positions % BLOCK_SIZE)
-    parts: tuple[Sequence[Part], Sequence[Part]]
-    if cuda.serves(device):
-        parts = cuda.divide(chunks, table, cache)
+    decoding = np.array(decode_indices, np.int64)
+    positions = _join(np.array(decode_positions, np.int64), prefill_positions)
+    blocks = block_table[_join(decoding, prefill_indices), positions // BLOCK_SIZE]
+    slots = cache.slots(blocks, positions % BLOCK_SIZE)
+    groups: list[RowGroup]
+    if cuda_attention.is_available(device):
+        groups = cuda_attention.group_rows(chunks, block_table, cache)
     else:
-        gathered = list(_decodes(starts, table, decoding, cache))
-        parts = gathered, [_prefill(chunk, row, table, cache) for chunk, row in prompts]
+        groups = [*_group_decodes(decode_positions, block_table, decoding, cache)]
+        groups += [_prefill(chunk, row, block_table, cache) for chunk, row in prefills]
     return Batch(
         _tensor(np.array([ids], np.int64), device),
         _tensor(positions[None], device),
-        route(spans),
-        AttentionPlan(cache, _tensor(write, device), *parts),
+        make_route(spans),
+        AttentionPlan(cache, _tensor(slots, device), groups),
         _tensor(np.array(sampled, np.int64), device),
     )
 
@@ -83,34 +83,36 @@ def _join(decodes: Index, prefills: Sequence[Index]) -> Index:
     return np.concatenate([decodes, *prefills]) if prefills else decodes
 
 
-def _prefill(chunk: Chunk, row: int, table: Index, cache: KVCache) -> Prefill:
+def _prefill(chunk: Chunk, row: int, block_table: Index, cache: KVCache) -> PrefillRows:
     stop_row = row + chunk.stop - chunk.start
     if chunk.start == 0:
-        return Prefill(row, stop_row, None, None)
-    pages = table[chunk.request.seat, : -(-chunk.stop // BLOCK_SIZE)]
-    bar = cache.bar(np.arange(chunk.start + 1, chunk.stop + 1), len(pages))
-    return Prefill(row, stop_row, _tensor(cache.parts(pages), cache.keys.device), bar)
+        return PrefillRows(row, stop_row, None, None)
+    blocks = block_table[chunk.request.batch_index, : -(-chunk.stop // BLOCK_SIZE)]
+    mask = cache.attention_mask(np.arange(chunk.start + 1, chunk.stop + 1), len(blocks))
+    return PrefillRows(row, stop_row, _tensor(cache.head_blocks(blocks), cache.keys.device), mask)
 
 
-def _decodes(starts: Sequence[int], table: Index, seats: Index, cache: KVCache) -> Iterator[Decodes]:
-    """Cut the decode rows where one is more than twice as long as another, so that padding stays within bounds."""
-    lengths = np.array(starts, np.int64) + 1
-    pages = [start // BLOCK_SIZE + 1 for start in starts]
-    for first, last, most in _cut(pages):
-        parts = _tensor(cache.parts(table[seats[first:last], :most]).reshape(-1), cache.keys.device)
-        bar = cache.bar(lengths[first:last], most).view(last - first, 1, 1, -1)
-        yield Decodes(first, last, parts, bar)
+def _group_decodes(
+    positions: Sequence[int], block_table: Index, indices: Index, cache: KVCache
+) -> Iterator[DecodeRows]:
+    """Group decode rows of similar length, so that padding stays within bounds."""
+    lengths = np.array(positions, np.int64) + 1
+    num_blocks = [position // BLOCK_SIZE + 1 for position in positions]
+    for first, last, most in _cut(num_blocks):
+        head_blocks = _tensor(cache.head_blocks(block_table[indices[first:last], :most]).reshape(-1), cache.keys.device)
+        mask = cache.attention_mask(lengths[first:last], most).view(last - first, 1, 1, -1)
+        yield DecodeRows(first, last, head_blocks, mask)
 
 
-def _cut(pages: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Groups of rows: the first, the one after the last, and the most pages of one of them."""
+def _cut(num_blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Groups of rows: the first, the one after the last, and the blocks of the longest."""
     first = 0
-    while first < len(pages):
-        least, most, last = min(pages[first:]), max(pages[first:]), len(pages)
+    while first < len(num_blocks):
+        least, most, last = min(num_blocks[first:]), max(num_blocks[first:]), len(num_blocks)
         if _differ(least, most):
-            least, most, last = pages[first], pages[first], first + 1
-            while not _differ(min(least, pages[last]), max(most, pages[last])):
-                least, most, last = min(least, pages[last]), max(most, pages[last]), last + 1
+            least, most, last = num_blocks[first], num_blocks[first], first + 1
+            while not _differ(min(least, num_blocks[last]), max(most, num_blocks[last])):
+                least, most, last = min(least, num_blocks[last]), max(most, num_blocks[last]), last + 1
         yield first, last, most
         first = last
 

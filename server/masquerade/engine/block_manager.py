@@ -1,7 +1,4 @@
-"""Who holds which page of the cache, and which pages hold something worth finding again.
-
-Knows page numbers, holders and keys. Refuses to know what a page contains: a key stands for it.
-"""
+"""Reference counts of cache blocks, and the prefix hashes under which full blocks are found again."""
 
 from __future__ import annotations
 
@@ -10,72 +7,72 @@ from collections.abc import Iterable
 
 
 class BlockManager:
-    """Pages 1 to `count`; page 0 is never given to anybody.
+    """Blocks 1 to `num_blocks`; block 0 is reserved for padding and never allocated.
 
-    Every page is held by somebody, idle (held by nobody, but findable), or blank. An idle page is as good as free: the
-    one that was idle longest is taken when no blank one is left.
+    A block is in use (its reference count is positive), cached (unused, but registered under a hash), or empty. Cached
+    blocks count as free: when no empty block is left, the least recently used cached one is evicted.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._holders = [0] * (count + 1)
-        self._blank = list(range(count, 0, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # longest idle first
-        self._page_of: dict[bytes, int] = {}
-        self._keys_of: dict[int, list[bytes]] = {}
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._ref_counts = [0] * (num_blocks + 1)
+        self._empty = list(range(num_blocks, 0, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._block_by_hash: dict[bytes, int] = {}
+        self._hashes_by_block: dict[int, list[bytes]] = {}
 
     @property
-    def free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._blank) + len(self._idle)
+    def num_free(self) -> int:
+        """Blocks that are not in use."""
+        return len(self._empty) + len(self._cached)
 
     @property
-    def idle(self) -> int:
-        """Pages that nobody holds and that can be found."""
-        return len(self._idle)
+    def num_cached(self) -> int:
+        """Free blocks that can be found by hash."""
+        return len(self._cached)
 
-    def take(self) -> int:
-        """Hold a page whose content is forgotten. Only while `free` is positive."""
-        page = self._blank.pop() if self._blank else self._forget()
-        self._holders[page] = 1
-        return page
+    def allocate(self) -> int:
+        """A block with one reference and no hash. Requires `num_free` > 0."""
+        block = self._empty.pop() if self._empty else self._evict()
+        self._ref_counts[block] = 1
+        return block
 
-    def find(self, key: bytes) -> int | None:
-        """The page published under a key. It must be held before anything else is taken."""
-        return self._page_of.get(key)
+    def lookup(self, block_hash: bytes) -> int | None:
+        """The block registered under a hash. Acquire it before the next allocation, which may evict it."""
+        return self._block_by_hash.get(block_hash)
 
-    def is_idle(self, page: int) -> bool:
-        """Whether a page is findable and held by nobody."""
-        return page in self._idle
+    def is_cached(self, block: int) -> bool:
+        """Whether a block is free and can be found by hash."""
+        return block in self._cached
 
-    def hold(self, page: int) -> None:
-        """One more holder of a found page."""
-        self._idle.pop(page, None)
-        self._holders[page] += 1
+    def acquire(self, block: int) -> None:
+        """Add a reference to a registered block."""
+        self._cached.pop(block, None)
+        self._ref_counts[block] += 1
 
-    def release(self, pages: Iterable[int]) -> None:
-        """One holder less of each page. The first released is the first to be forgotten."""
-        for page in pages:
-            self._holders[page] -= 1
-            if self._holders[page] == 0:
-                if page in self._keys_of:
-                    self._idle[page] = None
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop a reference to each block. Of those that become free, the first is evicted first."""
+        for block in blocks:
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if block in self._hashes_by_block:
+                    self._cached[block] = None
                 else:
-                    self._blank.append(page)
+                    self._empty.append(block)
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Make a held page findable, under one key more. A key that has a page keeps it."""
-        if key not in self._page_of:
-            self._page_of[key] = page
-            self._keys_of.setdefault(page, []).append(key)
+    def register(self, block: int, block_hash: bytes) -> None:
+        """Make a block in use available under a hash, in addition to others. The first block of a hash keeps it."""
+        if block_hash not in self._block_by_hash:
+            self._block_by_hash[block_hash] = block
+            self._hashes_by_block.setdefault(block, []).append(block_hash)
 
-    def forget(self, pages: Iterable[int]) -> None:
-        """Let held pages not be found any more."""
-        for page in pages:
-            for key in self._keys_of.pop(page, ()):
-                del self._page_of[key]
+    def unregister(self, blocks: Iterable[int]) -> None:
+        """Remove all hashes of blocks in use."""
+        for block in blocks:
+            for block_hash in self._hashes_by_block.pop(block, ()):
+                del self._block_by_hash[block_hash]
 
-    def _forget(self) -> int:
-        page, _ = self._idle.popitem(last=False)
-        self.forget([page])
-        return page
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        self.unregister([block])
+        return block

@@ -1,4 +1,4 @@
-"""What an engine has done so far, and what it holds. Knows numbers only."""
+"""Counters of an engine, and what it holds at a moment."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 @dataclass
 class Counts:
-    """Totals since the engine was made; read by metrics and benchmarks."""
+    """Totals since the engine was created, for metrics and benchmarks."""
 
     steps: int = 0  # forward passes
     failures: int = 0  # forward passes that failed
-    computed: int = 0  # positions that went through the model
-    cached: int = 0  # positions that did not have to, because they were found in the cache
-    sampled: int = 0  # tokens of answers
+    computed: int = 0  # positions computed by the model
+    cached: int = 0  # positions found in the cache instead
+    sampled: int = 0  # output tokens
     preemptions: int = 0
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """What an engine holds at a moment."""
+    """Requests, masks and blocks of an engine at a moment."""
 
     waiting: int  # requests
     running: int  # requests
-    masks: int  # distinct ones that are worn in the batch
-    pages_held: int  # by requests
-    pages_kept: int  # held by nobody, and worth finding again
-    pages_blank: int
+    masks: int  # distinct masks in the batch
+    blocks_used: int
+    blocks_cached: int  # unused, and can be found by prefix hash
+    blocks_empty: int

@@ -1,7 +1,4 @@
-"""The engine: one thread that owns the model and steps many requests through it.
-
-Knows admission, the loop and the isolation of faults. Refuses to know what the tokens mean.
-"""
+"""The engine: one thread that owns the model and steps many requests through it."""
 
 from __future__ import annotations
 
@@ -17,11 +14,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from masquerade.engine import attention, graphs
+from masquerade.engine import attention
 from masquerade.engine.background import BackgroundTasks
 from masquerade.engine.batch import pack
 from masquerade.engine.block_manager import BlockManager
 from masquerade.engine.counts import Counts, Occupancy
+from masquerade.engine.cuda import graphs
 from masquerade.engine.kv_cache import KVCache, bytes_per_position
 from masquerade.engine.prefix import BLOCK_SIZE, Salts
 from masquerade.engine.request import Request
@@ -34,22 +32,22 @@ from masquerade.model import Base, Route, Span, make_route
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BESIDE_DECODES = {"cpu": 32}  # where arithmetic is scarce, running answers would wait long for a new prompt
+PREFILL_BUDGETS = {"cpu": 32}  # by device: where compute is scarce, a long prompt would delay running answers
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits of an engine. `cache_bytes` bounds the key-value cache; less is taken where less can ever be used."""
+    """Limits of an engine. `cache_bytes` bounds the KV cache, which is smaller if it could never be filled."""
 
     max_running: int = 32
     max_waiting: int = 256
     max_batch_tokens: int = 512
     cache_bytes: int = 2**30
-    beside_decodes: int | None = None  # prompt tokens in a step that also decodes; by default the device decides
-    hung_seconds: float = 120.0  # a step that takes longer is reported by `ready`
+    prefill_budget: int | None = None  # prompt tokens of a step that also decodes; None: by device
+    hung_seconds: float = 120.0  # a longer step makes the engine unready
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_waiting", "cache_bytes", "beside_decodes"):
+        for name in ("max_running", "max_waiting", "cache_bytes", "prefill_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidValue(f"{name} is {value}; it must be at least 1")
@@ -61,7 +59,7 @@ class Engine:
     """Continuous batching over a base model whose masks are attached (`MaskManager.attach`).
 
     `submit` and `cancel` may be called from any thread. Between `start` and `stop` a worker thread owns the model;
-    without it, `step` may be called by hand.
+    without it, `step` may be called directly.
     """
 
     def __init__(
@@ -70,11 +68,11 @@ class Engine:
         self.base = base
         self.config = config or EngineConfig()
         self.counts = Counts()
-        self.on_step: Callable[[], None] = lambda: None  # called after each step, on its thread; must return at once
+        self.on_step: Callable[[], None] = lambda: None  # called after each step, on its thread; must not block
         self.grammars = Grammars(base.tokenizer, base.vocabulary, base.ends)
         self._clock = clock
         self._salts = Salts(base.fingerprint)
-        self._cache = KVCache(base.model.config, self._count_pages(), base.dtype, base.device)
+        self._cache = KVCache(base.model.config, self._count_blocks(), base.dtype, base.device)
         self._graphs = graphs.prepare(base, self._cache, self.config.max_running)
         self._attention = base.model.config._attn_implementation
         base.model.set_attn_implementation(attention.NAME)
@@ -82,11 +80,13 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = self._draining = False
-        self._stepping_since: float | None = None
-        self._broken = False  # the last step failed for everybody in it
+        self._step_started: float | None = None
+        self._broken = False  # the last step failed for all of its requests
         self._arrivals = 0
         self._unfinished: set[Request] = set()  # taken from the inbox
         self._background = BackgroundTasks()
+        self._spans: list[Span] = []
+        self._route = Route(())
         self._reset()
 
     def start(self) -> None:
@@ -95,8 +95,8 @@ class Engine:
         self._thread.start()
 
     def drain(self, grace: float) -> None:
-        """Take no more requests, let what is there finish for `grace` seconds, cancel the rest. The thread goes on, to
-        tell them and to do errands.
+        """Refuse new requests, let the others run for `grace` seconds, and cancel what is left. The worker thread goes
+        on: it ends the cancelled requests and runs background tasks.
         """
         with self._wake:
             self._draining = True
@@ -107,57 +107,57 @@ class Engine:
             self._wake.notify_all()
 
     def stop(self, grace: float = 0.0) -> None:
-        """Drain, end the worker thread, give the model its own attention back."""
+        """Drain, end the worker thread, and restore the model's attention."""
         self.drain(grace)
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
         if self._thread:
             self._thread.join()
-        self._background.abandon(NotReady("the server is stopping"))
+        self._background.fail_all(NotReady("the server is stopping"))
         self.step()
         self.base.model.set_attn_implementation(self._attention)
 
     @property
     def ready(self) -> bool:
-        """Whether the worker thread is there to take requests and gets ahead."""
-        return self.problem is None
+        """Whether the worker thread takes requests and makes progress."""
+        return self.unready_reason is None
 
     @property
-    def problem(self) -> str | None:
-        """Why the engine is not ready, if it is not."""
-        since = self._stepping_since
+    def unready_reason(self) -> str | None:
+        """Why the engine is not ready; None if it is."""
+        started = self._step_started
         if self._thread is None or not self._thread.is_alive():
             return "the engine is not running"
         if self._draining:
             return "the engine is stopping"
-        if since is not None and (seconds := self._clock() - since) > self.config.hung_seconds:
+        if started is not None and (seconds := self._clock() - started) > self.config.hung_seconds:
             return f"a step has been running for {seconds:.0f} s"
         return "the last step failed for all of its requests" if self._broken else None
 
     @property
     def occupancy(self) -> Occupancy:
-        """What is held right now, as far as it can be told without disturbing the worker thread."""
-        pool, running = self._pool, list(self._scheduler.running)
-        idle, free = pool.idle, pool.free
+        """The current numbers, read without a lock; they may be from different moments of a step."""
+        blocks, running = self._block_manager, list(self._scheduler.running)
+        cached, free = blocks.num_cached, blocks.num_free
         return Occupancy(
             waiting=len(self._inbox) + len(self._scheduler.waiting),
             running=len(running),
             masks=len({applied.mask.digest for request in running if (applied := request.applied)}),
-            pages_held=pool.count - free,
-            pages_kept=idle,
-            pages_blank=free - idle,
+            blocks_used=blocks.num_blocks - free,
+            blocks_cached=cached,
+            blocks_empty=free - cached,
         )
 
     def submit(self, *requests: Request) -> None:
-        """Queue requests, all of them or none, or refuse at once.
+        """Queue all of the requests or none.
 
-        Raises `ContextTooLong` and `InvalidValue` for what can never run, `Overloaded` if the queue is full, `NotReady`
-        when the engine is stopping.
+        Raises `ContextTooLong` and `InvalidValue` for a request that can never run, `Overloaded` if the queue is full,
+        `NotReady` if the engine is stopping.
         """
         for request in requests:
             self._check(request)
-            request.link(self._salts)
+            request.prepare_hashes(self._salts)
         with self._wake:
             if self._draining:
                 raise NotReady("the server is stopping")
@@ -171,39 +171,25 @@ class Engine:
             self._wake.notify_all()
 
     def cancel(self, request: Request) -> None:
-        """End a request before its next step. Harmless if it has finished."""
+        """End a request before its next step. Has no effect if it has finished."""
         request.cancelled = True
         with self._wake:
             self._wake.notify_all()
 
     def run_background(self, work: Callable[[], T]) -> Future[T]:
-        """Have a small piece of other work done on the engine's thread, between steps; see `Errands`.
+        """Run a short function on the worker thread, between steps; see `BackgroundTasks`.
 
-        Raises `NotReady` when there is no such thread (any more).
+        Raises `NotReady` without a worker thread.
         """
         with self._wake:
             if self._thread is None or self._stopping:
                 raise NotReady("the engine is not running")
-            outcome = self._background.ask(work)
+            outcome = self._background.submit(work)
             self._wake.notify_all()
         return outcome
 
-    def step(self) -> bool:
-        """Run one forward pass for all requests that are due; False if there was nothing to do.
-
-        A pass that fails is tried again in halves, down to the request that makes it fail, which ends with
-        `StepFailed`. A fault anywhere else in the step ends all requests that were running, and the cache starts anew.
-        """
-        try:
-            return self._step()
-        except Exception as error:
-            self._recover(error)
-            return True
-        finally:
-            self._tell()
-
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
-        """Run requests to their end on the calling thread; the answers' token ids. Only without `start`."""
+        """Run requests to their end on the calling thread; the token ids of the answers. Only without `start`."""
         requests = list(requests)
         for request in requests:
             self.submit(request)
@@ -211,35 +197,46 @@ class Engine:
             pass
         return [request.ids[len(request.prompt) :] for request in requests]
 
+    def step(self) -> bool:
+        """Run one forward pass for all scheduled requests; False if there are none.
+
+        If the pass fails, each half is run again, down to the request that makes it fail, which ends with `StepFailed`.
+        A failure anywhere else ends all requests that have started and resets the cache.
+        """
+        try:
+            return self._step()
+        except Exception as error:
+            self._recover(error)
+            return True
+        finally:
+            self._emit_step()
+
     def _step(self) -> bool:
-        with self._wake:
-            if self._inbox:
-                self._unfinished.update(self._inbox)
-                self._scheduler.enter(self._inbox)
-                self._inbox.clear()
+        self._take_inbox()
         chunks = self._scheduler.schedule()
-        self._cache.clear(self._scheduler.fresh)
-        for source, target, places in self._scheduler.copies:
-            self._cache.copy(source, target, places)
+        self._cache.zero(self._scheduler.new_blocks)
+        for source, target, count in self._scheduler.copies:
+            self._cache.copy(source, target, count)
         if chunks:
-            self._settle(chunks, self._attempt(chunks))
+            sampled = self._attempt(chunks)
+            self._process_output(chunks, sampled)
         for request in [request for request in self._unfinished if request.finished]:
             self._unfinished.discard(request)
         if not self._unfinished:
-            self._find_route([])  # the last one's masks may go
+            self._find_route([])  # releases the masks of the last one
         return bool(chunks)
 
-    def _tell(self) -> None:
-        """Whoever fails to hear that a step is over must not stop the next one."""
-        try:
-            self.on_step()
-        except Exception:
-            _log.exception("nobody heard that a step is over")
+    def _take_inbox(self) -> None:
+        with self._wake:
+            if self._inbox:
+                self._unfinished.update(self._inbox)
+                self._scheduler.add(self._inbox)
+                self._inbox.clear()
 
     def _attempt(self, chunks: Sequence[Chunk]) -> list[SampledToken | None]:
-        """The chunks' picks, of those that sample; what fails alone is retired."""
+        """Run the chunks, and retire those that fail alone. A token for each chunk that samples, else None."""
         try:
-            picks = self._forward(chunks)
+            tokens = self._forward(chunks)
             self._broken = False
         except Exception as error:
             self.counts.failures += 1
@@ -251,71 +248,14 @@ class Engine:
             self._broken = True
             self._fail(chunks[0].request, f"the forward pass failed: {error}")
             return [None]
-        if len(picks) == len(chunks):
-            return [*picks]
-        sampled = iter(picks)
+        if len(tokens) == len(chunks):
+            return [*tokens]
+        sampled = iter(tokens)
         return [next(sampled) if chunk.samples else None for chunk in chunks]
-
-    def _settle(self, chunks: Sequence[Chunk], picks: Sequence[SampledToken | None]) -> None:
-        """Enter what a pass computed."""
-        scheduler = self._scheduler
-        for chunk, pick in zip(chunks, picks, strict=True):
-            request = chunk.request
-            if request.seat < 0:  # failed in this step
-                continue
-            if pick is None:
-                scheduler.complete(chunk)
-                continue
-            token, logprob, top = pick
-            if token is None:
-                self._pool.forget(request.pages)  # a later one must not find what may have made it so
-                self._fail(request, "the model's output is not a number, or nothing may follow")
-                continue
-            scheduler.complete(chunk)
-            self.counts.sampled += 1
-            try:
-                reason = request.accept(token, logprob, top)
-            except Exception as error:
-                _log.exception("a token cannot be added to its answer, which ends with an error")
-                self._fail(request, f"the answer cannot go on: {error}")
-            else:
-                if reason:
-                    scheduler.retire(request, reason)
-
-    def _fail(self, request: Request, message: str) -> None:
-        self._scheduler.retire(request, "error", StepFailed(message))
-
-    def _recover(self, error: Exception) -> None:
-        """Throw away whatever a fault may have left half done; requests that had not begun keep their place."""
-        _log.error("a step failed outside of the forward pass; all running requests end", exc_info=error)
-        waiting = sorted((one for one in self._unfinished if not one.started), key=lambda one: one.arrival)
-        lost = [one for one in self._unfinished if one.started]
-        queued = set(waiting)
-        while self._inbox and self._inbox[0] in queued:
-            self._inbox.popleft()  # was being taken over when the step failed
-        self._reset()
-        self._unfinished = queued
-        for request in waiting:
-            request.lose()  # it may have been half admitted
-        self._scheduler.enter(waiting)
-        for request in lost:
-            request.finish("error", StepFailed(f"the step failed: {error}"))
-
-    def _reset(self) -> None:
-        self._pool = BlockManager(self._cache.count)
-        limits = SchedulerConfig(
-            self.config.max_running,
-            self.config.max_batch_tokens,
-            self.config.beside_decodes or BESIDE_DECODES.get(self.base.device.type, self.config.max_batch_tokens),
-        )
-        self._scheduler = Scheduler(self._pool, limits, self.counts, min(self.base.context, self._cache.positions))
-        self._sampler = Sampler()
-        self._spans: list[Span] = []
-        self._route = Route(())
 
     @torch.inference_mode()
     def _forward(self, chunks: Sequence[Chunk]) -> list[SampledToken]:
-        logits = self._graphs.run(chunks, self._scheduler.table) if self._graphs else None
+        logits = self._graphs.run(chunks, self._scheduler.block_table) if self._graphs else None
         if logits is None:
             logits = self._run_model(chunks)
         self.counts.steps += 1
@@ -323,7 +263,7 @@ class Engine:
         return self._sampler.sample(logits, [chunk.request for chunk in chunks if chunk.samples])
 
     def _run_model(self, chunks: Sequence[Chunk]) -> Tensor:
-        batch = pack(chunks, self._scheduler.table, self._cache, self._find_route)
+        batch = pack(chunks, self._scheduler.block_table, self._cache, self._find_route)
         logits: Tensor = self.base.model(
             input_ids=batch.ids,
             position_ids=batch.positions,
@@ -336,35 +276,99 @@ class Engine:
         return logits
 
     def _find_route(self, spans: list[Span]) -> Route:
-        """While the same rows wear the same, step after step, their route is kept."""
+        """The route of a step; the last one if the masks of its rows are the same."""
         if spans != self._spans:
             self._spans, self._route = spans, make_route(spans, self.base.device)
         return self._route
 
+    def _process_output(self, chunks: Sequence[Chunk], sampled: Sequence[SampledToken | None]) -> None:
+        """Record the computed chunks and append the sampled tokens."""
+        for chunk, token in zip(chunks, sampled, strict=True):
+            if chunk.request.batch_index < 0:  # failed in this step
+                continue
+            if token is None:
+                self._scheduler.complete(chunk)
+            elif token.token is None:
+                self._block_manager.unregister(chunk.request.blocks)  # their content may be the cause
+                self._fail(chunk.request, "the model's output is not a number, or the grammar allows no token")
+            else:
+                self._scheduler.complete(chunk)
+                self._accept(chunk.request, token.token, token.logprob, token.top)
+
+    def _accept(self, request: Request, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> None:
+        self.counts.sampled += 1
+        try:
+            reason = request.accept(token, logprob, top)
+        except Exception as error:
+            _log.exception("a token cannot be added to its answer, which ends with an error")
+            self._fail(request, f"the answer cannot be continued: {error}")
+        else:
+            if reason:
+                self._scheduler.retire(request, reason)
+
+    def _fail(self, request: Request, message: str) -> None:
+        self._scheduler.retire(request, "error", StepFailed(message))
+
+    def _emit_step(self) -> None:
+        """Call `on_step`; its failure does not stop the engine."""
+        try:
+            self.on_step()
+        except Exception:
+            _log.exception("the callback after a step failed")
+
+    def _recover(self, error: Exception) -> None:
+        """Reset the state, which a failure may have left inconsistent. Requests that have not started keep their
+        place; the others end.
+        """
+        _log.error("a step failed outside of the forward pass; all running requests end", exc_info=error)
+        waiting = sorted((one for one in self._unfinished if not one.started), key=lambda one: one.arrival)
+        lost = [one for one in self._unfinished if one.started]
+        queued = set(waiting)
+        while self._inbox and self._inbox[0] in queued:
+            self._inbox.popleft()  # the failure was between the queue and the inbox
+        self._reset()
+        self._unfinished = queued
+        for request in waiting:
+            request.reset_computed()  # the failure may have been during its admission
+        self._scheduler.add(waiting)
+        for request in lost:
+            request.finish("error", StepFailed(f"the step failed: {error}"))
+
+    def _reset(self) -> None:
+        self._block_manager = BlockManager(self._cache.num_blocks)
+        config = SchedulerConfig(
+            self.config.max_running,
+            self.config.max_batch_tokens,
+            self.config.prefill_budget or PREFILL_BUDGETS.get(self.base.device.type, self.config.max_batch_tokens),
+        )
+        max_length = min(self.base.context, self._cache.positions)
+        self._scheduler = Scheduler(self._block_manager, config, self.counts, max_length)
+        self._sampler = Sampler()
+        self._spans, self._route = [], Route(())
+
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._stepping_since = None
+                self._step_started = None
                 if not self._busy():
-                    self._wake.notify_all()  # whoever waits for the engine to be empty
+                    self._wake.notify_all()  # `drain` waits for this
                 self._wake.wait_for(lambda: self._stopping or self._busy() or self._background)
                 if self._stopping:
                     return
-                self._stepping_since = self._clock()
+                self._step_started = self._clock()
             if self.step():
-                self._background.pass_step()
-            self._stepping_since = None  # an errand may take its time
-            self._background.do_due(serving=self._busy())
+                self._background.count_step()
+            self._step_started = None  # a background task does not count as a hung step
+            self._background.run_due(serving=self._busy())
 
     def _busy(self) -> bool:
         return bool(self._inbox or self._unfinished)
 
-    def _count_pages(self) -> int:
-        """As many as the budget affords, but no more than can ever be of use."""
-        affordable = (
-            self.config.cache_bytes // bytes_per_position(self.base.model.config, self.base.dtype) // BLOCK_SIZE
-        )
-        return max(1, min(self.config.max_running * -(-self.base.context // BLOCK_SIZE) * 2, affordable))
+    def _count_blocks(self) -> int:
+        """As many as fit the budget, but at most twice what the running requests can use."""
+        block_bytes = bytes_per_position(self.base.model.config, self.base.dtype) * BLOCK_SIZE
+        useful = 2 * self.config.max_running * -(-self.base.context // BLOCK_SIZE)
+        return max(1, min(useful, self.config.cache_bytes // block_bytes))
 
     def _check(self, request: Request) -> None:
         context, prompt, vocabulary = self.base.context, len(request.prompt), self.base.vocabulary
@@ -379,13 +383,13 @@ class Engine:
         if not request.prompt:
             raise InvalidValue("the prompt is empty", param="messages")
         for param, tokens in (("messages", request.prompt), ("logit_bias", request.sampling.bias)):
-            strange = next((token for token in tokens if not 0 <= token < vocabulary), None)
-            if strange is not None:
-                raise InvalidValue(f"token id {strange} is outside of the vocabulary of {vocabulary}", param=param)
+            unknown = next((token for token in tokens if not 0 <= token < vocabulary), None)
+            if unknown is not None:
+                raise InvalidValue(f"token id {unknown} is outside of the vocabulary of {vocabulary}", param=param)
         for limit, given in ((context, ""), (self._cache.positions, " with the cache it was given")):
-            if request.reach > limit:
+            if request.max_length > limit:
                 raise ContextTooLong(
-                    f"This model's maximum context length is {limit} tokens{given}. However, {request.reach} were "
+                    f"This model's maximum context length is {limit} tokens{given}. However, {request.max_length} were "
                     f"requested ({prompt} in the messages, {request.max_tokens} in the completion).",
                     param="messages",
                     tokens=prompt,

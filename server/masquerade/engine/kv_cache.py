@@ -1,7 +1,4 @@
-"""The paged key-value cache: one tensor a layer, cut into pages.
-
-Knows tensors and bytes. Refuses to know who holds a page.
-"""
+"""The paged key-value cache: one tensor of keys and one of values for each layer, divided into blocks."""
 
 from __future__ import annotations
 
@@ -19,78 +16,79 @@ Index = NDArray[np.int64]
 
 def bytes_per_position(config: Any, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one position takes over all layers."""
-    heads, width = _shape(config)
-    return 2 * int(config.num_hidden_layers) * heads * width * dtype.itemsize
+    kv_heads, head_size = _shape(config)
+    return 2 * int(config.num_hidden_layers) * kv_heads * head_size * dtype.itemsize
 
 
 class KVCache:
-    """`count` pages of `PAGE` positions, page 0, which is always zero: padding reads it, and page `trash`, which nobody
-    reads: padding writes it.
+    """`num_blocks` blocks of `BLOCK_SIZE` positions, and two for padding: block 0 is always zero and padding reads it;
+    padding writes to `scratch_block`, which is never read.
 
-    Keys and values are [layers, (2 + count) * kv heads, PAGE, head size]: a head's part of a page is one run of memory,
-    which is what attention wants to read.
+    Keys and values are [layers, (2 + num_blocks) * kv heads, BLOCK_SIZE, head size]. One head's part of a block, a
+    "head block", is contiguous, which is the layout that attention reads.
     """
 
-    def __init__(self, config: Any, count: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.heads, self.size = _shape(config)
-        shape = (config.num_hidden_layers, (2 + count) * self.heads, BLOCK_SIZE, self.size)
+    def __init__(self, config: Any, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.kv_heads, self.head_size = _shape(config)
+        shape = (config.num_hidden_layers, (2 + num_blocks) * self.kv_heads, BLOCK_SIZE, self.head_size)
         self.keys: Tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.values: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self.count = count
-        self.trash = count + 1
-        self._heads = np.arange(self.heads)
-        seen, unseen = torch.zeros(self.positions), torch.full((self.positions,), float("-inf"))
-        self._bar = torch.cat([seen, unseen]).to(device=device, dtype=dtype)  # every bar is a piece of it
+        self.num_blocks = num_blocks
+        self.scratch_block = num_blocks + 1
+        self._heads = np.arange(self.kv_heads)
+        visible, hidden = torch.zeros(self.positions), torch.full((self.positions,), float("-inf"))
+        self._mask_row = torch.cat([visible, hidden]).to(device=device, dtype=dtype)  # every mask row is a slice of it
 
     @property
     def positions(self) -> int:
         """Positions that the whole cache can hold."""
-        return self.count * BLOCK_SIZE
+        return self.num_blocks * BLOCK_SIZE
 
-    def parts(self, pages: Index) -> Index:
-        """The heads' parts of pages [..., n], as [..., heads * n]: all of the first head, then of the next."""
-        return (pages[..., None, :] * self.heads + self._heads[:, None]).reshape(*pages.shape[:-1], -1)
+    def head_blocks(self, blocks: Index) -> Index:
+        """Indices of the head blocks of blocks [..., n]: [..., kv heads * n], those of the first head first."""
+        return (blocks[..., None, :] * self.kv_heads + self._heads[:, None]).reshape(*blocks.shape[:-1], -1)
 
-    def slots(self, pages: Index, places: Index) -> Index:
-        """Where positions lie, given their pages [rows] and places in them: [rows * heads]."""
-        parts = pages[:, None] * self.heads + self._heads
-        return (parts * BLOCK_SIZE + places[:, None]).reshape(-1)
+    def slots(self, blocks: Index, offsets: Index) -> Index:
+        """The slots of positions, given their blocks [rows] and the offsets in them: [rows * kv heads]."""
+        head_blocks = blocks[:, None] * self.kv_heads + self._heads
+        return (head_blocks * BLOCK_SIZE + offsets[:, None]).reshape(-1)
 
-    def bar(self, lengths: Index, pages: int) -> Tensor:
-        """A mask for rows [rows] that see so many of the positions of `pages` pages: 0 where attention may look, minus
-        infinity where it may not, [rows, pages * PAGE].
+    def attention_mask(self, lengths: Index, num_blocks: int) -> Tensor:
+        """0 for the first `lengths` [rows] of the positions in `num_blocks` blocks and minus infinity for the others:
+        [rows, num_blocks * BLOCK_SIZE].
         """
-        width = pages * BLOCK_SIZE
-        pieces = self._bar.as_strided((2 * self.positions - width + 1, width), (1, 1))
-        return pieces.index_select(0, torch.from_numpy(self.positions - lengths).to(self._bar.device))
+        width = num_blocks * BLOCK_SIZE
+        slices = self._mask_row.as_strided((2 * self.positions - width + 1, width), (1, 1))
+        return slices.index_select(0, torch.from_numpy(self.positions - lengths).to(self._mask_row.device))
 
-    def clear(self, pages: list[int]) -> None:
-        """Zero pages before a new holder reads around its own positions: what is masked away must still be a number,
-        and the last holder's may not have been.
+    def zero(self, blocks: list[int]) -> None:
+        """Clear blocks before reuse: masked positions are still multiplied, and a NaN that a previous request left
+        there would spread.
         """
-        if pages:
-            parts = torch.from_numpy(self.parts(np.array(pages))).to(self.keys.device)
-            self.keys.index_fill_(1, parts, 0)
-            self.values.index_fill_(1, parts, 0)
+        if blocks:
+            head_blocks = torch.from_numpy(self.head_blocks(np.array(blocks))).to(self.keys.device)
+            self.keys.index_fill_(1, head_blocks, 0)
+            self.values.index_fill_(1, head_blocks, 0)
 
-    def copy(self, source: int, target: int, places: int) -> None:
-        """Copy the first places of a page to another page."""
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` positions of a block to another block."""
         heads = torch.from_numpy(self._heads).to(self.keys.device)
         for cached in (self.keys, self.values):
-            cached[:, target * self.heads + heads, :places] = cached[:, source * self.heads + heads, :places]
+            cached[:, target * self.kv_heads + heads, :count] = cached[:, source * self.kv_heads + heads, :count]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put k and v [rows * kv heads, size] at slots, int64 [rows * kv heads]."""
-        self.keys[layer].view(-1, self.size).index_copy_(0, slots, k)
-        self.values[layer].view(-1, self.size).index_copy_(0, slots, v)
+        """Store k and v [rows * kv heads, head size] in slots, int64 [rows * kv heads]."""
+        self.keys[layer].view(-1, self.head_size).index_copy_(0, slots, k)
+        self.values[layer].view(-1, self.head_size).index_copy_(0, slots, v)
 
-    def read(self, layer: int, parts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of parts, int64 [rows * heads * n]: [rows, heads, n * PAGE, size]."""
-        k, v = self.keys[layer].index_select(0, parts), self.values[layer].index_select(0, parts)
-        shape = rows, self.heads, -1, self.size
+    def read(self, layer: int, head_blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of head blocks, int64 [rows * kv heads * n]: [rows, kv heads, n * BLOCK_SIZE, head size]."""
+        k, v = self.keys[layer].index_select(0, head_blocks), self.values[layer].index_select(0, head_blocks)
+        shape = rows, self.kv_heads, -1, self.head_size
         return k.view(shape), v.view(shape)
 
 
 def _shape(config: Any) -> tuple[int, int]:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_key_value_heads), int(width)
+    """The number of key-value heads, and the size of one."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_key_value_heads), int(head_size)

@@ -1,10 +1,8 @@
-"""Names for what a page holds, so that equal beginnings are computed once and different personas never meet.
+"""Prefix hashes: equal prefixes are computed once, and positions under different masks never share a block.
 
-Knows tokens, salts and the chain of hashes. Refuses to know pages and requests.
-
-Keys and values of a position depend on every token before it and on what every one of those positions wore. So a page's
-key is a 128-bit hash of the key of the page before, of what its own positions wear, and of its tokens. The end of a
-prompt seldom fills a page; its positions have a key of their own, the tail.
+The keys and values of a position depend on every token up to it and on the mask of each of these positions. The hash of
+a block is therefore 128 bits over the hash of the previous block, the masks of the block's positions, and its tokens.
+The last block of a prompt is seldom full; its positions get a hash of their own, the partial hash.
 """
 
 from __future__ import annotations
@@ -16,18 +14,18 @@ from hashlib import blake2b
 
 from masquerade.model import AppliedMask
 
-BLOCK_SIZE = 16  # positions a page
-_BYTES = 16  # 128 bits: a collision would serve one prompt's memory to another
+BLOCK_SIZE = 16  # positions in a block
+_BYTES = 16  # 128 bits: after a collision, one prompt would read the keys and values of another
 
 
 @dataclass(frozen=True)
 class Salts:
-    """What distinguishes pages of equal tokens: the base, and the mask at its strength."""
+    """Hash salts for a base: one for its unmasked positions, and one for each mask at each gamma."""
 
     fingerprint: str  # of the base
 
     def of(self, applied: AppliedMask | None) -> bytes:
-        """The salt of positions that wear this; gamma 1 is the base and shares its salt."""
+        """The salt of positions under a mask. At gamma 1 they are equal to the base's and share its salt."""
         if applied is None or applied.gamma == 1:
             return _hash(b"masquerade kv 1 base", self.fingerprint.encode())
         gamma = struct.pack("<d", applied.gamma)
@@ -35,28 +33,29 @@ class Salts:
 
 
 class PrefixHashes:
-    """The keys of one request's full pages, in order. `first` is the first position that wears the mask."""
+    """The hashes of one request's blocks. Positions from `first_masked` on are under the mask."""
 
-    def __init__(self, bare: bytes, worn: bytes, first: int) -> None:
-        self._bare, self._worn, self._first = bare, worn, first
-        self._keys: list[bytes] = []
+    def __init__(self, base_salt: bytes, mask_salt: bytes, first_masked: int) -> None:
+        self._base_salt, self._mask_salt, self._first_masked = base_salt, mask_salt, first_masked
+        self._hashes: list[bytes] = []
 
-    def keys(self, ids: Sequence[int], count: int) -> list[bytes]:
-        """The keys of the first `count` pages of these tokens; tokens given before must not have changed."""
-        for page in range(len(self._keys), count):
-            self._keys.append(self._name(ids, page * BLOCK_SIZE, (page + 1) * BLOCK_SIZE))
-        return self._keys[:count]
+    def full(self, ids: Sequence[int], count: int) -> list[bytes]:
+        """The hashes of the first `count` blocks of these tokens. Hashes are kept: between calls, tokens may only be
+        appended.
+        """
+        for block in range(len(self._hashes), count):
+            self._hashes.append(self._hash_positions(ids, block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE))
+        return self._hashes[:count]
 
-    def tail(self, ids: Sequence[int], stop: int) -> bytes:
-        """The key of the positions before `stop` in the page that holds it."""
-        start = stop // BLOCK_SIZE * BLOCK_SIZE
-        self.keys(ids, stop // BLOCK_SIZE)
-        return self._name(ids, start, stop)
+    def partial(self, ids: Sequence[int], stop: int) -> bytes:
+        """The hash of the positions before `stop` that are in the same block as `stop`."""
+        self.full(ids, stop // BLOCK_SIZE)
+        return self._hash_positions(ids, stop // BLOCK_SIZE * BLOCK_SIZE, stop)
 
-    def _name(self, ids: Sequence[int], start: int, stop: int) -> bytes:
-        bare = min(max(self._first - start, 0), stop - start)  # of these positions, how many wear nothing
-        salt, mixed = (self._bare, 0) if bare == stop - start else (self._worn, bare)
-        parent = self._keys[start // BLOCK_SIZE - 1] if start else b""
+    def _hash_positions(self, ids: Sequence[int], start: int, stop: int) -> bytes:
+        unmasked = min(max(self._first_masked - start, 0), stop - start)
+        salt, mixed = (self._base_salt, 0) if unmasked == stop - start else (self._mask_salt, unmasked)
+        parent = self._hashes[start // BLOCK_SIZE - 1] if start else b""
         tokens = struct.pack(f"<{stop - start}I", *ids[start:stop])
         return _hash(parent, salt, bytes([mixed]), tokens)
 

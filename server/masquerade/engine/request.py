@@ -1,7 +1,4 @@
-"""A request as the engine sees it: token ids in, a persona to wear, events out.
-
-Knows the progress of one request. Refuses to know about other requests and models.
-"""
+"""A request: its parameters, its state in the engine, and the events that it emits."""
 
 from __future__ import annotations
 
@@ -25,50 +22,50 @@ _log = logging.getLogger(__name__)
 Phase = Literal["all", "decode"]
 Reason = Literal["stop", "length", "cancelled", "error"]
 
-MOST_LOGPROBS = 20
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Raises `InvalidValue` outside of the stated ranges.
+    """How the next token is sampled. Raises `InvalidValue` for a value outside of its range.
 
-    The model's logits are changed in this order: repetition penalty, presence and frequency penalty, bias; then
-    temperature, top_k, top_p over the renormalised rest, min_p.
+    The logits are processed in this order: repetition penalty, presence and frequency penalty, bias, temperature,
+    top_k, top_p over the renormalised rest, min_p.
     """
 
     temperature: float = 1.0  # >= 0; 0 is greedy
     top_p: float = 1.0  # (0, 1]
     top_k: int = 0  # >= 0; 0 is off
     seed: int | None = None
-    min_p: float = 0.0  # [0, 1]: least probability, as a share of the best token's
-    repetition_penalty: float = 1.0  # > 0: divides positive logits of tokens seen in prompt or answer, times negative
-    presence_penalty: float = 0.0  # [-2, 2]: taken from the logits of tokens in the answer
-    frequency_penalty: float = 0.0  # [-2, 2]: the same, times how often
+    min_p: float = 0.0  # [0, 1]: the least probability, relative to that of the most likely token
+    repetition_penalty: float = 1.0  # > 0; for tokens in prompt or output: divides positive logits, multiplies negative
+    presence_penalty: float = 0.0  # [-2, 2]: subtracted from the logits of tokens in the output
+    frequency_penalty: float = 0.0  # [-2, 2]: the same, for each occurrence
     bias: Mapping[int, float] = field(default_factory=dict)  # token id -> [-100, 100], added to its logit
-    logprobs: int | None = None  # 0 to 20: report each token's log probability, and so many of the likeliest
+    logprobs: int | None = None  # 0 to 20: report each token's log probability and those of so many top tokens
 
     def __post_init__(self) -> None:
         for name, least, most, words in _RANGES:
             value = getattr(self, name)
-            if not least <= value <= most:  # false of nan, too
+            if not least <= value <= most:  # also false for nan
                 raise InvalidValue(f"{name} is {value}; it must be {words}", param=name)
         for token, bias in self.bias.items():
             if not -100 <= bias <= 100:
                 raise InvalidValue(
                     f"logit_bias of token {token} is {bias}; it must be between -100 and 100", param="logit_bias"
                 )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise InvalidValue(
-                f"top_logprobs is {self.logprobs}; it must be between 0 and {MOST_LOGPROBS}", param="top_logprobs"
+                f"top_logprobs is {self.logprobs}; it must be between 0 and {MAX_LOGPROBS}", param="top_logprobs"
             )
 
     @property
-    def penalises(self) -> bool:
-        """Whether the choice depends on which tokens came before."""
+    def has_penalties(self) -> bool:
+        """Whether sampling depends on the tokens so far."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
-_TINY, _HUGE = math.ulp(0.0), math.nextafter(math.inf, 0)  # the least and the most that a float can be
+_TINY, _HUGE = math.ulp(0.0), math.nextafter(math.inf, 0)  # the smallest positive and the largest float
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("temperature", 0, _HUGE, "at least 0"),
     ("top_p", _TINY, 1, "above 0 and at most 1"),
@@ -81,17 +78,17 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
 
 
 class Token(NamedTuple):
-    """One more token of the answer, and the text that it made certain."""
+    """An output token, and the text that it completes."""
 
     id: int
     text: str = ""
-    logprob: float | None = None  # of the model's own distribution, before penalties and temperature
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their log probabilities
+    logprob: float | None = None  # of the model's distribution, before penalties and temperature
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their log probabilities
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of every request, with the text that was held back until now."""
+    """The last event of every request, with the text that was withheld until now."""
 
     reason: Reason
     error: MasqueradeError | None = None
@@ -102,25 +99,25 @@ Event = Token | Finished
 
 
 class Grammar(Protocol):
-    """What may come next. One object serves one answer."""
+    """Restricts the tokens of one answer."""
 
     @property
     def complete(self) -> bool:
-        """Whether nothing may follow."""
+        """Whether the answer ends here."""
 
     def allow(self, row: Tensor) -> None:
-        """Set the logits [vocabulary] of what may not come next to minus infinity, in place."""
+        """Set the logits [vocabulary] of forbidden tokens to minus infinity, in place."""
 
     def accept(self, token: int) -> None:
-        """Advance by a token that was allowed."""
+        """Advance by an allowed token."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One answer to produce. `emit` is called on the engine's thread and must return at once.
+    """One answer to generate, and its state in the engine. The engine's thread calls `emit`, which must not block.
 
-    In phase `all` every position wears the mask; in phase `decode` those from the last prompt token on, so that the
-    prompt's keys and values are the base's.
+    In phase `all` every position is under the mask; in phase `decode` only those from the last prompt token on, so that
+    the keys and values of the prompt are the base's.
     """
 
     prompt: list[int]
@@ -129,80 +126,80 @@ class Request:
     applied: AppliedMask | None = None
     phase: Phase = "all"
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    ends: frozenset[int] = frozenset()
-    min_tokens: int = 0  # before so many, nothing ends the answer
-    text: AnswerText | None = None  # makes text of the tokens and looks for stop strings
+    ends: frozenset[int] = frozenset()  # token ids that end the answer
+    min_tokens: int = 0  # neither these tokens nor stop strings end a shorter answer
+    text: AnswerText | None = None  # converts the tokens to text and finds stop strings
     grammar: Grammar | None = None
-    owner: str = ""  # whom the work is charged to
+    owner: str = ""  # the work counts towards its fair share
     priority: int = 0  # higher goes first
 
     cancelled: bool = field(default=False, init=False)
     finished: bool = field(default=False, init=False)
     arrival: int = field(default=0, init=False)  # the engine's count of requests
-    started: bool = field(default=False, init=False)  # was admitted once
-    cached: int = field(default=0, init=False)  # prompt positions that needed no computing
-    done: int = field(default=0, init=False)  # positions whose keys and values are in the cache
-    pages: list[int] = field(default_factory=list, init=False)
-    published: int = field(default=0, init=False)  # pages that others can find
-    charged: int = field(default=0, init=False)  # tokens of the answer that its accounts know of
-    seat: int = field(default=-1, init=False)  # row of the block table
+    started: bool = field(default=False, init=False)  # has been admitted at least once
+    num_cached: int = field(default=0, init=False)  # prompt positions found in the cache
+    num_computed: int = field(default=0, init=False)  # positions whose keys and values are in the cache
+    blocks: list[int] = field(default_factory=list, init=False)
+    num_registered: int = field(default=0, init=False)  # blocks registered under their prefix hash
+    num_charged: int = field(default=0, init=False)  # output tokens that the fair share includes
+    batch_index: int = field(default=-1, init=False)  # row of the block table; -1 while the request does not run
 
     def __post_init__(self) -> None:
-        self.reach = len(self.prompt) + self.max_tokens  # the most positions it can ever need in the cache
-        self.ids = list(self.prompt)  # prompt and answer so far
-        self.account = self.owner, self.applied.mask.digest if self.applied else None  # what its work is entered into
+        self.max_length = len(self.prompt) + self.max_tokens  # the most positions that it needs in the cache
+        self.ids = list(self.prompt)  # prompt and output so far
+        self.flow = self.owner, self.applied.mask.digest if self.applied else None  # see `WaitingQueue`
         seed = self.sampling.seed
         self._seed = str(secrets.randbits(128) if seed is None else seed).encode()
 
     @property
-    def pending(self) -> int:
-        """Known tokens that have not been through the model."""
-        return len(self.ids) - self.done
+    def num_uncomputed(self) -> int:
+        """Tokens that the model has not computed yet."""
+        return len(self.ids) - self.num_computed
 
     @property
-    def answered(self) -> int:
+    def num_output_tokens(self) -> int:
         """Tokens of the answer so far."""
         return len(self.ids) - len(self.prompt)
 
     @property
     def first_masked(self) -> int:
-        """The first position that wears the mask; beyond every position without one."""
+        """The first position under the mask; beyond the last position if there is no mask."""
         if self.applied is None:
-            return self.reach
+            return self.max_length
         return 0 if self.phase == "all" else len(self.prompt) - 1
 
-    def link(self, salts: Salts) -> None:
-        """Prepare the names of this request's pages."""
-        self._chain = PrefixHashes(salts.of(None), salts.of(self.applied), self.first_masked)
+    def prepare_hashes(self, salts: Salts) -> None:
+        """Set up the prefix hashes."""
+        self._hashes = PrefixHashes(salts.of(None), salts.of(self.applied), self.first_masked)
 
-    def keys(self, count: int) -> list[bytes]:
-        """The names of its first pages, all of whose tokens are known."""
-        return self._chain.keys(self.ids, count)
-
-    def lose(self) -> None:
-        """Forget what is in the cache."""
-        self.pages.clear()
-        self.done = self.published = 0
-        self.seat = -1
+    def block_hashes(self, count: int) -> list[bytes]:
+        """The hashes of the first blocks, all of whose tokens are known."""
+        return self._hashes.full(self.ids, count)
 
     @property
-    def tail(self) -> int:
-        """Positions of the prompt, before its last, in the page of its last."""
+    def partial_length(self) -> int:
+        """Prompt positions in the block of the last prompt token, without that token."""
         return (len(self.prompt) - 1) % BLOCK_SIZE
 
-    def tail_key(self) -> bytes:
-        """What the tail is found under."""
-        return self._chain.tail(self.ids, len(self.prompt) - 1)
+    def partial_hash(self) -> bytes:
+        """The hash of these positions."""
+        return self._hashes.partial(self.ids, len(self.prompt) - 1)
+
+    def reset_computed(self) -> None:
+        """Return to the state before admission: nothing is computed and no block is held."""
+        self.blocks.clear()
+        self.num_computed = self.num_registered = 0
+        self.batch_index = -1
 
     def draw(self) -> float:
-        """A number in [0, 1) that the seed and the place in the answer decide: neighbours, retries and preemption
-        change nothing.
+        """A number in [0, 1) that depends only on the seed and the position in the answer, so that batching, retries
+        and preemption do not change it.
         """
-        digest = blake2b(b"%s/%d" % (self._seed, self.answered), digest_size=8).digest()
+        digest = blake2b(b"%s/%d" % (self._seed, self.num_output_tokens), digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
     def masked_spans(self, start: int, stop: int, row: int) -> list[Span]:
-        """Which of the positions [start, stop), packed from `row` on, wear the mask."""
+        """The rows of positions [start, stop), packed from `row` on, that are under the mask."""
         first = max(start, self.first_masked)
         if self.applied is None or first >= stop:
             return []
@@ -211,7 +208,7 @@ class Request:
     def accept(
         self, token: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()
     ) -> Reason | None:
-        """Append a sampled token; a token that ends the answer is not part of it."""
+        """Append a sampled token and emit it, unless it ends the answer. The reason if the answer ends here."""
         if token in self.ends:
             return "stop"
         if self.grammar is not None:
@@ -219,32 +216,32 @@ class Request:
         self.ids.append(token)
         text, piece = self.text, ""
         if text is not None:
-            piece = text.push(token, stoppable=self.answered >= self.min_tokens)
-        self._tell(Token(token, piece, logprob, top))
+            piece = text.push(token, stoppable=self.num_output_tokens >= self.min_tokens)
+        self._emit(Token(token, piece, logprob, top))
         if (text is not None and text.stopped) or (self.grammar is not None and self.grammar.complete):
             return "stop"
-        return "length" if len(self.ids) >= self.reach else None
+        return "length" if len(self.ids) >= self.max_length else None
 
     def finish(self, reason: Reason, error: MasqueradeError | None = None) -> None:
         """Emit the last event, once."""
         if not self.finished:
             rest = self._flush() if reason in ("stop", "length") else ""
-            self._tell(Finished(reason, error, rest))
+            self._emit(Finished(reason, error, rest))
             self.finished = True
-            self.applied = None  # the mask may go, however long the answer is kept
+            self.applied = None  # releases the mask, however long the request is kept
 
     def _flush(self) -> str:
-        """The text that was held back. A fault in making it must not keep the last event from its owner."""
+        """The withheld text. A failure here must not prevent the last event."""
         try:
             return self.text.flush() if self.text else ""
         except Exception:
-            _log.exception("the rest of an answer cannot be made text")
+            _log.exception("the end of an answer cannot be converted to text")
             return ""
 
-    def _tell(self, event: Event) -> None:
-        """An owner that cannot listen any more has gone away; that must not disturb the others."""
+    def _emit(self, event: Event) -> None:
+        """Cancel the request if its callback fails, so that the failure does not affect other requests."""
         try:
             self.emit(event)
         except Exception:
-            _log.exception("nobody listens to a request any more; it is cancelled")
+            _log.exception("the callback of a request failed; the request is cancelled")
             self.cancelled = True

@@ -1,7 +1,6 @@
-"""From logits to tokens, for a whole batch at once.
+"""The sampler: from the logits of a batch to its next tokens.
 
-Knows penalties, truncations and the draw. Refuses to know where logits come from: a row's choice depends on that row's
-logits, its request's own tokens and its request's own random number, on nothing else.
+A row's token depends only on that row's logits, its request's tokens and its request's random number.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from masquerade.engine.request import Request
 
-WIDE = 256  # so many of the likeliest tokens are looked at before a whole row is sorted
-COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it is 0 in a column, which is greedy
+MAX_CANDIDATES = 256  # a truncated draw looks at so many of the most likely tokens before it sorts the whole row
+MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # a lower one would be 0 in fp32, which is greedy
 
 
 Columns = dict[str, Tensor]  # [rows, 1] each
@@ -26,7 +25,7 @@ Draw = Callable[[Tensor, Tensor, Columns], Tensor]
 
 
 class SampledToken(NamedTuple):
-    """A chosen token; None if the logits are no numbers. `logprob` and `top` where they were asked for."""
+    """A sampled token; None if the logits are not finite. `logprob` and `top` are set where requested."""
 
     token: int | None
     logprob: float | None = None
@@ -34,97 +33,100 @@ class SampledToken(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mix:
-    """What the requests of a batch ask for, as columns; made once for a batch and used while it lasts."""
+class SamplingMetadata:
+    """The sampling parameters of a batch's requests as tensors, which are kept while the batch stays the same."""
 
     requests: list[Request]
-    penalised: list[int]  # rows
-    biased: tuple[Tensor, Tensor, Tensor] | None  # rows, tokens, bias
-    ruled: list[int]  # rows with a grammar
-    short: list[int]  # rows with a least length
-    draws: list[tuple[Draw, list[int], Columns]]  # how, rows, their columns
-    reported: list[int]  # rows with log probabilities
-    penalties: Columns  # of the penalised rows
+    penalty_rows: list[int]
+    biases: tuple[Tensor, Tensor, Tensor] | None  # rows, tokens, bias
+    grammar_rows: list[int]
+    min_tokens_rows: list[int]
+    draws: list[tuple[Draw, list[int], Columns]]  # method, rows, parameters of these rows
+    logprob_rows: list[int]
+    penalties: Columns  # of the penalty rows
 
     @property
-    def alters(self) -> bool:
-        """Whether any row's logits are changed before the choice."""
-        return bool(self.penalised or self.biased or self.ruled or self.short)
+    def changes_logits(self) -> bool:
+        """Whether any row's logits are changed before sampling."""
+        return bool(self.penalty_rows or self.biases or self.grammar_rows or self.min_tokens_rows)
 
 
 class Sampler:
-    """Chooses tokens. Keeps what repeats from step to step: the columns of the last batch, the tallies of requests."""
+    """Samples tokens. Keeps the metadata of the last batch, and the token counts of requests with penalties."""
 
     def __init__(self) -> None:
-        self._mix: Mix | None = None
-        self._tallies: WeakKeyDictionary[Request, Tally] = WeakKeyDictionary()
+        self._metadata: SamplingMetadata | None = None
+        self._token_counts: WeakKeyDictionary[Request, TokenCounts] = WeakKeyDictionary()
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-        """The next token of each request; logits are [requests, vocabulary] in any float dtype, and are not changed."""
-        if self._mix is None or self._mix.requests != requests:
-            self._mix = mix(requests, logits.shape[-1], logits.device)
-        return self._choose(logits, self._mix)
+        """The next token of each request. The logits are [requests, vocabulary] in any float dtype; they are not
+        changed.
+        """
+        if self._metadata is None or self._metadata.requests != requests:
+            self._metadata = make_metadata(requests, logits.shape[-1], logits.device)
+        return self._sample(logits, self._metadata)
 
-    def _choose(self, raw: Tensor, asked: Mix) -> list[SampledToken]:
-        logits = self._alter(raw.float().clone(), asked) if asked.alters else raw
-        tokens, sound = _find_best(logits)
-        for draw, rows, columns in asked.draws:
-            chance = [[asked.requests[row].draw()] for row in rows]
-            tokens[rows] = draw(logits[rows].float(), torch.tensor(chance, device=raw.device), columns)
+    def _sample(self, raw: Tensor, metadata: SamplingMetadata) -> list[SampledToken]:
+        logits = self._process(raw.float().clone(), metadata) if metadata.changes_logits else raw
+        tokens, finite = _find_best(logits)
+        for draw, rows, columns in metadata.draws:
+            uniform = [[metadata.requests[row].draw()] for row in rows]
+            tokens[rows] = draw(logits[rows].float(), torch.tensor(uniform, device=raw.device), columns)
         ids: list[int] = tokens.tolist()
-        picks = [SampledToken(token if fine else None) for token, fine in zip(ids, sound.tolist(), strict=True)]
-        if asked.reported:
-            _report(raw, asked, picks)
-        return picks
+        sampled = [SampledToken(token if valid else None) for token, valid in zip(ids, finite.tolist(), strict=True)]
+        if metadata.logprob_rows:
+            _add_logprobs(raw, metadata, sampled)
+        return sampled
 
-    def _alter(self, logits: Tensor, asked: Mix) -> Tensor:
-        if asked.penalised:
-            rows = asked.penalised
-            tallies = [self._tally(asked.requests[row], logits) for row in rows]
-            logits[rows] = _penalise(logits[rows], tallies, asked.penalties)
-        if asked.biased:
-            at_rows, at_tokens, bias = asked.biased
+    def _process(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
+        """Apply penalties, biases, minimum lengths and grammars to the logits, in place where possible."""
+        if metadata.penalty_rows:
+            rows = metadata.penalty_rows
+            counts = [self._update_counts(metadata.requests[row], logits) for row in rows]
+            logits[rows] = _penalise(logits[rows], counts, metadata.penalties)
+        if metadata.biases:
+            at_rows, at_tokens, bias = metadata.biases
             logits.index_put_((at_rows, at_tokens), bias, accumulate=True)
-        for row in asked.short:
-            request = asked.requests[row]
-            if request.answered < request.min_tokens:
+        for row in metadata.min_tokens_rows:
+            request = metadata.requests[row]
+            if request.num_output_tokens < request.min_tokens:
                 logits[row, list(request.ends)] = float("-inf")
-        for row in asked.ruled:
-            request = asked.requests[row]
+        for row in metadata.grammar_rows:
+            request = metadata.requests[row]
             assert request.grammar is not None
             request.grammar.allow(logits[row])
         return logits
 
-    def _tally(self, request: Request, logits: Tensor) -> Tally:
-        tally = self._tallies.get(request)
-        if tally is None:
-            tally = self._tallies[request] = Tally(request, logits)
-        tally.advance(request)
-        return tally
+    def _update_counts(self, request: Request, logits: Tensor) -> TokenCounts:
+        counts = self._token_counts.get(request)
+        if counts is None:
+            counts = self._token_counts[request] = TokenCounts(request, logits)
+        counts.update(request)
+        return counts
 
 
-class Tally:
-    """How often each token of the vocabulary occurs in a request's answer, and which ones in prompt or answer.
+class TokenCounts:
+    """How often each token occurs in a request's output, and whether it occurs in prompt or output: [vocabulary].
 
-    It does not hold the request: it is kept for as long as that lives.
+    Holds no reference to the request, so that the sampler's weak dictionary can drop both.
     """
 
     def __init__(self, request: Request, logits: Tensor) -> None:
-        self._known = len(request.prompt)
-        self.counts = torch.zeros_like(logits[0])
+        self._counted = len(request.prompt)
+        self.output = torch.zeros_like(logits[0])
         self.seen = torch.zeros_like(logits[0], dtype=torch.bool)
         self.seen[request.prompt] = True
 
-    def advance(self, request: Request) -> None:
-        """Count what was said since the last time."""
-        for token in request.ids[self._known :]:
-            self.counts[token] += 1
+    def update(self, request: Request) -> None:
+        """Count the output since the last call."""
+        for token in request.ids[self._counted :]:
+            self.output[token] += 1
             self.seen[token] = True
-        self._known = len(request.ids)
+        self._counted = len(request.ids)
 
 
-def mix(requests: Sequence[Request], vocabulary: int, device: torch.device) -> Mix:
-    """Sort a batch's rows by what they ask for."""
+def make_metadata(requests: Sequence[Request], vocabulary: int, device: torch.device) -> SamplingMetadata:
+    """Group a batch's rows by their sampling parameters."""
     samplings = [request.sampling for request in requests]
 
     def rows(*holds: bool) -> list[int]:
@@ -134,42 +136,42 @@ def mix(requests: Sequence[Request], vocabulary: int, device: torch.device) -> M
         return {n: torch.tensor([[float(getattr(samplings[row], n))] for row in rows], device=device) for n in names}
 
     biases = [(row, token, bias) for row, how in enumerate(samplings) for token, bias in how.bias.items()]
-    narrow = [0 < how.top_k < vocabulary or how.top_p < 1 or how.min_p > 0 for how in samplings]
-    hot = [how.temperature >= COLDEST for how in samplings]
-    penalised = rows(*(how.penalises for how in samplings))
+    truncated = [0 < how.top_k < vocabulary or how.top_p < 1 or how.min_p > 0 for how in samplings]
+    random = [how.temperature >= MIN_TEMPERATURE for how in samplings]
+    penalty_rows = rows(*(how.has_penalties for how in samplings))
     draws: list[tuple[Draw, list[int]]] = [
-        (_draw_plain, rows(*(warm and not cut for warm, cut in zip(hot, narrow, strict=True)))),
-        (_draw_narrow, rows(*(warm and cut for warm, cut in zip(hot, narrow, strict=True)))),
+        (_draw_full, rows(*(drawn and not cut for drawn, cut in zip(random, truncated, strict=True)))),
+        (_draw_truncated, rows(*(drawn and cut for drawn, cut in zip(random, truncated, strict=True)))),
     ]
-    return Mix(
+    return SamplingMetadata(
         list(requests),
-        penalised,
+        penalty_rows,
         tuple(torch.tensor(part, device=device) for part in zip(*biases, strict=True)) if biases else None,  # type: ignore[arg-type]
         rows(*(request.grammar is not None for request in requests)),
         rows(*(request.min_tokens > 0 and bool(request.ends) for request in requests)),
         [(draw, some, columns(some, ("temperature", "top_p", "top_k", "min_p"))) for draw, some in draws if some],
         rows(*(how.logprobs is not None for how in samplings)),
-        columns(penalised, ("repetition_penalty", "presence_penalty", "frequency_penalty")),
+        columns(penalty_rows, ("repetition_penalty", "presence_penalty", "frequency_penalty")),
     )
 
 
 def _find_best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The token with the largest logit of every row, and whether that is a number: nan counts as larger than anything,
-    and a grammar may leave nothing. numpy's search is vectorised.
+    """The most likely token of every row, and whether its logit is finite: nan compares as the largest, and a grammar
+    may forbid every token. On a CPU, numpy's search is vectorised and torch's is not.
     """
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        best, tokens = logits.max(-1)
-        return tokens, best.isfinite()
+        best, order = logits.max(-1)
+        return order, best.isfinite()
     rows = logits.numpy()
-    likeliest = rows.argmax(-1)
-    sound = np.isfinite(rows[np.arange(len(rows)), likeliest])
-    return torch.from_numpy(likeliest), torch.from_numpy(sound)
+    tokens = rows.argmax(-1)
+    finite = np.isfinite(rows[np.arange(len(rows)), tokens])
+    return torch.from_numpy(tokens), torch.from_numpy(finite)
 
 
-def _penalise(logits: Tensor, tallies: Sequence[Tally], columns: Columns) -> Tensor:
+def _penalise(logits: Tensor, token_counts: Sequence[TokenCounts], columns: Columns) -> Tensor:
     """Repetition as in Keskar et al. 2019, presence and frequency as OpenAI documents them."""
-    counts = torch.stack([tally.counts for tally in tallies])  # [rows, vocabulary]
-    seen = torch.stack([tally.seen for tally in tallies])
+    counts = torch.stack([counts.output for counts in token_counts])  # [rows, vocabulary]
+    seen = torch.stack([counts.seen for counts in token_counts])
     repetition = columns["repetition_penalty"]
     logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
     return logits - columns["frequency_penalty"] * counts - columns["presence_penalty"] * (counts > 0)
@@ -179,21 +181,23 @@ def _probabilities(logits: Tensor, columns: Columns) -> Tensor:
     return ((logits - logits.amax(-1, keepdim=True)) / columns["temperature"]).softmax(-1)
 
 
-def _draw_plain(logits: Tensor, chance: Tensor, columns: Columns) -> Tensor:
-    """The inverse of the cumulative distribution, in the vocabulary's order."""
-    reached = _probabilities(logits, columns).double().cumsum(-1)
-    token = torch.searchsorted(reached, chance.double() * reached[:, -1:], right=True)
-    # Rounding must not reach beyond the last token that has any probability.
-    last = torch.searchsorted(reached, reached[:, -1:].contiguous())
+def _draw_full(logits: Tensor, uniform: Tensor, columns: Columns) -> Tensor:
+    """Inverse transform sampling over the whole vocabulary, in its order."""
+    cumulative = _probabilities(logits, columns).double().cumsum(-1)
+    token = torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+    # Rounding must not lead beyond the last token with a positive probability.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return token.minimum(last).squeeze(-1)
 
 
-def _draw_narrow(logits: Tensor, chance: Tensor, columns: Columns) -> Tensor:
-    """Truncated, from the likeliest tokens; of rows for which `WIDE` of them are too few, all are ranked."""
+def _draw_truncated(logits: Tensor, uniform: Tensor, columns: Columns) -> Tensor:
+    """Sampling with top_k, top_p and min_p from the `MAX_CANDIDATES` most likely tokens. Rows that need more are sorted
+    as a whole.
+    """
     probability = _probabilities(logits, columns)
-    width = min(WIDE, logits.shape[-1])
+    width = min(MAX_CANDIDATES, logits.shape[-1])
     best, order = probability.topk(width)
-    tokens = order.gather(-1, _draw_rank(best, chance, columns)).squeeze(-1)
+    tokens = order.gather(-1, _draw_rank(best, uniform, columns)).squeeze(-1)
     top_k = columns["top_k"]
     enough = (width == logits.shape[-1]) | ((top_k > 0) & (top_k <= width))
     enough |= (columns["top_p"] < 1) & (top_k == 0) & (best.sum(-1, keepdim=True) >= columns["top_p"])
@@ -202,51 +206,51 @@ def _draw_narrow(logits: Tensor, chance: Tensor, columns: Columns) -> Tensor:
     if len(few):
         probability = probability[few]
         ranked = _sort(probability)
-        rank = _draw_rank(ranked, chance[few], {name: c[few] for name, c in columns.items()})
+        rank = _draw_rank(ranked, uniform[few], {name: c[few] for name, c in columns.items()})
         tokens[few] = _find_ranked(probability, ranked, rank)
     return tokens
 
 
 def _sort(probability: Tensor) -> Tensor:
-    """Every row, the largest first. Without the order, which costs most: numpy sorts mere numbers in registers."""
+    """Every row in descending order. Sorting values without their indices is much faster, with numpy most of all."""
     if probability.device.type == "cpu":
         return torch.from_numpy(np.sort(probability.numpy(), -1)[:, ::-1].copy())
     return probability.sort(dim=-1, descending=True).values
 
 
 def _find_ranked(probability: Tensor, ranked: Tensor, rank: Tensor) -> Tensor:
-    """The tokens [rows] at ranks [rows, 1]; of equally likely ones the first in the vocabulary ranks first."""
+    """The tokens [rows] at ranks [rows, 1]; ties rank in the vocabulary's order."""
     value = ranked.gather(-1, rank)
-    earlier = rank - (ranked > value).sum(-1, keepdim=True)  # among its equals
+    earlier = rank - (ranked > value).sum(-1, keepdim=True)  # rank among ties
     return torch.searchsorted((probability == value).cumsum(-1), earlier + 1).squeeze(-1)
 
 
-def _draw_rank(probability: Tensor, chance: Tensor, columns: Columns) -> Tensor:
-    """top_k, then top_p of the rest, then min_p: the rank that is drawn, [rows, 1]; the likeliest come first."""
+def _draw_rank(probability: Tensor, uniform: Tensor, columns: Columns) -> Tensor:
+    """Sample a rank, [rows, 1], from probabilities in descending order, after top_k, top_p of the rest, and min_p."""
     top_k = columns["top_k"]
     rank = torch.arange(probability.shape[-1], device=probability.device)
     probability = probability * ((top_k == 0) | (rank < top_k))
-    # Without top_k the mass is 1 and stays 1, however many of the tokens are at hand.
+    # Without top_k the mass is 1, however many of the tokens are given.
     mass = torch.where(top_k > 0, probability.sum(-1, keepdim=True), 1.0)
-    before = (probability.cumsum(-1) - probability) / mass  # mass of all better tokens
+    before = (probability.cumsum(-1) - probability) / mass  # mass of all more likely tokens
     probability = probability * (before < columns["top_p"]) * (probability >= columns["min_p"] * probability[:, :1])
-    reached = probability.double().cumsum(-1)
-    place = (reached <= chance.double() * reached[:, -1:]).sum(-1, keepdim=True)
-    last = (probability > 0).sum(-1, keepdim=True) - 1  # rounding must not reach a token that was cut off
-    return place.minimum(last).clamp(min=0)  # a row that is no numbers has none
+    cumulative = probability.double().cumsum(-1)
+    drawn = (cumulative <= uniform.double() * cumulative[:, -1:]).sum(-1, keepdim=True)
+    last = (probability > 0).sum(-1, keepdim=True) - 1  # rounding must not lead to a truncated token
+    return drawn.minimum(last).clamp(min=0)  # a row of NaN has no positive probability
 
 
-def _report(raw: Tensor, asked: Mix, picks: list[SampledToken]) -> None:
-    """Add log probabilities of the model's own distribution to the picks that want them."""
-    rows = [row for row in asked.reported if picks[row].token is not None]
+def _add_logprobs(raw: Tensor, metadata: SamplingMetadata, sampled: list[SampledToken]) -> None:
+    """Add log probabilities of the model's own distribution to the tokens of rows that request them."""
+    rows = [row for row in metadata.logprob_rows if sampled[row].token is not None]
     if not rows:
         return
     logprobs = raw[rows].float().log_softmax(-1)
-    chosen = torch.tensor([[picks[row].token] for row in rows], device=raw.device)
+    chosen = torch.tensor([[sampled[row].token] for row in rows], device=raw.device)
     own = logprobs.gather(-1, chosen).squeeze(-1).tolist()
-    most = max(asked.requests[row].sampling.logprobs or 0 for row in rows)
+    most = max(metadata.requests[row].sampling.logprobs or 0 for row in rows)
     values, tokens = (part.tolist() for part in logprobs.topk(min(most, raw.shape[-1])))
     for place, row in enumerate(rows):
-        count = asked.requests[row].sampling.logprobs or 0
+        count = metadata.requests[row].sampling.logprobs or 0
         top = tuple(zip(tokens[place][:count], values[place][:count], strict=True))
-        picks[row] = SampledToken(picks[row].token, own[place], top)
+        sampled[row] = SampledToken(sampled[row].token, own[place], top)

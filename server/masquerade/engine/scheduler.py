@@ -1,11 +1,8 @@
-"""Who runs in the next step, and with how many tokens.
+"""The scheduler: which requests run in the next step, and how many tokens of each.
 
-Knows the queue, the running requests and the pages they hold. Refuses to know about tensors of the model and about
-masks: personas share a batch freely, so none of them changes the schedule.
-
-A request is admitted when there are pages for what it knows so far. If a running one then needs a page and none is
-free, the last in rank gives its pages back and is computed again later; the first in rank is never asked to, so
-somebody always gets ahead.
+A request is admitted when there are enough free blocks for its tokens so far. When a running request needs a block and
+none is free, the running request that ranks last is preempted and computed again later. The first in rank is never
+preempted, so there is always progress. Masks do not affect the schedule.
 """
 
 from __future__ import annotations
@@ -21,256 +18,262 @@ from numpy.typing import NDArray
 from masquerade.engine.block_manager import BlockManager
 from masquerade.engine.counts import Counts
 from masquerade.engine.prefix import BLOCK_SIZE
-from masquerade.engine.queue import Queue
 from masquerade.engine.request import Reason, Request
+from masquerade.engine.waiting_queue import WaitingQueue
 from masquerade.errors import MasqueradeError
 
-WORTH_WAITING = 4  # pages that another request is about to compute
+MIN_SHARED_BLOCKS = 4  # a request waits while a running one computes at least so many blocks for it
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """What a step may hold."""
+    """Limits of a step."""
 
-    running: int  # requests
-    tokens: int  # in one step
-    beside_decodes: int  # least of prompts in a step that also decodes: what running answers wait for new ones
+    max_running: int  # requests
+    max_batch_tokens: int
+    prefill_budget: int  # least prompt tokens of a step that also decodes; they delay the running answers
 
 
 class Chunk(NamedTuple):
-    """The positions [start, stop) of a request, to go through the model in one step."""
+    """Positions [start, stop) of a request, computed in one step."""
 
     request: Request
     start: int
     stop: int
-    samples: bool  # whether it reaches the request's last known token
+    samples: bool  # whether it includes the request's last token, so that the next one is sampled
 
     @property
     def is_decode(self) -> bool:
-        """A single position, of whatever kind, takes the batched decode path."""
+        """Whether this is a single position, which is computed with the decodes even if it ends a prompt."""
         return self.stop - self.start == 1
 
 
 class Scheduler:
-    """Decode first, then prompts in chunks while the step's token budget lasts."""
+    """Schedules decodes first, then prompts in chunks within the step's token budget."""
 
-    def __init__(self, pool: BlockManager, limits: SchedulerConfig, counts: Counts, longest: int) -> None:
-        self._pool = pool
-        self._limits = limits
+    def __init__(self, block_manager: BlockManager, config: SchedulerConfig, counts: Counts, max_length: int) -> None:
+        self._block_manager = block_manager
+        self._config = config
         self._counts = counts
-        self._seats = list(range(limits.running - 1, -1, -1))
-        self.table: NDArray[np.int64] = np.zeros(
-            (limits.running, -(-longest // BLOCK_SIZE)), np.int64
-        )  # pages of each seat
-        self.fresh: list[int] = []  # pages taken for this step, with whatever somebody left in them
-        self.copies: list[tuple[int, int, int]] = []  # into some of them: from a page, to a page, so many places
-        self.waiting = Queue()
+        self._free_indices = list(range(config.max_running - 1, -1, -1))
+        shape = config.max_running, -(-max_length // BLOCK_SIZE)
+        self.block_table: NDArray[np.int64] = np.zeros(shape, np.int64)  # by batch index; 0 beyond a request's blocks
+        self.new_blocks: list[int] = []  # allocated for this step, not yet cleared
+        self.copies: list[tuple[int, int, int]] = []  # for this step: source block, target block, positions
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []  # by rank
 
-    def enter(self, requests: Iterable[Request]) -> None:
-        """Have new requests wait for their turn."""
+    def add(self, requests: Iterable[Request]) -> None:
+        """Enqueue new requests."""
         self._charge(self.running)
         for request in requests:
-            self.waiting.enter(request)
+            self.waiting.add(request)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, decodes in front."""
-        self.fresh.clear()
-        self._pool.release(source for source, _, _ in self.copies)
+        """The chunks of the next step, decodes first. `new_blocks` and `copies` are to be processed before it runs."""
+        self.new_blocks.clear()
+        self._block_manager.release(source for source, _, _ in self.copies)
         self.copies.clear()
         self._drop_cancelled()
         chunks: dict[Request, Chunk] = {}
         prompts: list[Request] = []
         for request in self.running.copy():
-            if len(request.ids) - request.done > 1:
+            if request.num_uncomputed > 1:
                 prompts.append(request)
-            elif request.seat >= 0:  # not preempted by one before it
-                self._advance(request, 1, chunks)
-        budget = min(self._limits.tokens - len(chunks), self._share(len(chunks)))
+            elif request.batch_index >= 0:  # not preempted in this loop
+                self._schedule_chunk(request, 1, chunks)
+        budget = min(self._config.max_batch_tokens - len(chunks), self._prefill_budget(len(chunks)))
         for request in prompts:
-            if request.seat >= 0 and budget:
-                budget -= self._advance(request, min(request.pending, budget), chunks)
+            if request.batch_index >= 0 and budget:
+                budget -= self._schedule_chunk(request, min(request.num_uncomputed, budget), chunks)
         self._admit(budget, chunks)
-        return sorted(chunks.values(), key=_place)
+        return sorted(chunks.values(), key=_batch_order)
 
     def complete(self, chunk: Chunk) -> None:
-        """Note that a chunk went through the model: pages that it filled can be found by others."""
+        """Record that a chunk is computed, and register the blocks that it filled."""
         request, start, stop, _ = chunk
-        request.done = stop
-        if stop // BLOCK_SIZE > request.published:
-            self._publish(request, stop // BLOCK_SIZE)
+        request.num_computed = stop
+        if stop // BLOCK_SIZE > request.num_registered:
+            self._register(request, stop // BLOCK_SIZE)
         prompt = len(request.prompt)
-        if start < prompt <= stop and request.tail:
-            self._pool.publish(request.pages[(prompt - 1) // BLOCK_SIZE], request.tail_key())
+        if start < prompt <= stop and request.partial_length:
+            self._block_manager.register(request.blocks[(prompt - 1) // BLOCK_SIZE], request.partial_hash())
 
     def retire(self, request: Request, reason: Reason, error: MasqueradeError | None = None) -> None:
-        """Take a running request out, give its pages back, tell its owner."""
-        self._leave(request)
-        self.waiting.leave(request)
+        """End a running request: release its blocks and emit its last event."""
+        self._remove(request)
+        self.waiting.forget(request)
         request.finish(reason, error)
 
-    def _share(self, decodes: int) -> int:
-        """Prompt tokens of a step. Beside decodes they make everybody who decodes wait; that is worth more, the more
-        there are who wait for their first token.
+    def _prefill_budget(self, decodes: int) -> int:
+        """Prompt tokens of a step. Beside decodes they delay every running answer, so the budget is small; it grows
+        with the number of requests that wait for their first token.
         """
         if not decodes:
-            return self._limits.tokens
-        new = len(self.running) - decodes + min(len(self.waiting), len(self._seats))
-        return self._limits.beside_decodes * max(1, (2 * new // decodes) ** 2)
+            return self._config.max_batch_tokens
+        new = len(self.running) - decodes + min(len(self.waiting), len(self._free_indices))
+        return self._config.prefill_budget * max(1, (2 * new // decodes) ** 2)
 
-    def _advance(self, request: Request, size: int, chunks: dict[Request, Chunk]) -> int:
-        """Plan the next positions of a running request; 0 if it had to give way itself."""
-        start = request.done
+    def _schedule_chunk(self, request: Request, size: int, chunks: dict[Request, Chunk]) -> int:
+        """Schedule the next `size` positions of a running request; returns 0 if it was preempted instead."""
+        start = request.num_computed
         stop = start + size
-        if stop > len(request.pages) * BLOCK_SIZE and not self._extend(request, stop, chunks):
+        if stop > len(request.blocks) * BLOCK_SIZE and not self._extend(request, stop, chunks):
             return 0
         chunks[request] = Chunk(request, start, stop, stop == len(request.ids))
         return size
 
     def _extend(self, request: Request, stop: int, chunks: dict[Request, Chunk]) -> bool:
-        """Pages for the positions before `stop`; those who are last in rank give way, perhaps the request itself."""
-        missing = -(-stop // BLOCK_SIZE) - len(request.pages)
-        while missing > self._pool.free:
+        """Allocate blocks up to position `stop`, preempting from the end of the rank; False if that reached the request
+        itself.
+        """
+        missing = -(-stop // BLOCK_SIZE) - len(request.blocks)
+        while missing > self._block_manager.num_free:
             last = self.running[-1]
             self._preempt(last)
             chunks.pop(last, None)
             if last is request:
                 return False
-        self._grow(request, missing)
+        self._allocate(request, missing)
         return True
 
-    def _grow(self, request: Request, missing: int) -> None:
-        for _ in range(missing):
-            page = self._pool.take()
-            self.fresh.append(page)
-            self._hold(request, page)
+    def _allocate(self, request: Request, count: int) -> None:
+        for _ in range(count):
+            block = self._block_manager.allocate()
+            self.new_blocks.append(block)
+            self._append_block(request, block)
 
-    def _hold(self, request: Request, page: int) -> None:
-        self.table[request.seat, len(request.pages)] = page
-        request.pages.append(page)
+    def _append_block(self, request: Request, block: int) -> None:
+        self.block_table[request.batch_index, len(request.blocks)] = block
+        request.blocks.append(block)
 
     def _admit(self, budget: int, chunks: dict[Request, Chunk]) -> None:
-        if not self._has_place():
+        """Start waiting requests while the token budget, the batch and the cache have room."""
+        if not self._can_admit():
             return
         self._charge(self.running)
-        promised: set[bytes] | None = None
+        upcoming: set[bytes] | None = None
         skipped: set[Request] = set()
-        while budget > 0 and (request := self.waiting.pick(skipped)):
-            if promised is None:
-                promised = {key for one in self.running for key in self._promise(one)}
-            found = self._find(request)
-            if self._is_worth_waiting(request, len(found), promised):
+        while budget > 0 and (request := self.waiting.peek(skipped)):
+            if upcoming is None:
+                upcoming = {one for running in self.running for one in self._upcoming_hashes(running)}
+            prefix = self._find_prefix(request)
+            if self._should_wait(request, len(prefix), upcoming):
                 skipped.add(request)
                 continue
-            if not self._make_room(request, found, chunks):
+            if not self._make_room(request, prefix, chunks):
                 return
-            self._seat(request, found)
-            promised.update(self._promise(request))
-            budget -= self._advance(request, min(request.pending, budget), chunks)
+            self._start(request, prefix)
+            upcoming.update(self._upcoming_hashes(request))
+            budget -= self._schedule_chunk(request, min(request.num_uncomputed, budget), chunks)
 
-    def _has_place(self) -> bool:
-        """Whether there is a seat for somebody who waits, perhaps one that a lower priority gives up."""
-        return bool(self.waiting) and (bool(self._seats) or self.waiting.outranks(self.running[-1]))
+    def _can_admit(self) -> bool:
+        """Whether a waiting request may get a batch index, perhaps by preempting a lower priority."""
+        return bool(self.waiting) and (bool(self._free_indices) or self.waiting.outranks(self.running[-1]))
 
     def _charge(self, requests: Iterable[Request]) -> None:
-        """Enter what was said since the last time: nobody looks at the accounts in between."""
+        """Add the output since the last call to the fair share, which matters only when requests are admitted."""
         for request in requests:
-            self.waiting.charge(request, request.answered - request.charged)
-            request.charged = request.answered
+            self.waiting.charge(request, request.num_output_tokens - request.num_charged)
+            request.num_charged = request.num_output_tokens
 
-    def _find(self, request: Request) -> list[int]:
-        """Pages that hold the request's beginning. The last known token must be computed: its logits are needed."""
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Registered blocks of the request's prefix, without its last token, whose logits are needed."""
         found = []
-        for key in request.keys((len(request.ids) - 1) // BLOCK_SIZE):
-            page = self._pool.find(key)
-            if page is None:
+        for block_hash in request.block_hashes((len(request.ids) - 1) // BLOCK_SIZE):
+            block = self._block_manager.lookup(block_hash)
+            if block is None:
                 break
-            found.append(page)
+            found.append(block)
         return found
 
-    def _promise(self, request: Request) -> list[bytes]:
-        """Pages of its prompt that a running request has not computed yet."""
-        return request.keys(len(request.prompt) // BLOCK_SIZE)[request.done // BLOCK_SIZE :]
+    def _upcoming_hashes(self, request: Request) -> list[bytes]:
+        """Hashes of the prompt blocks that a running request has not computed yet."""
+        return request.block_hashes(len(request.prompt) // BLOCK_SIZE)[request.num_computed // BLOCK_SIZE :]
 
-    def _is_worth_waiting(self, request: Request, found: int, promised: set[bytes]) -> bool:
-        keys = request.keys((len(request.ids) - 1) // BLOCK_SIZE)[found : found + WORTH_WAITING]
-        return len(keys) == WORTH_WAITING and promised.issuperset(keys)
+    def _should_wait(self, request: Request, found: int, upcoming: set[bytes]) -> bool:
+        """Whether running requests are about to compute the blocks that follow the request's cached prefix."""
+        hashes = request.block_hashes((len(request.ids) - 1) // BLOCK_SIZE)[found : found + MIN_SHARED_BLOCKS]
+        return len(hashes) == MIN_SHARED_BLOCKS and upcoming.issuperset(hashes)
 
-    def _make_room(self, request: Request, found: list[int], chunks: dict[Request, Chunk]) -> bool:
-        """A seat, and pages for all it knows with one to spare for everybody who runs; lower priorities give way."""
+    def _make_room(self, request: Request, prefix: list[int], chunks: dict[Request, Chunk]) -> bool:
+        """Ensure a batch index, and blocks for the request's tokens with one to spare for each running request;
+        preempts lower priorities. False if that is not possible.
+        """
         while True:
-            idle = sum(self._pool.is_idle(page) for page in found)
-            spare = len(self.running)  # each may need a page soon
-            needed = -(-len(request.ids) // BLOCK_SIZE) - len(found) + idle + spare
-            if self._seats and needed <= self._pool.free:
+            cached = sum(self._block_manager.is_cached(block) for block in prefix)
+            spare = len(self.running)
+            needed = -(-len(request.ids) // BLOCK_SIZE) - len(prefix) + cached + spare
+            if self._free_indices and needed <= self._block_manager.num_free:
                 return True
             if not self.running or self.running[-1].priority >= request.priority:
                 return False
             chunks.pop(self.running[-1], None)
             self._preempt(self.running[-1])
 
-    def _seat(self, request: Request, found: list[int]) -> None:
+    def _start(self, request: Request, prefix: list[int]) -> None:
         self.waiting.remove(request)
-        request.seat = self._seats.pop()
-        for page in found:
-            self._pool.hold(page)
-            self._hold(request, page)
-        request.done = len(found) * BLOCK_SIZE
-        request.published = len(found)
-        self._borrow_tail(request)
-        self._counts.cached += request.done
+        request.batch_index = self._free_indices.pop()
+        for block in prefix:
+            self._block_manager.acquire(block)
+            self._append_block(request, block)
+        request.num_computed = len(prefix) * BLOCK_SIZE
+        request.num_registered = len(prefix)
+        self._copy_partial_block(request)
+        self._counts.cached += request.num_computed
         if not request.started:
             request.started = True
-            request.cached = request.done
-            self.waiting.charge(request, request.pending)
+            request.num_cached = request.num_computed
+            self.waiting.charge(request, request.num_uncomputed)
         insort(self.running, request, key=_rank)
 
-    def _borrow_tail(self, request: Request) -> None:
-        """If somebody's page begins with the end of the same prompt, copy that instead of computing it."""
-        if request.answered or not request.tail or request.done != len(request.prompt) - 1 - request.tail:
+    def _copy_partial_block(self, request: Request) -> None:
+        """If some block begins with the end of the same prompt, schedule a copy instead of computing it."""
+        length = request.partial_length
+        if request.num_output_tokens or not length or request.num_computed != len(request.prompt) - 1 - length:
             return
-        source = self._pool.find(request.tail_key())
-        if source is None or self._pool.free - self._pool.is_idle(source) < 1:
+        source = self._block_manager.lookup(request.partial_hash())
+        if source is None or self._block_manager.num_free - self._block_manager.is_cached(source) < 1:
             return
-        self._pool.hold(source)  # until it is copied
-        self._grow(request, 1)
-        self.copies.append((source, request.pages[-1], request.tail))
-        request.done += request.tail
+        self._block_manager.acquire(source)  # until it is copied
+        self._allocate(request, 1)
+        self.copies.append((source, request.blocks[-1], length))
+        request.num_computed += length
 
-    def _publish(self, request: Request, full: int) -> None:
-        for page, key in zip(
-            request.pages[request.published : full], request.keys(full)[request.published :], strict=True
-        ):
-            self._pool.publish(page, key)
-        request.published = full
+    def _register(self, request: Request, full: int) -> None:
+        """Register the first `full` blocks of a request."""
+        new = slice(request.num_registered, full)
+        for block, block_hash in zip(request.blocks[new], request.block_hashes(full)[new], strict=True):
+            self._block_manager.register(block, block_hash)
+        request.num_registered = full
 
     def _preempt(self, request: Request) -> None:
-        self._leave(request)
-        self.waiting.put(request)
+        self._remove(request)
+        self.waiting.requeue(request)
         self._counts.preemptions += 1
 
-    def _leave(self, request: Request) -> None:
-        """Give back a running request's pages and seat; ends before beginnings, which are worth more."""
+    def _remove(self, request: Request) -> None:
+        """Release a running request's batch index and blocks; the last first, since prefixes are reused more often."""
         self._charge([request])
         self.running.remove(request)
-        self._pool.release(reversed(request.pages))
-        self.table[request.seat] = 0
-        self._seats.append(request.seat)
-        request.lose()
+        self._block_manager.release(reversed(request.blocks))
+        self.block_table[request.batch_index] = 0
+        self._free_indices.append(request.batch_index)
+        request.reset_computed()
 
     def _drop_cancelled(self) -> None:
         for request in [request for request in self.running if request.cancelled]:
             self.retire(request, "cancelled")
         for request in [request for request in self.waiting if request.cancelled]:
             self.waiting.remove(request)
-            self.waiting.leave(request)
+            self.waiting.forget(request)
             request.finish("cancelled")
 
 
-def _place(chunk: Chunk) -> int:
-    """Decodes first, those of similar length together; of these by seat, so that a batch keeps its order."""
+def _batch_order(chunk: Chunk) -> int:
+    """Decodes first, by length up to a power of two, then by batch index, so that a batch keeps its order."""
     request, start, stop, _ = chunk
-    return ((stop - start > 1) << 62) + (stop.bit_length() << 32) + request.seat
+    return ((stop - start > 1) << 62) + (stop.bit_length() << 32) + request.batch_index
 
 
 def _rank(request: Request) -> tuple[int, int]:

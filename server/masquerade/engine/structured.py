@@ -1,8 +1,4 @@
-"""Answers that must have a form: JSON, or JSON of a schema, alone or between fixed words.
-
-Knows llguidance (the extra `structured`), which says token by token what may come next. Refuses to know HTTP and where
-a schema comes from.
-"""
+"""Structured output: grammars for answers that are JSON, or contain JSON of a schema, by llguidance."""
 
 from __future__ import annotations
 
@@ -21,51 +17,55 @@ from masquerade.engine.request import Grammar
 from masquerade.engine.schemas import MOST_PARTS, count_parts, is_endless
 from masquerade.errors import InvalidValue, UnsupportedParameter
 
-_FREE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}  # a weak model would write spaces until it is cut
-_PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as chat templates write calls
-_PLACE = re.compile(
-    r"^at \d+\(\d+\): (failed to compile JSON schema: )?"
-)  # a place in the grammar that is written here
+_FLEXIBLE = {
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"
+}  # bounded: a weak model would write spaces up to its token limit
+_COMPACT = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}  # as chat templates write calls
+_LOCATION = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")  # in the grammar, which no client sees
 _EXCERPT = re.compile(r"\s*\d+ \| |<state>")  # of the grammar, below what is wrong with it
-# Where JSON Schema has schemas: under names, in lists, alone; and words with which an object is said in several places.
-_NAMED, _LISTS = frozenset({"properties", "$defs", "definitions"}), frozenset({"anyOf", "oneOf", "prefixItems"})
+# Keywords of JSON Schema whose value is a map of schemas, a list of them, or one; and those that compose schemas.
+_MAPS, _LISTS = frozenset({"properties", "$defs", "definitions"}), frozenset({"anyOf", "oneOf", "prefixItems"})
 _SINGLE, _CHOICES = frozenset({"items", "additionalProperties"}), frozenset({"anyOf", "oneOf", "$ref"})
-_MIXERS = frozenset(
+_COMPOSERS = frozenset(
     {"allOf", "if", "not", "dependentSchemas", "dependentRequired", "patternProperties", "unevaluatedProperties"}
 )
 
 
 @dataclass(frozen=True)
 class JsonFormat:
-    """JSON that fits a schema; between fixed words, it has no more white space than it needs.
+    """JSON of a schema between a fixed prefix and suffix. With a prefix, the JSON has no extra white space.
 
-    `param` is the request field that the schema came in.
+    `param` is the request field of the schema, for error messages.
     """
 
     schema: Mapping[str, Any]
     param: str = "response_format"
-    before: str = ""
-    after: str = ""
+    prefix: str = ""
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """What an answer may be: one of `frames` (at least one), or up to `most` of them after each other.
+    """The form of an answer: one of `choices`, or up to `max_count` of them with `separator` between, or `alternative`.
 
-    With `talk` the answer is free text, in which a frame must be right only where the text begins one: at the words
-    `trigger`, or, without such words, at an answer that begins with a brace. Else the answer may also be `instead`.
+    With `free_text` the answer is free text that may contain choices: each begins with `trigger`, and must be complete
+    once that is there. Without a trigger, an answer that begins with a brace must be a choice as a whole.
     """
 
-    frames: Sequence[JsonFormat]
-    most: int = 1
-    between: str = ""
-    instead: JsonFormat | None = None
-    talk: bool = False
+    choices: Sequence[JsonFormat]  # at least one
+    max_count: int = 1
+    separator: str = ""
+    alternative: JsonFormat | None = None
+    free_text: bool = False
     trigger: str = ""
 
 
 class Grammars:
-    """Makes grammars for one tokenizer. Safe for several threads; the first grammar takes about a second more."""
+    """Compiles grammars for one tokenizer. Thread-safe. The first call takes about a second more."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int]) -> None:
         self._tokenizer = tokenizer
@@ -74,38 +74,37 @@ class Grammars:
         self._prepared: Any = None
         self._lock = threading.Lock()
 
-    def compile(self, form: AnswerFormat, count: int = 1) -> list[Grammar]:
-        """The grammar of a form, for each of `count` answers.
+    def compile(self, answer: AnswerFormat, count: int = 1) -> list[Grammar]:
+        """The grammars of `count` answers of this form.
 
-        Raises `InvalidValue` with what is wrong with a schema, or if no finite answer fits it, and
-        `UnsupportedParameter` without the extra.
+        Raises `InvalidValue` if a schema cannot be compiled or no finite document meets it, and `UnsupportedParameter` if
+        llguidance is not installed.
         """
-        frames = [*form.frames, *([form.instead] if form.instead else [])]
-        for frame in frames:
-            if (parts := count_parts(frame.schema)) > MOST_PARTS:
-                raise _refuse(frame, f"it has {parts} values; the limit is {MOST_PARTS}")
-            if is_endless(frame.schema):
-                raise _refuse(frame, "no finite document meets it")
-        matcher = self._match(form)
+        formats = [*answer.choices, *([answer.alternative] if answer.alternative else [])]
+        for one in formats:
+            if (parts := count_parts(one.schema)) > MOST_PARTS:
+                raise _refuse(one, f"it has {parts} values; the limit is {MOST_PARTS}")
+            if is_endless(one.schema):
+                raise _refuse(one, "no finite document meets it")
+        matcher = self._match(answer)
         if _explain(matcher) is None:
-            return [Matched(matcher.deep_copy(), self._vocabulary) for _ in range(count)]
-        reasons = ((frame, _explain(self._match(AnswerFormat([frame])))) for frame in frames)
-        wrong, reason = next(((frame, reason) for frame, reason in reasons if reason), (frames[0], _explain(matcher)))
-        raise _refuse(wrong, reason or "it cannot be understood")
+            return [MatcherGrammar(matcher.deep_copy(), self._vocabulary) for _ in range(count)]
+        reasons = ((one, _explain(self._match(AnswerFormat([one])))) for one in formats)
+        wrong, reason = next(((one, reason) for one, reason in reasons if reason), (formats[0], _explain(matcher)))
+        raise _refuse(wrong, reason or "it cannot be compiled")
 
-    def _match(self, form: AnswerFormat) -> Any:
+    def _match(self, answer: AnswerFormat) -> Any:
         try:
             from llguidance import LLMatcher
         except ImportError:
-            param = form.frames[0].param
+            param = answer.choices[0].param
             raise UnsupportedParameter(
                 f"`{param}` needs the package llguidance: pip install 'masquerade[structured]'", param=param
             ) from None
         try:
-            return LLMatcher(self._prepare(), LLMatcher.grammar_from_lark(_write(form)), log_level=0)
+            return LLMatcher(self._prepare(), LLMatcher.grammar_from_lark(_write_lark(answer)), log_level=0)
         except RecursionError:
-            frame = form.frames[0]
-            raise _refuse(frame, "it is nested too deeply") from None
+            raise _refuse(answer.choices[0], "it is nested too deeply") from None
 
     def _prepare(self) -> Any:
         from llguidance.hf import from_tokenizer
@@ -116,8 +115,8 @@ class Grammars:
             return self._prepared
 
 
-class Matched:
-    """A grammar, and how far one answer has got in it."""
+class MatcherGrammar:
+    """A `Grammar` that keeps the state of one answer in a matcher of llguidance."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
         self._matcher = matcher
@@ -125,13 +124,11 @@ class Matched:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but an end may follow."""
+        """See `Grammar`."""
         return bool(self._matcher.is_stopped())
 
     def allow(self, row: Tensor) -> None:
-        """Set the logits [vocabulary] of what may not come next to minus infinity, in place: all of them if the answer
-        can neither go on nor end here.
-        """
+        """See `Grammar`. If the answer can neither go on nor end here, every logit becomes minus infinity."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(allowed, bitorder="little", count=self._vocabulary)
         row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), float("-inf"))
@@ -139,9 +136,9 @@ class Matched:
             row.fill_(float("-inf"))
 
     def accept(self, token: int) -> None:
-        """Advance by a token."""
+        """See `Grammar`. Raises `InvalidValue` for a token that was not allowed."""
         if not self._matcher.consume_token(token):
-            raise InvalidValue(f"the grammar cannot go on: {self._matcher.get_error()}")
+            raise InvalidValue(f"the grammar does not allow token {token}: {self._matcher.get_error()}")
 
 
 def _is_stuck(matcher: Any) -> bool:
@@ -155,82 +152,85 @@ def _explain(matcher: Any) -> str | None:
         trial = matcher.deep_copy()
         trial.compute_bitmask()
         return "no document meets it" if _is_stuck(trial) else None
-    place, *more = (matcher.get_error() or "it cannot be understood").splitlines()
-    told = [_PLACE.sub("", place)]
-    for line in more:  # a fault in a pattern is told in several lines, below it a mark and the reason
+    first, *more = (matcher.get_error() or "it cannot be compiled").splitlines()
+    lines = [_LOCATION.sub("", first)]
+    for line in more:  # a fault in a pattern is lines in several lines, below it a mark and the reason
         if _EXCERPT.match(line):
             break
-        told.append(line.strip())
-    return " ".join(line for line in told if line.strip("^ "))[:300]
+        lines.append(line.strip())
+    return " ".join(line for line in lines if line.strip("^ "))[:300]
 
 
-def _refuse(frame: JsonFormat, reason: str) -> InvalidValue:
-    return InvalidValue(f"the schema in `{frame.param}` cannot be used: {reason}", param=frame.param)
+def _refuse(fmt: JsonFormat, reason: str) -> InvalidValue:
+    return InvalidValue(f"the schema in `{fmt.param}` cannot be used: {reason}", param=fmt.param)
 
 
-def _write(form: AnswerFormat) -> str:
-    """A form in llguidance's kind of Lark. Every schema is a document of its own, so that its `$ref`s hold."""
-    lazy = form.talk and form.trigger
-    rules = ["%llguidance {}", *_define("other", form.instead)] if form.instead else ["%llguidance {}"]
-    names = [f"frame_{number}" for number in range(len(form.frames))]
-    for name, frame in zip(names, form.frames, strict=True):
-        rules += _define(name, replace(frame, before=frame.before.removeprefix(form.trigger)) if lazy else frame)
-    rules.append(f"frame: {' | '.join(names)}")
-    if lazy:
-        rules += ["start: (begin frame)* TALK", r"TALK: /(.|\n)*/", f"begin[lazy]: TALK {_quote(form.trigger)}"]
-    elif form.talk:
-        rules += ["start: frame | TALK", r"TALK: /\s*([^{\s](.|\n)*)?/"]
+def _write_lark(answer: AnswerFormat) -> str:
+    """A form in llguidance's dialect of Lark. Every schema is a separate document, so that its `$ref`s resolve."""
+    triggered = answer.free_text and answer.trigger
+    rules = ["%llguidance {}", *(_define("other", answer.alternative) if answer.alternative else ())]
+    names = [f"choice_{number}" for number in range(len(answer.choices))]
+    for name, one in zip(names, answer.choices, strict=True):
+        rules += _define(name, replace(one, prefix=one.prefix.removeprefix(answer.trigger)) if triggered else one)
+    rules.append(f"choice: {' | '.join(names)}")
+    if triggered:
+        rules += ["start: (begin choice)* TEXT", r"TEXT: /(.|\n)*/", f"begin[lazy]: TEXT {_quote(answer.trigger)}"]
+    elif answer.free_text:
+        rules += ["start: choice | TEXT", r"TEXT: /\s*([^{\s](.|\n)*)?/"]
     else:
-        more = f"({_quote(form.between)} frame){{0,{form.most - 1}}}" if form.most > 1 else ""
-        rules.append(f"start: frame {more} {'| other' if form.instead else ''}")
+        most = answer.max_count
+        more = f"({_quote(answer.separator)} choice){{0,{most - 1}}}" if most > 1 else ""
+        rules.append(f"start: choice {more} {'| other' if answer.alternative else ''}")
     return "\n".join(rules)
 
 
-def _define(name: str, frame: JsonFormat) -> list[str]:
-    schema = json.dumps({**close(frame.schema), "x-guidance": _PLAIN if frame.before else _FREE})
+def _define(name: str, one: JsonFormat) -> list[str]:
+    schema = json.dumps({**close(one.schema), "x-guidance": _COMPACT if one.prefix else _FLEXIBLE})
     return [
-        f"{name}: {_quote(frame.before)} {name}_json {_quote(frame.after)}",
+        f"{name}: {_quote(one.prefix)} {name}_json {_quote(one.suffix)}",
         f"{name}_json: %json {schema}",
     ]
 
 
+# llguidance's options for JSON schemas set white space, separators and escapes, but not `additionalProperties`.
 def close(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema, in which an object has no properties but those that are named, unless it is said which others.
+    """The schema with `additionalProperties: false` for objects that list properties and do not set it.
 
-    What fits it fits the original: a weak model would invent properties until it is cut. A schema whose objects are put
-    together of several parts is left as it is, since a part does not know what the others allow.
+    Whatever fits the result fits the original. Without it, a weak model invents properties up to its token limit. A
+    schema that composes objects of several schemas is returned unchanged: one part does not know the properties of the
+    others.
     """
     try:
-        return schema if _mixes(schema) else dict(_close(schema))
-    except (AttributeError, TypeError):  # it is no schema, and who compiles it says why
+        return schema if _composes(schema) else dict(_close(schema))
+    except (AttributeError, TypeError):  # not a schema; compiling it reports the error
         return schema
 
 
-def _mixes(part: Any) -> bool:
-    """Whether an object's properties may be said in several places."""
+def _composes(part: Any) -> bool:
+    """Whether several schemas may apply to one object."""
     if isinstance(part, list):
-        return any(map(_mixes, part))
+        return any(map(_composes, part))
     if not isinstance(part, Mapping):
         return False
-    mixed = _MIXERS & part.keys() or ("properties" in part and _CHOICES & part.keys())
-    return bool(mixed) or any(map(_mixes, part.values()))
+    composed = _COMPOSERS & part.keys() or ("properties" in part and _CHOICES & part.keys())
+    return bool(composed) or any(map(_composes, part.values()))
 
 
 def _close(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     closed = dict(schema)
-    for word in _NAMED & schema.keys():
-        closed[word] = {name: _close(one) for name, one in schema[word].items()}
-    for word in _LISTS & schema.keys():
-        closed[word] = [_close(one) for one in schema[word]]
-    for word in _SINGLE & schema.keys():
-        closed[word] = _close(schema[word])
+    for keyword in _MAPS & schema.keys():
+        closed[keyword] = {name: _close(one) for name, one in schema[keyword].items()}
+    for keyword in _LISTS & schema.keys():
+        closed[keyword] = [_close(one) for one in schema[keyword]]
+    for keyword in _SINGLE & schema.keys():
+        closed[keyword] = _close(schema[keyword])
     names = schema.get("properties", {}).keys()
     if names >= set(schema.get("required", ())) and 0 < len(names) >= schema.get("minProperties", 0):
         closed.setdefault("additionalProperties", False)
     return closed
 
 
-def _quote(words: str) -> str:
-    return json.dumps(words) if words else ""
+def _quote(text: str) -> str:
+    return json.dumps(text) if text else ""

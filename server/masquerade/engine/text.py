@@ -1,7 +1,4 @@
-"""From tokens to text, as an answer grows.
-
-Knows tokenizers and stop strings. Refuses to know about requests and scheduling.
-"""
+"""The text of a growing answer: incremental detokenization and stop strings."""
 
 from __future__ import annotations
 
@@ -10,109 +7,113 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how sentencepiece writes a byte of a character it has no piece for
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # the byte fallback of sentencepiece
 
 
 class Detokenizer:
-    """Text of a growing answer, given out as soon as it can no longer change.
+    """Decodes tokens incrementally and returns text as soon as later tokens cannot change it.
 
-    A token may end inside a multi-byte character, and some tokenizers join words differently at the start of a text;
-    so a window from a little before the last safe point is decoded again, and only what is new is given out. While the
-    window ends in a replacement character, or in a byte of sentencepiece, the next token may still change its end.
+    A token may end inside a multi-byte character, and some tokenizers join words differently at the start of a text.
+    Each call therefore decodes a window that starts one piece before the new text, and returns what is new. While the
+    window ends in a replacement character or in a byte-fallback token, the next token may still change its end.
     """
 
+    # Not `tokenizers.DecodeStream`: it raises if a byte-fallback token invalidates a run whose text it has returned.
+
     def __init__(self, tokenizer: Any) -> None:
-        # Around it, transformers' own `decode` takes five times as long.
+        # transformers' `decode` is a wrapper around this one that takes five times as long.
         self._backend = tokenizer.backend_tokenizer
         self._ids: list[int] = []  # the window
-        self._whole = 0  # ids of the window that were all given out before the last piece
-        self._given = 0  # characters given out of the window's text
+        self._context = 0  # ids of the window whose text was returned before the last piece
+        self._returned = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that became certain, perhaps none."""
+        """Add a token; returns the text that it completes, which may be empty."""
         self._ids.append(token)
         if _BYTE.fullmatch(self._backend.id_to_token(token) or ""):
             return ""
         text: str = self._backend.decode(self._ids)
-        if text.endswith(UNKNOWN):
+        if text.endswith(REPLACEMENT):
             return ""
-        piece = text[self._given :]
-        if piece:  # an empty one may be a special token, which is no context for what follows
-            del self._ids[: self._whole]
-            self._whole = len(self._ids)
-            self._given = len(self._backend.decode(self._ids))
+        piece = text[self._returned :]
+        if piece:  # the token of an empty piece may be a special one, which is no context for what follows
+            del self._ids[: self._context]
+            self._context = len(self._ids)
+            self._returned = len(self._backend.decode(self._ids))
         return piece
 
     def flush(self) -> str:
-        """The rest, with replacement characters for what is unfinished."""
+        """The remaining text, with replacement characters for incomplete ones."""
         text: str = self._backend.decode(self._ids)
-        piece, self._given = text[self._given :], len(text)
+        piece, self._returned = text[self._returned :], len(text)
         return piece
 
 
 class AnswerText:
-    """An answer's text, cut before the first stop string. Nothing that may begin one is given out."""
+    """An answer's text, cut before the first stop string. Text that may be the start of one is withheld."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = [stop for stop in stops if stop]
-        self._held = ""
+        self._withheld = ""
         self.stopped = False
 
     def push(self, token: int, *, stoppable: bool = True) -> str:
-        """Add a token; returns the text that is certain to be part of the answer. Stops count only if `stoppable`."""
-        return self._sift(self._detokenizer.push(token), stoppable)
+        """Add a token; returns the text that is certain to be part of the answer. Stop strings that are complete by now
+        count only if `stoppable`.
+        """
+        return self._find_stop(self._detokenizer.push(token), stoppable)
 
     def flush(self) -> str:
-        """The rest of an answer that ended for another reason, or none if it was stopped."""
+        """The withheld text of an answer that ended otherwise; empty if a stop string ended it."""
         if self.stopped:
             return ""
-        rest = self._sift(self._detokenizer.flush(), True)
-        held, self._held = self._held, ""
-        return rest + held
+        rest = self._find_stop(self._detokenizer.flush(), True)
+        withheld, self._withheld = self._withheld, ""
+        return rest + withheld
 
-    def _sift(self, piece: str, stoppable: bool) -> str:
+    def _find_stop(self, piece: str, stoppable: bool) -> str:
         if not self._stops:
             return piece
-        text = self._held + piece
+        text = self._withheld + piece
         if stoppable:
-            # What is held back holds no stop that counts, but perhaps one from when none counted.
-            starts = [(stop, max(0, len(self._held) + 1 - len(stop))) for stop in self._stops]
+            # The withheld text has no stop that counts, but perhaps one that was complete when none counted.
+            starts = [(stop, max(0, len(self._withheld) + 1 - len(stop))) for stop in self._stops]
             found = [(at + len(stop), at) for stop, start in starts if (at := text.find(stop, start)) >= 0]
             if found:
-                self.stopped, self._held = True, ""
+                self.stopped, self._withheld = True, ""
                 return text[: min(found)[1]]
-        self._held = text[len(text) - max(_overlap(text, stop) for stop in self._stops) :]
-        return text[: len(text) - len(self._held)]
+        self._withheld = text[len(text) - max(_overlap(text, stop) for stop in self._stops) :]
+        return text[: len(text) - len(self._withheld)]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop` without being all of it."""
+    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
 
 
-def spell(tokenizer: Any, token: int) -> bytes:
-    """The bytes that a token stands for; of a special token those of its name."""
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes of a token's text; for a special token, of its name."""
     name = str(tokenizer.convert_ids_to_tokens(token) or "")
     if match := _BYTE.fullmatch(name):
         return bytes([int(match[1], 16)])
     if token in tokenizer.all_special_ids:
         return name.encode()
     alphabet = _alphabet()
-    if _is_bytewise(tokenizer) and all(character in alphabet for character in name):
+    if _is_byte_level(tokenizer) and all(character in alphabet for character in name):
         return bytes(alphabet[character] for character in name)
     return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
 
-def _is_bytewise(tokenizer: Any) -> bool:
+def _is_byte_level(tokenizer: Any) -> bool:
     return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
 
 
 @cache
 def _alphabet() -> dict[str, int]:
-    """The printable character by which byte-level tokenizers write each byte (Radford et al. 2019)."""
+    """The byte of each printable character of byte-level tokenizers (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -45,7 +45,7 @@ async def check_health() -> dict[str, str]:
 @router.get("/readyz", response_model=None, responses={200: {"model": Health}})
 async def check_readiness(serving: Served) -> dict[str, str]:
     """200 while the engine's thread takes requests, else 503."""
-    if problem := serving.engine.problem:
+    if problem := serving.engine.unready_reason:
         raise NotReady(problem)
     return {"status": "ready"}
 

@@ -132,8 +132,10 @@ class _State:
         yield _gauge("batch_requests", "Requests in the batch.", held.running)
         yield _gauge("batch_capacity_requests", "Most requests in a batch.", engine.config.max_running)
         yield _gauge("batch_personas", "Distinct masks worn in the batch.", held.masks)
-        pages = {"held": held.pages_held, "kept": held.pages_kept, "blank": held.pages_blank}
-        yield _gauges("kv_pages", "Pages of keys and values: held by requests, kept for others, blank.", "state", pages)
+        blocks = {"held": held.blocks_used, "kept": held.blocks_cached, "blank": held.blocks_empty}
+        yield _gauges(
+            "kv_pages", "Pages of keys and values: held by requests, kept for others, blank.", "state", blocks
+        )
         counts = engine.counts
         yield _total("engine_steps", "Forward passes.", counts.steps)
         yield _total("engine_failures", "Forward passes that failed.", counts.failures)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from masquerade.engine import Token, spell
+from masquerade.engine import Token, token_bytes
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode
 from masquerade.model import Base, Opened, Part, Reader
@@ -83,7 +83,7 @@ class Answer(ABC):
         return f'data: {self._head},"choices":[{choice}],"usage":null}}\n\n'
 
     def _spell(self, token: int) -> bytes:
-        return spell(self._tokenizer, token)
+        return token_bytes(self._tokenizer, token)
 
     @abstractmethod
     def _render_whole(self, index: int, pieces: Sequence[ChoiceDelta]) -> Json:

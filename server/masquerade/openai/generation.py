@@ -95,8 +95,8 @@ class GenerationStream:
         prompts = {id(request.prompt): request for request in reversed(self._requests)}.values()
         return Usage(
             sum(len(request.prompt) for request in prompts),
-            sum(request.answered for request in self._requests),
-            sum(request.cached for request in prompts),
+            sum(request.num_output_tokens for request in self._requests),
+            sum(request.num_cached for request in prompts),
         )
 
     def start(self) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from masquerade.engine import MOST_LOGPROBS, JsonFormat, Phase, SamplingParams
+from masquerade.engine import MAX_LOGPROBS, JsonFormat, Phase, SamplingParams
 from masquerade.errors import InvalidValue, UnsupportedParameter, quote
 from masquerade.http.bodies import NotJson, Size, check_size, count, parse
 from masquerade.http.wire import Refusal, Schema, Text, refuse
@@ -300,7 +300,7 @@ class ChatRequest(GenerationRequest):
 
     messages: Messages
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -368,7 +368,7 @@ class CompletionRequest(GenerationRequest):
             list[Annotated[Ids, Field(min_length=1)]], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)
         ]
     )
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -48,7 +48,7 @@ class Toolbox:
                 schema = {"type": "object"}
             frames.append(JsonFormat(schema, f"tools.{number}.function.parameters", *self.dialect.frame(function.name)))
         if not held:
-            return AnswerFormat(frames, talk=True, trigger=self.dialect.begin)
+            return AnswerFormat(frames, free_text=True, trigger=self.dialect.begin)
         most = 1 if self.dialect.lonely else self.most
         return AnswerFormat(frames, most, self.dialect.space, None if self.forced else wanted)
 
