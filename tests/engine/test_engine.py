@@ -70,7 +70,7 @@ def test_a_full_queue_refuses_and_the_queued_are_served(make_engine: Make) -> No
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_cancelling_at_any_step_ends_the_request_and_frees_its_pages(make_engine: Make, steps: int) -> None:
+def test_cancelling_at_any_step_ends_the_request_and_frees_its_blocks(make_engine: Make, steps: int) -> None:
     engine = make_engine(max_batch_tokens=40)
     (gone, heard), (stays, other) = ask(list(range(6, 96)), 40), ask()
     alone = engine.generate([ask()[0]])[0]

@@ -21,11 +21,11 @@ def make_requests(base: Base, manager: MaskManager, length: tuple[int, int], see
     """27 requests: eight personas and the base, at gamma 0, 0.3 and 1; prompts of random lengths."""
     rng = random.Random(seed)
     masks = [world.make_mask(base, RHOS[index % 2], seed=index) for index in range(8)]
-    worn = [manager.fit(mask) for mask in masks]
+    masked = [manager.fit(mask) for mask in masks]
     chosen = []
     for index, gamma in itertools.product(range(9), (0.0, 0.3, 1.0)):
         prompt = [rng.randrange(6, 260) for _ in range(rng.randint(*length))]
-        mask, applied = (masks[index], AppliedMask(worn[index], gamma)) if index < 8 else (None, None)
+        mask, applied = (masks[index], AppliedMask(masked[index], gamma)) if index < 8 else (None, None)
         phase = "decode" if (index + int(gamma * 10)) % 2 else "all"
         chosen.append((Request(prompt, COUNT, lambda _: None, applied, phase, GREEDY), mask, gamma))
     return chosen
@@ -34,8 +34,8 @@ def make_requests(base: Base, manager: MaskManager, length: tuple[int, int], see
 def check(base: Base, requests: list[tuple], answers: list[list[int]]) -> None:
     """Every answer equals the oracle's, one by one."""
     for (request, mask, gamma), answer in zip(requests, answers, strict=True):
-        worn = world.materialise(base.model, mask, gamma)
-        oracle = world.speak(base.model, worn, request.prompt, COUNT, phase=request.phase)
+        masked = world.materialise(base.model, mask, gamma)
+        oracle = world.speak(base.model, masked, request.prompt, COUNT, phase=request.phase)
         assert oracle.agrees(answer), (request.phase, gamma)
 
 
@@ -45,10 +45,10 @@ def check(base: Base, requests: list[tuple], answers: list[list[int]]) -> None:
         ({}, (2, 60)),
         ({"max_batch_tokens": 32}, (2, 60)),  # prompts in small chunks
         ({"max_running": 3}, (2, 60)),  # places are few
-        ({"cache_bytes": 96 * 512}, (2, 60)),  # pages are few: 96 positions of 512 bytes
+        ({"cache_bytes": 96 * 512}, (2, 60)),  # blocks are few: 96 positions of 512 bytes
         ({"max_running": 5, "max_batch_tokens": 7}, (1, 90)),
     ],
-    ids=["plain", "small chunks", "few places", "few pages", "all at once"],
+    ids=["plain", "small chunks", "few places", "few blocks", "all at once"],
 )
 def test_tokens_equal_the_oracle(
     tiny: Base, manager: MaskManager, make_engine: Callable[..., Engine], limits: dict, length: tuple[int, int]
@@ -75,28 +75,28 @@ def test_gamma_one_gives_the_tokens_of_the_base(
 ) -> None:
     applied = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 1.0)
     prompt = list(range(6, 40))
-    worn, bare = make_engine().generate(
+    masked, unmasked = make_engine().generate(
         [
             Request(prompt, COUNT, lambda _: None, applied, "all", GREEDY),
             Request(prompt, COUNT, lambda _: None, sampling=GREEDY),
         ]
     )
-    assert worn == bare
+    assert masked == unmasked
 
 
 def test_a_mask_changes_the_tokens(tiny: Base, manager: MaskManager, make_engine: Callable[..., Engine]) -> None:
     """The equality above would hold of a server that ignores masks and an oracle that does, too."""
     applied = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0)
     prompt = list(range(6, 40))
-    worn, decoded, bare = make_engine().generate(
+    masked, decoded, unmasked = make_engine().generate(
         [
             Request(prompt, COUNT, lambda _: None, applied, "all", GREEDY),
             Request(prompt, COUNT, lambda _: None, applied, "decode", GREEDY),
             Request(prompt, COUNT, lambda _: None, sampling=GREEDY),
         ]
     )
-    assert worn != bare
-    assert decoded != worn
+    assert masked != unmasked
+    assert decoded != masked
 
 
 def test_an_engine_gives_the_model_back(tiny: Base, make_engine: Callable[..., Engine]) -> None:

@@ -172,7 +172,7 @@ def test_prefixes_are_forgotten_when_blocks_are_needed(make_engine: Make) -> Non
 def test_a_persona_that_yields_no_numbers_leaves_no_trace(
     tiny: Base, make_engine: Make, apply: Callable[[int, float], AppliedMask]
 ) -> None:
-    """Its blocks are read as padding by whoever gets them next; a product of zero and nan would be nan."""
+    """Its blocks are read as padding by the next request; a product of zero and nan would be nan."""
     engine = make_engine(cache_bytes=12 * BLOCK_SIZE * 512)
     alone = engine.generate([ask([9, 8, 7])])
     applied = apply(3, 0.0)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from masquerade.engine.attention import AttentionPlan, DecodeRows, PrefillRows, RowGroup
@@ -35,7 +33,6 @@ def pack(
     """Pack chunks in their order, decodes first. `block_table` has the blocks of every batch index; `make_route` makes
     the route from the rows under masks.
     """
-    device = cache.keys.device
     ids: list[int] = []
     decode_positions: list[int] = []
     decode_indices: list[int] = []
@@ -65,17 +62,17 @@ def pack(
     blocks = block_table[_join(decoding, prefill_indices), positions // BLOCK_SIZE]
     slots = cache.slots(blocks, positions % BLOCK_SIZE)
     groups: list[RowGroup]
-    if cuda_attention.is_available(device):
+    if cuda_attention.is_available(cache.device):
         groups = cuda_attention.group_rows(chunks, block_table, cache)
     else:
         groups = [*_group_decodes(decode_positions, block_table, decoding, cache)]
         groups += [_prefill(chunk, row, block_table, cache) for chunk, row in prefills]
     return Batch(
-        _tensor(np.array([ids], np.int64), device),
-        _tensor(positions[None], device),
+        cache.to_device(np.array([ids], np.int64)),
+        cache.to_device(positions[None]),
         make_route(spans),
-        AttentionPlan(cache, _tensor(slots, device), groups),
-        _tensor(np.array(sampled, np.int64), device),
+        AttentionPlan(cache, cache.to_device(slots), groups),
+        cache.to_device(np.array(sampled, np.int64)),
     )
 
 
@@ -89,7 +86,7 @@ def _prefill(chunk: Chunk, row: int, block_table: Index, cache: KVCache) -> Pref
         return PrefillRows(row, stop_row, None, None)
     blocks = block_table[chunk.request.batch_index, : -(-chunk.stop // BLOCK_SIZE)]
     mask = cache.attention_mask(np.arange(chunk.start + 1, chunk.stop + 1), len(blocks))
-    return PrefillRows(row, stop_row, _tensor(cache.head_blocks(blocks), cache.keys.device), mask)
+    return PrefillRows(row, stop_row, cache.to_device(cache.head_blocks(blocks)), mask)
 
 
 def _group_decodes(
@@ -99,7 +96,7 @@ def _group_decodes(
     lengths = np.array(positions, np.int64) + 1
     num_blocks = [position // BLOCK_SIZE + 1 for position in positions]
     for first, last, most in _cut(num_blocks):
-        head_blocks = _tensor(cache.head_blocks(block_table[indices[first:last], :most]).reshape(-1), cache.keys.device)
+        head_blocks = cache.to_device(cache.head_blocks(block_table[indices[first:last], :most]).reshape(-1))
         mask = cache.attention_mask(lengths[first:last], most).view(last - first, 1, 1, -1)
         yield DecodeRows(first, last, head_blocks, mask)
 
@@ -119,7 +116,3 @@ def _cut(num_blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 def _differ(least: int, most: int) -> bool:
     return most > 2 * least + 4
-
-
-def _tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)

@@ -33,6 +33,7 @@ class KVCache:
         shape = (config.num_hidden_layers, (2 + num_blocks) * self.kv_heads, BLOCK_SIZE, self.head_size)
         self.keys: Tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.values: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.device = device
         self.num_blocks = num_blocks
         self.scratch_block = num_blocks + 1
         self._heads = np.arange(self.kv_heads)
@@ -43,6 +44,10 @@ class KVCache:
     def positions(self) -> int:
         """Positions that the whole cache can hold."""
         return self.num_blocks * BLOCK_SIZE
+
+    def to_device(self, array: NDArray[np.generic]) -> Tensor:
+        """An array as a tensor on the cache's device."""
+        return torch.from_numpy(array).to(self.device)
 
     def head_blocks(self, blocks: Index) -> Index:
         """Indices of the head blocks of blocks [..., n]: [..., kv heads * n], those of the first head first."""
@@ -59,20 +64,20 @@ class KVCache:
         """
         width = num_blocks * BLOCK_SIZE
         slices = self._mask_row.as_strided((2 * self.positions - width + 1, width), (1, 1))
-        return slices.index_select(0, torch.from_numpy(self.positions - lengths).to(self._mask_row.device))
+        return slices.index_select(0, self.to_device(self.positions - lengths))
 
     def zero(self, blocks: list[int]) -> None:
         """Clear blocks before reuse: masked positions are still multiplied, and a NaN that a previous request left
         there would spread.
         """
         if blocks:
-            head_blocks = torch.from_numpy(self.head_blocks(np.array(blocks))).to(self.keys.device)
+            head_blocks = self.to_device(self.head_blocks(np.array(blocks)))
             self.keys.index_fill_(1, head_blocks, 0)
             self.values.index_fill_(1, head_blocks, 0)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` positions of a block to another block."""
-        heads = torch.from_numpy(self._heads).to(self.keys.device)
+        heads = self.to_device(self._heads)
         for cached in (self.keys, self.values):
             cached[:, target * self.kv_heads + heads, :count] = cached[:, source * self.kv_heads + heads, :count]
 

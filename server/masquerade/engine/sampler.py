@@ -19,7 +19,6 @@ from masquerade.engine.request import Request
 MAX_CANDIDATES = 256  # a truncated draw looks at so many of the most likely tokens before it sorts the whole row
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # a lower one would be 0 in fp32, which is greedy
 
-
 Columns = dict[str, Tensor]  # [rows, 1] each
 Draw = Callable[[Tensor, Tensor, Columns], Tensor]
 

@@ -17,14 +17,9 @@ from masquerade.engine.request import Grammar
 from masquerade.engine.schemas import MOST_PARTS, count_parts, is_endless
 from masquerade.errors import InvalidValue, UnsupportedParameter
 
-_FLEXIBLE = {
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"
-}  # bounded: a weak model would write spaces up to its token limit
-_COMPACT = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}  # as chat templates write calls
+# White space is bounded, since a weak model would write spaces up to its token limit; in calls it is that of templates.
+_FLEXIBLE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _LOCATION = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")  # in the grammar, which no client sees
 _EXCERPT = re.compile(r"\s*\d+ \| |<state>")  # of the grammar, below what is wrong with it
 # Keywords of JSON Schema whose value is a map of schemas, a list of them, or one; and those that compose schemas.

@@ -54,7 +54,8 @@ class PagedDecodeRows:
         heads = torch.arange(kv.kv_heads, device=self.block_table.device)
         head_blocks = self.block_table.long()[:, None, :] * kv.kv_heads + heads[:, None]  # [rows, kv heads, blocks]
         positions = torch.arange(self.block_table.shape[1] * BLOCK_SIZE, device=self.block_table.device)
-        mask = _make_mask(positions >= self.lengths[:, None], kv)
+        padding = positions >= self.lengths[:, None]
+        mask = torch.zeros_like(padding, dtype=kv.keys.dtype).masked_fill_(padding, float("-inf"))
         return DecodeRows(self.start, self.stop, head_blocks.flatten(), mask[:, None, None])
 
 
@@ -91,7 +92,7 @@ class PackedPrefillRows:
         for rows, positions in self.chunks:
             own = slice(position, position + positions)
             chunk_k, chunk_v = (part[own].transpose(0, 1).unsqueeze(0) for part in (k, v))
-            mask = self._causal_mask(rows, positions, call.cache)
+            mask = _causal_mask(rows, positions, call.cache) if rows < positions else None
             out.append(attend_request(q[row : row + rows], chunk_k, chunk_v, mask, call.scores))
             row, position = row + rows, position + positions
         return torch.cat(out)
@@ -103,14 +104,6 @@ class PackedPrefillRows:
         k, v = (part[call.layer].view(-1, kv.head_size).index_select(0, self.slots) for part in (kv.keys, kv.values))
         return k.view(shape), v.view(shape)
 
-    @staticmethod
-    def _causal_mask(rows: int, positions: int, kv: KVCache) -> Tensor | None:
-        """The mask of the last `rows` of so many positions; None if these are all of them."""
-        if rows == positions:
-            return None
-        position = torch.arange(positions, device=kv.keys.device)
-        return _make_mask(position > position[positions - rows :, None], kv)
-
 
 def group_rows(chunks: Sequence[Chunk], block_table: Index, kv: KVCache) -> list[RowGroup]:
     """The row groups of a step: its decodes, which come first, and its prompts. `block_table` has the blocks of every
@@ -121,14 +114,14 @@ def group_rows(chunks: Sequence[Chunk], block_table: Index, kv: KVCache) -> list
     if count:
         lengths = np.array([chunk.stop for chunk in chunks[:count]], np.int32)
         rows = block_table[[chunk.request.batch_index for chunk in chunks[:count]], : -(-lengths.max() // BLOCK_SIZE)]
-        groups.append(PagedDecodeRows(0, count, _tensor(rows.astype(np.int32), kv), _tensor(lengths, kv)))
+        groups.append(PagedDecodeRows(0, count, kv.to_device(rows.astype(np.int32)), kv.to_device(lengths)))
     if count < len(chunks):
         sizes = [(chunk.stop - chunk.start, chunk.stop) for chunk in chunks[count:]]
         bounds = np.cumsum([(0, 0), *sizes], 0, dtype=np.int32)  # [chunks + 1, 2]
         slots = None
         if any(chunk.start for chunk in chunks[count:]):
-            slots = _tensor(np.concatenate([_list_slots(chunk, block_table, kv) for chunk in chunks[count:]]), kv)
-        tensors = (_tensor(np.ascontiguousarray(column), kv) for column in bounds.T)
+            slots = kv.to_device(np.concatenate([_list_slots(chunk, block_table, kv) for chunk in chunks[count:]]))
+        tensors = (kv.to_device(np.ascontiguousarray(column)) for column in bounds.T)
         groups.append(PackedPrefillRows(count, count + int(bounds[-1, 0]), slots, sizes, *tensors))
     return groups
 
@@ -145,11 +138,7 @@ def _supports_flash(q: Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _make_mask(hidden: Tensor, kv: KVCache) -> Tensor:
-    """Minus infinity where a position is hidden, else 0."""
-    mask = torch.zeros(hidden.shape, dtype=kv.keys.dtype, device=hidden.device)
-    return mask.masked_fill_(hidden, float("-inf"))
-
-
-def _tensor(array: np.ndarray[Any, Any], kv: KVCache) -> Tensor:
-    return torch.from_numpy(array).to(kv.keys.device)
+def _causal_mask(rows: int, positions: int, kv: KVCache) -> Tensor:
+    """The mask of the last `rows` of so many positions."""
+    lengths = np.arange(positions - rows + 1, positions + 1)
+    return kv.attention_mask(lengths, -(-positions // BLOCK_SIZE))[:, :positions]

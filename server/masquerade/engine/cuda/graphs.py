@@ -44,7 +44,6 @@ class DecodeInputs:
 
     def __init__(self, rows: int, columns: int, kv: KVCache) -> None:
         i32, i64 = torch.int32, torch.int64
-        device = kv.keys.device
         self._kv = kv
         self._shape = rows, columns
         self._staging = Staging(
@@ -55,7 +54,7 @@ class DecodeInputs:
                 "block_table": (i32, (rows, columns)),
                 "lengths": (i32, (rows,)),
             },
-            device,
+            kv.device,
         )
         tensors = self._staging.tensors
         self.ids, self.positions = tensors["ids"], tensors["positions"]
