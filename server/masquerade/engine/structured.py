@@ -72,8 +72,8 @@ class Grammars:
     def compile(self, answer: AnswerFormat, count: int = 1) -> list[Grammar]:
         """The grammars of `count` answers of this form.
 
-        Raises `InvalidValue` if a schema cannot be compiled or no finite document meets it, and `UnsupportedParameter` if
-        llguidance is not installed.
+        Raises `InvalidValue` if a schema cannot be compiled or if no finite document meets it, and
+        `UnsupportedParameter` if llguidance is not installed.
         """
         formats = [*answer.choices, *([answer.alternative] if answer.alternative else [])]
         for one in formats:
