@@ -64,11 +64,11 @@ def draft(base: Base, manager: MaskManager, targets: Mapping[str, Target], phase
     return Treatment(applied=AppliedMask(manager.fit(as_mask(base, targets)), 0.0), phase=phase)
 
 
-def summarise(panel: Panel, worn: Mapping[int, Reading]) -> dict[str, Any]:
+def summarise(panel: Panel, masked: Mapping[int, Reading]) -> dict[str, Any]:
     """Mean figures and intervals of both sides of an axis."""
     bare = finish(panel.bare())
-    sides = [panel.figures(side, bare, worn[side], worn[-side]) for side in (1, -1)]
-    ends = [panel.intervals(side, bare, worn[side], worn[-side]) for side in (1, -1)]
+    sides = [panel.figures(side, bare, masked[side], masked[-side]) for side in (1, -1)]
+    ends = [panel.intervals(side, bare, masked[side], masked[-side]) for side in (1, -1)]
     found: dict[str, Any] = {
         name: sum(side[name] if side[name] is not None else float("inf") for side in sides) / 2
         for name in ("flip", "margin_shift", "own_ratio", "neutral_ratio")

@@ -215,7 +215,7 @@ def make_bits(out: int, columns: int, rng: np.random.Generator) -> Target:
 
 
 def measure_loads(manager: MaskManager, listed: Mask, bitmap: Mask, clock: Clock) -> Iterator[Figure]:
-    """From the host's memory to being ready for a step."""
+    """From host memory to ready for use."""
     for kind, mask, backend in (("sparse", listed, "cuda-list"), ("bitmap", bitmap, "cuda-bits")):
         seconds = min(clock.time(lambda mask=mask, how=backend: manager.fit(mask, how)) for _ in range(3))  # type: ignore[misc]
         size = manager.fit(mask, backend).nbytes

@@ -37,7 +37,7 @@ BITMAP = 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of a batch, how they are dressed, and what is asked for."""
+    """Rows of a batch, their masks, and the bounds to reach."""
 
     dtype: torch.dtype
     rows: int
@@ -49,8 +49,8 @@ class Case:
     @property
     def label(self) -> str:
         dtype = "bf16" if self.dtype is torch.bfloat16 else "fp32"
-        dressed = f"{self.personas} personas" if self.personas > 1 else "one persona"
-        return f"{dtype}, {self.rows} rows of {dressed}" if self.rows > 1 else f"{dtype}, 1 row"
+        masks = f"{self.personas} personas" if self.personas > 1 else "one persona"
+        return f"{dtype}, {self.rows} rows of {masks}" if self.rows > 1 else f"{dtype}, 1 row"
 
 
 NAMES = {"list": "sparse 0.3 %", "bits": "bitmap", "own": "own dense", "torch": "torch dense"}
@@ -114,7 +114,8 @@ def compare(case: Case, shape: tuple[int, int], seconds: float) -> dict[str, flo
     x = torch.randn(case.rows, columns).to(case.dtype)
     candidates: dict[str, Callable[[nn.Linear], object]] = {"own": turn([NativeProduct()], x)}
     for kind in case.kinds:
-        candidates[kind] = turn([dress(case, linears[0], kind, seed) for seed in range(max(1, 4 // case.personas))], x)
+        seeds = range(max(1, 4 // case.personas))
+        candidates[kind] = turn([make_product(case, linears[0], kind, seed) for seed in seeds], x)
     candidates["torch"] = lambda linear: F.linear(x, linear.weight)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     weights, until = cycle(linears), time.monotonic() + seconds
@@ -133,16 +134,16 @@ def turn(products: Sequence[NativeProduct], x: torch.Tensor) -> Callable[[nn.Lin
     return lambda linear: (product := next(ring))(x, linear.weight, None, product.find("linear"))
 
 
-def dress(case: Case, linear: nn.Linear, kind: str, seed: int) -> NativeProduct:
-    """A product of rows that are dealt out to random masks."""
+def make_product(case: Case, linear: nn.Linear, kind: str, seed: int) -> NativeProduct:
+    """The product of rows that take turns among random masks."""
     rng, share = np.random.default_rng(seed), RHO if kind == "list" else BITMAP
-    worn = []
+    spans = []
     for persona in range(case.personas):
         mask = correct(linear, encode(rng.random(tuple(linear.weight.shape), np.float32) < share), kind)
         assert isinstance(mask, NativeMask)
         parts = NativeParts({"linear": mask}, {"linear": 0})
-        worn += [NativeSpan(parts, 1 - case.gamma, row, row + 1) for row in range(persona, case.rows, case.personas)]
-    return NativeProduct(worn)
+        spans += [NativeSpan(parts, 1 - case.gamma, row, row + 1) for row in range(persona, case.rows, case.personas)]
+    return NativeProduct(spans)
 
 
 def measure_model(scale: engine.Scale, repeats: int) -> Iterator[Figure]:
@@ -160,14 +161,14 @@ def measure_model(scale: engine.Scale, repeats: int) -> Iterator[Figure]:
         times["generate"].append(engine.run_generate(base, one, scale.new))
         manager = MaskManager.attach(base.model)
         times["one"].append(engine.run_engine(base, one, [None], scale.new, EngineConfig()))
-        times["bare"].append(engine.run_engine(base, many, [None], scale.new, EngineConfig()))
-        times["worn"].append(engine.run_engine(base, many, applied_masks, scale.new, EngineConfig()))
+        times["base"].append(engine.run_engine(base, many, [None], scale.new, EngineConfig()))
+        times["masked"].append(engine.run_engine(base, many, applied_masks, scale.new, EngineConfig()))
         manager.detach()
     spent = {name: float(np.median(runs)) for name, runs in times.items()}
     yield Figure("engine, 1 stream of a bf16 model", scale.new / spent["one"], "tokens/CPU-s")
     yield Figure("engine / generate, 1 stream of a bf16 model", spent["generate"] / spent["one"], "x", ">= 1.4")
-    yield Figure("engine, 16 streams of the base, bf16", 16 * scale.new / spent["bare"], "tokens/CPU-s")
-    yield Figure("16 streams over 16 sparse personas / the base, bf16", spent["bare"] / spent["worn"], "x", ">= 0.93")
+    yield Figure("engine, 16 streams of the base, bf16", 16 * scale.new / spent["base"], "tokens/CPU-s")
+    yield Figure("16 streams over 16 sparse personas / the base, bf16", spent["base"] / spent["masked"], "x", ">= 0.93")
 
 
 if __name__ == "__main__":

@@ -87,14 +87,14 @@ class Bench:
         for plan in plans:
             tuner = Tuner(panels["tune"], ladder, fit, (1, -1), LIMITS, opposed=True)
             rho = finish(tuner.choose([plan])).rho
-            worn = {side: fit(ladder.targets((plan.score, side, rho))) for side in (1, -1)}
-            found = self._read(panels["test"], worn)
+            masked = {side: fit(ladder.targets((plan.score, side, rho))) for side in (1, -1)}
+            found = self._read(panels["test"], masked)
             shifts[plan.score] = found["margin_shift"]
             yield from self._show(f"{axis} {plan.score} {rho:g}", found, within=plan.score == "attribution-fisher")
             print(f"{axis}: {plan.score} after {time.perf_counter() - started:.0f} s", file=sys.stderr)
         for plan in fixed:
-            worn = {side: fit(ladder.targets((plan.score, side, plan.rhos[0]))) for side in (1, -1)}
-            yield from self._show(f"{axis} {plan.score} {plan.rhos[0]:g}", self._read(panels["test"], worn))
+            masked = {side: fit(ladder.targets((plan.score, side, plan.rhos[0]))) for side in (1, -1)}
+            yield from self._show(f"{axis} {plan.score} {plan.rhos[0]:g}", self._read(panels["test"], masked))
         for name, strengths in CONTROLS.items():
             made = {side: self._control(name, train, sides, side) for side in (1, -1)}
             strength = self._tune(panels["tune"], made, strengths)
@@ -135,8 +135,8 @@ class Bench:
                 chosen = strength
         return chosen
 
-    def _read(self, panel: Panel, worn: Mapping[int, Treatment]) -> dict[str, Any]:
-        return summarise(panel, {side: finish(panel.read(treatment)) for side, treatment in worn.items()})
+    def _read(self, panel: Panel, masked: Mapping[int, Treatment]) -> dict[str, Any]:
+        return summarise(panel, {side: finish(panel.read(treatment)) for side, treatment in masked.items()})
 
     def _show(self, name: str, found: Mapping[str, Any], within: bool = False) -> Iterator[Figure]:
         for key in SHOWN:

@@ -97,9 +97,9 @@ class Bench:
             bare.append(self._speak(axis, own, {1: BARE, -1: BARE}))
             print(f"{axis.name}: calibrated after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
             for score, rho in methods:
-                worn = {side: draft(self._base, self._manager, ladder.targets((score, side, rho))) for side in (1, -1)}
-                readings = {side: finish(panel.read(treatment)) for side, treatment in worn.items()}
-                rows[score, rho].append(summarise(panel, readings) | self._speak(axis, own, worn))
+                pair = {side: draft(self._base, self._manager, ladder.targets((score, side, rho))) for side in (1, -1)}
+                readings = {side: finish(panel.read(treatment)) for side, treatment in pair.items()}
+                rows[score, rho].append(summarise(panel, readings) | self._speak(axis, own, pair))
             print(f"{axis.name}: measured after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
         for name in ("greedy", "sampled", "facts"):
             yield Figure(f"none: {name}", _mean(row[name] for row in bare), "share")
@@ -154,8 +154,8 @@ class Bench:
         said = {"own": encode(self._base, own), "contrast": encode(self._base, contrast), "neutral": calm}
         return calibrate(self._base, plans, said)
 
-    def _speak(self, axis: grammar.Axis, own: Sequence[Example], worn: dict[int, Treatment]) -> dict[str, float]:
-        sides = ((axis.positive, worn[1]), (axis.negative, worn[-1]))
+    def _speak(self, axis: grammar.Axis, own: Sequence[Example], pair: dict[int, Treatment]) -> dict[str, float]:
+        sides = ((axis.positive, pair[1]), (axis.negative, pair[-1]))
         facts = encode(self._base, self._facts)
         said = [
             [text for texts in answer(self._base, facts, treatment, Speech(tokens=24)) for text in texts]

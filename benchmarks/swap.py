@@ -4,7 +4,7 @@
 how fast a mask that is on disk is ready, against reading its file through a buffer; what happens to the time to the
 first token and to throughput when 32 personas take turns in the room of 8; and what others notice of a load that hangs.
 
-A cold load is everything from the request for a digest to a mask that can be worn: header, identity, sha256 of all
+A cold load is everything from the request for a digest to a mask that is ready for use: header, identity, sha256 of all
 bytes the first time a file is seen (afterwards a pass that brings them into the system's cache), shapes and pad bits,
 and the corrections of all Linears. "From disk" means that the file was dropped from the system's cache before.
 
@@ -132,24 +132,24 @@ def make_mask(base: Base, rho: float, seed: int) -> Mask:
 
 
 def measure_switch(scale: Scale) -> Iterator[Figure]:
-    """A decode step that wears another mask than the one before, asking for a mask, and a step that wears one."""
+    """A decode step with another mask than the one before, a request for a mask, and a step with one."""
     for name, rho in KINDS:
         for rows in (1, 16):
             case = f"{rows} requests, all of them others" if rows > 1 else "one request"
-            figure = f"what wearing another persona than the last step's adds to a step, {case}, {name}"
+            figure = f"what another persona than the last step's adds to a step, {case}, {name}"
             yield Figure(figure, time_switch(rho, rows, scale.switches), "CPU-us", "<= 10" if rows == 1 else None)
     for name, rho in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             world = make_world(scale, rho, Path(folder), personas=2)
             residency = world.residency(2)
-            worn = [residency.get(digest) for digest in world.digests[:2]]
+            masks = [residency.get(digest) for digest in world.digests[:2]]
             if rho == SPARSE:
                 yield Figure(
                     "asking for a mask that is there", time_asking(residency, world.digests[:2]), "CPU-us", "<= 10"
                 )
-            bare, dressed = time_steps(world.base, worn)
-            yield Figure(f"decode step of one request, {name}", dressed, "CPU-us")
-            yield Figure(f"what a persona adds to a decode step, {name} / base", dressed / bare, "x")
+            plain, masked = time_steps(world.base, masks)
+            yield Figure(f"decode step of one request, {name}", masked, "CPU-us")
+            yield Figure(f"what a persona adds to a decode step, {name} / base", masked / plain, "x")
             residency.close()
 
 
@@ -163,13 +163,13 @@ def time_asking(residency: Residency, digests: Sequence[str]) -> float:
 
 @torch.inference_mode()
 def time_switch(rho: float, rows: int, switches: int) -> float:
-    """us by which a step whose rows wear others than in the last one is longer, route and all: a median over pairs.
+    """us that a step takes longer if its rows have other masks than in the last one, with its route; median over pairs.
 
     The model has as many Linears as the others here, and they are small, lest their reading drown the difference.
     """
     base = make_base(NARROW)
     manager = MaskManager.attach(base.model)
-    worn = [manager.fit(make_mask(base, rho, seed)) for seed in range(rows + 1)]
+    masks = [manager.fit(make_mask(base, rho, seed)) for seed in range(rows + 1)]
     ids, planned = torch.full((rows, 1), 7), make_route([], base.device)
 
     def step(spans: Sequence[Span]) -> float:
@@ -182,17 +182,17 @@ def time_switch(rho: float, rows: int, switches: int) -> float:
 
     differences = []
     for turn in range(switches):
-        changed = step([Span(AppliedMask(worn[(row + turn) % len(worn)], 0.0), row, row + 1) for row in range(rows)])
+        changed = step([Span(AppliedMask(masks[(row + turn) % len(masks)], 0.0), row, row + 1) for row in range(rows)])
         differences.append(changed - step([]))
     return float(np.median(differences[20:])) * 1e6
 
 
 @torch.inference_mode()
-def time_steps(base: Base, worn: Sequence[ResidentMask]) -> tuple[float, float]:
-    """us of a step of the base, and of one that wears a mask, two masks in turns."""
+def time_steps(base: Base, masks: Sequence[ResidentMask]) -> tuple[float, float]:
+    """us of a step of the base, and of one with a mask, two masks in turn."""
     ids, routes = (
         torch.tensor([[7]]),
-        cycle(make_route([Span(AppliedMask(mask, 0.0), 0, 1)], base.device) for mask in worn),
+        cycle(make_route([Span(AppliedMask(mask, 0.0), 0, 1)], base.device) for mask in masks),
     )
     bare = make_route([], base.device)
     times: list[list[float]] = [[], []]
@@ -201,8 +201,8 @@ def time_steps(base: Base, worn: Sequence[ResidentMask]) -> tuple[float, float]:
             started = time.thread_time()
             base.model(ids, use_cache=False, route=planned)
             times[place].append(time.thread_time() - started)
-    plain, dressed = (float(np.percentile(t[20:], 25)) * 1e6 for t in times)
-    return plain, dressed
+    plain, masked = (float(np.percentile(t[20:], 25)) * 1e6 for t in times)
+    return plain, masked
 
 
 # --- from disk to ready
@@ -299,7 +299,7 @@ def clock(work: Callable[[], object]) -> float:
 
 
 def measure_cliff(scale: Scale) -> Iterator[Figure]:
-    """Everybody resident and room for a quarter, in turns."""
+    """Everybody masks and room for a quarter, in turns."""
     for name, rho, clients in scale.cases:
         with tempfile.TemporaryDirectory() as folder:
             world = make_world(scale, rho, Path(folder))
@@ -309,11 +309,11 @@ def measure_cliff(scale: Scale) -> Iterator[Figure]:
                     made.append(run_turns(world, scale, room, clients))
         first = {room: float(np.median([t for run in made for t in run.firsts])) for room, made in runs.items()}
         rate = {room: max(run.rate for run in made) for room, made in runs.items()}
-        case, less = f"{PERSONAS} personas in turns, {clients} clients, {name}", f"room for {ROOM} / all resident"
+        case, less = f"{PERSONAS} personas in turns, {clients} clients, {name}", f"room for {ROOM} / all masks"
         bounds = ("<= 2", ">= 0.7") if clients <= ROOM else (None, None)
-        yield Figure(f"{case}: first token, all resident, median", first[PERSONAS] * 1e3, "ms")
+        yield Figure(f"{case}: first token, all masks, median", first[PERSONAS] * 1e3, "ms")
         yield Figure(f"{case}: first token, {less}", first[ROOM] / first[PERSONAS], "x", bounds[0])
-        yield Figure(f"{case}: throughput, all resident", rate[PERSONAS], "tokens/s")
+        yield Figure(f"{case}: throughput, all masks", rate[PERSONAS], "tokens/s")
         yield Figure(f"{case}: throughput, {less}", rate[ROOM] / rate[PERSONAS], "x", bounds[1])
         yield Figure(f"{case}: loads, room for {ROOM}", runs[ROOM][0].loads, "")
 
@@ -376,7 +376,7 @@ def run_threads(works: Sequence[Callable[[], None]]) -> None:
 
 
 def measure_hanging(scale: Scale) -> Iterator[Figure]:
-    """Four clients of resident and of cold personas, quiet and while somebody else's mask cannot be read."""
+    """Four clients of masks and of cold personas, quiet and while somebody else's mask cannot be read."""
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(scale, SPARSE, Path(folder))
         engine = Engine(world.base)
@@ -393,7 +393,7 @@ def measure_hanging(scale: Scale) -> Iterator[Figure]:
 
                 def live(start: int, residency: Residency = residency, times: list[float] = firsts[hanging]) -> None:
                     rng = random.Random(start)
-                    for digest in world.digests[1 + start :: 4]:  # half of them resident
+                    for digest in world.digests[1 + start :: 4]:  # half of them masks
                         prompt = [rng.randrange(4, VOCABULARY) for _ in range(scale.prompt)]
                         times.append(ask(engine, residency, digest, prompt, 4))
 

@@ -201,7 +201,7 @@ class TestLoad:
         asked = {"model": "random:last", "messages": said, "max_tokens": 2}
         assert http.post(CHAT, json=asked).status_code == 200
         self.wait_until_empty(serving)
-        assert (residency.leaving, residency.waiting) == (0, 0)
+        assert (residency.evicting, residency.waiting) == (0, 0)
         assert residency.nbytes <= residency.budget
 
     def wait_until_empty(self, serving: Serving) -> None:

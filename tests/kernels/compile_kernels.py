@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from masquerade.engine.cuda import paged
-from masquerade.kernels import triton as masked
+from masquerade.kernels.cuda import triton as masked
 
 BF16, I32, I64, F32 = "*bf16", "*i32", "*i64", "*fp32"
 TABLES = {"table": I64, "slots": I32, "rows": I32, "strengths": F32}

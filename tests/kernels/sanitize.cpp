@@ -63,14 +63,14 @@ Mask make_mask(int64_t out, int64_t in, double share) {
   return mask;
 }
 
-// Spans of a batch that stands for something: kind, strength and rows of each.
-struct Worn {
+// One span of a test batch.
+struct MaskedRows {
   Kind kind;
   double strength;
   int64_t rows;
 };
 
-// Lay out a mask's list, and read the same again.
+// Lays out a list and reads it back.
 template <class T>
 bool check_list(Mask& mask, Kind kind, const std::vector<T>& weight, int64_t out, int64_t in) {
   const int32_t dtype = sizeof(T) == 4 ? kFloat32 : kBfloat16;
@@ -87,25 +87,25 @@ bool check_list(Mask& mask, Kind kind, const std::vector<T>& weight, int64_t out
 }
 
 template <class T>
-bool check(int32_t isa, int64_t out, int64_t in, int64_t bare, const std::vector<Worn>& worn) {
-  int64_t rows = bare;
-  for (const Worn& one : worn) rows += one.rows;
+bool check(int32_t isa, int64_t out, int64_t in, int64_t base_rows, const std::vector<MaskedRows>& groups) {
+  int64_t rows = base_rows;
+  for (const MaskedRows& group : groups) rows += group.rows;
   std::vector<T> weight(out * in), x(rows * in), y(rows * out), bias(out);
   for (auto* all : {&weight, &x, &bias})
     for (T& value : *all) value = encode<T>(uniform() - 0.5);
   std::vector<Mask> masks;
   std::vector<std::vector<Part>> tables;
   std::vector<Span> spans;
-  std::vector<int> wears(rows, -1);
-  int64_t start = bare / 2;  // rows of the base on both sides
-  for (const Worn& one : worn) {
-    masks.push_back(make_mask(out, in, one.kind == kBitmap ? 0.5 : uniform() < 0.5 ? 0.02 : 0.3));
-    for (int64_t row = start; row < start + one.rows; row++) wears[row] = spans.size();
-    spans.push_back({nullptr, one.strength, start, start + one.rows});
-    start += one.rows;
+  std::vector<int> span_of_row(rows, -1);
+  int64_t start = base_rows / 2;  // rows of the base on both sides
+  for (const MaskedRows& group : groups) {
+    masks.push_back(make_mask(out, in, group.kind == kBitmap ? 0.5 : uniform() < 0.5 ? 0.02 : 0.3));
+    for (int64_t row = start; row < start + group.rows; row++) span_of_row[row] = spans.size();
+    spans.push_back({nullptr, group.strength, start, start + group.rows});
+    start += group.rows;
   }
   for (size_t m = 0; m < masks.size(); m++) {
-    const Kind kind = worn[m].kind;
+    const Kind kind = groups[m].kind;
     if (kind != kBitmap && !check_list<T>(masks[m], kind, weight, out, in)) return false;
     std::vector<uint8_t>& data = kind == kBitmap ? masks[m].keep : masks[m].list;
     tables.push_back({Part{kNothing, nullptr}, Part{kind, data.data()}});
@@ -120,12 +120,12 @@ bool check(int32_t isa, int64_t out, int64_t in, int64_t bare, const std::vector
     const int64_t stride = (in + 63) / 64 * 8;
     for (int64_t row = 0; row < rows; row++)
       for (int64_t o = 0; o < out; o++) {
-        const int m = number ? wears[row] : -1;
+        const int m = number ? span_of_row[row] : -1;
         double sum = decode(bias[o]), scale = 1;
         for (int64_t k = 0; k < in; k++) {
           const bool kept = m < 0 || masks[m].keep[o * stride + k / 8] >> k % 8 & 1;
           const double term = decode(weight[o * in + k]) * decode(x[row * in + k]);
-          sum += kept ? term : term * (1 - worn[m].strength);
+          sum += kept ? term : term * (1 - groups[m].strength);
           scale += std::fabs(term);
         }
         const double found = decode(y[row * out + o]);
@@ -139,7 +139,7 @@ bool check(int32_t isa, int64_t out, int64_t in, int64_t bare, const std::vector
   return true;
 }
 
-// Spans that are none of a batch's rows are refused before anything is read.
+// Overlapping spans and spans outside the batch are refused before anything is read.
 bool check_refusals() {
   const Part parts[] = {{kBitmap, nullptr}};
   const std::vector<std::vector<Span>> wrong = {
@@ -156,7 +156,7 @@ bool check_refusals() {
 
 int main() {
   const int64_t shapes[][2] = {{1, 1}, {3, 17}, {4, 64}, {5, 63}, {18, 130}, {33, 1040}, {260, 127}};
-  const std::vector<std::vector<Worn>> batches = {
+  const std::vector<std::vector<MaskedRows>> batches = {
       {},
       {{kBitmap, 1.0, 1}},
       {{kBitmap, 0.7, 2}, {kList16, 1.0, 1}},
@@ -171,10 +171,10 @@ int main() {
     if (!(masquerade_isas() >> isa & 1)) continue;
     for (const auto& shape : shapes)
       for (const auto& batch : batches)
-        for (int64_t bare : {0, 1, 26}) {
-          if (bare == 0 && batch.empty()) continue;
-          if (!check<float>(isa, shape[0], shape[1], bare, batch)) return 1;
-          if (!check<uint16_t>(isa, shape[0], shape[1], bare, batch)) return 1;
+        for (int64_t base_rows : {0, 1, 26}) {
+          if (base_rows == 0 && batch.empty()) continue;
+          if (!check<float>(isa, shape[0], shape[1], base_rows, batch)) return 1;
+          if (!check<uint16_t>(isa, shape[0], shape[1], base_rows, batch)) return 1;
         }
   }
   std::puts("ok");

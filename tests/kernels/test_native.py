@@ -1,4 +1,4 @@
-"""The native kernels against float64, and what they promise: rows, threads and pruned weights that are no numbers."""
+"""The native kernels against float64: rows, threads and pruned weights that are not finite."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPP = Path(native.__file__).parent / "cpp"
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a batch that wear one mask."""
+    """Rows of a batch that have one mask."""
 
     backend: str
     share: float  # pruned
@@ -51,30 +51,30 @@ parts = st.builds(
 
 
 class Batch:
-    """A Linear, rows in random order that wear what the parts say, and some of the base's."""
+    """A Linear, rows in random order with the masks of the parts, and some of the base's."""
 
     def __init__(
         self,
         out: int,
         columns: int,
         dtype: torch.dtype,
-        worn: Sequence[Part],
-        bare: int,
+        parts: Sequence[Part],
+        base_rows: int,
         bias: bool = False,
         seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
         self.linear = nn.Linear(columns, out, bias=bias).to(dtype).requires_grad_(False)
-        self.rows = bare + sum(len(part.gammas) for part in worn)
+        self.rows = base_rows + sum(len(part.gammas) for part in parts)
         self.x = torch.randn(self.rows, columns).to(dtype)
-        places = torch.randperm(self.rows).split([bare, *(len(part.gammas) for part in worn)])
+        places = torch.randperm(self.rows).split([base_rows, *(len(part.gammas) for part in parts)])
         weight, x = self.linear.weight.double(), self.x.double()
         self.expected = x @ weight.T
         self.masks: list[NativeMask] = []
         self.places: list[Tensor] = []  # of each mask's rows
-        self.worn: list[NativeSpan] = []  # row by row
-        for part, rows in zip(worn, places[1:], strict=True):
+        self.spans: list[NativeSpan] = []  # row by row
+        for part, rows in zip(parts, places[1:], strict=True):
             pruned = rng.random((out, columns)) < part.share
             mask = correct(self.linear, encode(pruned), part.backend)
             assert isinstance(mask, NativeMask)
@@ -82,7 +82,7 @@ class Batch:
             self.places.append(rows)
             table = NativeParts({"this": mask}, {"other": 0, "this": 1})
             strength = 1 - torch.tensor(part.gammas).view(-1, 1)
-            self.worn += [
+            self.spans += [
                 NativeSpan(table, float(by), int(row), int(row) + 1) for row, by in zip(rows, strength, strict=True)
             ]
             self.expected[rows] -= strength.double() * (x[rows] @ (weight * torch.from_numpy(pruned)).T)
@@ -92,12 +92,12 @@ class Batch:
             self.scale += self.linear.bias.double().abs()
 
     def multiply(self, isa: str | None = None) -> Tensor:
-        product = NativeProduct(self.worn, isa)
+        product = NativeProduct(self.spans, isa)
         return product(self.x, self.linear.weight, self.linear.bias, product.find("this"))
 
     def alone(self, row: int, isa: str | None = None) -> Tensor:
         """The output of one row by itself."""
-        product = NativeProduct([one._replace(start=0, stop=1) for one in self.worn if one.start == row], isa)
+        product = NativeProduct([one._replace(start=0, stop=1) for one in self.spans if one.start == row], isa)
         return product(self.x[row : row + 1], self.linear.weight, self.linear.bias, product.find("this"))[0]
 
 
@@ -112,9 +112,9 @@ class Batch:
     st.integers(0, 2**32 - 1),
 )
 def test_products_equal_the_formula_and_no_row_depends_on_another(
-    out: int, columns: int, dtype: torch.dtype, worn: list[Part], bare: int, bias: bool, seed: int
+    out: int, columns: int, dtype: torch.dtype, parts: list[Part], base_rows: int, bias: bool, seed: int
 ) -> None:
-    batch = Batch(out, columns, dtype, worn, bare, bias, seed)
+    batch = Batch(out, columns, dtype, parts, base_rows, bias, seed)
     for isa in ISAS:
         y = batch.multiply(isa)
         assert ((y.double() - batch.expected).abs() <= TOLERANCE[dtype] * (batch.scale + 1e-3)).all()
@@ -124,8 +124,8 @@ def test_products_equal_the_formula_and_no_row_depends_on_another(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
-    worn = [Part("list", 0.01, (0.0,) * 5), Part("bits", 0.5, (0.0, 0.3)), Part("bits", 0.5, (0.0,) * 9)]
-    batch, threads = Batch(517, 331, dtype, worn, 3), torch.get_num_threads()
+    parts = [Part("list", 0.01, (0.0,) * 5), Part("bits", 0.5, (0.0, 0.3)), Part("bits", 0.5, (0.0,) * 9)]
+    batch, threads = Batch(517, 331, dtype, parts, 3), torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3, 5):
@@ -177,21 +177,21 @@ def test_dense_products_of_fp32_are_torchs_to_the_bit() -> None:
 
 def test_what_does_not_fit_the_plan_is_refused() -> None:
     batch = Batch(8, 16, torch.float32, [Part("list", 0.1, (0.0, 0.0))], 1)
-    product = NativeProduct(batch.worn)
+    product = NativeProduct(batch.spans)
     for x in (torch.randn(3, 17), torch.randn(3, 16).bfloat16()):
-        with pytest.raises(ValueError, match="cannot go through"):
+        with pytest.raises(ValueError, match="do not fit"):
             product(x, batch.linear.weight, None, 1)
-    twice, backwards = batch.worn[0], batch.worn[0]._replace(start=3, stop=2)
-    for worn in ([*batch.worn, twice], [backwards], [twice._replace(start=2, stop=4)], [twice._replace(start=-1)]):
-        with pytest.raises(ValueError, match="cannot wear"):
-            NativeProduct(worn)(batch.x, batch.linear.weight, None, 1)
+    twice, backwards = batch.spans[0], batch.spans[0]._replace(start=3, stop=2)
+    for spans in ([*batch.spans, twice], [backwards], [twice._replace(start=2, stop=4)], [twice._replace(start=-1)]):
+        with pytest.raises(ValueError, match="overlap"):
+            NativeProduct(spans)(batch.x, batch.linear.weight, None, 1)
 
 
-def test_spans_are_rows_that_wear_the_same() -> None:
+def test_spans_are_rows_with_the_same_mask() -> None:
     """In whatever order they come, and how many rows each of them has."""
     masks = [Part("list", 0.01, (0.0,)), Part("bits", 0.5, (0.0,)), Part("list", 0.01, (0.0,))]
     batch = Batch(30, 200, torch.bfloat16, masks, 0)
-    one, two, three = (worn.parts for worn in batch.worn)
+    one, two, three = (span.parts for span in batch.spans)
     spans = [
         NativeSpan(one, 0.7, 0, 5),
         NativeSpan(two, 1.0, 5, 14),
@@ -201,13 +201,13 @@ def test_spans_are_rows_that_wear_the_same() -> None:
     x = torch.randn(40, 200).bfloat16()
     together = NativeProduct(spans[::-1])(x, batch.linear.weight, None, 1)
     for row in range(40):
-        worn = [span._replace(start=0, stop=1) for span in spans if span.start <= row < span.stop]
-        assert torch.equal(NativeProduct(worn)(x[row : row + 1], batch.linear.weight, None, 1)[0], together[row])
+        own = [span._replace(start=0, stop=1) for span in spans if span.start <= row < span.stop]
+        assert torch.equal(NativeProduct(own)(x[row : row + 1], batch.linear.weight, None, 1)[0], together[row])
 
 
 def test_a_mask_that_prunes_nothing_of_a_linear_leaves_it_to_the_base() -> None:
     batch = Batch(20, 64, torch.bfloat16, [Part("bits", 0.5, (0.0,)), Part("list", 0.1, (0.0,))], 1)
-    product = NativeProduct(batch.worn)
+    product = NativeProduct(batch.spans)
     assert (product.find("this"), product.find("other"), product.find("head")) == (1, None, None)
     assert torch.equal(
         product(batch.x, batch.linear.weight, None, 0), dense(batch.x, batch.linear.weight, batch.linear.bias)
@@ -237,14 +237,14 @@ def test_without_the_library_torch_takes_over_and_says_so_once(
     with caplog.at_level(logging.INFO, logger="masquerade"):
         base = load(str(tiny_folder), device="cpu")
         manager = MaskManager.attach(base.model)
-        worn = [manager.fit(world.make_mask(base, rho, 1)) for rho in (0.003, 0.3)]
+        resident = [manager.fit(world.make_mask(base, rho, 1)) for rho in (0.003, 0.3)]
     assert [record.getMessage() for record in caplog.records if "native" in record.getMessage()] == [
         caplog.records[0].getMessage()
     ]
-    assert not any(isinstance(c, NativeMask) for mask in worn for c in mask.corrections.values())
+    assert not any(isinstance(c, NativeMask) for mask in resident for c in mask.corrections.values())
     ids = torch.arange(6, 46).unsqueeze(0)
     expected = world.materialise(base.model, world.make_mask(base, 0.3, 1), 0.0)(ids).logits
-    found = base.model(ids, route=make_route([Span(AppliedMask(worn[1], 0.0), 0, 40)], base.device)).logits
+    found = base.model(ids, route=make_route([Span(AppliedMask(resident[1], 0.0), 0, 40)], base.device)).logits
     assert torch.allclose(found, expected, atol=1e-3)
     with pytest.raises(UnusableModel, match="compiler"):
         NativeProduct()
@@ -267,7 +267,7 @@ def test_a_copy_of_a_model_computes_with_its_own_weights(tiny: Base, manager: Ma
 
 
 def test_gradients_flow_through_an_attached_model(tiny: Base, manager: MaskManager) -> None:
-    """Whether or not a mask is worn."""
+    """With and without a mask."""
     applied = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0)
     embedded = tiny.model.get_input_embeddings()(torch.arange(6, 20).unsqueeze(0)).requires_grad_(True)
     found = []
@@ -284,15 +284,16 @@ def test_rows_of_a_bf16_model_do_not_depend_on_the_batch(tiny_folder: Path) -> N
     """The Linears of every row, seen by hooks, over masks of both kinds and rows of the base."""
     base = load(str(tiny_folder), device="cpu", dtype="bfloat16")
     with torch.no_grad():
+        name = "model.layers.1.mlp.down_proj"
+        assert serves(base.model.get_submodule(name))
         manager = MaskManager.attach(base.model)
-        worn = [manager.fit(world.make_mask(base, rho, seed)) for seed, rho in enumerate((0.003, 0.3))]
-        linear = base.model.model.layers[1].mlp.down_proj
-        assert serves(linear)
-        name, x = "model.layers.1.mlp.down_proj", torch.randn(1, 20, linear.in_features).bfloat16()
+        resident = [manager.fit(world.make_mask(base, rho, seed)) for seed, rho in enumerate((0.003, 0.3))]
+        linear = base.model.get_submodule(name)
+        x = torch.randn(1, 20, linear.in_features).bfloat16()
         spans = [
-            Span(AppliedMask(worn[0], 0.0), 0, 9),
-            Span(AppliedMask(worn[1], 0.0), 9, 10),
-            Span(AppliedMask(worn[0], 0.3), 12, 13),
+            Span(AppliedMask(resident[0], 0.0), 0, 9),
+            Span(AppliedMask(resident[1], 0.0), 9, 10),
+            Span(AppliedMask(resident[0], 0.3), 12, 13),
         ]
         together = make_route(spans, base.device).multiply(name, x, linear.weight, None)[0]
         for row in range(20):

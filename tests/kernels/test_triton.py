@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from maskstore import Bitmap, MaskInfo, Target, encode
 from masquerade.kernels import cuda
-from masquerade.kernels.cuda import CudaBits, CudaList
-from masquerade.kernels.tiles import tile
+from masquerade.kernels.cuda import CudaBits, CudaList, tile
 from masquerade.model import AppliedMask, ResidentMask, Span
-from masquerade.model.slots import SlotMap, SlotRoute, Slots
+from masquerade.model.cuda import SlotMap, SlotRoute, Slots
 
 pytest.importorskip("triton")
 
@@ -139,7 +138,7 @@ def test_a_hard_mask_skips_what_it_prunes_beside_rows_that_do_not() -> None:
 
 
 def test_tensors_that_stay_put_serve_batch_after_batch() -> None:
-    """What a captured graph relies on: another batch in the same frame is another result from the same addresses."""
+    """What a captured graph relies on: another batch of the same shape is another result from the same addresses."""
     linear = make_linear(40, 100, torch.float32)
     pruned = [prune(linear, share, seed) for seed, share in enumerate((0.01, 0.5, 0.02))]
     forms = [encode(pruned[0]).to_sparse(), encode(pruned[1]).to_bitmap(), encode(pruned[2]).to_sparse()]
@@ -150,16 +149,16 @@ def test_tensors_that_stay_put_serve_batch_after_batch() -> None:
         [None, (0, 0.0), (0, 0.3), (1, 0.0)],
         [],
     ]
-    slot_map = [
+    slot_maps = [
         SlotMap.of([Span(AppliedMask(masks[w[0]], w[1]), row, row + 1) for row, w in enumerate(batch) if w], len(batch))
         for batch in batches
     ]
-    slots = Slots(slot_map[0].padded_frame(4), DEVICE)
-    assert {one.padded_frame(4) for one in slot_map[:1] + slot_map[2:3]} == {slots.frame}
+    slots = Slots(slot_maps[0].padded_shape(4), DEVICE)
+    assert {one.padded_shape(4) for one in slot_maps[:1] + slot_maps[2:3]} == {slots.shape}
     places = {name: tensor.data_ptr() for name, tensor in slots._staging.tensors.items()}
     x = torch.randn(4, 100, device=DEVICE)
-    for batch, worn in zip(batches, slot_map, strict=True):
-        slots.write(worn)
+    for batch, slot_map in zip(batches, slot_maps, strict=True):
+        slots.write(slot_map)
         found = serve(slots, linear, x)
         expected = x.double() @ linear.weight.double().T
         for row, what in enumerate(batch):
@@ -187,7 +186,7 @@ def test_without_triton_torch_serves_and_the_log_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "masquerade.kernels.triton", raising=False)
+    monkeypatch.delitem(sys.modules, "masquerade.kernels.cuda.triton", raising=False)
     cuda.find_kernels.cache_clear()
     try:
         assert [cuda.find_kernels(), cuda.find_kernels()] == [None, None]

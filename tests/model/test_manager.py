@@ -1,4 +1,4 @@
-"""A model that wears masks computes what materialised weights compute, and comes back unchanged."""
+"""A masked model computes what materialised weights compute, and `detach` restores it."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ def test_logits_equal_materialised_weights(tiny_folder: Path, dtype: str, rho: f
     manager = MaskManager.attach(base.model)
     found = logits_of(base, ids, [Span(AppliedMask(manager.fit(mask), gamma), 0, 40)])
     assert (found - expected).abs().max() <= TOLERANCE[dtype] * expected.std()
-    assert (unmasked - expected).abs().max() > 10 * (found - expected).abs().max()  # the mask is felt
+    assert (unmasked - expected).abs().max() > 10 * (found - expected).abs().max()  # the mask has an effect
 
 
 @pytest.mark.parametrize("backend", ["reference", "sparse"])
-def test_rows_of_one_batch_wear_different_masks(tiny: Base, manager: MaskManager, backend: str) -> None:
+def test_rows_of_one_batch_have_different_masks(tiny: Base, manager: MaskManager, backend: str) -> None:
     masks = [world.make_mask(tiny, rho, seed) for seed, rho in enumerate((0.01, 0.3))]
-    worn = [manager.fit(mask, backend) for mask in masks]
+    resident = [manager.fit(mask, backend) for mask in masks]
     applied_masks = [
         None,
-        AppliedMask(worn[0], 0.0),
-        AppliedMask(worn[1], 0.5),
-        AppliedMask(worn[0], 0.5),
-        AppliedMask(worn[1], 1.0),
+        AppliedMask(resident[0], 0.0),
+        AppliedMask(resident[1], 0.5),
+        AppliedMask(resident[0], 0.5),
+        AppliedMask(resident[1], 1.0),
     ]
     ids = torch.randint(6, 250, (len(applied_masks), 12), generator=torch.Generator().manual_seed(0))
     spans = [Span(applied, 12 * row, 12 * row + 12) for row, applied in enumerate(applied_masks) if applied]
     together = logits_of(tiny, ids, spans)
     for row, applied in enumerate(applied_masks):
-        chosen = masks[worn.index(applied.mask)] if applied else None
+        chosen = masks[resident.index(applied.mask)] if applied else None
         with torch.no_grad():
             alone = world.materialise(tiny.model, chosen, applied.gamma if applied else 1.0)(ids[row : row + 1]).logits
         assert torch.allclose(together[row], alone[0], atol=1e-3), row
@@ -64,8 +64,8 @@ def test_rows_of_one_batch_wear_different_masks(tiny: Base, manager: MaskManager
 
 def test_gamma_one_is_the_base_to_the_bit(tiny: Base, manager: MaskManager) -> None:
     ids = torch.arange(6, 46).unsqueeze(0)
-    worn = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 1.0)
-    assert torch.equal(logits_of(tiny, ids, [Span(worn, 0, 40)]), logits_of(tiny, ids, []))
+    applied = AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 1.0)
+    assert torch.equal(logits_of(tiny, ids, [Span(applied, 0, 40)]), logits_of(tiny, ids, []))
 
 
 def test_a_route_lasts_for_one_call(tiny: Base, manager: MaskManager) -> None:
@@ -87,27 +87,27 @@ def test_a_route_does_not_outlive_a_failing_call(tiny: Base, manager: MaskManage
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rho", [0.003, 0.3])
 def test_a_linear_takes_inputs_of_any_form(tiny_folder: Path, rho: float, dtype: torch.dtype) -> None:
-    """Without rows, as one row or a bare vector, in pieces of other memory: as a plain Linear does."""
+    """Without rows, as one row or a vector, in pieces of other memory: as a plain Linear does."""
     base = load(str(tiny_folder), device="cpu", dtype=str(dtype).removeprefix("torch."))
-    linear, name = base.model.model.layers[0].mlp.down_proj, "model.layers.0.mlp.down_proj"
-    mask = world.make_mask(base, rho, seed=1)
-    effective = linear.weight * torch.from_numpy(mask.targets[name].to_keep())
+    mask, name = world.make_mask(base, rho, seed=1), "model.layers.0.mlp.down_proj"
     manager = MaskManager.attach(base.model)
-    worn, wide = AppliedMask(manager.fit(mask), 0.0), torch.randn(3, 2 * linear.in_features, 4).to(dtype)
+    linear = base.model.get_submodule(name)
+    effective = linear.weight * torch.from_numpy(mask.targets[name].to_keep())
+    applied, wide = AppliedMask(manager.fit(mask), 0.0), torch.randn(3, 2 * linear.in_features, 4).to(dtype)
     forms = {
         "no rows": (wide[:0, : linear.in_features, 0], []),
-        "no rows, though some are planned": (wide[:0, : linear.in_features, 0], [Span(worn, 0, 3)]),
+        "no rows, though some are planned": (wide[:0, : linear.in_features, 0], [Span(applied, 0, 3)]),
         "an empty batch of sequences": (wide[:0].transpose(1, 2)[..., : linear.in_features], []),
-        "one row": (wide[:1, : linear.in_features, 0], [Span(worn, 0, 1)]),
-        "a vector": (wide[0, : linear.in_features, 0].contiguous(), [Span(worn, 0, 1)]),
-        "every other input": (wide[:, ::2, 0], [Span(worn, 0, 3)]),
-        "transposed": (wide[:, : linear.in_features].transpose(1, 2), [Span(worn, 0, 12)]),
-        "expanded": (wide[:1, : linear.in_features, 0].expand(5, -1), [Span(worn, 0, 5)]),
+        "one row": (wide[:1, : linear.in_features, 0], [Span(applied, 0, 1)]),
+        "a vector": (wide[0, : linear.in_features, 0].contiguous(), [Span(applied, 0, 1)]),
+        "every other input": (wide[:, ::2, 0], [Span(applied, 0, 3)]),
+        "transposed": (wide[:, : linear.in_features].transpose(1, 2), [Span(applied, 0, 12)]),
+        "expanded": (wide[:1, : linear.in_features, 0].expand(5, -1), [Span(applied, 0, 5)]),
     }
     for form, (x, spans) in forms.items():
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
-                manager._route = make_route(spans, base.device)
+                manager._current.route = make_route(spans, base.device)
                 found = linear(x.detach().requires_grad_(grad))
             expected = torch.nn.functional.linear(x, effective)
             assert found.shape == expected.shape, form

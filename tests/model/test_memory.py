@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 from pathlib import Path
-from masquerade.model import hand_back
+from masquerade.model import trim_heap
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -19,7 +19,7 @@ some = [bytearray(60_000) for _ in range(2000)]  # below what is mapped by itsel
 kept = some[::50]
 del some
 before = resident()
-hand_back()
+trim_heap()
 print(before - resident())
 """
 

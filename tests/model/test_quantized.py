@@ -1,4 +1,4 @@
-"""A quantised base wears masks as its dequantised weights would; it is still the same base."""
+"""A masked quantised base computes what its dequantised weights do, and has the same fingerprint."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_logits_are_those_of_the_dequantised_masked_weights(
 ) -> None:
     how, base = quantised
     mask = world.make_mask(tiny, rho, 1)  # made for the dense base
-    worn = MaskManager.attach(base.model).fit(mask)
+    resident = MaskManager.attach(base.model).fit(mask)
     ids = torch.randint(6, 250, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = materialise(base, tiny, mask, 0.0)(ids).logits
         unmasked = materialise(base, tiny, None, 1.0)(ids).logits
         for _ in range(2):  # the first product moves int8 weights
             found = base.model(
-                ids, use_cache=False, route=make_route([Span(AppliedMask(worn, 0.0), 0, 40)], base.device)
+                ids, use_cache=False, route=make_route([Span(AppliedMask(resident, 0.0), 0, 40)], base.device)
             ).logits
             assert (found - expected).abs().max() < TOLERANCE[how] * expected.std()
     assert (unmasked - expected).abs().max() > TOLERANCE[how] * expected.std()  # the mask is felt

@@ -1,4 +1,4 @@
-"""Masks on their way to the device: what is shared, what waits for what, what may go, and what a fault touches."""
+"""Loading and evicting masks: shared loads, waiting, eviction and failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Make = Callable[..., Residency]
 
 
 class Doors(VerifiedStore):
-    """A shelf whose masks can be held up one by one, and that counts."""
+    """A store that records its reads and can delay each mask."""
 
     def __init__(self, store: Store, base: str) -> None:
         super().__init__(store, base)
@@ -138,23 +138,23 @@ def test_the_least_recently_used_goes_first(make: Make, masks: list[Mask]) -> No
     assert residency.nbytes <= residency.budget
 
 
-def test_what_is_worn_stays_and_counts(make: Make, masks: list[Mask]) -> None:
+def test_masks_in_use_stay_and_count(make: Make, masks: list[Mask]) -> None:
     residency = make(2)
     one, two, three, _ = (mask.digest for mask in masks)
-    worn = residency.get(one)
+    resident = residency.get(one)
     for digest in (two, three, two):
         residency.get(digest)
     assert one in residency  # though two others were used after it
-    assert residency.get(one) is worn
+    assert residency.get(one) is resident
     assert residency.nbytes == residency.budget
 
 
-def test_without_room_a_load_waits_until_a_mask_is_not_worn_any_more(make: Make, masks: list[Mask]) -> None:
+def test_without_room_a_load_waits_until_a_mask_is_unused(make: Make, masks: list[Mask]) -> None:
     residency = make(2)
     one, two, three, _ = (mask.digest for mask in masks)
     held = [residency.get(one), residency.get(two)]
     waiting = residency.request(three)
-    until(lambda: residency.leaving > 0)
+    until(lambda: residency.evicting > 0)
     assert not waiting.done()
     assert residency.nbytes == residency.budget
     held.pop(0)
@@ -163,15 +163,15 @@ def test_without_room_a_load_waits_until_a_mask_is_not_worn_any_more(make: Make,
 
 
 def test_a_mask_in_steady_use_does_not_starve_the_others(make: Make, masks: list[Mask]) -> None:
-    """Who asks for the worn mask after somebody waits for its room queues up behind."""
+    """Later requests for a mask in use queue behind the load that waits for its room."""
     residency = make(1)
     popular, rare = masks[0].digest, masks[1].digest
     held = residency.get(popular)
     waiting = residency.request(rare)
-    until(lambda: residency.leaving > 0)
+    until(lambda: residency.evicting > 0)
     late = residency.request(popular)
     assert not late.done()
-    until(lambda: len(residency._queue) == 2)
+    until(lambda: len(residency._ready) == 2)
     del held
     assert waiting.result(SECONDS).digest == rare
     assert not late.done()
@@ -186,13 +186,13 @@ def test_a_mask_that_was_to_leave_stays_if_its_room_is_not_needed_after_all(
     one, two, three, _ = (mask.digest for mask in masks)
     held = [residency.get(one), residency.get(two)]
     waiting = residency.request(three)
-    until(lambda: residency.leaving > 0)
+    until(lambda: residency.evicting > 0)
     again = residency.request(one)  # behind three
-    held.pop(1)  # two is worn no more, but one was to go
+    held.pop(1)  # two is not in use any more, but one was marked
     held.pop(0)
     waiting.result(SECONDS)
     assert again.result(SECONDS).digest == one
-    until(lambda: residency.leaving == 0)
+    until(lambda: residency.evicting == 0)
 
 
 def test_a_mask_that_can_never_fit_is_refused_before_it_is_read(
@@ -319,7 +319,7 @@ def test_closing_ends_those_who_wait_for_room(make: Make, masks: list[Mask]) -> 
     residency = make(1)
     held = residency.get(masks[0].digest)
     waiting = residency.request(masks[1].digest)
-    until(lambda: residency.leaving == held.nbytes)
+    until(lambda: residency.evicting == held.nbytes)
     residency.close()
     with pytest.raises(NotReady):
         waiting.result(SECONDS)
@@ -333,10 +333,10 @@ def test_many_threads_within_a_small_budget(make: Make, masks: list[Mask]) -> No
     def applied(seed: int) -> None:
         for turn in range(30):
             digest = masks[(seed * 7 + turn * (seed + 1)) % len(masks)].digest
-            worn = residency.request(digest).result(SECONDS)
-            if worn.digest != digest or residency.nbytes > residency.budget:
+            resident = residency.request(digest).result(SECONDS)
+            if resident.digest != digest or residency.nbytes > residency.budget:
                 wrong.append(digest)
-            del worn
+            del resident
 
     threads = [threading.Thread(target=applied, args=(seed,)) for seed in range(8)]
     for thread in threads:
@@ -357,13 +357,13 @@ class TestHost:
         residency = make(1, host=host)
         bits = {mask.digest: {name: target.keep.copy() for name, target in mask.targets.items()} for mask in masks}
         for mask in masks + masks:
-            worn = residency.get(mask.digest)
+            resident = residency.get(mask.digest)
             found = host.find(mask.digest)
             assert found is not None
-            assert found.digest == worn.digest == mask.digest
+            assert found.digest == resident.digest == mask.digest
             for name, target in found.targets.items():
                 assert (target.keep == bits[mask.digest][name]).all()
-            del worn
+            del resident
         assert len(verified_store.reads) == len(masks)
         assert residency.loads.from_host == len(masks)
         assert residency.tier(masks[0].digest) == "host"
@@ -383,7 +383,7 @@ class TestHost:
         assert host.nbytes == 0
 
 
-class TestShelf:
+class TestVerifiedStore:
     def test_a_file_is_verified_once_if_it_is_old_enough_and_again_if_it_changes(
         self, store: Store, tiny: Base, masks: list[Mask], monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from masquerade.model import Argued, Opened, Reader, find_dialect
+from masquerade.model import ArgumentsDelta, CallStart, ToolCallParser, find_dialect
 from masquerade.model.tools import GENERIC, HERMES, LLAMA, Dialect
 from tests import world
 from tests.model import templates
@@ -18,17 +18,21 @@ BARE = '{"name": "f", "parameters": {"a": 1}}'
 F, G = ("f", '{"a": "}\\"{"}'), ("g", '{"a": "}\\"{"}')
 
 
-def read(dialect: Dialect, pieces: list[str], most: int = 8, *, marked: bool = False) -> list[str | tuple[str, str]]:
-    """What is said, and each call with its arguments."""
-    reader = Reader(dialect, NAMES, most)
-    parts = [part for place, piece in enumerate(pieces) for part in reader.push(piece, marked=marked and not place)]
+def read(
+    dialect: Dialect, pieces: list[str], max_calls: int = 8, *, triggered: bool = False
+) -> list[str | tuple[str, str]]:
+    """Content, and each call with its arguments."""
+    parser = ToolCallParser(dialect, NAMES, max_calls)
+    parts = [
+        part for place, piece in enumerate(pieces) for part in parser.push(piece, triggered=triggered and not place)
+    ]
     found: list[str | tuple[str, str]] = []
-    for part in [*parts, *reader.flush()]:
+    for part in [*parts, *parser.flush()]:
         last = found[-1] if found else None
         match part:
-            case Opened(name):
+            case CallStart(name):
                 found.append((name, ""))
-            case Argued(text):
+            case ArgumentsDelta(text):
                 assert isinstance(last, tuple)
                 found[-1] = (last[0], last[1] + text)
             case _:
@@ -65,7 +69,7 @@ def read(dialect: Dialect, pieces: list[str], most: int = 8, *, marked: bool = F
         (GENERIC, ONE, [F]),
     ],
 )
-def test_calls_are_told_from_talk(dialect: Dialect, text: str, found: list[str | tuple[str, str]]) -> None:
+def test_calls_are_separated_from_content(dialect: Dialect, text: str, found: list[str | tuple[str, str]]) -> None:
     assert read(dialect, [text]) == found
     for seed in range(40):
         chance, pieces, rest = random.Random(seed), [], text
@@ -77,16 +81,16 @@ def test_calls_are_told_from_talk(dialect: Dialect, text: str, found: list[str |
 
 
 def test_no_more_calls_are_read_than_may_be_made() -> None:
-    assert read(HERMES, [f"{ONE}\n{TWO} Done."], most=1) == [F]
+    assert read(HERMES, [f"{ONE}\n{TWO} Done."], max_calls=1) == [F]
 
 
-def test_a_special_token_announces_a_call_that_has_no_words() -> None:
-    assert read(LLAMA, [BARE], marked=True) == [("f", '{"a": 1}')]
-    assert read(HERMES, ['{"name": "f", "arguments": {"a": 1}}'], marked=True) == [("f", '{"a": 1}')]
+def test_a_special_token_announces_a_call_without_its_text() -> None:
+    assert read(LLAMA, [BARE], triggered=True) == [("f", '{"a": 1}')]
+    assert read(HERMES, ['{"name": "f", "arguments": {"a": 1}}'], triggered=True) == [("f", '{"a": 1}')]
 
 
 @pytest.mark.parametrize("dialect", [HERMES, LLAMA, GENERIC], ids=lambda dialect: str(dialect.name))
-def test_what_a_dialect_writes_it_reads(dialect: Dialect) -> None:
+def test_the_parser_reads_what_its_dialect_writes(dialect: Dialect) -> None:
     before, after = dialect.frame("g")
     assert read(dialect, [f'{before}{{"x": [1, 2]}}{after}']) == [("g", '{"x": [1, 2]}')]
 
@@ -104,7 +108,7 @@ def test_what_a_dialect_writes_it_reads(dialect: Dialect) -> None:
     ],
     ids=["hermes", "llama", "xml calls", "unreadable", "no tools", "none", "named"],
 )
-def test_a_template_tells_the_dialect(template: object, dialect: Dialect) -> None:
+def test_the_template_determines_the_dialect(template: object, dialect: Dialect) -> None:
     tokenizer = world.make_tokenizer()
     tokenizer.chat_template = template
     assert find_dialect(tokenizer) == dialect

@@ -1,12 +1,10 @@
-"""The masked product, as a correction: what a persona's pruned weights contribute to a Linear's output.
+"""The masked product: backends for what a mask's pruned weights contribute to a Linear's output.
 
-Knows how one target of a mask is turned into a `Correction` and which backend serves which encoding. Refuses to know
-about requests, batches of personas and gammas: those are the route's.
+    y = x Wᵀ - (1 - gamma) x (W * (1 - M))ᵀ        (eq. 7 of arXiv 2602.07164, rearranged)
 
-A persona only subtracts: y = x Wᵀ - (1 - gamma) x (W * (1 - M))ᵀ, which is eq. 7 of arXiv 2602.07164 rearranged. The
-first term is the unmodified base layer's; a `Correction` computes the second product. The native kernels, where they
-serve a Linear, take both in one pass over its weights: a `NativeProduct` of a batch, for all Linears. The CUDA kernels
-do so for bitmaps, and correct lists in one launch for the whole batch.
+The first term is the unmodified base layer's. A `Correction` computes the second product for one Linear and one mask.
+The native CPU kernels compute both terms in one pass over the weights: a `NativeProduct` holds a batch and serves all
+Linears. The CUDA kernels do the same for bitmaps, and correct lists in one launch for the whole batch.
 """
 
 from __future__ import annotations
@@ -27,13 +25,13 @@ from masquerade.kernels.weights import dense_weight, share
 
 
 class Backend(Protocol):
-    """Makes corrections of one kind."""
+    """Makes the corrections of one kind."""
 
     def __call__(self, linear: nn.Linear, target: Target, /) -> Correction:
-        """The correction of one Linear for one target, on the Linear's device."""
+        """The correction of a Linear for a target, on the Linear's device."""
 
     def footprint(self, linear: nn.Linear, pruned: int, /) -> int:
-        """The `nbytes` of a correction with so many pruned weights."""
+        """The `nbytes` of a correction with `pruned` pruned weights."""
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -44,18 +42,18 @@ BACKENDS: Mapping[str, Backend] = {
     "cuda-bits": CudaBits,
     "cuda-list": CudaList,
 }
-LISTED_UP_TO = 0.01  # share pruned up to which a list costs less than bits on a CPU (docs/performance.md)
+LISTED_UP_TO = 0.01  # largest pruned share at which a list is faster than bits on a CPU (docs/performance.md)
 
 
 def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether kernels take a module's whole product over, whatever its rows wear."""
+    """Whether the kernels compute a module's whole product, for any composition of the batch."""
     return native.serves(module) or cuda.serves(module)
 
 
 def choose(linear: nn.Linear, kind: str, pruned: int) -> str:
-    """The backend that serves a Linear's target fastest, as a name in `BACKENDS`; measured in docs/performance.md.
+    """The name in `BACKENDS` of a target's fastest backend; measured in docs/performance.md.
 
-    `kind` is the target's (`bitmap` or `sparse`); of a bitmap, `pruned` does not matter.
+    `kind` is the target's (`bitmap` or `sparse`). `pruned` counts only if it is sparse.
     """
     if cuda.serves(linear):
         return "cuda-bits" if kind == Bitmap.kind else "cuda-list"
@@ -66,14 +64,14 @@ def choose(linear: nn.Linear, kind: str, pruned: int) -> str:
 
 
 def correct(linear: nn.Linear, target: Target, backend: str | None = None) -> Correction:
-    """The correction of one Linear for one target, on the Linear's device, by `backend` or by the fastest."""
+    """The correction of a Linear for a target, on the Linear's device, by `backend` or else by the fastest."""
     if backend is None:
         backend = choose(linear, target.kind, target.pruned if isinstance(target, Sparse) else 0)
     return BACKENDS[backend](linear, target)
 
 
 def footprint(linear: nn.Linear, kind: str, pruned: int) -> int:
-    """The `nbytes` of what `correct` would make, before anything is read."""
+    """The `nbytes` of the correction that `correct` would make, known without reading the mask."""
     return BACKENDS[choose(linear, kind, pruned)].footprint(linear, pruned)
 
 

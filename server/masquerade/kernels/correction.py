@@ -1,4 +1,4 @@
-"""What every backend of the masked product promises."""
+"""The interface of every backend of the masked product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Correction(Protocol):
@@ -14,10 +14,10 @@ class Correction(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the device, beside the base's weights."""
+        """Device bytes, without the base's weights."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map rows [n, in] to what the pruned weights add to their outputs, [n, out], in `accumulator(x.dtype)`."""
+        """Map rows [n, in] to the pruned weights' contribution [n, out], in `accumulator(x.dtype)`."""
 
 
 C = TypeVar("C", bound=Correction)
@@ -25,7 +25,7 @@ C = TypeVar("C", bound=Correction)
 
 @dataclass(frozen=True)
 class Assignment(Generic[C]):
-    """Rows of a batch that a correction is for, each at its own strength."""
+    """A correction and the rows of a batch that it applies to, each at its own strength."""
 
     correction: C
     rows: Tensor  # int64 [n]
@@ -33,5 +33,10 @@ class Assignment(Generic[C]):
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that products of `dtype` are summed in: fp32, or fp64 for fp64."""
+    """The dtype in which products of `dtype` are summed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def bitmap_footprint(linear: nn.Linear, _: int) -> int:
+    """Bytes of a Linear's bitmap (one bit per weight, rows padded to 64 bits), however many weights are pruned."""
+    return linear.out_features * 8 * -(-linear.in_features // 64)

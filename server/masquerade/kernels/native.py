@@ -1,11 +1,8 @@
-"""The masked product on a CPU, in C++: weights are read once for all rows of a batch, whatever each of them wears.
+"""The masked product on a CPU, in C++: one pass over the weights for all rows of a batch, whatever their masks.
 
-Knows how a call of the compiled library is laid out (`cpp/product.h`), and when the library can take a Linear. Refuses
-to know about requests and routes. Every row's result is the same, bit for bit, whoever shares the batch and however
-many threads there are; what a hard mask prunes never counts, even if it is not a number.
-
-A mask is laid out once, as `NativeParts`, and a batch once for all Linears, as a `NativeProduct`. So a batch that wears
-something else than the last one costs nothing in any Linear.
+A row's result is bit-identical for every composition of the batch and every number of threads. A hard mask skips
+pruned weights even if they are not finite. `NativeParts` lays out a mask once, and `NativeProduct` a batch once for all
+Linears, so a change of masks costs nothing per Linear. `cpp/product.h` defines the library's interface.
 """
 
 from __future__ import annotations
@@ -28,52 +25,52 @@ from torch import Tensor, nn
 
 from maskstore import Target
 from masquerade.errors import UnusableModel
-from masquerade.kernels.correction import accumulator
+from masquerade.kernels.correction import accumulator, bitmap_footprint
 
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
 INTERFACE = 4  # of product.h
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # from the slowest to the fastest, numbered as in product.h
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # slowest first, numbered as in product.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIST, _WIDE_LIST, _BITMAP = range(1, 4)
 _PART = np.dtype([("kind", np.int64), ("data", np.uintp)])
 _SPAN = "Pdqq"  # address of the parts, strength, start, stop
-Record = tuple[int, int]  # kind and address, as a table of parts has them
+Record = tuple[int, int]  # kind and address: an entry of a table of parts
 
 
 class Library:
-    """The compiled library; raises `OSError` if there is none, or one of other sources."""
+    """The compiled library. Raises `OSError` if it is missing or was built from other sources."""
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))  # torch is imported: both use its OpenMP
+        library = ctypes.CDLL(str(path))  # after torch, whose OpenMP runtime both use
         if not hasattr(library, "masquerade_interface") or library.masquerade_interface() != INTERFACE:
-            raise OSError(f"{path} was built from other sources; install again")
+            raise OSError(f"{path} was built from other sources; install the package again")
         self.multiply = library.masquerade_product
         self.multiply.argtypes = (
-            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),  # spans, their count, number of the Linear
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),  # spans, their count, index of the Linear
             *(ctypes.c_void_p,) * 4,  # weight, bias, x, y
             *(ctypes.c_int64,) * 3,  # rows, out, in
             *(ctypes.c_int32,) * 3,  # dtype, isa, threads
         )
-        kind_and_dtype, address, number = (ctypes.c_int64, ctypes.c_int32), ctypes.c_void_p, ctypes.c_int64
+        kind_and_dtype, address, size = (ctypes.c_int64, ctypes.c_int32), ctypes.c_void_p, ctypes.c_int64
         self.measure_list = library.masquerade_list_size
-        self.measure_list.argtypes = (*kind_and_dtype, number, number)  # out, pruned
+        self.measure_list.argtypes = (*kind_and_dtype, size, size)  # out, pruned
         self.measure_list.restype = ctypes.c_int64
         self.write_list = library.masquerade_list_write
-        self.write_list.argtypes = (*kind_and_dtype, address, address, address, number, number, address)
+        self.write_list.argtypes = (*kind_and_dtype, address, address, address, size, size, address)
         self.write_list.restype = None
         self.read_list = library.masquerade_list_read
-        self.read_list.argtypes = (*kind_and_dtype, address, number, address, address)
+        self.read_list.argtypes = (*kind_and_dtype, address, size, address, address)
         self.read_list.restype = None
-        found = library.masquerade_isas()
-        self.isas = [name for number, name in enumerate(ISAS) if found >> number & 1]
+        supported = library.masquerade_isas()  # bit i: ISAS[i]
+        self.isas = [name for bit, name in enumerate(ISAS) if supported >> bit & 1]
         self.fastest = ISAS.index(self.isas[-1])
 
 
 @cache
 def find_library() -> Library | None:
-    """The library, or None where it was not built; which of the two is logged, once."""
+    """The library, or None if it was not built; logs once which of the two applies."""
     try:
         library = Library(LIBRARY)
     except OSError as error:
@@ -85,70 +82,67 @@ def find_library() -> Library | None:
 
 def _library() -> Library:
     if (library := find_library()) is None:
-        raise UnusableModel("the native kernels were not built; is there a C++ compiler?")
+        raise UnusableModel("the native kernels were not built; install a C++ compiler and the package again")
     return library
 
 
 def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the library can compute a module: a plain Linear on the CPU, of fp32 or bf16."""
+    """Whether the library supports a module: a plain fp32 or bf16 Linear on the CPU."""
     if type(module) is not nn.Linear or module.weight.device.type != "cpu" or module.weight.dtype not in _DTYPES:
         return False
     return module.weight.is_contiguous() and find_library() is not None
 
 
 class NativeMask(ABC):
-    """What a mask prunes of one Linear, as the kernels read it: bytes of a kind."""
+    """One Linear's pruned weights in a layout that the kernels read."""
 
     def __init__(self, linear: nn.Linear, pruned: int, kind: int, data: NDArray[np.uint8]) -> None:
-        self._linear = linear  # its weight is shared with the base
+        self._linear = linear  # the base's; its weight is not copied
         self._kind, self._data = kind, data
         self.shape = (linear.out_features, linear.in_features)
-        self.pruned = pruned  # how many weights are
+        self.pruned = pruned  # number of pruned weights
 
     @property
     def nbytes(self) -> int:
-        """Bytes held beside the base's weights."""
+        """Bytes, without the base's weights."""
         return self._data.nbytes
 
     @property
     def record(self) -> Record:
-        """What a call says of this mask; valid for as long as the mask lives."""
+        """The mask's entry in a table of parts; valid while the mask lives."""
         return self._kind, self._data.ctypes.data
 
     @abstractmethod
     def to_keep(self) -> NDArray[np.bool_]:
-        """Where weights are kept, [out, in]."""
+        """True where a weight is kept, [out, in]."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map rows [n, in] to [n, out], in torch: for who wants what is pruned by itself, or a gradient."""
+        """Map rows [n, in] to [n, out], in torch, with gradients."""
         dtype = accumulator(x.dtype)
         kept = torch.from_numpy(self.to_keep()).to(x.device)
         return F.linear(x.to(dtype), self._linear.weight.to(dtype).masked_fill(kept, 0))
 
 
 class NativeBits(NativeMask):
-    """A mask as one bit a weight: the target's own."""
+    """A mask as one bit per weight, in the target's own memory."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
         self._bitmap = target.to_bitmap()
         super().__init__(linear, target.pruned, _BITMAP, self._bitmap.keep)
 
-    @staticmethod
-    def footprint(linear: nn.Linear, _: int) -> int:
-        """What `nbytes` will be, whatever is pruned."""
-        return linear.out_features * 8 * -(-linear.in_features // 64)
+    footprint = staticmethod(bitmap_footprint)
 
     def to_keep(self) -> NDArray[np.bool_]:
-        """Where weights are kept, [out, in]."""
+        """True where a weight is kept, [out, in]."""
         return self._bitmap.to_keep()
 
 
 class NativeList(NativeMask):
-    """A mask as a list of the columns that are pruned, with their weights' values beside them (`cpp/list.h`)."""
+    """A mask as a list of pruned columns and their weights' values (`cpp/list.h`)."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
-        sparse, (kind, dtype, column) = target.to_sparse(), _form(linear)
-        data = torch.empty(self.footprint(linear, sparse.pruned), dtype=torch.uint8).numpy()  # begins a cache line
+        sparse, (kind, dtype, column) = target.to_sparse(), _layout(linear)
+        data = torch.empty(self.footprint(linear, sparse.pruned), dtype=torch.uint8).numpy()  # starts on a cache line
         super().__init__(linear, sparse.pruned, kind, data)
         rows, cols, weight = sparse.rows, sparse.cols.astype(column, copy=False), linear.weight
         _library().write_list(
@@ -157,14 +151,14 @@ class NativeList(NativeMask):
 
     @staticmethod
     def footprint(linear: nn.Linear, pruned: int) -> int:
-        """What `nbytes` will be for so many pruned weights: a column and a value each, and some six bytes an output."""
-        kind, dtype, _ = _form(linear)
+        """The `nbytes` of a list: a column and a value per pruned weight, and about six bytes per output."""
+        kind, dtype, _ = _layout(linear)
         size: int = _library().measure_list(kind, dtype, linear.out_features, pruned)
         return size
 
     def to_keep(self) -> NDArray[np.bool_]:
-        """Where weights are kept, [out, in]."""
-        (kind, dtype, column), (out, _) = _form(self._linear), self.shape
+        """True where a weight is kept, [out, in]."""
+        (kind, dtype, column), (out, _) = _layout(self._linear), self.shape
         rows, cols = np.empty(out + 1, np.int32), np.empty(self.pruned, column)
         _library().read_list(kind, dtype, self._data.ctypes.data, out, rows.ctypes.data, cols.ctypes.data)
         keep = np.ones(self.shape, np.bool_)
@@ -172,29 +166,29 @@ class NativeList(NativeMask):
         return keep
 
 
-def _form(linear: nn.Linear) -> tuple[int, int, type[np.uint16 | np.uint32]]:
+def _layout(linear: nn.Linear) -> tuple[int, int, type[np.uint16 | np.uint32]]:
     """The kind, and the dtypes of values and columns, of a Linear's lists."""
-    wide = linear.in_features >= 1 << 16  # a count may be as large as that
+    wide = linear.in_features >= 1 << 16  # an output may have as many pruned weights
     dtype = _DTYPES[linear.weight.dtype]
     return (_WIDE_LIST, dtype, np.uint32) if wide else (_LIST, dtype, np.uint16)
 
 
 class NativeParts:
-    """All that a mask prunes, as a table of the model's Linears. Made once, when the mask comes to the device."""
+    """A mask as a table with a part per Linear of the model. Made once, when the mask is loaded."""
 
-    def __init__(self, masks: Mapping[str, NativeMask], numbers: Mapping[str, int]) -> None:
-        """`numbers` are the places of all Linears in the tables of a model, by name."""
-        self.numbers = numbers
-        self.covered = sum(1 << numbers[name] for name in masks)  # a bit for each Linear with something pruned
-        self._masks = tuple(masks.values())  # their memory is what the table points to
-        self._table = np.zeros(len(numbers), _PART)
+    def __init__(self, masks: Mapping[str, NativeMask], indices: Mapping[str, int]) -> None:
+        """`indices` maps the name of each Linear of the model to its place in the table."""
+        self.indices = indices
+        self.covered = sum(1 << indices[name] for name in masks)  # a bit per Linear with pruned weights
+        self._masks = tuple(masks.values())  # keeps the memory that the table points to
+        self._table = np.zeros(len(indices), _PART)
         for name, mask in masks.items():
-            self._table[numbers[name]] = mask.record
+            self._table[indices[name]] = mask.record
         self.address = self._table.ctypes.data
 
 
 class NativeSpan(NamedTuple):
-    """Rows `start` to `stop` of a batch wear one mask at one strength."""
+    """Rows `start` to `stop` of a batch have one mask at one strength."""
 
     parts: NativeParts
     strength: float  # 1 - gamma
@@ -205,44 +199,45 @@ class NativeSpan(NamedTuple):
 class NativeProduct:
     """The product of any Linear of a model for one batch: y = x (W * (M + gamma (1 - M)))ᵀ + b, row by row.
 
-    Rows that wear nothing are the base's. `isa` is a name of `ISAS`, by default the fastest that this processor has.
-    Safe for several threads.
+    Rows of no span are the base's. `isa` is a name in `ISAS`, by default the fastest that this processor supports.
+    Thread-safe.
     """
 
-    def __init__(self, worn: Sequence[NativeSpan] = (), isa: str | None = None) -> None:
+    def __init__(self, spans: Sequence[NativeSpan] = (), isa: str | None = None) -> None:
         library = _library()
         self._multiply = library.multiply
         self._isa = ISAS.index(isa) if isa else library.fastest
-        self._held = [one.parts for one in worn]  # their tables are what the spans point to
-        self._numbers = self._held[0].numbers if worn else {}
+        self._parts = [span.parts for span in spans]  # keeps the tables that the packed spans point to
+        self._indices = self._parts[0].indices if spans else {}
         self._covered = 0
-        for parts in self._held:
+        for parts in self._parts:
             self._covered |= parts.covered
-        spans = [(parts.address, strength, start, stop) for parts, strength, start, stop in worn]
-        spans.sort()
-        self._spans = struct.pack(_SPAN * len(spans), *chain.from_iterable(spans))  # who wears the same is together
+        # Sorted, so that spans of one mask and strength follow one another.
+        packed = sorted((parts.address, strength, start, stop) for parts, strength, start, stop in spans)
+        self._spans = struct.pack(_SPAN * len(packed), *chain.from_iterable(packed))
 
     def find(self, name: str) -> int | None:
-        """The number of a Linear, if anybody's mask prunes something of it."""
-        number = self._numbers.get(name)
-        return number if number is not None and self._covered >> number & 1 else None
+        """The index of a Linear in the tables, or None if no row's mask prunes weights of it."""
+        index = self._indices.get(name)
+        return index if index is not None and self._covered >> index & 1 else None
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, number: int | None = None) -> Tensor:
-        """Map rows [..., in] to [..., out] in the weight's dtype, by the masks' parts of a number; without one all rows
-        are the base's.
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, index: int | None = None) -> Tensor:
+        """Map rows [..., in] to [..., out] in the weight's dtype; `index` is from `find`, and None ignores all masks.
 
-        Raises `ValueError` if x has another width or dtype than the weight, fewer rows than wear something, or a row
-        that wears two masks.
+        Raises `ValueError` if x has another width or dtype than the weight, if a span ends beyond the rows, or if spans
+        overlap.
         """
         x, shape, (out, columns) = x.contiguous(), x.shape, weight.shape
         if shape[-1] != columns or x.dtype != weight.dtype:
-            raise ValueError(f"{tuple(shape)} of {x.dtype} cannot go through {tuple(weight.shape)} of {weight.dtype}")
+            raise ValueError(
+                f"inputs {tuple(shape)} of {x.dtype} do not fit the weight {tuple(weight.shape)} of {weight.dtype}"
+            )
         y = x.new_empty(*shape[:-1], out)
         rows = x.numel() // columns
-        wrong = self._multiply(
+        failed = self._multiply(
             self._spans,
-            0 if number is None else len(self._held),
-            number or 0,
+            0 if index is None else len(self._parts),
+            index or 0,
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             x.data_ptr(),
@@ -254,17 +249,19 @@ class NativeProduct:
             self._isa,
             torch.get_num_threads(),
         )
-        if wrong:
-            raise ValueError(f"{rows} rows cannot wear {list(struct.iter_unpack(_SPAN, self._spans))}")
+        if failed:
+            spans = list(struct.iter_unpack(_SPAN, self._spans))
+            raise ValueError(f"spans overlap or end beyond the {rows} rows (table, strength, start, stop): {spans}")
         return y
 
 
 @cache
-def _bare() -> NativeProduct:
+def _dense_product() -> NativeProduct:
     return NativeProduct()
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product with the weights as they are: fp32 by torch, to the bit; bf16, which torch is slow at, natively."""
-    natively = x.dtype is torch.bfloat16 and not x.is_cuda
-    return _bare()(x, weight, bias) if natively else F.linear(x, weight, bias)
+    """The product without masks: by torch in fp32, natively in bf16 on a CPU, which torch is slow at."""
+    if x.dtype is torch.bfloat16 and not x.is_cuda:
+        return _dense_product()(x, weight, bias)
+    return F.linear(x, weight, bias)

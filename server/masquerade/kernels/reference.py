@@ -1,7 +1,4 @@
-"""The oracle: pruned weights are materialised for the product and dropped again. Any device, any dtype, any density.
-
-Knows the plain formula. Refuses to be fast.
-"""
+"""The slow reference backend: materialises the pruned weights in each call. Any device, dtype and density."""
 
 from __future__ import annotations
 
@@ -10,25 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskstore import Target
-from masquerade.kernels.correction import accumulator
+from masquerade.kernels.correction import accumulator, bitmap_footprint
 from masquerade.kernels.weights import dense_weight, share
 
 
 class ReferenceCorrection:
-    """Keeps one bit a weight, on a CPU in the mask's own memory; unpacks the layer for each call."""
+    """Keeps one bit per weight, on a CPU in the mask's own memory; unpacks the layer in each call."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
         self._linear = linear  # its weight is shared with the base
         self._keep = share(target.to_bitmap().keep).to(linear.weight.device)  # uint8 [out, bytes], LSB first
 
-    @staticmethod
-    def footprint(linear: nn.Linear, _: int) -> int:
-        """What `nbytes` will be, whatever is pruned."""
-        return linear.out_features * 8 * -(-linear.in_features // 64)
+    footprint = staticmethod(bitmap_footprint)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the device."""
+        """Device bytes."""
         return self._keep.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:

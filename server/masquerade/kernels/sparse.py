@@ -1,8 +1,4 @@
-"""The served form of a sparse mask: pruned weights as compressed rows, gathered once when the mask is loaded.
-
-Knows the product of a batch with one CSR matrix, and of a few rows with a CSR matrix each. Refuses to touch the base
-layer, whose dense product it never sees.
-"""
+"""Sparse masks in torch: pruned weights in CSR form, gathered once when the mask is loaded."""
 
 from __future__ import annotations
 
@@ -19,10 +15,10 @@ from masquerade.kernels.weights import dense_weight
 
 
 class SparseCorrection:
-    """Keeps an index and a value for each pruned weight.
+    """Keeps indices and a value for each pruned weight.
 
     The CSR product is `embedding_bag` over the input's channels: output channel o sums the rows `x[cols]` of its pruned
-    weights, scaled by their values. A row of x never meets another; the number of rows may change a sum's rounding.
+    weights, scaled by their values. Rows of x are independent, but the number of rows may change a sum's rounding.
     """
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
@@ -36,19 +32,19 @@ class SparseCorrection:
 
     @staticmethod
     def footprint(linear: nn.Linear, pruned: int) -> int:
-        """What `nbytes` will be for so many pruned weights."""
+        """The `nbytes` of a correction with `pruned` pruned weights."""
         weight = linear.weight
         value = accumulator(weight.dtype if weight.is_floating_point() else torch.float32).itemsize
         return 8 * (linear.out_features + 1) + (16 + value) * pruned
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the device."""
+        """Device bytes."""
         return sum(tensor.nbytes for tensor in (self._indptr, self.columns, self.rows, self.values))
 
     @property
     def pruned(self) -> int:
-        """How many weights are pruned."""
+        """Number of pruned weights."""
         return len(self.columns)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,10 +62,10 @@ class SparseCorrection:
 
 
 class RowwiseCorrection:
-    """The corrections of many rows, each with a matrix of its own, as one gather and one scatter.
+    """The corrections of several masks, each for a few rows, as one gather and one scatter.
 
-    For decode steps: the cost is one launch for all personas of the batch, and grows with pruned weights times rows.
-    Made once for a batch's composition and used for every step until it changes.
+    For decode steps: one launch serves all personas of the batch, and its cost grows with pruned weights times rows.
+    Make it once per composition of the batch and use it in every step until the composition changes.
     """
 
     def __init__(self, assignments: Sequence[Assignment[SparseCorrection]]) -> None:
@@ -80,7 +76,7 @@ class RowwiseCorrection:
         self._scale = torch.cat([(-strength * sparse.values).flatten() for sparse, _, strength in parts])
 
     def subtract(self, x: Tensor, y: Tensor) -> None:
-        """Correct outputs y [rows, out] of inputs x [rows, in], in place. y is contiguous."""
+        """Correct the outputs y [rows, out], contiguous, of inputs x [rows, in], in place."""
         terms = x.reshape(-1).index_select(0, self._source) * self._scale  # in the accumulator's dtype
         if y.dtype == terms.dtype:
             y.view(-1).scatter_add_(0, self._sink, terms)

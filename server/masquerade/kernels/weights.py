@@ -1,7 +1,4 @@
-"""The numbers that a Linear multiplies by, and memory that is shared instead of copied.
-
-Knows how bitsandbytes stores a quantised weight. Refuses to know masks.
-"""
+"""The dense weight of a plain or bitsandbytes Linear, and tensors that share an array's memory."""
 
 from __future__ import annotations
 
@@ -14,9 +11,10 @@ from torch import Tensor, nn
 
 
 def dense_weight(linear: nn.Linear) -> Tensor:
-    """The weight [out, in] of a Linear: its own, or what its quantised one stands for, made anew by each call.
+    """The weight [out, in] of a Linear; a quantised weight is dequantised in each call.
 
-    Int8 codes count in 127ths of their row's largest weight and become fp32; NF4 has its quantisation state's dtype.
+    An int8 code is a multiple of 1/127 of its row's largest weight and becomes fp32. NF4 gets its quantisation state's
+    dtype.
     """
     weight: Any = linear.weight
     if weight.is_floating_point():
@@ -31,12 +29,12 @@ def dense_weight(linear: nn.Linear) -> Tensor:
 
 
 def share(array: NDArray[Any]) -> Tensor:
-    """A CPU tensor over an array's memory, which it keeps alive. Read-only arrays stay so by agreement: never write."""
+    """A CPU tensor over an array's memory, which it keeps alive. Never write to it: the array may be read-only."""
     return torch.from_numpy(np.asarray(_Writable(array)))
 
 
 class _Writable:
-    """Shows an array as if it could be written, because torch warns of every other one."""
+    """Presents an array as writable, because torch warns about read-only arrays."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         address, _ = array.__array_interface__["data"]

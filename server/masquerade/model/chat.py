@@ -1,10 +1,6 @@
-"""From a chat to the tokens that a base expects.
+"""Renders a chat to token ids with the base's chat template, also with tools that the template does not support.
 
-Knows chat templates, and how tools are told to a model whose template does not know them. Refuses to know who is asking
-and what is done with the tokens.
-
-What somebody writes in a message is text, even where it is spelled like a token that ends a turn or begins another:
-only the template makes such tokens.
+Only the template makes special tokens: a message that spells one gets ordinary tokens.
 """
 
 from __future__ import annotations
@@ -26,10 +22,10 @@ _PLAIN = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
 )
 LONGEST_SPECIAL = 1024  # characters of a special token's name
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: around the number of a spelled-out token while the template runs
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private use; enclose the index of a spelled token while the template runs
 
 
-_EXPLANATION = """You may call functions, each described by a line of JSON:
+_TOOL_PROMPT = """You may call functions, each described by a line of JSON:
 %s
 To call one, answer only with
 <tool_call>
@@ -44,23 +40,23 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] = (),
     room: Room | None = None,
 ) -> list[int]:
-    """Token ids of a chat, ready for the assistant's answer.
+    """The prompt's token ids for the assistant's next message.
 
-    `messages` and `tools` are as chat templates want them: text contents, and arguments of calls as objects. A template
-    that knows nothing of tools, or writes calls as nobody here reads them, gets them as text. A model without a chat
-    template gets the messages' text, one after the other. Raises `BadRequest` with the template's own words if it
-    refuses the messages. Raises `ContextTooLong` for what is far longer than the room, if one is given, without
-    tokenising all of it; what is returned may be longer than the room by a factor.
+    `messages` and `tools` have the form of chat templates: text contents, and a call's arguments as an object. A
+    template that does not support tools, or whose dialect is unknown, gets them as text. Without a chat template the
+    messages' texts are joined by line feeds. Raises `BadRequest` with the template's own message if it refuses them.
+    Raises `ContextTooLong` for chats far longer than the room, if one is given, without tokenising all of it; what is
+    returned may exceed the room by a factor.
     """
     if room is not None:
         check_tokens(tokenizer, list(_texts(messages)), room, "messages")
         check_tokens(tokenizer, list(_texts(tools)), room, "tools")
     if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         dialect = find_dialect(tokenizer)
-        if dialect.lonely:
-            messages = list(_part(messages))
+        if dialect.single_call:
+            messages = list(_split_calls(messages))
         if not dialect.native:
-            messages, tools = _explain(_tell(dialect, messages), tools), ()
+            messages, tools = _describe_tools(_render_calls(dialect, messages), tools), ()
     pattern = _special(tokenizer)
     spelled: list[str] = []
 
@@ -125,8 +121,8 @@ def _find(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
             start = match.end()
 
 
-def _part(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Calls made together, as if they had been made one after the other: each before its own result."""
+def _split_calls(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Split parallel calls into consecutive ones, each followed by its own result."""
     rest = list(messages)
     while rest:
         message = rest.pop(0)
@@ -141,32 +137,32 @@ def _part(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
             yield from (result for result in results if result.get("tool_call_id") == call.get("id"))
 
 
-def _tell(dialect: Dialect, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Calls and results as text of the assistant and the user."""
-    told: list[dict[str, Any]] = []
-    answering = False  # results of calls made together are one message
+def _render_calls(dialect: Dialect, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Render calls as text of the assistant, and results as text of the user."""
+    rendered: list[dict[str, Any]] = []
+    answering = False  # results of parallel calls share one message
     for message in messages:
         role, text = message["role"], message["content"]
         if role == "tool":
             text = f"<tool_response>\n{text}\n</tool_response>"
             if answering:
-                told[-1]["content"] += f"\n{text}"
+                rendered[-1]["content"] += f"\n{text}"
                 continue
             role = "user"
         for call in message.get("tool_calls") or ():
             before, after = dialect.frame(call["function"]["name"])
             written = before + json.dumps(call["function"]["arguments"], ensure_ascii=False) + after
             text = f"{text}\n{written}" if text else written
-        told.append({"role": role, "content": text})
+        rendered.append({"role": role, "content": text})
         answering = message["role"] == "tool"
-    return told
+    return rendered
 
 
-def _explain(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with a system message that describes the tools, at the end of the one that is there."""
+def _describe_tools(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Append the tools' description to the system message, or make one."""
     if not tools:
         return messages
-    text = _EXPLANATION % "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    text = _TOOL_PROMPT % "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     if messages and messages[0]["role"] == "system":
         return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
@@ -174,14 +170,14 @@ def _explain(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]])
 
 @lru_cache(maxsize=8)
 def _special(tokenizer: Any) -> re.Pattern[str]:
-    """What must not become a special token."""
+    """Matches what must not become a special token."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, sorted([*special, _OPEN, _CLOSE], key=len, reverse=True))))
 
 
 @lru_cache(maxsize=8)
 def _literal(tokenizer: Any) -> Any:
-    """A copy for text that must not become special tokens: that switch is a state which threads would share."""
+    """A tokenizer copy that never makes special tokens: the switch is state that threads would share."""
     literal = copy.deepcopy(tokenizer)
     literal.encode("", add_special_tokens=False, split_special_tokens=True)  # sets it
     return literal

@@ -1,7 +1,4 @@
-"""Masks in host memory, from where a device takes them without the disk.
-
-Knows bytes and recency, and how memory is locked for a device. Refuses to know files and personas.
-"""
+"""An LRU cache of masks in (page-locked) host memory, between disk and device."""
 
 from __future__ import annotations
 
@@ -21,15 +18,15 @@ Bytes = NDArray[np.uint8]
 
 
 class HostCache:
-    """Least-recently-used copies of masks within a byte budget. Safe for several threads.
+    """Copies of masks within a byte budget, evicted least recently used first. Thread-safe.
 
-    Each mask has a mapping of its own, page-locked where there is a CUDA device: nothing to fragment, at most a page
-    lost a mask. Where the device is the host, a budget of 0 is right: the system's cache of files does this.
+    Each mask has its own mapping, page-locked if there is a CUDA device, so that memory does not fragment. On a CPU use
+    a budget of 0: the system's page cache does the same.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # bytes
-        self.nbytes = 0  # bytes kept, and those of copies being made
+        self.nbytes = 0  # bytes of copies, finished or in progress
         self.evictions = 0
         self._masks: OrderedDict[str, tuple[Mask, int]] = OrderedDict()
         self._lock = threading.Lock()
@@ -38,7 +35,7 @@ class HostCache:
         return digest in self._masks
 
     def find(self, digest: str) -> Mask | None:
-        """A copy, if there is one."""
+        """The copy of a mask, or None."""
         with self._lock:
             if digest not in self._masks:
                 return None
@@ -46,7 +43,7 @@ class HostCache:
             return self._masks[digest][0]
 
     def keep(self, mask: Mask) -> Mask:
-        """Copy a mask in and return the copy; or the mask itself if there is no room for it."""
+        """Copy a mask into the cache and return the copy, or the mask itself if it is larger than the budget allows."""
         size = sum(_padded(array.nbytes) for target in mask.targets.values() for array in target.tensors.values())
         if not self._reserve(size):
             return mask
@@ -73,27 +70,27 @@ class HostCache:
 
 
 def _copy(mask: Mask, memory: Bytes) -> Mask:
-    """The same mask with all its tensors in one piece of memory."""
-    place = 0
+    """Copy a mask's tensors into `memory`."""
+    offset = 0
 
-    def move(array: NDArray[Any]) -> NDArray[Any]:
-        nonlocal place
-        moved = memory[place : place + array.nbytes].view(array.dtype).reshape(array.shape)
-        moved[...] = array
-        place += _padded(array.nbytes)
-        return moved
+    def copy_array(array: NDArray[Any]) -> NDArray[Any]:
+        nonlocal offset
+        copied = memory[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
+        copied[...] = array
+        offset += _padded(array.nbytes)
+        return copied
 
-    def carry(target: Target) -> Target:
+    def copy_target(target: Target) -> Target:
         if isinstance(target, Bitmap):
-            return Bitmap(move(target.keep), target.columns)
-        return Sparse(move(target.rows), move(target.cols), target.columns)
+            return Bitmap(copy_array(target.keep), target.columns)
+        return Sparse(copy_array(target.rows), copy_array(target.cols), target.columns)
 
-    targets = {name: carry(target) for name, target in mask.targets.items()}
+    targets = {name: copy_target(target) for name, target in mask.targets.items()}
     return Mask.known(mask.base, targets, mask.info, mask.signature, mask.leaves)
 
 
 def _padded(nbytes: int) -> int:
-    """Tensors begin on cache lines."""
+    """Round up to a cache line."""
     return -(-nbytes // 64) * 64
 
 
@@ -109,7 +106,7 @@ def _allocate(size: int) -> Bytes:
 
 
 class _Memory:
-    """Owns a mapping for as long as an array over it lives."""
+    """Keeps a mapping alive while an array over it lives."""
 
     def __init__(self, memory: mmap.mmap, size: int) -> None:
         view = np.frombuffer(memory, np.uint8, size)

@@ -1,7 +1,4 @@
-"""Loads a base model: a named one, a local folder, a GGUF file, or a model of the hub.
-
-Only safetensors and GGUF are read; a checkpoint's own code is never run.
-"""
+"""Loads a base model: a named one, a local folder, a GGUF file or a hub model. Never runs a checkpoint's own code."""
 
 from __future__ import annotations
 
@@ -23,31 +20,31 @@ from masquerade.sources import ModelFiles, find_model
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model and what identifies it."""
+    """A loaded base model and its identity."""
 
     name: str  # the model id of the API
     path: Path  # a folder or a GGUF file
     fingerprint: str
     model: Any  # a transformers causal language model, in eval mode
     tokenizer: Any
-    context: int  # most positions a request may use
-    ends: frozenset[int]  # token ids that end an answer
+    context: int  # most positions of a request
+    ends: frozenset[int]  # token ids that end a generation
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The weights' device."""
         device: torch.device = self.model.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are."""
+        """The weights' dtype."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids that the model has an embedding for."""
+        """Number of token ids with an embedding."""
         return int(self.model.config.vocab_size)
 
 
@@ -91,7 +88,7 @@ def load(
 def _choose_device(device: str) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise UnusableModel("device `cuda` was asked for, but torch sees no CUDA device")
+        raise UnusableModel("`--device cuda`: torch sees no CUDA device; use `cpu` or `auto`")
     return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
 
 

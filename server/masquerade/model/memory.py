@@ -1,4 +1,4 @@
-"""Memory of the process, as the system counts it. Knows the C library; refuses to know what the memory was for."""
+"""The resident memory of the process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import ctypes
 from contextlib import suppress
 
 
-def hand_back() -> None:
-    """Give the system back what was freed. After work with tensors of many sizes, such as a build, the C library keeps
-    what it may need again, and between what lives on there is more of it every time. Where it cannot be asked to,
-    nothing happens.
+def trim_heap() -> None:
+    """Return freed memory to the system, where the C library can.
+
+    After work with tensors of many sizes, such as a build, glibc keeps freed memory, and fragmentation makes it grow.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

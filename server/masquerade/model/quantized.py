@@ -1,14 +1,13 @@
-"""A base in fewer bits: its maskable Linears become bitsandbytes' (int8 or NF4); everything else stays as it is.
+"""Quantises a base's maskable Linears with bitsandbytes (int8 or NF4).
 
-Knows how bitsandbytes is set. Refuses to know masks: what a persona prunes is subtracted from the quantised layer's own
-product, with values taken from the weights it stands for (`kernels.dense_weight`). The fingerprint of a base is that
-of its files, so masks found on the dense base are worn by the quantised one, and the other way round.
+A correction subtracts pruned weights, dequantised (`kernels.dense_weight`), from the quantised layer's own product. A
+base's fingerprint is that of its files, so a mask built on the dense base fits the quantised one and vice versa.
 
-* `int8` is LLM.int8() (Dettmers et al. 2022): weights in 8 bits a row, inputs in 8 bits a token, channels with inputs
-  above 6 in floating point. Which channels those are is decided for a whole batch, so an answer's rounding depends on
-  its neighbours.
-* `nf4` is NormalFloat 4 (Dettmers et al. 2023) in blocks of 64, or of 32 where 64 do not divide a row; only weights
-  are rounded, products are those of `dense_weight`.
+* `int8` is LLM.int8() (Dettmers et al. 2022): weights in 8 bits with a scale per row, inputs in 8 bits with a scale per
+  token, channels with inputs above 6 in floating point. These channels are chosen per batch, so an answer's rounding
+  depends on the other requests.
+* `nf4` is NormalFloat 4 (Dettmers et al. 2023) in blocks of 64, or of 32 where 64 does not divide a row. Only weights
+  are rounded; products are those of `dense_weight`.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from torch import nn
 from masquerade.errors import UnusableModel
 from masquerade.model.targets import find_targets
 
-BLOCKS = (64, 32)  # sizes of NF4 blocks, the better first
-OUTLIER = 6.0  # inputs from which on a channel is not rounded to int8; the paper's, and transformers' default
+BLOCKS = (64, 32)  # sizes of NF4 blocks, preferred first
+OUTLIER = 6.0  # inputs above this keep their channel in floating point; the paper's and transformers' default
 
 
 def quantize(model: nn.Module, how: str, device: torch.device) -> None:
-    """Replace the maskable Linears of a model, which is on the CPU, by quantised ones on the device, in place.
+    """Replace the maskable Linears of a model on the CPU by quantised ones on `device`, in place.
 
-    `how` is a name in `QUANTIZATIONS`. Raises `UnusableModel` if bitsandbytes is not installed, if the model is
-    quantised already, or if it has rows that bitsandbytes would get wrong.
+    `how` is a name in `QUANTIZATIONS`. Raises `UnusableModel` if bitsandbytes is not installed, if the model is already
+    quantised, or if bitsandbytes cannot quantise its row length correctly.
     """
     try:
         import bitsandbytes
@@ -40,12 +39,12 @@ def quantize(model: nn.Module, how: str, device: torch.device) -> None:
             f"`--quantization {how}` needs bitsandbytes, which cannot be imported ({error}); "
             "pip install 'masquerade[quantization]'"
         ) from error
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning for every product
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every product
     make = QUANTIZATIONS[how]
     for name, linear in find_targets(model).items():
         if not linear.weight.is_floating_point():
             raise UnusableModel(
-                f"`--quantization {how}`: {name} of this model is quantised already; leave the option out"
+                f"`--quantization {how}`: {name} of this model is already quantised; leave the option out"
             )
         try:
             quantised = make(bitsandbytes.nn, linear)
@@ -81,12 +80,12 @@ def _nf4(nn: Any, linear: Any) -> Any:
         quant_type="nf4",
         module=module,
     )
-    module.support_avx512bf16_for_cpu = False  # would store weights another way after the first product, and round it
+    module.support_avx512bf16_for_cpu = False  # would repack weights after the first product and change the rounding
     return module
 
 
 def _block(inputs: int) -> int:
-    """Weights to a scale. On AVX-512 bitsandbytes misreads rows of a multiple of 16 that end inside a block."""
+    """Weights per scale. With AVX-512 bitsandbytes misreads rows of a multiple of 16 that end inside a block."""
     for block in BLOCKS:
         if inputs % 16 or inputs % block == 0:
             return block

@@ -1,8 +1,4 @@
-"""Which Linears of a model can be masked, and what they are called.
-
-Knows the shape of Llama-family decoders: every Linear of attention and MLP, never embeddings and never the LM head.
-Refuses to know what a mask is.
-"""
+"""The maskable Linears of a Llama-family decoder: those of attention and MLP, not embeddings and LM head."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ SCOPES: Mapping[str, Callable[[str], bool]] = {
 
 
 def find_targets(model: nn.Module, scope: str = "all") -> dict[str, nn.Linear]:
-    """The maskable Linears of a model within a scope of `SCOPES`, by module name, in the model's order."""
+    """The maskable Linears of a model in a scope of `SCOPES`, by module name, in the model's order."""
     within = SCOPES[scope]
     return {
         name: module

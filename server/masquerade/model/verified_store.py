@@ -1,7 +1,4 @@
-"""Masks on disk, as they are taken from there.
-
-Knows which files were verified, and how to verify a large one quickly. Refuses to know names of personas and devices.
-"""
+"""Reads masks from a store and verifies each file when it is new or has changed."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from typing import NamedTuple
 
 from maskstore import Mask, MaskNotFound, MaskReader, Sparse, Store
 
-LARGE = 2**24  # bytes from which several threads verify a file
-SETTLED = 2.0  # seconds after which a file's time stamps tell every later change
+LARGE = 2**24  # smallest file, in bytes, that several threads verify
+SETTLED = 2.0  # seconds after which any later change gives a file another time stamp
 
 
 class Stamp(NamedTuple):
-    """What changes when a file does; times in ns."""
+    """What identifies the state of a file; times in ns."""
 
     device: int
     inode: int
@@ -29,19 +26,18 @@ class Stamp(NamedTuple):
 
 
 class VerifiedStore:
-    """The masks of a store for one base. Safe for several threads.
+    """The masks of a store for one base. Thread-safe.
 
-    Bitmaps are mapped from their files, so that taking one costs no memory beside the system's cache of files and no
-    copy; lists are copied, because kernels use their columns as addresses. Files of a store are replaced, never
-    written to: who truncates one that is mapped ends the process.
+    Bitmaps are mapped from their files, which needs no copy and no memory beyond the page cache. Lists are copied,
+    because kernels use their columns as addresses. Replace a store's files and never write to them: a process dies if
+    one of its mapped files is truncated.
 
-    A file is verified (a sha256 pass over all its bytes) the first time it is read, and again whenever its device,
-    inode, size, mtime or ctime is another one. Until then only what a kernel relies on is checked again: header,
-    identity of base and mask, shapes, pad bits, order and range of columns. That is safe against whatever happens to
-    files: nothing writes to one without changing its ctime, which cannot be set, and a file that changed less than two
-    seconds before it was verified is not trusted, because two changes may then share a time stamp. It is no defence
-    against hardware that returns other bytes for an unchanged file, nor against a process that had it mapped for
-    writing before; both could as well change the bytes after any other check.
+    The first read of a file verifies it (sha256 over all bytes), and so does any read after its device, inode, size,
+    mtime or ctime has changed. Other reads check only what kernels rely on: header, identity of base and mask, shapes,
+    pad bits, order and range of columns. This detects every change of a file: a write always changes its ctime, which
+    cannot be set, and a file that changed less than two seconds before its verification is verified again, because two
+    changes may share a time stamp. It does not detect hardware that returns other bytes for an unchanged file, nor
+    writes through a mapping made earlier; both could also happen after any other check.
     """
 
     def __init__(self, store: Store, base: str) -> None:
@@ -50,16 +46,16 @@ class VerifiedStore:
         self._verified: dict[str, Stamp] = {}
 
     def open(self, digest: str) -> MaskReader:
-        """What a mask's file says about itself, without touching a tensor; raises `MaskError`."""
+        """Open a mask's file and read its header. Raises `MaskError`."""
         return self._store.reader(digest, self._base)
 
     def read(self, digest: str) -> Mask:
-        """A verified mask, mapped into memory; raises the `MaskError` that says what is wrong."""
+        """A verified mask, mapped into memory. Raises `MaskError`."""
         path, started = self._store.path(digest), time.time()
         stamp = _stamp(path)
         known = self._verified.get(digest) == stamp
         if stamp.size >= LARGE:
-            _share_out(path, _touch if known else _verify)
+            _in_parallel(path, _touch if known else _verify)
             known = True
         mask = self._store.open(digest, self._base, verify=not known)
         if _stamp(path) != stamp:
@@ -85,8 +81,8 @@ def _stamp(path: Path) -> Stamp:
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _share_out(path: Path, work: Callable[[Path, Sequence[str]], None]) -> None:
-    """Do something with all modules of a large file, on several threads."""
+def _in_parallel(path: Path, work: Callable[[Path, Sequence[str]], None]) -> None:
+    """Divide the modules of a large file among threads."""
     with MaskReader(path, lenient=True) as reader:
         names = reader.names
     threads = min(4, os.cpu_count() or 1)
@@ -96,14 +92,14 @@ def _share_out(path: Path, work: Callable[[Path, Sequence[str]], None]) -> None:
 
 
 def _verify(path: Path, names: Sequence[str]) -> None:
-    """Hash some modules, each dropped again."""
+    """Read modules, which verifies their hashes, and discard them."""
     with MaskReader(path, lenient=True) as reader:
         for name in names:
             reader[name]
 
 
 def _touch(path: Path, names: Sequence[str]) -> None:
-    """Have some modules in the system's cache, so that no step of the engine waits for the disk."""
+    """Read modules into the page cache, so that no step of the engine waits for the disk."""
     with MaskReader(path, verify=False, lenient=True) as reader, path.open("rb", buffering=0) as file:
         buffer = bytearray(2**20)
         for name in names:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from masquerade.engine import Token, token_bytes
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode
-from masquerade.model import Base, Opened, Part, Reader
+from masquerade.model import Base, CallStart, ResponsePart, ToolCallParser
 from masquerade.openai.tools import Toolbox
 from masquerade.service.serving import ResolvedPersona
 
@@ -102,7 +102,7 @@ class ChatAnswer(Answer):
     def __init__(self, base: Base, resolved: ResolvedPersona, toolbox: Toolbox | None = None) -> None:
         super().__init__(base, resolved)
         self._toolbox = toolbox
-        self._readers: dict[int, Reader] = {}
+        self._readers: dict[int, ToolCallParser] = {}
         self._calls = Counter[int]()  # opened, by choice
 
     def opening(self, index: int) -> str:
@@ -115,7 +115,7 @@ class ChatAnswer(Answer):
             for part in self._read(piece):
                 if isinstance(part, str):
                     text += part
-                elif isinstance(part, Opened):
+                elif isinstance(part, CallStart):
                     self._calls[index] += 1
                     calls.append(_call(part.name))
                 else:
@@ -142,26 +142,26 @@ class ChatAnswer(Answer):
             choices.append(_delta(piece.index, "{}", encode(self._reason(piece))))
         return choices
 
-    def _read(self, piece: ChoiceDelta) -> Sequence[Part]:
+    def _read(self, piece: ChoiceDelta) -> Sequence[ResponsePart]:
         """What a piece means."""
         if self._toolbox is None:
             return [piece.text] if piece.text else []
         reader = self._readers.get(piece.index)
         if reader is None:
             reader = self._readers[piece.index] = self._toolbox.make_reader()
-        parts = reader.push(piece.text, marked=any(token.id in self._toolbox.marks for token in piece.tokens))
+        parts = reader.push(piece.text, triggered=any(token.id in self._toolbox.marks for token in piece.tokens))
         if piece.reason:
             parts += reader.flush()
         if self._toolbox.forced:  # words are what was cut off of a call
             parts = [part for part in parts if not isinstance(part, str)]
         return parts
 
-    def _render_part(self, index: int, part: Part) -> str:
+    def _render_part(self, index: int, part: ResponsePart) -> str:
         if isinstance(part, str):
             return _say(part)
-        if isinstance(part, Opened):
+        if isinstance(part, CallStart):
             self._calls[index] += 1
-        call = _call(part.name) if isinstance(part, Opened) else {"function": {"arguments": part.text}}
+        call = _call(part.name) if isinstance(part, CallStart) else {"function": {"arguments": part.text}}
         return encode({"tool_calls": [{"index": self._calls[index] - 1, **call}]})
 
     def _reason(self, last: ChoiceDelta) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from masquerade.engine import AnswerFormat, JsonFormat
-from masquerade.model import Dialect, Reader
+from masquerade.model import Dialect, ToolCallParser
 from masquerade.openai.schemas import ChatRequest, Function, NamedTool
 
 MOST_CALLS = 16  # in one answer
@@ -28,9 +28,9 @@ class Toolbox:
     forced: bool  # the answer must be calls
     marks: frozenset[int]  # special tokens that announce a call
 
-    def make_reader(self) -> Reader:
+    def make_reader(self) -> ToolCallParser:
         """Finds the calls in one answer."""
-        return Reader(self.dialect, {function.name for function in self.functions}, self.most)
+        return ToolCallParser(self.dialect, {function.name for function in self.functions}, self.most)
 
     def form(self, wanted: JsonFormat | None) -> AnswerFormat | None:
         """What the answer must be; `wanted` is the JSON that it must be if it is no call.
@@ -49,7 +49,7 @@ class Toolbox:
             frames.append(JsonFormat(schema, f"tools.{number}.function.parameters", *self.dialect.frame(function.name)))
         if not held:
             return AnswerFormat(frames, free_text=True, trigger=self.dialect.begin)
-        most = 1 if self.dialect.lonely else self.most
+        most = 1 if self.dialect.single_call else self.most
         return AnswerFormat(frames, most, self.dialect.space, None if self.forced else wanted)
 
 
@@ -64,5 +64,5 @@ def open_toolbox(asked: ChatRequest, dialect: Dialect, tokenizer: Any) -> Toolbo
     named = isinstance(asked.tool_choice, NamedTool)
     most = 1 if named or asked.parallel_tool_calls is False else MOST_CALLS
     added = tokenizer.added_tokens_decoder
-    marks = frozenset(token for token, known in added.items() if known.special and known.content in dialect.marks)
+    marks = frozenset(token for token, known in added.items() if known.special and known.content in dialect.triggers)
     return Toolbox(dialect, functions, most, forced, marks)

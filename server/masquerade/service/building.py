@@ -31,7 +31,7 @@ from masquerade.evaluate.splits import check_contrast
 from masquerade.jobs import ID, Cancelled, Job, JobService, Outcome, WorkItem
 from masquerade.jobs.runner import Work
 from masquerade.keys import Keyring
-from masquerade.model import hand_back
+from masquerade.model import trim_heap
 from masquerade.pruning import Builder, Progress, Recipe, Scratch, Speaker
 from masquerade.pruning.cards import read_card
 from masquerade.pruning.prompted import Script, draw, perform
@@ -185,7 +185,7 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
         raise
     finally:
         scratch.release()
-        hand_back()
+        trim_heap()
     return partial(_publish, serving, keyring, job_service, job, masks)
 
 

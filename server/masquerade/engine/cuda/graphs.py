@@ -119,7 +119,7 @@ class DecodeGraphs:
         if size not in self._inputs:
             self._inputs[size] = DecodeInputs(size, self._columns, self._kv)
         self._inputs[size].write(chunks, block_table)
-        graph = self._find(slot_map.padded_frame(size))
+        graph = self._find(slot_map.padded_shape(size))
         if graph.version != self._version:
             graph.slots.write(slot_map)
             graph.version = self._version

@@ -1,8 +1,8 @@
-// A call as the instruction sets' units take it: rows sorted by what they wear of one Linear.
+// A call as the instruction sets' units take it: rows sorted by their masks' parts of one Linear.
 #pragma once
 #include "product.h"
 
-// Consecutive rows (in `Call::order`) that wear one mask at one strength. Lists come before bitmaps.
+// Consecutive rows (in `Call::order`) with one mask at one strength. Lists come before bitmaps.
 struct Group {
   Part part;
   float strength;  // 1 - gamma
@@ -13,7 +13,7 @@ struct Call {
   const void *weight, *bias, *x;
   void* y;
   const int64_t* order;  // [rows]; null: as they are
-  const Group* groups;   // of all rows but those that wear nothing, which come first
+  const Group* groups;   // of all rows but the base's, which come first
   int64_t group_count, rows, out, in;
   int32_t dtype, threads;
 };

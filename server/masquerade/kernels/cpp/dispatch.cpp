@@ -6,34 +6,34 @@
 
 namespace {
 
-// The rows of a batch by what they wear of one Linear: nothing, lists, bitmaps. Kept from call to call.
+// The rows of a batch sorted by their masks' part of one Linear: nothing, lists, bitmaps. Reused from call to call.
 class Arrangement {
  public:
   const int64_t* order() const { return order_.data(); }
   const std::vector<Group>& groups() const { return groups_; }
 
-  // False if the spans are none of these rows, or overlap.
+  // False if spans overlap or end beyond the rows.
   bool arrange(const Span* spans, int64_t count, int64_t number, int64_t rows) {
     order_.clear();
     groups_.clear();
-    worn_.assign(rows, false);
+    masked_.assign(rows, false);
     for (const Span* span = spans; span < spans + count; span++) {
       if (span->start < 0 || span->start > span->stop || span->stop > rows) return false;
       for (int64_t row = span->start; row < span->stop; row++) {
-        if (worn_[row]) return false;
-        worn_[row] = true;
+        if (masked_[row]) return false;
+        masked_[row] = true;
       }
     }
     for (int64_t row = 0; row < rows; row++)
-      if (!worn_[row]) order_.push_back(row);
-    for (int turn = 0; turn < 3; turn++)
+      if (!masked_[row]) order_.push_back(row);
+    for (int rank = 0; rank < 3; rank++)
       for (const Span* span = spans; span < spans + count; span++)
-        if (const Part& part = span->parts[number]; turn_of(part) == turn) add(*span, part);
+        if (const Part& part = span->parts[number]; rank_of(part) == rank) add(*span, part);
     return true;
   }
 
  private:
-  static int turn_of(const Part& part) { return part.kind == kNothing ? 0 : part.kind == kBitmap ? 2 : 1; }
+  static int rank_of(const Part& part) { return part.kind == kNothing ? 0 : part.kind == kBitmap ? 2 : 1; }
 
   void add(const Span& span, const Part& part) {
     for (int64_t row = span.start; row < span.stop; row++) order_.push_back(row);
@@ -46,7 +46,7 @@ class Arrangement {
 
   std::vector<int64_t> order_;
   std::vector<Group> groups_;
-  std::vector<char> worn_;
+  std::vector<char> masked_;
 };
 
 }  // namespace

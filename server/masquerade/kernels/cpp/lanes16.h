@@ -30,7 +30,7 @@ struct Lanes {
   template <class T>
   static constexpr int step = sizeof(T) == 4 ? 16 : 32;
   static constexpr int rows = 6;  // 4 x 6 accumulators of 32 registers
-  static constexpr int each = 4;  // rows that wear a mask each
+  static constexpr int each = 4;  // rows with a mask each
 
   static inline F load(const float* from) { return _mm512_loadu_ps(from); }
   static inline void store(float* to, F value) { _mm512_storeu_ps(to, value); }

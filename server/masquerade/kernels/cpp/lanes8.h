@@ -30,7 +30,7 @@ struct Lanes {
   template <class T>
   using Input = float;
   static constexpr int rows = 3;  // 4 x 3 accumulators, 3 inputs and a weight fill sixteen registers
-  static constexpr int each = 2;  // rows that wear a mask each
+  static constexpr int each = 2;  // rows with a mask each
 
   template <class V, class T>
   static inline V copy(const T* from) {

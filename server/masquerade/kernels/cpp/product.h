@@ -1,18 +1,18 @@
-// The C interface of the masked product. Knows how a call is laid out; `native.py` mirrors it.
+// The C interface of the masked product; `native.py` mirrors it.
 //
 //   y_r = x_r (W * (M + gamma (1 - M)))^T + b     for every row r of a batch, each with a mask M and a gamma of its own
 //
-// What belongs to a mask is laid out once, when it comes to the device: a table with a part for every Linear of the model.
-// What belongs to a batch is laid out once for all Linears: who wears which table, how strongly. A call only adds numbers.
+// A mask is laid out once, when it is loaded: a table with a part for every Linear of the model. A batch is laid out once
+// for all Linears: spans of rows, each with a table and a strength. A call only adds the index of its Linear.
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 4;  // another number whenever anything here changes
+constexpr int32_t kInterface = 4;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum Kind : int64_t { kNothing = 0, kList16 = 1, kList32 = 2, kBitmap = 3 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2 };  // no route: spans that overlap or end beyond the batch
+enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2 };  // no route: spans overlap or end beyond the batch
 
 // What a mask prunes of one Linear.
 struct Part {
@@ -20,9 +20,9 @@ struct Part {
   void* data;  // bitmap: keep, uint8 [out, 8 ceil(in / 64)]; list: as `masquerade_list_write` leaves it
 };
 
-// Rows `start` to `stop` of a batch wear one mask at one strength.
+// Rows `start` to `stop` of a batch have one mask at one strength.
 struct Span {
-  const Part* parts;  // of all Linears, by number
+  const Part* parts;  // of all Linears, by index
   double strength;    // 1 - gamma
   int64_t start, stop;
 };

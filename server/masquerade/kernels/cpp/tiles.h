@@ -113,9 +113,9 @@ template <class T>
 void multiply_as(const Call& call) {
   static thread_local Scratch scratch;
   const int64_t groups = call.group_count;
-  int64_t lists = 0, lined = 0, bare = call.rows;
+  int64_t lists = 0, lined = 0, base_rows = call.rows;
   for (const Group* group = call.groups; group < call.groups + groups; group++) {
-    bare -= group->rows;
+    base_rows -= group->rows;
     if (group->part.kind == kBitmap) continue;
     lists += (group->rows + kLine<T> - 1) / kLine<T>;
     lined += (group->rows + kLine<T> - kFew) / kLine<T>;
@@ -141,7 +141,7 @@ void multiply_as(const Call& call) {
     else if (rows)
       pass_over(piece, job.passes);
   };
-  Piece dense{Mode::dense, 1.0f, nullptr, 0, bare, false};  // the rows of the base, and those of lists
+  Piece dense{Mode::dense, 1.0f, nullptr, 0, base_rows, false};  // the rows of the base, and those of lists
   const Group *group = call.groups, *end = group + groups;
   for (; group < end && group->part.kind != kBitmap; dense.stop += group->rows, group++)
     for (int64_t start = dense.stop; start < dense.stop + group->rows; start += kLine<T>) {

@@ -1,12 +1,12 @@
-"""The masked product on CUDA: one launch a Linear for all masks and gammas of a batch, from tensors that may stay put.
+"""The Triton kernels of the masked product: one launch per Linear for all masks and gammas of a batch.
 
-Knows two kernels and the tables that they read. `subtract` takes from a Linear's outputs what listed weights
-contributed; `multiply` is the whole product for batches with bitmaps, each weight and each bit read once. Both find
-their masks through addresses in a device tensor and their rows through tiles, so a captured CUDA graph serves whatever
-is written there. Sums are in fp32 and in a fixed order; nothing is added atomically. Refuses to know who wears what.
+`subtract` removes from a Linear's outputs what listed weights contributed. `multiply` computes the whole product for
+batches with bitmaps and reads each weight and each bit once. Both find masks through addresses in a device tensor and
+rows through tiles, so a captured CUDA graph stays valid when their contents change. Sums are fp32, in a fixed order,
+without atomics.
 
-Importing this module needs triton; `cuda.py` looks after that. With TRITON_INTERPRET=1 it also runs on CPU tensors, in
-fp32 and fp16 (the interpreter's bf16 products are wrong).
+Importing this module needs triton (see `find_kernels`). With TRITON_INTERPRET=1 it also runs on CPU tensors, in fp32
+and fp16 (the interpreter's bf16 products are wrong).
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masquerade.kernels.tiles import NARROW, Tiles
+from masquerade.kernels.cuda.tiles import NARROW, Tiles
 
-_PROGRAMS = 256  # two for each multiprocessor of a large GPU
+_PROGRAMS = 256  # two per multiprocessor of a large GPU
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _subtract(
     x, y, table, slots, rows, strengths, out, x_row, x_column, y_row,
     wide: tl.constexpr, some_out: tl.constexpr, some_listed: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows that wear one mask, and `some_out` outputs; `some_listed` weights of each at a time."""
+    """`some_out` outputs of one tile, whose rows have one mask; `some_listed` weights of each output at a time."""
     tile = tl.program_id(0)
     slot = tl.load(slots + tile)
     if slot >= 0:
@@ -75,7 +75,7 @@ def _products(
 ):  # fmt: skip
     """Products with the kept weights and, if `soft`, with the pruned ones, [some_out, width] each.
 
-    Every weight enters exactly one of the two, so what a hard mask prunes is skipped, whatever it is.
+    Every weight enters exactly one of the two, so a hard mask skips pruned weights even if they are not finite.
     """
     kept = tl.zeros((some_out, width), tl.float32)
     gone = tl.zeros((some_out, width), tl.float32)
@@ -102,8 +102,8 @@ def _multiply(
     x, w, bias, y, table, slots, rows, strengths, out, inner, words, x_row, w_row, y_row,
     biased: tl.constexpr, some_out: tl.constexpr, some_in: tl.constexpr, width: tl.constexpr, exact: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows that wear one bitmap, or none, and `some_out` outputs, over all inputs."""
-    tile = tl.program_id(0)  # neighbours in time read the same weights
+    """`some_out` outputs of one tile, whose rows have one bitmap or none, over all inputs."""
+    tile = tl.program_id(0)  # consecutive programs read the same weights
     row = tl.load(rows + tile * width + tl.arange(0, width))  # -1: none
     if tl.max(row) >= 0:
         slot = tl.load(slots + tile)
@@ -128,8 +128,8 @@ def _multiply(
 def subtract(x: Tensor, y: Tensor, table: Tensor, tiles: Tiles, strengths: Tensor) -> None:
     """y -= strength * x (W * (1 - M))ᵀ for the listed masks of a batch, in place.
 
-    x is [rows, in], y [rows, out] with unit stride, `table` int64 [slots, FIELDS], `strengths` fp32 [rows]. Rows of no
-    tile, and of slots without a list, are left as they are.
+    x is [rows, in], y [rows, out] with unit stride, `table` int64 [slots, FIELDS], `strengths` fp32 [rows]. Rows in no
+    tile, and rows of slots without a list, do not change.
     """
     (count, width), (_, out) = tiles.rows.shape, y.shape
     some_out = 64 if width == 1 else 8
@@ -144,10 +144,10 @@ def subtract(x: Tensor, y: Tensor, table: Tensor, tiles: Tiles, strengths: Tenso
 def multiply(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, table: Tensor, tiles: Tiles, strengths: Tensor
 ) -> None:
-    """y = x (W * (M + gamma (1 - M)))ᵀ + bias for a batch of which some rows wear bitmaps; into y [rows, out].
+    """y = x (W * (M + gamma (1 - M)))ᵀ + bias for a batch with bitmaps; into y [rows, out].
 
-    x is [rows, in] and `weight` [out, in], all with unit stride; every row has its place in `tiles`, those that wear
-    no bitmap too. `table` is int64 [slots, FIELDS], `strengths` (1 - gamma) fp32 [rows]. Tiles are 16 rows or more.
+    x is [rows, in] and `weight` [out, in], all with unit stride. `tiles` holds every row, also those without a bitmap.
+    `table` is int64 [slots, FIELDS], `strengths` (1 - gamma) fp32 [rows]. Tiles have 16 rows or more.
     """
     (count, width), (out, inner) = tiles.rows.shape, weight.shape
     program = _choose(out, width)
@@ -159,7 +159,7 @@ def multiply(
 
 
 class _Program(NamedTuple):
-    """What one program of `_multiply` takes on; chosen so that nothing spills on sm_90."""
+    """The share of one program of `_multiply`, chosen so that nothing spills on sm_90."""
 
     some_out: int
     some_in: int
@@ -172,7 +172,7 @@ _MANY_ROWS = _Program(64, 64, num_warps=8, num_stages=3)
 
 
 def _choose(out: int, width: int) -> _Program:
-    """For few rows as many programs as keep the memory busy, for many rows large tiles."""
+    """Few rows: enough programs to saturate memory. Many rows: large tiles."""
     if width > 16:
         return _MANY_ROWS
     return next((program for program in _FEW_ROWS if out // program.some_out >= _PROGRAMS), _FEW_ROWS[-1])

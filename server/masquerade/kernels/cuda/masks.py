@@ -1,8 +1,4 @@
-"""Masks as the CUDA kernels read them, and whether those kernels can serve a Linear.
-
-Knows device memory, and that triton may be missing. Refuses to know batches: a mask says where it lies, and `tiles.py`
-and `triton.py` do the rest.
-"""
+"""Masks in device memory in the layouts that the Triton kernels read, and which Linears those kernels support."""
 
 from __future__ import annotations
 
@@ -17,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maskstore import Target
-from masquerade.kernels.correction import accumulator
-from masquerade.kernels.tiles import COLUMNS, FIELDS, KEEP, NARROW, ROWS, VALUES, Tiles, tile
+from masquerade.kernels.correction import accumulator, bitmap_footprint
+from masquerade.kernels.cuda.tiles import COLUMNS, FIELDS, KEEP, NARROW, ROWS, VALUES, Tiles, tile
 from masquerade.kernels.weights import share
 
 _log = logging.getLogger(__name__)
@@ -28,9 +24,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @cache
 def find_kernels() -> Any | None:
-    """The module of the kernels, or None where there is no triton; which of the two is logged, once."""
+    """The module of the kernels, or None without triton; logs once which of the two applies."""
     try:
-        kernels = importlib.import_module("masquerade.kernels.triton")
+        kernels = importlib.import_module("masquerade.kernels.cuda.triton")
     except ImportError as error:
         _log.warning("masked products run on torch, which is slower: no Triton kernels (%s)", error)
         return None
@@ -39,14 +35,14 @@ def find_kernels() -> Any | None:
 
 
 def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the kernels can compute a module: a plain Linear on a CUDA device, of fp16, bf16 or fp32."""
+    """Whether the kernels support a module: a plain fp16, bf16 or fp32 Linear on a CUDA device."""
     if type(module) is not nn.Linear or module.weight.device.type != "cuda" or module.weight.dtype not in _DTYPES:
         return False
     return module.weight.stride(1) == 1 and find_kernels() is not None
 
 
 class CudaList:
-    """Pruned weights as compressed rows: two bytes for a column, and the weight itself in the base's own dtype."""
+    """Pruned weights in CSR form: column indices of two bytes (four if wide) and values in the base's dtype."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
         sparse, weight = target.to_sparse(), linear.weight.detach()
@@ -60,18 +56,18 @@ class CudaList:
 
     @staticmethod
     def footprint(linear: nn.Linear, pruned: int) -> int:
-        """What `nbytes` will be for so many pruned weights."""
+        """The `nbytes` of a list of `pruned` weights."""
         column = 2 if linear.in_features <= NARROW else 4
         return 4 * (linear.out_features + 1) + (column + linear.weight.itemsize) * pruned
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the device."""
+        """Device bytes."""
         return sum(tensor.nbytes for tensor in (self._rows, self._columns, self._values))
 
     @property
     def addresses(self) -> NDArray[np.int64]:
-        """Its entry of a table, [FIELDS]; valid while the mask lives."""
+        """The mask's table entry, int64 [FIELDS]; valid while the mask lives."""
         entry = np.zeros(FIELDS, np.int64)
         entry[[ROWS, COLUMNS, VALUES]] = [part.data_ptr() for part in (self._rows, self._columns, self._values)]
         return entry
@@ -79,13 +75,13 @@ class CudaList:
     def __call__(self, x: Tensor) -> Tensor:
         """Map rows [n, in] to [n, out]."""
         y = x.new_zeros(len(x), self.shape[0], dtype=accumulator(x.dtype))
-        table, tiles = _alone(self.addresses, len(x), 1, x.device)
+        table, tiles = _one_mask(self.addresses, len(x), 1, x.device)
         _kernels().subtract(x.contiguous(), y, table, tiles, x.new_full((len(x),), -1.0, dtype=torch.float32))
         return y
 
 
 class CudaBits:
-    """One bit a weight; the weights are the base's."""
+    """One bit per weight; the weights are the base's."""
 
     def __init__(self, linear: nn.Linear, target: Target) -> None:
         self.shape = target.shape
@@ -93,25 +89,22 @@ class CudaBits:
         keep = share(target.to_bitmap().keep).to(linear.weight.device)  # uint8 [out, bytes], lowest bit first
         self._keep = keep.view(torch.int32)  # [out, words]
 
-    @staticmethod
-    def footprint(linear: nn.Linear, _: int) -> int:
-        """What `nbytes` will be, whatever is pruned."""
-        return linear.out_features * 8 * -(-linear.in_features // 64)
+    footprint = staticmethod(bitmap_footprint)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the device."""
+        """Device bytes."""
         return self._keep.nbytes
 
     @property
     def addresses(self) -> NDArray[np.int64]:
-        """Its entry of a table, [FIELDS]; valid while the mask lives."""
+        """The mask's table entry, int64 [FIELDS]; valid while the mask lives."""
         return _entry(self._keep)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map rows [n, in] to [n, out]."""
-        pruned = ~self._keep  # a mask that keeps what this one prunes
-        table, tiles = _alone(_entry(pruned), len(x), 16, x.device)
+        pruned = ~self._keep  # the complement: keeps exactly the pruned weights
+        table, tiles = _one_mask(_entry(pruned), len(x), 16, x.device)
         y = x.new_empty(len(x), self.shape[0], dtype=accumulator(x.dtype))
         ones = x.new_ones(len(x), dtype=torch.float32)
         _kernels().multiply(x.contiguous(), self._weight, None, y, table, tiles, ones)
@@ -130,8 +123,8 @@ def _entry(keep: Tensor) -> NDArray[np.int64]:
     return entry
 
 
-def _alone(entry: NDArray[np.int64], count: int, width: int, device: torch.device) -> tuple[Tensor, Tiles]:
-    """The table and the tiles of a batch whose rows all wear one mask."""
+def _one_mask(entry: NDArray[np.int64], count: int, width: int, device: torch.device) -> tuple[Tensor, Tiles]:
+    """The table and the tiles of a batch in which every row has the same mask."""
     slots, rows = tile(np.zeros(count, np.int32), width)
     tiles = Tiles(torch.from_numpy(slots).to(device), torch.from_numpy(rows).to(device))
     return torch.from_numpy(entry[None]).to(device), tiles

