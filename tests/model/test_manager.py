@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,18 @@ def test_detach_restores_the_model_to_the_bit(tiny: Base) -> None:
     assert all(module is modules[name] for name, module in tiny.model.named_modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
     assert torch.equal(tiny.model(ids).logits, logits)
+
+
+def test_an_attached_model_shares_its_weights_and_can_be_copied(tiny: Base, manager: MaskManager) -> None:
+    twin, ids = copy.deepcopy(tiny.model), torch.arange(6, 46).unsqueeze(0)
+    mask = world.make_mask(tiny, 0.3, seed=1)
+    route = make_route([Span(AppliedMask(manager.fit(mask), 0.0), 0, 40)], tiny.device)
+    assert torch.allclose(twin(ids, route=route).logits, tiny.model(ids, route=route).logits)
+    weights = {name: tensor.data_ptr() for name, tensor in tiny.model.state_dict().items()}
+    linears = {name for name, module in tiny.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    manager.detach()
+    assert weights == {name: tensor.data_ptr() for name, tensor in tiny.model.state_dict().items()}
+    assert linears == {name for name, module in tiny.model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
 def test_every_linear_but_the_head_is_maskable(tiny: Base) -> None:
