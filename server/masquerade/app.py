@@ -25,6 +25,7 @@ from masquerade.http import errors, health, playground, reference
 from masquerade.http.access import AuthMiddleware
 from masquerade.http.limits import EXPOSED, CorsMiddleware, LimitsMiddleware, Policy
 from masquerade.http.metrics import Metrics
+from masquerade.http.pace import Pace
 from masquerade.http.request_log import RequestLogMiddleware
 from masquerade.jobs import JobService
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
@@ -101,6 +102,7 @@ def create_app(
         middleware=around,
         telemetry={"metrics": False, "logs": False, "operation_spans": False, "auto_configure": _can_trace()},
     )
+    app.state.large_bodies, app.state.imports = Pace(), Pace()
     app.state.serving, app.state.metrics, app.state.policy = serving, counted, policy
     errors.install(app)
     for router in _ROUTERS:

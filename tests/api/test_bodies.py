@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from contextlib import suppress
@@ -16,6 +17,7 @@ from masquerade.app import describe
 from masquerade.errors import InvalidValue
 from masquerade.http.access import ScopedRoute
 from masquerade.http.bodies import MOST_CONTAINERS, MOST_DEPTH, MOST_NAMES, MOST_VALUES, parse
+from masquerade.http.pace import Pace
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -102,3 +104,29 @@ def test_no_route_reads_json_in_another_way() -> None:
     bodies = [route for route in routes if isinstance(route, APIRoute) and route.body_field is not None]
     assert len(bodies) > 8
     assert [route.path for route in bodies if not isinstance(route, ScopedRoute)] == []
+
+
+def test_large_bodies_take_turns_and_leave_pauses() -> None:
+    """Two pieces of work at once are done after each other, and something else is done between them."""
+    done: list[str] = []
+
+    async def work(pace: Pace, name: str) -> None:
+        async with pace.turn():
+            done.append(f"{name} begins")
+            time.sleep(0.05)  # holds the event loop, as a parser does
+            done.append(f"{name} ends")
+
+    async def tick() -> None:
+        while True:
+            done.append("tick")
+            await asyncio.sleep(0.001)
+
+    async def run() -> None:
+        pace, ticking = Pace(), asyncio.create_task(tick())
+        await asyncio.gather(work(pace, "a"), work(pace, "b"))
+        ticking.cancel()
+
+    asyncio.run(run())
+    begins, ends = done.index("b begins"), done.index("a ends")
+    assert done.index("a begins") < ends < begins
+    assert done[ends:begins].count("tick") > 5

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("masquerade")
 _LONGEST_NAME = 128
 
+WRONG_KEY_SECONDS = 0.25  # a client that guesses makes four attempts a second on each connection
+
 
 def serve(
     model: Model = "demo",
@@ -112,6 +114,7 @@ def serve(
         loopback=is_loopback(host) and not insecure_no_auth,
         cors_origins=tuple(cors_origin or ()),
         answer_seconds=answer_seconds,
+        wrong_key_seconds=WRONG_KEY_SECONDS,
     )
     logs.configure(log_format)
     with _listen(host, port) as listener:

@@ -126,6 +126,7 @@ class AuthMiddleware:
         self._rates = rates
         self._loopback = policy.loopback
         self._seconds = policy.answer_seconds
+        self._wrong_key_seconds = policy.wrong_key_seconds
         self._origins = frozenset(policy.cors_origins)
         self._hashing = ThreadPoolExecutor(1, "keys")  # scrypt gets one core at most, and nobody else waits for it
         self._hashed = 0  # tokens that wait for it or are at it
@@ -145,6 +146,8 @@ class AuthMiddleware:
             else:
                 self._check_page(Headers(scope=scope))
         except MasqueradeError as error:
+            if isinstance(error, InvalidKey):  # slows down a client that guesses, and takes nothing from the others
+                await asyncio.sleep(self._wrong_key_seconds)
             if isinstance(error, RateLimited):
                 entry.limited = error.kind
             headers = self._rates.headers(key) if key else None

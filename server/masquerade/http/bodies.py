@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from fastapi import Request
 
 from masquerade.errors import InvalidValue
+from masquerade.http.pace import Pace
 
 MOST_VALUES = 2**18  # in one JSON text
 MOST_NAMES = 2**15  # of fields in objects
 MOST_CONTAINERS = 2**15  # arrays and objects
 MOST_DEPTH = 128  # arrays and objects in one another
+LARGE = 2**18  # bytes from which bodies are parsed one at a time
 
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{},:]', re.DOTALL)
 _NAMED = 4  # parts of the path to what is nested too deeply that are told
@@ -42,11 +44,21 @@ class Parsed(Request):
 
 
 async def read_body(http: Request) -> Request:
-    """The request, with its body read if that is JSON. Raises `InvalidValue` as `parse` does."""
+    """The request, with its body read if that is JSON. Raises `InvalidValue` as `parse` does.
+
+    Large bodies take turns, and pauses between them keep the event loop free: Python parses JSON without releasing the
+    interpreter lock, so several at once would stall every stream.
+    """
     if not _is_json(http.headers.get("content-type", "")):
         return http
     content = await http.body()
-    return Parsed(http, content, parse(content)) if content else http
+    if not content:
+        return http
+    if len(content) < LARGE:
+        return Parsed(http, content, parse(content))
+    pace: Pace = http.app.state.large_bodies
+    async with pace.turn():
+        return Parsed(http, content, parse(content))
 
 
 def parse(content: bytes | str, what: str = "the body", param: str | None = None) -> Any:

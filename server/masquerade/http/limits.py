@@ -42,6 +42,7 @@ class Policy:
     headers: int = 100
     body_seconds: float = 30.0  # without a byte of a body
     upload_rate: float = 2**15  # bytes a second that a file must arrive with, after what every body gets
+    wrong_key_seconds: float = 0.0  # before a request without a valid key is refused
     answer_seconds: float = 600.0  # for all answers to a request
 
 
