@@ -2,7 +2,7 @@
 
 from masquerade.gguf.architectures import ARCHITECTURES
 from masquerade.gguf.checkpoint import Checkpoint, read_checkpoint
-from masquerade.gguf.file import File, read_file
+from masquerade.gguf.file import GgufFile, read_file
 from masquerade.gguf.weight import Weight
 
-__all__ = ["ARCHITECTURES", "Checkpoint", "File", "Weight", "read_checkpoint", "read_file"]
+__all__ = ["ARCHITECTURES", "Checkpoint", "GgufFile", "Weight", "read_checkpoint", "read_file"]

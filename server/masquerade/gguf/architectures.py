@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from masquerade.gguf.file import File
+from masquerade.gguf.file import GgufFile
 
 Config = dict[str, Any]
 _ORIGINAL_CONTEXT = 8192  # of every Llama 3, which its GGUF does not state
@@ -54,7 +54,7 @@ class Architecture:
 
     model_type: str  # transformers' name
     layer: Mapping[str, str]  # tensors of a layer: GGUF's names and transformers', without `.weight`
-    configure: Callable[[File, Sizes, str], Config]  # what its config has beside the common part
+    configure: Callable[[GgufFile, Sizes, str], Config]  # what its config has beside the common part
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by the field of the config that tells of them
     biased: tuple[str, ...] = ()  # tensors that always have a bias
     interleaved: bool = False  # llama.cpp stores the halves of each head of queries and keys row by row
@@ -80,25 +80,25 @@ _NORMED_TWICE = {
 }
 
 
-def _llama(file: File, sizes: Sizes, prefix: str) -> Config:
+def _llama(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
     rope = _rope(file, prefix)
     if "rope_freqs.weight" in file.tensors:
         rope = _llama3(file, sizes, prefix, rope["rope_theta"])
     return {"rope_parameters": rope}
 
 
-def _mistral(file: File, _: Sizes, prefix: str) -> Config:
+def _mistral(file: GgufFile, _: Sizes, prefix: str) -> Config:
     return {
         "rope_parameters": _rope(file, prefix),
         "sliding_window": file.size(f"{prefix}.attention.sliding_window", None),
     }
 
 
-def _plain(file: File, _: Sizes, prefix: str) -> Config:
+def _plain(file: GgufFile, _: Sizes, prefix: str) -> Config:
     return {"rope_parameters": _rope(file, prefix)}
 
 
-def _gemma2(file: File, sizes: Sizes, prefix: str) -> Config:
+def _gemma2(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
     return {
         "rope_parameters": _rope(file, prefix),
         "sliding_window": file.size(f"{prefix}.attention.sliding_window", 4096),
@@ -108,7 +108,7 @@ def _gemma2(file: File, sizes: Sizes, prefix: str) -> Config:
     }
 
 
-def _gemma3(file: File, sizes: Sizes, prefix: str) -> Config:
+def _gemma3(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
     every = file.size(f"{prefix}.attention.sliding_window_pattern", 6)
     local = file.number(f"{prefix}.rope.freq_base_swa", 10_000.0)
     return {
@@ -150,7 +150,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def _rope(file: File, prefix: str, base: float = 10_000.0) -> Config:
+def _rope(file: GgufFile, prefix: str, base: float = 10_000.0) -> Config:
     """Rotary positions, scaled as the file says."""
     common = {"rope_theta": file.number(f"{prefix}.rope.freq_base", base)}
     kind = file.text(f"{prefix}.rope.scaling.type", "none")
@@ -159,11 +159,11 @@ def _rope(file: File, prefix: str, base: float = 10_000.0) -> Config:
     return common | _SCALINGS[kind](file, f"{prefix}.rope.scaling")
 
 
-def _linear(file: File, key: str) -> Config:
+def _linear(file: GgufFile, key: str) -> Config:
     return {"rope_type": "linear", "factor": file.number(f"{key}.factor")}
 
 
-def _yarn(file: File, key: str) -> Config:
+def _yarn(file: GgufFile, key: str) -> Config:
     optional = {
         "beta_fast": file.number(f"{key}.yarn_beta_fast", None),
         "beta_slow": file.number(f"{key}.yarn_beta_slow", None),
@@ -175,14 +175,14 @@ def _yarn(file: File, key: str) -> Config:
     } | {name: value for name, value in optional.items() if value is not None}
 
 
-_SCALINGS: Mapping[str, Callable[[File, str], Config]] = {
+_SCALINGS: Mapping[str, Callable[[GgufFile, str], Config]] = {
     "none": lambda _file, _key: {"rope_type": "default"},
     "linear": _linear,
     "yarn": _yarn,
 }
 
 
-def _llama3(file: File, sizes: Sizes, prefix: str, theta: float) -> Config:
+def _llama3(file: GgufFile, sizes: Sizes, prefix: str, theta: float) -> Config:
     """Llama 3's scaling. The file has what it divides each frequency by; the config has what that is made of."""
     name = "rope_freqs.weight"
     tensor = file.tensors[name]

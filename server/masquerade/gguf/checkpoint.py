@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from masquerade.gguf.architectures import ARCHITECTURES, Architecture, Sizes
-from masquerade.gguf.file import File, Tensor, read_file
+from masquerade.gguf.file import GgufFile, Tensor, read_file
 from masquerade.gguf.weight import Weight, is_readable
 
 _EMBEDDING = "token_embd.weight"
@@ -29,7 +29,7 @@ _UNKNOWN = (  # would change the answer, and no model of these architectures is 
 class Checkpoint:
     """What `save_pretrained` would write: a config, and the weights, once each."""
 
-    file: File
+    file: GgufFile
     config: dict[str, Any]
     weights: tuple[Weight, ...]
 
@@ -48,7 +48,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(file, _configure(file, name, architecture, sizes), weights)
 
 
-def _check_whole(file: File, prefix: str) -> None:
+def _check_whole(file: GgufFile, prefix: str) -> None:
     """Refuse what would load and answer wrongly."""
     if (parts := file.size("split.count", 1)) != 1:
         file.fail("split.count", f"is one of {parts} files; make them one with `llama-gguf-split --merge`")
@@ -59,7 +59,7 @@ def _check_whole(file: File, prefix: str) -> None:
             file.fail(f"{prefix}.{key}", "is not supported")
 
 
-def _measure(file: File, prefix: str) -> Sizes:
+def _measure(file: GgufFile, prefix: str) -> Sizes:
     if (embedding := file.tensors.get(_EMBEDDING)) is None:
         file.fail(_EMBEDDING, "is missing")
     hidden, heads = file.size(f"{prefix}.embedding_length"), file.size(f"{prefix}.attention.head_count")
@@ -85,7 +85,7 @@ def _measure(file: File, prefix: str) -> Sizes:
     return sizes
 
 
-def _name_weights(file: File, architecture: Architecture, sizes: Sizes) -> Iterator[Weight]:
+def _name_weights(file: GgufFile, architecture: Architecture, sizes: Sizes) -> Iterator[Weight]:
     yield _find(file, _EMBEDDING, "model.embed_tokens.weight", (sizes.vocabulary, sizes.hidden))
     yield _norm(architecture, _find(file, "output_norm.weight", "model.norm.weight", (sizes.hidden,)))
     if _HEAD in file.tensors:
@@ -111,12 +111,12 @@ def _norm(architecture: Architecture, weight: Weight) -> Weight:
     return replace(weight, offset=1.0) if shifted else weight
 
 
-def _find_biases(file: File, architecture: Architecture) -> Iterator[str]:
+def _find_biases(file: GgufFile, architecture: Architecture) -> Iterator[str]:
     """The groups of biases that the file has."""
     return (key for key, stems in architecture.biases.items() if f"blk.0.{stems[0]}.bias" in file.tensors)
 
 
-def _find(file: File, stored: str, name: str, shape: tuple[int, ...]) -> Weight:
+def _find(file: GgufFile, stored: str, name: str, shape: tuple[int, ...]) -> Weight:
     tensor = file.tensors.get(stored)
     if tensor is None:
         file.fail(stored, "is missing")
@@ -132,7 +132,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.kind.name in ("F32", "F16", "BF16")
 
 
-def _check_complete(file: File, weights: tuple[Weight, ...]) -> None:
+def _check_complete(file: GgufFile, weights: tuple[Weight, ...]) -> None:
     unknown = sorted(file.tensors.keys() - {weight.tensor.name for weight in weights} - {_FREQUENCIES})
     if unknown:
         experts = " (mixtures of experts cannot be read)" if "exps" in unknown[0] else ""
@@ -140,7 +140,7 @@ def _check_complete(file: File, weights: tuple[Weight, ...]) -> None:
         file.fail(unknown[0], f"is not a tensor of this architecture{experts}{more}")
 
 
-def _configure(file: File, prefix: str, architecture: Architecture, sizes: Sizes) -> dict[str, Any]:
+def _configure(file: GgufFile, prefix: str, architecture: Architecture, sizes: Sizes) -> dict[str, Any]:
     biases = set(_find_biases(file, architecture))
     ids = {
         field: file.token(f"tokenizer.ggml.{key}", sizes.vocabulary)

@@ -54,7 +54,7 @@ class _Strings:
 
 
 @dataclass(frozen=True)
-class File:
+class GgufFile:
     """What the header says. The getters raise `UnusableModel` for a value that is missing or of another type."""
 
     path: Path
@@ -122,7 +122,7 @@ class File:
         return self.fail(key, "is missing") if value is _NOTHING else value
 
 
-def read_file(path: Path) -> File:
+def read_file(path: Path) -> GgufFile:
     """Read the header of a GGUF file and check that everything it names lies within the file."""
     try:
         with _open(path) as data:
@@ -136,7 +136,7 @@ def _open(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _read(path: Path, data: mmap.mmap) -> File:
+def _read(path: Path, data: mmap.mmap) -> GgufFile:
     cursor = _Cursor(path, data)
     if (magic := data[: len(MAGIC)]) != MAGIC:
         raise UnusableModel(f"{path}: is no GGUF file: it begins with {magic!r}, not {MAGIC!r}")
@@ -154,7 +154,7 @@ def _read(path: Path, data: mmap.mmap) -> File:
             raise UnusableModel(f"{path}: {key}: is there twice")
         metadata[key] = cursor.value(key)
     places = list(_places(cursor, tensors))
-    file = File(path, metadata, {})
+    file = GgufFile(path, metadata, {})
     alignment = file.size("general.alignment", _ALIGNMENT)
     if alignment & (alignment - 1):
         file.fail("general.alignment", f"must be a power of two, not {alignment}")
@@ -164,7 +164,7 @@ def _read(path: Path, data: mmap.mmap) -> File:
         if name in found:
             file.fail(name, "is there twice")
         found[name] = _locate(file, name, kind, shape, origin + offset, len(data))
-    return File(path, metadata, found)
+    return GgufFile(path, metadata, found)
 
 
 def _places(cursor: _Cursor, count: int) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
@@ -178,7 +178,7 @@ def _places(cursor: _Cursor, count: int) -> Iterator[tuple[str, int, tuple[int, 
         yield name, kind, shape[::-1], cursor.integer("<Q", name)
 
 
-def _locate(file: File, name: str, number: int, shape: tuple[int, ...], begin: int, end: int) -> Tensor:
+def _locate(file: GgufFile, name: str, number: int, shape: tuple[int, ...], begin: int, end: int) -> Tensor:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
 
 from masquerade.errors import UnusableModel
-from masquerade.gguf import File
+from masquerade.gguf import GgufFile
 
 _KEY = "tokenizer.ggml"
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens
@@ -53,7 +53,7 @@ def _list_rules() -> Mapping[str, _Rules]:
 RULES = _list_rules()
 
 
-def read_tokenizer(file: File, vocabulary: int) -> Any:
+def read_tokenizer(file: GgufFile, vocabulary: int) -> Any:
     """The tokenizer of a file, with its special tokens and its chat template.
 
     `vocabulary` is how many embeddings there are. Raises `UnusableModel` by key for what cannot be a tokenizer of them.
@@ -79,7 +79,7 @@ def read_tokenizer(file: File, vocabulary: int) -> Any:
     return _wrap(file, made, tokens)
 
 
-def find_ends(file: File, tokenizer: Any) -> list[int]:
+def find_ends(file: GgufFile, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: those that the file says, and what the chat template writes after one."""
     count = len(tokenizer)
     found = {token for key in _ENDS if (token := file.token(f"{_KEY}.{key}", count)) is not None}
@@ -99,7 +99,7 @@ def _ends_of_template(tokenizer: Any) -> list[int]:
     return [token for token in after if token in known and known[token].special]
 
 
-def _read_kinds(file: File, count: int) -> Sequence[int]:
+def _read_kinds(file: GgufFile, count: int) -> Sequence[int]:
     key = f"{_KEY}.token_type"
     if key not in file.metadata:
         return [0] * count
@@ -110,7 +110,7 @@ def _read_kinds(file: File, count: int) -> Sequence[int]:
     return listed
 
 
-def _byte_level(file: File, tokens: Sequence[str]) -> Tokenizer:
+def _byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
     name = file.text(f"{_KEY}.pre")
     if name not in RULES:
         file.fail(f"{_KEY}.pre", f"is {name!r:.80}; {', '.join(sorted(RULES))} can be read")
@@ -134,7 +134,7 @@ def _halve(merge: str) -> tuple[str, str]:
     return left, right
 
 
-def _sentencepiece(file: File, tokens: Sequence[str]) -> Tokenizer:
+def _sentencepiece(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
     known: dict[str, Any] = {"tokenizer_type": "llama", "tokens": list(tokens), "token_type": ()}
     if f"{_KEY}.merges" in file.metadata:
         known["merges"] = file.strings(f"{_KEY}.merges")
@@ -156,7 +156,7 @@ def _drop_unknown(made: Tokenizer, count: int) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(document))
 
 
-def _wrap(file: File, made: Tokenizer, tokens: Sequence[str]) -> Any:
+def _wrap(file: GgufFile, made: Tokenizer, tokens: Sequence[str]) -> Any:
     named = {
         role: tokens[number]
         for role, key in (
