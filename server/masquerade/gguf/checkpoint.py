@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from masquerade.gguf.architectures import ARCHITECTURES, Architecture, Sizes
-from masquerade.gguf.file import GgufFile, Tensor, read_file
+from masquerade.gguf.file import GgufFile, GgufTensor, read_file
 from masquerade.gguf.weight import Weight, is_readable
 
 _EMBEDDING = "token_embd.weight"
@@ -127,7 +127,7 @@ def _find(file: GgufFile, stored: str, name: str, shape: tuple[int, ...]) -> Wei
     return Weight(name, shape, file.path, tensor)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_plain(tensor: GgufTensor) -> bool:
     """Whether each value is stored for itself: vectors are read value by value."""
     return tensor.kind.name in ("F32", "F16", "BF16")
 

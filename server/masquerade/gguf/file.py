@@ -35,7 +35,7 @@ _NOTHING: Any = object()
 
 
 @dataclass(frozen=True)
-class Tensor:
+class GgufTensor:
     """One tensor as it is stored. `shape` is in the order of numpy and torch: rows first."""
 
     name: str
@@ -59,7 +59,7 @@ class GgufFile:
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, GgufTensor]
 
     def fail(self, key: str, words: str) -> NoReturn:
         """Refuse the file for what it says under a key, or of a tensor."""
@@ -159,7 +159,7 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     if alignment & (alignment - 1):
         file.fail("general.alignment", f"must be a power of two, not {alignment}")
     origin = -(-cursor.place // alignment) * alignment
-    found: dict[str, Tensor] = {}
+    found: dict[str, GgufTensor] = {}
     for name, kind, shape, offset in places:
         if name in found:
             file.fail(name, "is there twice")
@@ -178,7 +178,7 @@ def _places(cursor: _Cursor, count: int) -> Iterator[tuple[str, int, tuple[int, 
         yield name, kind, shape[::-1], cursor.integer("<Q", name)
 
 
-def _locate(file: GgufFile, name: str, number: int, shape: tuple[int, ...], begin: int, end: int) -> Tensor:
+def _locate(file: GgufFile, name: str, number: int, shape: tuple[int, ...], begin: int, end: int) -> GgufTensor:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
@@ -189,7 +189,7 @@ def _locate(file: GgufFile, name: str, number: int, shape: tuple[int, ...], begi
     nbytes = prod(shape) // values * size
     if begin + nbytes > end:
         file.fail(name, f"lies at {begin}..{begin + nbytes}, the file ends after {end} bytes")
-    return Tensor(name, kind, shape, begin, nbytes)
+    return GgufTensor(name, kind, shape, begin, nbytes)
 
 
 class _Cursor:

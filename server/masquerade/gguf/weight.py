@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from masquerade.gguf.file import Tensor
+from masquerade.gguf.file import GgufTensor
 
 CHUNK = 2**20  # values that are dequantised at a time
 _NAN = 0x7FC0
@@ -27,7 +27,7 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     path: Path
-    tensor: Tensor
+    tensor: GgufTensor
     head: int = 0  # rows of a head whose halves llama.cpp interleaves, or 0
     offset: float = 0.0  # what llama.cpp adds to every value
     dtype: str = "BF16"
