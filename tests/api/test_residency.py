@@ -98,7 +98,7 @@ def test_who_waited_in_vain_wears_the_mask_that_is_there(
     held = serving.residency.get(personas["calm"])
     waiting = serving.residency.request(personas["slow"])
     deadline = time.monotonic() + 30
-    while not serving.residency.leaving:
+    while not serving.residency.evicting:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     monkeypatch.setattr(room, "PATIENCE", 0.5)

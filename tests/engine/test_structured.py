@@ -151,8 +151,10 @@ PAIR = {"type": "array", "prefixItems": [{"type": "integer"}, {"$ref": "#"}], "i
 def test_what_no_document_meets_is_refused_by_name(grammars: Grammars, schema: dict[str, Any], place: str) -> None:
     form = {
         "alone": AnswerFormat([JsonFormat(schema, "wrong")]),
-        "a call": AnswerFormat([CALL, JsonFormat(schema, "wrong", "<call>", "</call>")], talk=True, trigger="<call>"),
-        "or else": AnswerFormat([CALL], instead=JsonFormat(schema, "wrong")),
+        "a call": AnswerFormat(
+            [CALL, JsonFormat(schema, "wrong", "<call>", "</call>")], free_text=True, trigger="<call>"
+        ),
+        "or else": AnswerFormat([CALL], alternative=JsonFormat(schema, "wrong")),
     }[place]
     with pytest.raises(InvalidValue) as refusal:
         grammars.compile(form)

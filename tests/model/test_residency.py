@@ -279,11 +279,11 @@ def test_a_load_that_everybody_gave_up_keeps_nothing_from_the_others(make: Make,
     here, absent = masks[0].digest, masks[1].digest
     held = residency.get(here)
     waiting = [residency.request(absent) for _ in range(3)]
-    until(lambda: residency.leaving > 0)
+    until(lambda: residency.evicting > 0)
     for future in waiting:
         assert future.cancel()
     assert residency.request(here).result(0) is held  # it stays after all, and nobody queues up for it
-    assert (residency.leaving, residency.tier(absent)) == (0, "disk")
+    assert (residency.evicting, residency.tier(absent)) == (0, "disk")
 
 
 def test_a_load_that_is_given_up_before_it_began_reads_nothing(
@@ -307,7 +307,7 @@ def test_a_mask_on_the_device_is_never_refused_because_others_wait(make: Make, m
     here, absent = masks[0].digest, masks[1].digest
     held = residency.get(here)
     waiting = [residency.request(absent) for _ in range(2)]
-    until(lambda: residency.leaving > 0)
+    until(lambda: residency.evicting > 0)
     assert residency.request(here).result(0) is held
     with pytest.raises(Overloaded):
         residency.request(masks[2].digest)
