@@ -1,4 +1,4 @@
-"""A new mask from an expression over names, such as `a | b - c`. Knows the grammar; the sets are combined by the masks.
+"""A new mask from an expression over persona names, such as `a | b - c`.
 
 As in Python: `~` binds closest, then `-`, then `&`, then `|`; parentheses group. Names may contain `-`, so the longest
 known name wins: write `a - b` with spaces when a persona is called `a-b`.
@@ -48,8 +48,8 @@ def compose(
 def compose_persona(
     registry: Registry, name: str, expression: str, expected: str | Anything | None = ANY, force: bool = False
 ) -> Revision:
-    """Compose a mask of the registry's personas and publish it as a new generation of `name`."""
-    known = [*(generation.name for generation in registry.names()), *registry.aliases()]
+    """Compose a mask of the registry's personas and publish it as a new revision of `name`."""
+    known = [*(revision.name for revision in registry.names()), *registry.aliases()]
     mask = compose(
         expression, known, lambda reference: registry.store.open(registry.resolve(reference).digest), name, force
     )

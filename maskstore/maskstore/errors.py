@@ -1,15 +1,15 @@
-"""What can be wrong with a mask, a store or a name. Knows the tree and where a fault lies; knows no file layout.
+"""The errors of this package.
 
 MaskError
 ├── InvalidName          a persona name, digest or module name that cannot be one
-├── InvalidValue         a value outside of its domain: gamma, phase, a shape, an expression
-├── MaskNotFound         no such file, digest, name, alias or generation
+├── InvalidMaskValue     a value outside of its domain: gamma, phase, a shape, an expression
+├── MaskNotFound         no such file, digest, name, alias or revision
 ├── Unreadable           the operating system does not let the file be read: permission, handles, the disk
 ├── MaskExists           the name is taken
-├── MaskConflict         compare-and-swap lost: somebody published in between
+├── MaskConflict         compare-and-swap failed: another revision was published in between
 ├── MaskMismatch         the mask is fine and does not fit: another base, another module shape
 ├── UnknownVersion       a mask of a format this reader does not know
-├── SignatureError       unsigned, signed by a stranger, or the signature does not verify
+├── SignatureError       unsigned, signed by an untrusted key, or the signature does not verify
 ├── StoreBusy            another process held the store for too long
 └── MaskCorrupt          the bytes are not a mask, or no longer the mask they were
     ├── NotAMask         not a regular file, or safetensors of something else
@@ -30,7 +30,7 @@ from typing import Self
 
 
 class MaskError(Exception):
-    """Base of everything this package raises on purpose; `path` and `tensor` say where, when they are known."""
+    """Base of the errors of this package; `path` and `tensor` locate the fault where they are known."""
 
     def __init__(self, message: str, path: Path | None = None, tensor: str | None = None) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class MaskError(Exception):
         self.tensor = tensor
 
     def at(self, path: Path | None = None, tensor: str | None = None) -> Self:
-        """Fill in what the raiser could not know; what is known already stays."""
+        """Set `path` and `tensor` unless they are set."""
         self.path = self.path or path
         self.tensor = self.tensor or tensor
         return self
@@ -53,7 +53,7 @@ class InvalidName(MaskError):
 
 
 class InvalidMaskValue(MaskError):
-    """A value outside of its domain, before it got into any file."""
+    """A value outside of its domain."""
 
 
 class MaskNotFound(MaskError):
@@ -61,7 +61,7 @@ class MaskNotFound(MaskError):
 
 
 class Unreadable(MaskError):
-    """The file may be sound; it cannot be read here and now."""
+    """The file cannot be read now; it may be sound."""
 
 
 class MaskExists(MaskError):
@@ -69,7 +69,7 @@ class MaskExists(MaskError):
 
 
 class MaskConflict(MaskError):
-    """Compare-and-swap lost; `actual` is the digest that is current now (None: the name does not exist)."""
+    """Compare-and-swap failed; `actual` is the digest that is current now (None: the name does not exist)."""
 
     def __init__(self, message: str, actual: str | None = None) -> None:
         super().__init__(message)
@@ -89,7 +89,7 @@ class SignatureError(MaskError):
 
 
 class StoreBusy(MaskError):
-    """The store's lock or its registry stayed taken for longer than the timeout."""
+    """Another process held the store's lock or its registry for longer than the timeout."""
 
 
 class MaskCorrupt(MaskError):

@@ -1,6 +1,6 @@
-"""A mask: a base, the pruned set of every target module, and what is said about it. Knows its identity; knows no files.
+"""A mask: a base, the pruned set of every target module, and metadata.
 
-Identity is the base and the pruned sets. What is said about a mask (persona, certificate, time) is not part of it.
+Base and pruned sets are its identity; the metadata (persona, certificate, time) is not part of it.
 """
 
 import hashlib
@@ -35,15 +35,15 @@ class BaseRef:
 
 
 def now() -> str:
-    """The time as masks and generations record it: ISO 8601, UTC, seconds."""
+    """The time as masks and revisions record it: ISO 8601, UTC, seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class MaskInfo:
-    """What is said about a mask; gamma and phase are defaults a request may override.
+    """The metadata of a mask; gamma and phase are defaults that a request may override.
 
-    Mappings hold JSON; values of the keys that `metadata.OBJECTS` names have the types it says. Raises InvalidValue and
+    Mappings hold JSON; the keys in `metadata.OBJECTS` have the types given there. Raises InvalidMaskValue and
     InvalidName.
     """
 
@@ -75,7 +75,7 @@ class MaskInfo:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Immutable; equal and hashed by digest. `signature` is what `signing.sign` made, if it was signed."""
+    """Immutable; equal and hashed by digest. `signature` is made by `signing.sign`; None if it is not signed."""
 
     base: BaseRef
     targets: Mapping[str, Target]
@@ -197,7 +197,7 @@ def aligned(*masks: Mask) -> dict[str, list[Target]]:
 
 
 def derived(expression: str, *parents: Mask) -> MaskInfo:
-    """What is said about a mask computed from others: the first one's persona, gamma and phase, and its ancestry."""
+    """The metadata of a mask computed from others: the first one's persona, gamma and phase, and its ancestry."""
     ancestry = {"expression": expression, "parents": {mask.digest: mask.info.persona for mask in parents}}
     first = parents[0].info
     return MaskInfo(first.persona, "algebra", gamma=first.gamma, phase=first.phase, ancestry=ancestry)

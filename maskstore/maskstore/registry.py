@@ -1,7 +1,8 @@
-"""Persona names, their generations and aliases, and the certificates measured here, in one sqlite file.
+"""Persona names, their revisions and aliases, and certificates measured by this store, in one SQLite file.
 
-A generation is a row that never changes; publishing adds one, rolling back moves the name to an older one. Every
-write is one transaction: processes may share the file, and a crash leaves the state before or after.
+A revision is a row that never changes; publishing adds one, rolling back moves the name to an older one. Every write is
+one transaction: processes may share the file, and a crash leaves the state before or after. The table and the
+messages call a revision `generation`, as the HTTP API and the commands do.
 """
 
 import hashlib
@@ -14,11 +15,12 @@ from enum import Enum
 from typing import Any, Final, Literal
 
 from maskstore import strictjson
-from maskstore.database import Database, Watch
+from maskstore.database import Database
 from maskstore.errors import InvalidMaskValue, MaskConflict, MaskError, MaskExists, MaskNotFound
 from maskstore.mask import Mask, MaskInfo, Phase, now
 from maskstore.names import check_digest, check_name, split_reference
 from maskstore.signing import Signable, message
+from maskstore.sqlite import Watch
 from maskstore.store import Store
 
 FILE = "registry.sqlite"
@@ -39,10 +41,10 @@ ANY: Final = Anything.ANY
 
 @dataclass(frozen=True)
 class Revision:
-    """One published state of a persona; `number` counts from 1 and is never given twice.
+    """One published version of a persona; `number` counts from 1 and is never reused.
 
-    `gamma` and `phase` are defaults that it was published with, which count before those in the mask's file: equal
-    masks share a file, and what the file says is the first one's word. None leaves it to the file.
+    `gamma` and `phase` are the defaults it was published with. They take precedence over those in the mask's file,
+    which equal masks share. None means the file's.
     """
 
     name: str
@@ -53,13 +55,13 @@ class Revision:
     phase: Phase | None = None
 
     def defaults(self, info: MaskInfo) -> tuple[float, Phase]:
-        """Gamma and phase of requests that name none; `info` is the mask's."""
+        """Gamma and phase of requests that do not set them; `info` is the mask's."""
         return info.gamma if self.gamma is None else self.gamma, self.phase or info.phase
 
 
 @dataclass(frozen=True)
 class Persona:
-    """A name and everything the registry says about it; `gamma` counts before every generation's, unless it is None."""
+    """A name and all that the registry records about it; `gamma`, unless None, overrides that of every revision."""
 
     name: str
     current: Revision
@@ -72,10 +74,10 @@ class Persona:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A certificate that was measured by this store's own server or commands; no file can claim to have one.
+    """A certificate that this store's own server or commands measured; a file cannot claim one.
 
-    It is of a digest, and so of a base and tensors, worn at `gamma` and, unless it says otherwise, in `phase`. `data`
-    says what it was measured on, as digests and counts.
+    It holds for a digest, which identifies base and tensors, applied at `gamma` and, unless it says otherwise, in
+    `phase`. `data` identifies what it was measured on, by digests and counts.
     """
 
     digest: str
@@ -88,10 +90,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known about what a mask does. `source` is None if there is no certificate at all.
+    """What is known about the effect of a mask. `source` is None if there is no certificate.
 
-    Only the mask's maker vouches for a claimed one: its `passed` and `verdict` are None, and what the maker says about
-    them is in `figures["claimed"]`.
+    A claimed certificate is only the word of the mask's maker: its `passed` and `verdict` are None, and the maker's
+    values of both are in `figures["claimed"]`.
     """
 
     figures: Mapping[str, Any]
@@ -107,19 +109,20 @@ class Registry:
     ) -> None:
         self.store = Store(root, require_signed, accept_tensors)
         self.path = self.store.root / FILE
-        self._session = Database(self.path).session
+        self.database = Database(self.path)
 
     def publish(
         self, name: str, digest: str, expected: str | Anything | None = ANY, info: MaskInfo | None = None
     ) -> Revision:
-        """Make a kept digest current under a name; what is current already is not published twice.
+        """Make a stored digest current under a name; does nothing if it is current already.
 
         `expected` is the digest that must be current (None: the name must be new); else MaskConflict and no change.
-        The defaults of `info` become the generation's, whatever the kept file says.
+        The defaults of `info` become the revision's and override those of the file. MaskNotFound if the store does not
+        have the digest, MaskExists if the name is an alias.
         """
         check_name(name)
         check_digest(digest)
-        with self._session("immediate") as db:
+        with self.database.write() as db:
             self._check_no_alias(db, name)
             current = self._find(db, name)
             gamma, phase = (info.gamma, info.phase) if info else (None, None)
@@ -135,22 +138,22 @@ class Registry:
             return self._append(db, name, digest, gamma, phase)
 
     def publish_built(self, mask: Mask, expected: str | Anything | None = ANY) -> Revision:
-        """Keep a mask that was built, and so measured, here, and publish it as its persona.
+        """Store a mask that this store's server or commands built and measured, and publish it as its persona.
 
-        Its copy takes the place of one that is not better signed, unless that was built here as well.
+        Its copy replaces one that is not better signed, unless that one was built here as well.
         """
         info = mask.info
         built_before = self._built_here(mask.digest)
         digest = self.store.add(mask, preferred=not built_before)
         if not built_before:
-            with self._session("immediate") as db:
+            with self.database.write() as db:
                 db.execute("insert or replace into built values (?, ?)", (digest, _identify(mask)))
         self.record(Measurement(digest, info.certificate, info.gamma, info.phase, info.calibration, now()))
         return self.publish(info.persona, digest, expected, info)
 
     def _built_here(self, digest: str) -> bool:
-        """Whether the copy that is kept is the one that was built here."""
-        with self._session() as db:
+        """Whether the stored copy is the one that was built here."""
+        with self.database.read() as db:
             row = db.execute("select copy from built where digest = ?", (digest,)).fetchone()
         try:
             return row is not None and row[0] == _identify(self.store.summary(digest))
@@ -158,7 +161,7 @@ class Registry:
             return False
 
     def record(self, measurement: Measurement) -> None:
-        """Remember what was measured about a digest, in place of what was measured before."""
+        """Record a measurement of a digest; it replaces an earlier one."""
         row = (
             check_digest(measurement.digest),
             strictjson.dump(measurement.certificate),
@@ -167,12 +170,12 @@ class Registry:
             strictjson.dump(measurement.data),
             measurement.measured_at,
         )
-        with self._session("immediate") as db:
+        with self.database.write() as db:
             db.execute("insert or replace into measurement values (?, ?, ?, ?, ?, ?)", row)
 
     def certificate(self, digest: str, info: MaskInfo) -> Certificate:
-        """What was measured here about a digest, or else what its file claims; `info` is the file's."""
-        with self._session() as db:
+        """The certificate measured here, or else the one that the file claims; `info` is the file's."""
+        with self.database.read() as db:
             row = db.execute("select * from measurement where digest = ?", (check_digest(digest),)).fetchone()
         if row:
             figures, data = (strictjson.parse(row[place], "a measurement") for place in (1, 4))
@@ -184,32 +187,32 @@ class Registry:
         return Certificate({**info.certificate, **verdict, "claimed": claimed}, "claimed")
 
     def resolve(self, reference: str) -> Revision:
-        """The generation of `name` (its current one) or `name@digest-prefix`; the name may be an alias."""
+        """The current revision of `name`, or the one of `name@digest-prefix`; the name may be an alias."""
         name, prefix = split_reference(reference)
-        with self._session() as db:
+        with self.database.read() as db:
             name = self._real(db, name)
             return self._pick(self._history(db, name), prefix, reference) if prefix else self._get(db, name)
 
     def watch(self) -> Watch:
-        """Tells when anything here has changed, whichever process changed it."""
+        """A watch for changes of the registry by any process."""
         return Watch(self.path)
 
     def names(self) -> list[Revision]:
-        """The current generation of every persona, by name."""
-        with self._session() as db:
+        """The current revision of every persona, by name."""
+        with self.database.read() as db:
             return [Revision(*row) for row in db.execute(f"{_CURRENT} and number = current order by g.name")]
 
     def history(self, name: str) -> list[Revision]:
-        """All generations of a persona, the newest first."""
-        with self._session() as db:
+        """All revisions of a persona, the newest first."""
+        with self.database.read() as db:
             return self._history(db, self._real(db, check_name(name)))
 
     def rollback(self, name: str, to: int | str | None = None, expected: str | Anything | None = ANY) -> Revision:
-        """Make an older generation current again: by number, by digest prefix, or the one before the current.
+        """Make an older revision current again: by number, by digest prefix, or the one before the current.
 
-        `expected` is what must be current, as for `publish`; so it is wherever it can be given.
+        `expected` is the digest that must be current, as for `publish` and every other method that takes it.
         """
-        with self._session("immediate") as db:
+        with self.database.write() as db:
             name = self._real(db, check_name(name))
             current, history = self._get(db, name), self._history(db, name)
             _compare(name, current, expected)
@@ -225,9 +228,9 @@ class Registry:
             return found
 
     def alias(self, alias: str, name: str) -> None:
-        """Let `alias` mean the persona `name`, whatever is current there; an alias may be pointed elsewhere later."""
+        """Make `alias` another name of the persona `name`; an existing alias is moved."""
         check_name(alias)
-        with self._session("immediate") as db:
+        with self.database.write() as db:
             name = self._real(db, check_name(name))
             if self._find(db, alias):
                 raise MaskExists(f"{alias} is a persona, it cannot be an alias")
@@ -235,25 +238,25 @@ class Registry:
 
     def aliases(self) -> dict[str, str]:
         """Alias -> persona."""
-        with self._session() as db:
+        with self.database.read() as db:
             return dict(db.execute("select alias, name from alias order by alias").fetchall())
 
     def describe(self, name: str) -> Persona:
-        """What the registry says about a persona; the name may be an alias."""
-        with self._session() as db:
+        """All that the registry records about a persona; the name may be an alias."""
+        with self.database.read() as db:
             return self._describe(db, self._real(db, check_name(name)))
 
     def personas(self, tag: str | None = None) -> list[Persona]:
-        """Every persona, or those that bear a tag, by name."""
-        with self._session() as db:
+        """Every persona, or those with a tag, by name."""
+        with self.database.read() as db:
             names = [row[0] for row in db.execute("select name from persona order by name")]
             found = [self._describe(db, name) for name in names]
         return [persona for persona in found if tag is None or tag in persona.tags]
 
     def rename(self, old: str, new: str, expected: str | Anything | None = ANY) -> Revision:
-        """Give a persona with its history, aliases and tags another name, which must be free."""
+        """Rename a persona with its history, aliases and tags; MaskExists if the new name is taken."""
         check_name(new)
-        with self._session("immediate") as db:
+        with self.database.write() as db:
             old = self._real(db, check_name(old))
             _compare(old, self._get(db, old), expected)
             self._check_no_alias(db, new)
@@ -264,18 +267,18 @@ class Registry:
 
     def tag(self, name: str, *tags: str) -> None:
         """Add tags to a persona; a tag is spelled like a name."""
-        with self._session("immediate") as db:
+        with self.database.write() as db:
             name = self._real(db, check_name(name))
             db.executemany("insert or ignore into tag values (?, ?)", [(name, check_name(tag)) for tag in tags])
 
     def untag(self, name: str, *tags: str) -> None:
-        """Take tags away; those it does not bear are ignored."""
-        with self._session("immediate") as db:
+        """Remove tags; those it does not have are ignored."""
+        with self.database.write() as db:
             name = self._real(db, check_name(name))
             db.executemany("delete from tag where name = ? and tag = ?", [(name, tag) for tag in tags])
 
     def set_gamma(self, name: str, gamma: float | None) -> None:
-        """The gamma requests get who name none, within 0..1; None leaves it to the mask."""
+        """Set the default gamma of requests, within 0..1; None means the mask's."""
         if gamma is not None and not 0 <= gamma <= 1:
             raise InvalidMaskValue(f"gamma {gamma!r:.40} is not within 0..1")
         self._set(name, "gamma", gamma)
@@ -285,47 +288,47 @@ class Registry:
         if len(notes) > NOTES_LIMIT:
             raise InvalidMaskValue(f"notes of {len(notes)} characters, the limit is {NOTES_LIMIT}")
         if any("\ud800" <= character <= "\udfff" for character in notes):
-            raise InvalidMaskValue("notes hold half of a surrogate pair, which is no character")
+            raise InvalidMaskValue("notes hold half of a surrogate pair, which is not a character")
         self._set(name, "notes", notes)
 
     def pin(self, digest: str) -> None:
-        """Keep a mask from being collected whatever happens to its names."""
-        with self._session("immediate") as db:
+        """Keep a mask from being collected, with or without a name."""
+        with self.database.write() as db:
             if digest not in self.store:
                 raise MaskNotFound(f"no mask {digest[:16]} in the store to pin")
             db.execute("insert or ignore into pin values (?)", (digest,))
 
     def unpin(self, digest: str) -> None:
-        """Let go of a pinned mask."""
-        with self._session("immediate") as db:
+        """Undo `pin`."""
+        with self.database.write() as db:
             if not db.execute("delete from pin where digest = ?", (check_digest(digest),)).rowcount:
                 raise MaskNotFound(f"{digest[:16]} is not pinned")
 
     def pins(self) -> frozenset[str]:
         """The pinned digests."""
-        with self._session() as db:
+        with self.database.read() as db:
             return frozenset(row[0] for row in db.execute("select digest from pin"))
 
     def references(self) -> list[tuple[str, str]]:
-        """Everything that refers to a mask: (what, digest), from generations and pins."""
-        with self._session() as db:
+        """Everything that refers to a mask: (what, digest), from revisions and pins."""
+        with self.database.read() as db:
             return self._references(db)
 
     @contextmanager
     def referred(self) -> Iterator[frozenset[str]]:
-        """The digests something refers to; nothing can be published or pinned until the block is left."""
-        with self._session("immediate") as db:
+        """The digests that something refers to; nothing can be published or pinned until the block ends."""
+        with self.database.write() as db:
             yield frozenset(digest for _, digest in self._references(db))
 
     def _references(self, db: sqlite3.Connection) -> list[tuple[str, str]]:
-        generations = db.execute("select name, number, digest from generation order by name, number").fetchall()
+        revisions = db.execute("select name, number, digest from generation order by name, number").fetchall()
         pins = db.execute("select digest from pin order by digest").fetchall()
-        found = [(f"{name} generation {number}", digest) for name, number, digest in generations]
+        found = [(f"{name} generation {number}", digest) for name, number, digest in revisions]
         return found + [("pin", digest) for (digest,) in pins]
 
     def trim(self, name: str, keep: int) -> list[Revision]:
-        """Forget all but the newest generations of a persona, never the current one; return those forgotten."""
-        with self._session("immediate") as db:
+        """Delete all but the newest `keep` revisions of a persona, never the current one; return the deleted ones."""
+        with self.database.write() as db:
             name = self._real(db, check_name(name))
             current = self._get(db, name)
             gone = [item for item in self._history(db, name)[max(keep, 0) :] if item != current]
@@ -334,9 +337,9 @@ class Registry:
             return gone
 
     def remove(self, name: str, expected: str | Anything | None = ANY) -> None:
-        """Forget a persona with its history and aliases, or an alias alone. The masks stay until they are collected."""
+        """Delete a persona with its history and aliases, or an alias alone. The masks stay until they are collected."""
         check_name(name)
-        with self._session("immediate") as db:
+        with self.database.write() as db:
             if expected is not ANY:
                 _compare(name, self._find(db, name), expected)
             gone = db.execute("delete from alias where alias = ?", (name,)).rowcount
@@ -360,7 +363,7 @@ class Registry:
         return made
 
     def _set(self, name: str, column: str, value: float | str | None) -> None:
-        with self._session("immediate") as db:
+        with self.database.write() as db:
             name = self._real(db, check_name(name))
             db.execute(f"update persona set {column} = ? where name = ?", (value, name))
 
@@ -387,7 +390,7 @@ class Registry:
         return [Revision(*row) for row in rows]
 
     def _pick(self, history: list[Revision], prefix: str, reference: str) -> Revision:
-        """The newest generation whose digest begins so; two different digests are ambiguous."""
+        """The newest revision whose digest has a prefix; two different digests are ambiguous."""
         found = [item for item in history if item.digest.startswith(prefix)]
         if not found:
             raise MaskNotFound(f"no generation {reference}")
@@ -396,7 +399,7 @@ class Registry:
         return found[0]
 
     def _real(self, db: sqlite3.Connection, name: str) -> str:
-        """The persona behind a name or an alias."""
+        """The persona that a name or an alias stands for."""
         row = db.execute("select name from alias where alias = ?", (name,)).fetchone()
         real: str = row[0] if row else name
         self._get(db, real)
@@ -409,12 +412,12 @@ class Registry:
 
 
 def _identify(copy: Signable) -> str:
-    """A digest of all that a copy of a mask says, whoever signed it."""
+    """A digest of a copy's tensors and metadata, without its signature."""
     return hashlib.sha256(message(copy, "everything")).hexdigest()
 
 
 def _compare(name: str, current: Revision | None, expected: str | Anything | None) -> None:
-    """MaskConflict unless what is expected to be current is."""
+    """Raise MaskConflict unless the expected digest is current."""
     actual = current.digest if current else None
     if expected is not ANY and expected != actual:
         wanted, found = (value[:16] if value else "nothing" for value in (expected, actual))

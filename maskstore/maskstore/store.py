@@ -1,4 +1,4 @@
-"""Masks by content: where a digest lies on disk, how it gets there whole, and which copy of it is kept."""
+"""A folder of mask files addressed by digest: atomic writes, locks, and which copy of a digest is kept."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ TIMEOUT = 30.0
 class Store:
     """A folder of immutable mask files, `<root>/masks/<first two digits>/<digest>.safetensors`.
 
-    A digest covers base and tensors, so copies of one mask may differ in what they say and in who signed it. One copy
+    A digest covers base and tensors, so copies of one mask may differ in metadata and signature. One copy
     is kept: the one whose signature has the higher `signing.Standing` with the keys that are trusted at the time; of
     equal ones, a copy that was built here; otherwise the one that was there first. A copy whose header is damaged gives
     way to any other, and one with faulty metadata to one that is as well signed.
@@ -49,9 +49,9 @@ class Store:
         return self.masks / check_digest(digest)[:2] / f"{digest}{SUFFIX}"
 
     def add(self, mask: Mask, preferred: bool = False) -> str:
-        """Keep a mask, unless the copy that is here is better (see above), and return its digest.
+        """Store a mask, unless the stored copy is better (see above), and return its digest.
 
-        `preferred` is for a mask that was built here when the copy that is here was not.
+        `preferred` is for a mask that was built here where the stored copy was not.
         """
         with self.lock():
             if self._prefers(mask, preferred):
@@ -61,21 +61,22 @@ class Store:
         return mask.digest
 
     def replace(self, mask: Mask) -> str:
-        """Keep this copy of a mask whichever is here: the operator's word. Return its digest."""
+        """Store this copy of a mask in place of any other, as the operator decided. Return its digest."""
         with self.lock():
             self._write(mask, lambda: True)
         return mask.digest
 
     def adopt(self, path: Path, head: Signable) -> str:
-        """Move in a file that was verified to be what its header says, on the same file system, unless the copy that is
-        here is better; either way it is gone from `path`. Return its digest.
+        """Move a verified file, of the same file system, into the store unless the stored copy is better.
+
+        Either way `path` no longer exists. Return the digest.
         """
         with self.lock():
             self._place(path, head.digest, lambda: self._prefers(head))
         return head.digest
 
     def open(self, digest: str, base: str | None = None, verify: bool = True) -> Mask:
-        """The mask of a digest, mapped into memory; `base` is the fingerprint it must be for."""
+        """The mask of a digest, mapped into memory; `base` is the required fingerprint."""
         path = self.path(digest)
         if not path.exists():
             raise MaskNotFound(f"no mask {digest[:16]} in {self.root}")
@@ -86,16 +87,16 @@ class Store:
         return mask
 
     def admit(self, signed: Signable) -> None:
-        """SignatureError if this store requires signatures and a mask's is not what it requires."""
+        """Raise SignatureError if a mask is not signed as this store requires."""
         if self.require_signed:
             signing.check(signed, self.keys.trusted(), self.accept_tensors)
 
     def summary(self, digest: str) -> Summary:
-        """What a mask's file says, without its tensors; it is opened only if it was not, or is another one now."""
+        """The header of a mask's file; cached until the file changes."""
         return self._summaries.of(self.path(digest))
 
     def reader(self, digest: str, base: str | None = None) -> MaskReader:
-        """The mask's file as a MaskReader: what it says without touching a tensor, or its modules one at a time."""
+        """A MaskReader of the mask's file: its header without tensors, or its modules one at a time."""
         path = self.path(digest)
         if not path.exists():
             raise MaskNotFound(f"no mask {digest[:16]} in {self.root}")
@@ -103,8 +104,8 @@ class Store:
 
     @contextmanager
     def writing(self, base: BaseRef, info: MaskInfo) -> Iterator[MaskWriter]:
-        """A MaskWriter whose mask is kept, under its digest, when the block ends well: for masks larger than memory."""
-        path = self._leaf()
+        """A MaskWriter for masks larger than memory; the mask is stored when the block ends without an error."""
+        path = self._draft_path()
         with MaskWriter(path, base, info) as writer:
             yield writer
         with self.lock():
@@ -112,7 +113,7 @@ class Store:
             self._place(path, head.digest, lambda: self._prefers(head))
 
     def quarantine(self) -> Path:
-        """The folder for files that are not masks of this store yet; whatever stays there is a leftover."""
+        """The folder for files that are not masks of this store yet; files that stay there are leftovers."""
         folder = self.root / "quarantine"
         folder.mkdir(exist_ok=True)
         return folder
@@ -125,7 +126,7 @@ class Store:
         return self.path(digest).exists()
 
     def _prefers(self, new: Signable, preferred: bool = False) -> bool:
-        """Whether a copy is better than the one that is here, if there is one."""
+        """Whether a copy is better than the stored one, or none is stored."""
         try:
             kept = self.summary(new.digest)
         except (MaskNotFound, MaskCorrupt):
@@ -135,7 +136,7 @@ class Store:
         return theirs >= ours if preferred or kept.faults else theirs > ours
 
     def _write(self, mask: Mask, wanted: Callable[[], bool]) -> None:
-        path = self._leaf()
+        path = self._draft_path()
         try:
             write_mask(mask, path)
             self._place(path, mask.digest, wanted)
@@ -143,26 +144,29 @@ class Store:
             path.unlink(missing_ok=True)
 
     def _place(self, path: Path, digest: str, wanted: Callable[[], bool]) -> None:
-        """Give a file its seat, if it is wanted there. One writer at a time decides, so that the better copy wins."""
+        """Move a file to the path of its digest if `wanted()`, else delete it.
+
+        One writer at a time decides, so that the better copy wins. Older versions lock the same file, `seats`.
+        """
         with self.lock(exclusive=True, name="seats"):
             if wanted():
-                seat = self._seat(digest)
-                os.replace(path, seat)
-                files.sync_folder(seat.parent)
+                target = self._make_path(digest)
+                os.replace(path, target)
+                files.sync_folder(target.parent)
         path.unlink(missing_ok=True)
         self._touch(digest)
 
     def _touch(self, digest: str) -> None:
-        """Young again: a collector leaves it to whoever is about to publish it."""
+        """Renew the file's time, so that gc leaves it until it is published."""
         os.utime(self.path(digest))
 
-    def _leaf(self) -> Path:
+    def _draft_path(self) -> Path:
         """A new path in quarantine."""
         return self.quarantine() / f"{secrets.token_hex(8)}{SUFFIX}"
 
     @contextmanager
     def lock(self, exclusive: bool = False, name: str = "lock") -> Iterator[None]:
-        """Hold the store: shared to add, exclusive to take away. The kernel lets go for a process that dies."""
+        """Lock the store: shared to add, exclusive to remove. The kernel releases the lock of a process that dies."""
         kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         with open(self.root / name, "ab") as file:
             deadline = time.monotonic() + TIMEOUT
@@ -172,7 +176,7 @@ class Store:
                 time.sleep(0.01)
             yield
 
-    def _seat(self, digest: str) -> Path:
+    def _make_path(self, digest: str) -> Path:
         """The path of a digest, its folder made."""
         path = self.path(digest)
         if not path.parent.exists():

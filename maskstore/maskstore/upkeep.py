@@ -1,7 +1,4 @@
-"""Keeping a store in order: collecting what nobody refers to, finding damage, rebuilding the registry from the masks.
-
-Knows both the files and the names. Refuses to guess: what cannot be rebuilt is reported and left as it is.
-"""
+"""Garbage collection and fsck of a store; what cannot be repaired is reported and left as it is."""
 
 import os
 import time
@@ -16,12 +13,12 @@ from maskstore.format import MaskReader, read_mask, write_mask
 from maskstore.registry import FILE, Registry
 from maskstore.store import Store
 
-GRACE = 3600.0  # seconds in which a mask without a name may still be about to get one
+GRACE = 3600.0  # seconds: a younger mask without a name may be about to be published
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a collection took away, or would take away: digests, leftover temporary files, bytes of both."""
+    """What gc removed, or would remove: digests, leftover temporary files, bytes of both."""
 
     digests: tuple[str, ...]
     leftovers: tuple[str, ...]
@@ -69,7 +66,7 @@ def gc(root: str | os.PathLike[str], dry: bool = False, grace: float = GRACE) ->
 
 
 def sweep(root: str | os.PathLike[str], grace: float = GRACE) -> tuple[str, ...]:
-    """Remove leftovers of killed writers that are older than `grace` seconds, and nothing else; what they were."""
+    """Remove leftovers of killed writers that are older than `grace` seconds, and nothing else; return their paths."""
     store = Store(root)
     with store.lock(exclusive=True):
         old = _old_leftovers(store, time.time() - grace)
@@ -104,7 +101,7 @@ def _leftovers(store: Store) -> list[Path]:
 
 
 def _old_leftovers(store: Store, horizon: float) -> dict[Path, int]:
-    """Those not written to since, and their bytes. Quarantine is in no lock: a file may go while it is looked at."""
+    """Leftovers last written before `horizon`, and their bytes. Quarantine has no lock: files may disappear."""
     found = {}
     for path in _leftovers(store):
         with suppress(FileNotFoundError):

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.jobs import table
+from maskstore.sqlite import SQLiteFile
 from masquerade.jobs.uploads import Uploads
 from masquerade.service.serving import Serving
 
@@ -165,7 +165,10 @@ def test_a_full_disk_is_said_and_nothing_is_left(http: httpx.Client, serving: Se
 
 
 def test_tables_that_somebody_holds_are_a_503(http: httpx.Client, serving: Serving, monkeypatch: Any) -> None:
-    monkeypatch.setattr(table, "BUSY_SECONDS", 0.1)
+    def connect(file: SQLiteFile) -> sqlite3.Connection:
+        return sqlite3.connect(file.path, timeout=0.1, isolation_level=None)
+
+    monkeypatch.setattr(SQLiteFile, "connect", connect)
     with closing(sqlite3.connect(serving.store.root / "jobs" / "jobs.sqlite", isolation_level=None)) as other:
         other.execute("begin exclusive")
         answer = send(http, b"{}")

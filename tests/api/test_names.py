@@ -66,7 +66,7 @@ def test_what_another_process_changes_counts_from_the_next_request(
 
 def test_a_locked_registry_is_waited_for(http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     assert chat(http, serving, "calm").status_code == 200
-    monkeypatch.setattr("maskstore.database.TIMEOUT", 0.05)
+    monkeypatch.setattr(serving.registry.database, "timeout", 0.05)
     with closing(sqlite3.connect(serving.registry.path, isolation_level=None)) as writer:
         writer.execute("begin exclusive")
         refused = chat(http, serving, "calm")

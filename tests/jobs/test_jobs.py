@@ -41,7 +41,6 @@ from masquerade.jobs import (
     Uploads,
     WorkItem,
 )
-from masquerade.jobs import table as tables
 from masquerade.jobs.runner import Work
 from masquerade.jobs.table import MIGRATIONS
 
@@ -205,7 +204,7 @@ def test_jobs_move_only_along_the_table(table: JobTable, tmp_path: Path, state: 
 
 
 def test_the_queue_is_fair_to_owners(table: JobTable) -> None:
-    table = JobTable(table._path, Quotas(open_jobs=100))
+    table = JobTable(table.database.path, Quotas(open_jobs=100))
     for owner in ("ann", "ann", "ann", "bob", "cat", "bob"):
         table.add_job(owner, SPEC)
     order = []
@@ -216,7 +215,7 @@ def test_the_queue_is_fair_to_owners(table: JobTable) -> None:
 
 
 def test_a_job_is_taken_once(table: JobTable) -> None:
-    table = JobTable(table._path, Quotas(open_jobs=100))
+    table = JobTable(table.database.path, Quotas(open_jobs=100))
     for _ in range(40):
         table.add_job("ann", SPEC)
     taken: list[str] = []
@@ -566,7 +565,7 @@ class TestLocks:
     def locked(self, table: JobTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobTable]:
         table.add_file("ann", "fine-tune", "a", 1, "d", "file-1")
         table.add_job("ann", SPEC)
-        monkeypatch.setattr(tables, "BUSY_SECONDS", 0.0)
+        monkeypatch.setattr(table.database, "timeout", 0.0)
         with closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as other:
             other.execute("begin immediate")
             yield table
@@ -590,5 +589,5 @@ class TestLocks:
         assert JobTable(tmp_path / "jobs.sqlite").count_jobs()["queued"] == 1
 
     def test_a_reader_cannot_write(self, table: JobTable) -> None:
-        with table._reading() as db, pytest.raises(sqlite3.OperationalError, match="readonly"):
+        with table.database.read() as db, pytest.raises(sqlite3.OperationalError, match="readonly"):
             db.execute("delete from job")

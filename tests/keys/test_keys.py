@@ -18,7 +18,6 @@ import pytest
 from masquerade.errors import InvalidKey, KeyNotFound, NotReady
 from masquerade.keys import SCOPES, Keyring, KeyTable, is_scrypt, looks_random, mint, seal
 from masquerade.keys import ring as rings
-from masquerade.keys import table as tables
 from tests.keys.making import make_key
 
 
@@ -165,8 +164,8 @@ class TestScrypt:
         token, key = make_key(tmp_path, "chat", scrypt=True)
         table = KeyTable(tmp_path)
         ring = Keyring(table)
-        with closing(table.connect()) as db, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tables, "BUSY_SECONDS", 0.05)
+        with closing(table.database.connect()) as db, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(table.database, "timeout", 0.05)
             db.execute("begin immediate")
             assert ring.find_scrypt(token) == key
             assert ring.find(token) == key

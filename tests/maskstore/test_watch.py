@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from maskstore import Registry
-from maskstore.database import Watch
+from maskstore.sqlite import Watch
 from tests.maskstore import world
 
 

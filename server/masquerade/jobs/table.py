@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from maskstore.sqlite import SQLiteFile
 from masquerade.errors import InvalidValue, JobNotFound, QuotaExceeded, StateConflict, StoreTooNew, UploadNotFound
 from masquerade.jobs.records import OPEN, RESULTS, TRANSITIONS, Event, File, Job, Level, State, draw_job_id
 
@@ -75,22 +75,14 @@ class JobTable:
     """One sqlite file in WAL mode. Threads and processes may use it at once; each call is a connection of its own."""
 
     def __init__(self, path: Path, quotas: Quotas | None = None) -> None:
-        self._path = path
         self.quotas = quotas or Quotas()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(self._connect()) as db:
-            db.execute("pragma journal_mode = wal")
-        with self._reading() as db:
-            applied = _read_version(db)
-        if applied > len(MIGRATIONS):
-            raise StoreTooNew(path, applied, len(MIGRATIONS))
-        if applied < len(MIGRATIONS):
-            self._migrate()
+        self.database = SQLiteFile(path, MIGRATIONS, StoreTooNew, timeout=BUSY_SECONDS, wal=True)
 
     def add_file(self, owner: str, purpose: str, name: str, size: int, digest: str, file_id: str) -> File:
         """Remember an uploaded file. Raises `QuotaExceeded` with the numbers."""
         file = File(file_id, owner, purpose, name, size, digest, time.time())
-        with self._writing() as db:
+        with self.database.write() as db:
             if purpose != RESULTS:
                 self._check_room(db, owner, size)
             db.execute("insert into file values (?, ?, ?, ?, ?, ?, ?)", tuple(vars(file).values()))
@@ -98,7 +90,7 @@ class JobTable:
 
     def get_file(self, file_id: str, owner: str) -> File:
         """A file of an owner; `UploadNotFound` if it is not there or somebody else's."""
-        with self._reading() as db:
+        with self.database.read() as db:
             row = db.execute("select * from file where id = ? and owner = ?", (file_id, owner)).fetchone()
         if row is None:
             raise UploadNotFound(f"there is no file {file_id!r:.80}")
@@ -106,7 +98,7 @@ class JobTable:
 
     def find_file(self, owner: str, purpose: str, name: str, digest: str) -> File | None:
         """An owner's file of this name and content, if there is one."""
-        with self._reading() as db:
+        with self.database.read() as db:
             row = db.execute(
                 "select * from file where owner = ? and purpose = ? and name = ? and digest = ?",
                 (owner, purpose, name, digest),
@@ -115,7 +107,7 @@ class JobTable:
 
     def list_files(self, owner: str, purpose: str | None = None) -> list[File]:
         """An owner's files, of a purpose if one is given, the newest first."""
-        with self._reading() as db:
+        with self.database.read() as db:
             rows = db.execute(
                 "select * from file where owner = ? and purpose = coalesce(?, purpose) order by rowid desc",
                 (owner, purpose),
@@ -124,13 +116,13 @@ class JobTable:
 
     def known_files(self) -> set[str]:
         """The ids of all files there should be."""
-        with self._reading() as db:
+        with self.database.read() as db:
             return {row[0] for row in db.execute("select id from file")}
 
     def remove_file(self, file_id: str, owner: str) -> None:
         """Forget a file. Raises `StateConflict` while an unfinished job needs it."""
         self.get_file(file_id, owner)
-        with self._writing() as db:
+        with self.database.write() as db:
             for job in self._jobs(db, f"where owner = ? and {_OPEN}", owner):
                 if file_id in job.spec["files"].values():
                     raise StateConflict(f"the file is needed by the job {job.id}; cancel it first, or wait")
@@ -143,7 +135,7 @@ class JobTable:
         the job that there is. Raises `QuotaExceeded`.
         """
         job_id = job_id or draw_job_id()
-        with self._writing() as db:
+        with self.database.write() as db:
             if request and (known := self._find_repeated(db, owner, spec, request)):
                 return known
             (waiting,) = db.execute(f"select count(*) from job where owner = ? and {_OPEN}", (owner,)).fetchone()
@@ -161,12 +153,12 @@ class JobTable:
         that it asks again, if the same was asked within `REPEAT_SECONDS`. Raises `InvalidValue` if the key was used
         for something else.
         """
-        with self._reading() as db:
+        with self.database.read() as db:
             return self._find_repeated(db, owner, spec, request)
 
     def get_job(self, job_id: str, owner: str | None = None) -> Job:
         """A job; `JobNotFound` if it is not there, or not the owner's where one is given."""
-        with self._reading() as db:
+        with self.database.read() as db:
             job = self._get(db, job_id)
         if owner is not None and job.owner != owner:
             raise JobNotFound(f"there is no job {job_id!r:.80}")
@@ -174,7 +166,7 @@ class JobTable:
 
     def list_jobs(self, owner: str, after: str | None = None, limit: int = 20) -> tuple[list[Job], bool]:
         """An owner's jobs, the newest first, from behind one of them; and whether there are more."""
-        with self._reading() as db:
+        with self.database.read() as db:
             row = db.execute("select rowid from job where owner = ? and id = ?", (owner, after)).fetchone()
             if after is not None and row is None:
                 raise JobNotFound(f"there is no job {after!r:.80} to go on from")
@@ -184,12 +176,12 @@ class JobTable:
 
     def open_jobs(self) -> list[Job]:
         """Everybody's unfinished jobs, the oldest first."""
-        with self._reading() as db:
+        with self.database.read() as db:
             return self._jobs(db, f"where {_OPEN} order by rowid")
 
     def typical_seconds(self) -> float | None:
         """How long the last jobs that succeeded were worked at, in the middle; None if there are none."""
-        with self._reading() as db:
+        with self.database.read() as db:
             rows = db.execute(
                 "select finished_at - started_at from job where state = 'succeeded' order by finished_at desc limit ?",
                 (TYPICAL,),
@@ -202,7 +194,7 @@ class JobTable:
         A file stays as long as an unfinished job needs it.
         """
         horizon = now - self.quotas.days * 86_400
-        with self._writing() as db:
+        with self.database.write() as db:
             needed = {file for job in self._jobs(db, f"where {_OPEN}") for file in job.spec["files"].values()}
             jobs = [job.id for job in self._jobs(db, "where finished_at < ?", horizon)]
             old = db.execute("select id from file where created_at < ?", (horizon,)).fetchall()
@@ -213,13 +205,13 @@ class JobTable:
 
     def count_jobs(self) -> Mapping[str, int]:
         """How many jobs there are in each state."""
-        with self._reading() as db:
+        with self.database.read() as db:
             found = dict(db.execute("select state, count(*) from job group by state").fetchall())
         return {state: found.get(state, 0) for state in TRANSITIONS}
 
     def take_next(self) -> Job | None:
         """Start the job whose turn it is: of the owner who has waited longest for one, the oldest."""
-        with self._writing() as db:
+        with self.database.write() as db:
             row = db.execute(_NEXT).fetchone()
             return self._move(db, row[0], "running", started_at=time.time()) if row else None
 
@@ -232,7 +224,7 @@ class JobTable:
         error: Mapping[str, Any] | None = None,
     ) -> Job:
         """End a job. Raises `StateConflict` if it may not end so."""
-        with self._writing() as db:
+        with self.database.write() as db:
             return self._move(db, job_id, state, finished_at=time.time(), result=result, error=error)
 
     def ask_to_cancel(self, job_id: str) -> Job:
@@ -240,7 +232,7 @@ class JobTable:
 
         Raises `StateConflict` after its end.
         """
-        with self._writing() as db:
+        with self.database.write() as db:
             job = self._get(db, job_id)
             if job.state != "running":
                 return self._move(db, job_id, "cancelled", finished_at=time.time())
@@ -251,7 +243,7 @@ class JobTable:
 
     def requeue_running(self) -> list[str]:
         """Put back what was being worked at when a server stopped or died, or end it if that was asked; the ids."""
-        with self._writing() as db:
+        with self.database.write() as db:
             running = self._jobs(db, "where state = 'running'")
             for job in running:
                 if job.cancelling:
@@ -263,7 +255,7 @@ class JobTable:
 
     def tell(self, job_id: str, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
         """Add an event."""
-        with self._writing() as db:
+        with self.database.write() as db:
             self._tell(db, job_id, level, message, data)
 
     def list_events(self, job_id: str, after: int = 0, limit: int = 1000) -> list[Event]:
@@ -282,7 +274,7 @@ class JobTable:
         return last[0].data if last else None
 
     def _events(self, clause: str, *values: Any) -> list[Event]:
-        with self._reading() as db:
+        with self.database.read() as db:
             rows = db.execute(f"select * from event where {clause}", values).fetchall()
         return [Event(number, job, at, level, text, json.loads(data)) for number, job, at, level, text, data in rows]
 
@@ -354,43 +346,6 @@ class JobTable:
     ) -> None:
         fields = (job_id, time.time(), level, message, json.dumps(data or {}))
         db.execute("insert into event (job, created_at, level, message, data) values (?, ?, ?, ?, ?)", fields)
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
-
-    def _migrate(self) -> None:
-        with self._writing() as db:
-            for migration in MIGRATIONS[_read_version(db) :]:  # another process may have been here first
-                for statement in filter(str.strip, migration.split(";")):
-                    db.execute(statement)
-            db.execute(f"pragma user_version = {len(MIGRATIONS)}")
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """One consistent view, without any lock; whatever tries to write in it fails."""
-        with closing(self._connect()) as db:
-            db.execute("pragma query_only = on")
-            db.execute("begin")
-            yield db
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, with the file's one write lock; an exception undoes it."""
-        with closing(self._connect()) as db:
-            db.execute("pragma foreign_keys = on")
-            db.execute("begin immediate")
-            try:
-                yield db
-            except BaseException:
-                db.execute("rollback")
-                raise
-            db.execute("commit")
-
-
-def _read_version(db: sqlite3.Connection) -> int:
-    """How many migrations the file has had."""
-    version: int = db.execute("pragma user_version").fetchone()[0]
-    return version
 
 
 def _load(text: str | None) -> Any:

@@ -28,7 +28,7 @@ class Keyring:
         self._now = now
         self._decoy = decoy()
         self._keys: Mapping[str, tuple[Key, bytes]] = {}
-        self._watch = table.connect()
+        self._watch = table.database.connect()
         self._version = -1
         self._checked = 0.0
         self._lock = threading.Lock()  # of what was read
