@@ -1,4 +1,4 @@
-"""Masks as files: a format, a store and a registry that can be trusted with somebody's personas. numpy and no torch."""
+"""Masks as files: a format, a store and a registry of persona names. Needs numpy, not torch."""
 
 from maskstore.compose import compose, compose_persona
 from maskstore.delta import DeltaReader, write_delta

@@ -1,4 +1,4 @@
-"""Pruned sets of one module, combined. Knows both encodings and stays in the cheaper one; knows no masks and no names.
+"""Set operations on the pruned weights of one module, in either encoding.
 
 Every result is in its smaller encoding, so equal sets have equal bytes however they were computed.
 """

@@ -1,4 +1,4 @@
-"""Bits, bytes and CSR. The only place that knows the bit order (LSB first) and the row stride; knows no files."""
+"""Bit packing (LSB first, rows of 8-byte words) and CSR."""
 
 from typing import Any
 

@@ -30,7 +30,7 @@ def compose(
     """The mask an expression describes, as `persona`, with the expression and its parents as ancestry.
 
     `known` are the names and aliases it may use, each optionally followed by `@digest-prefix`; `load` opens one. A mask
-    that prunes nothing is InvalidValue, unless `force`.
+    that prunes nothing is InvalidMaskValue, unless `force`.
     """
     tokens = tokenize(expression, known)
     loaded = {token: load(token) for token in dict.fromkeys(tokens) if token not in "|&-~()"}

@@ -1,7 +1,4 @@
-"""A mask as its difference from another: a file that needs its parent to be opened, and then has the same digest.
-
-Knows the gap code and which of two forms is smaller, module by module; combining pruned sets is `algebra`'s.
-"""
+"""A mask stored as its difference from a parent mask, which is needed to open it; the digest stays the same."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +14,7 @@ from maskstore.layout import Module
 from maskstore.mask import Mask, leaf
 from maskstore.target import Target
 
-SKIP = 255  # a byte that only moves on; every other byte is the distance to the next flip
+SKIP = 255  # a byte that flips nothing; every other byte is the distance to the next flip
 _CHUNK = 1 << 20
 _KINDS: dict[str, Callable[[Target], Target]] = {
     "bitmap": lambda target: target.to_bitmap(),
@@ -26,7 +23,7 @@ _KINDS: dict[str, Callable[[Target], Target]] = {
 
 
 def write_delta(mask: Mask, parent: Mask, path: str | os.PathLike[str]) -> None:
-    """Write a mask as what differs from its parent, module by module where that is smaller; atomic like write_mask."""
+    """Write a mask as its difference from a parent, for each module where that is smaller; atomic like write_mask."""
     _check_parent(mask.base.fingerprint, parent)
     arrays = {name: _arrays(target, parent.targets.get(name)) for name, target in mask.targets.items()}
     shapes = {name: (*target.shape, mask.leaves[name]) for name, target in mask.targets.items()}
@@ -44,7 +41,7 @@ class DeltaReader(MaskReader):
 
     @property
     def parent(self) -> Mask:
-        """The mask it is a delta against, opened when first needed."""
+        """The mask it is a delta against; opened on first use."""
         if self._parent is None:
             digest = self._digest_of_parent()
             self._parent = self._find(digest)
@@ -54,7 +51,7 @@ class DeltaReader(MaskReader):
         return self._parent
 
     def mask(self) -> Mask:
-        """All of it, in memory; without the parent nothing, even if no module needs it."""
+        """The whole mask, in memory. The parent is required even if no module needs it."""
         _check_parent(self.base.fingerprint, self.parent)
         return self._known(dict(self))
 

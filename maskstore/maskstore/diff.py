@@ -1,4 +1,4 @@
-"""How far two masks are apart: per module, per layer, attention against MLP (the paper's Table 2). Judges nothing."""
+"""Overlap of two masks: per module, per layer, attention against MLP (Table 2 of the paper)."""
 
 import re
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Files as they must be touched: opened without surprises, read in chunks, replaced whole. Knows no mask."""
+"""Safe file access: regular files only, reads in chunks, atomic and durable replacement."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def opened(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def chunks(file: int, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
-    """The bytes of a range through one buffer, each chunk valid until the next: mapped pages would count as memory."""
+    """The bytes of a range through one buffer; a chunk is valid until the next. Mapped pages would count as memory."""
     end = offset + length
     while offset < end:
         try:
@@ -50,7 +50,7 @@ def chunks(file: int, offset: int, length: int, buffer: memoryview) -> Iterator[
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` that takes its place, durably, when the block ends well, and vanishes otherwise."""
+    """A new file that durably replaces `path` when the block ends; an exception deletes it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -1,7 +1,7 @@
-"""The identity of a base model, from its tensors' names, types, shapes and windows of their bytes; loads no tensor.
+"""The fingerprint of a base model, from its tensors' names, types, shapes and samples of their bytes.
 
-An identity, not a proof: of a large tensor it reads sixteen windows,
-so that eight billion weights take a second.
+Of a large tensor it reads sixteen windows, so that eight billion weights take a second. It tells models apart; it does
+not prove that no weight was changed.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ DOMAIN = b"masquerade-base/1\n"
 WHOLE = 64 << 10
 WINDOW = 4 << 10
 WINDOWS = 16
-HEADER_LIMIT = 100 << 20  # the limit of safetensors itself: a base is chosen by its owner, a mask comes from anybody
+HEADER_LIMIT = 100 << 20  # the limit of safetensors itself; masks have a lower one, because they are not trusted
 
 
 class BaseTensor(Protocol):
-    """A tensor of a base model as safetensors holds it, whatever file it is in."""
+    """A tensor of a base model as safetensors stores it; the file may have another format."""
 
     @property
     def name(self) -> str:

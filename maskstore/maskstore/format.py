@@ -1,4 +1,4 @@
-"""Mask <-> one file, whole or module by module. Knows how bytes are verified, mapped and placed; `header` the rest."""
+"""Reading and writing mask files, whole or module by module."""
 
 import hashlib
 import mmap
@@ -30,17 +30,17 @@ _KINDS: dict[tuple[str, ...], Callable[..., Target]] = {("keep",): Bitmap, ("row
 def read_mask(
     path: str | os.PathLike[str], base: str | None = None, verify: bool = True, lenient: bool = False
 ) -> Mask:
-    """The mask in a file, mapped into memory, or the MaskError that names what is wrong and where.
+    """The mask in a file, mapped into memory, or a MaskError that names the fault and where it is.
 
-    `base` is the fingerprint it must be for. `verify=False` skips the digests (of a file verified before);
-    everything a kernel relies on is checked all the same. `lenient` is that of `header.decode`.
+    `base` is the required fingerprint. `verify=False` skips the digests (of a file verified before); shapes, columns
+    and pad bits are checked all the same. `lenient` is that of `header.decode`.
     """
     with MaskReader(path, base, verify, lenient) as reader:
         return reader.mask()
 
 
 def write_mask(mask: Mask, path: str | os.PathLike[str]) -> None:
-    """Write the file and only then name it: a reader sees the old one or the whole new one, also after a crash."""
+    """Write a mask file atomically: a reader sees the old one or the whole new one, also after a crash."""
     shapes = {name: (*target.shape, mask.leaves[name]) for name, target in mask.targets.items()}
     arrays = {name: target.tensors for name, target in mask.targets.items()}
     write_file(Path(path), Header(mask.base, mask.info, mask.digest, {}, mask.signature), shapes, arrays)
@@ -49,7 +49,7 @@ def write_mask(mask: Mask, path: str | os.PathLike[str]) -> None:
 def write_file(
     path: Path, head: Header, shapes: Mapping[str, tuple[int, int, str]], arrays: Mapping[str, Arrays]
 ) -> None:
-    """A header without modules, (out, in, sha256) and tensors of each module -> the file."""
+    """Write a file from a header without modules and each module's (out, in, sha256) and tensors."""
     placed = layout.place({name: _outline(tensors) for name, tensors in arrays.items()})
     modules = {name: Module(*shapes[name], placed[name]) for name in placed}
     with files.replacing(path) as file:
@@ -66,9 +66,9 @@ def read_header(file: int, size: int, lenient: bool = False) -> Header:
 
 
 class MaskReader:
-    """An open mask file: what it says at once, its modules one at a time, each verified before it is handed out.
+    """An open mask file: its header is read at once, its modules one at a time, each verified before it is returned.
 
-    A module's pages belong to its target and go with it, so walking a large mask takes the memory of one module.
+    A target owns its mapped pages, so iterating over a large mask takes the memory of one module.
     `lenient` is that of `header.decode`.
     """
 
@@ -102,7 +102,7 @@ class MaskReader:
 
     @property
     def info(self) -> MaskInfo:
-        """What is said about it."""
+        """Its metadata."""
         return self.header.info
 
     @property
@@ -132,7 +132,7 @@ class MaskReader:
         return ((name, self[name]) for name in self.names)
 
     def check(self) -> None:
-        """Verify every module and drop it again."""
+        """Verify every module and keep none."""
         for name in self.names:
             self[name]
 
@@ -193,9 +193,9 @@ class MaskReader:
 
 
 class MaskWriter:
-    """A mask file in the making: modules in any order, each forgotten once added, so the memory is that of one module.
+    """Writes a mask file module by module, in any order, in the memory of one module.
 
-    Leaving the block well names the file; leaving it by an exception leaves nothing. `digest` is known afterwards.
+    The file appears when the block ends; an exception leaves no file. `digest` is set afterwards.
     """
 
     def __init__(self, path: str | os.PathLike[str], base: BaseRef, info: MaskInfo) -> None:
@@ -241,7 +241,7 @@ class MaskWriter:
 
 
 def identity(base: BaseRef, modules: Mapping[str, Module]) -> str:
-    """The digest that a header's modules make."""
+    """The digest of a header's base and modules."""
     lines = {name: (module.kind, module.out, module.columns, module.sha256) for name, module in modules.items()}
     return identify(base.fingerprint, lines)
 

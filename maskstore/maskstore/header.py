@@ -1,6 +1,6 @@
-"""The header of a mask or delta file: bytes <-> metadata and modules. Touches no byte of a tensor.
+"""The header of a mask or delta file: bytes <-> metadata and modules.
 
-`decode` is where a stranger's file is refused; what it returns needs no second check, except for the tensors' content.
+`decode` validates all of an untrusted file except the tensors' content.
 """
 
 import hashlib
@@ -43,9 +43,9 @@ _SETS = {FORMAT: layout.MASK, DELTA_FORMAT: layout.DELTA}
 
 @dataclass(frozen=True)
 class Header:
-    """Everything a file says before its tensors. A delta has a parent; `start` is the first byte of the tensors.
+    """All of a file before its tensors. A delta has a parent; `start` is the first byte of the tensors.
 
-    `faults` says what a lenient reader found wrong with objects of the metadata; those are empty in `info`.
+    `faults` are the errors that a lenient reader found in objects of the metadata; those are empty in `info`.
     """
 
     base: BaseRef
@@ -96,10 +96,10 @@ def check_length(prefix: bytes, size: int) -> int:
 
 
 def decode(raw: bytes, size: int, lenient: bool = False) -> Header:
-    """The header from its bytes (without the length prefix) in a file of `size` bytes; every refusal is a MaskError.
+    """The header from its bytes (without the length prefix) in a file of `size` bytes, or a MaskError.
 
-    A lenient reader, of a file that an older version has let into a store, takes an object of the metadata with a value
-    of the wrong type for an empty one.
+    A lenient reader is for files that an older version accepted into a store: an object of the metadata with a value of
+    the wrong type is read as empty.
     """
     sealed = _check_seal(raw)
     document = _object(strictjson.parse(_text(raw), "the header"), "the header")
@@ -136,7 +136,7 @@ def _line(seal: str) -> bytes:
 
 
 def _check_seal(raw: bytes) -> bool:
-    """Damage first: an intact seal means that every later refusal is the writer's doing. False when there is none."""
+    """Check the seal first: if it is intact, every later error is the writer's. False if there is no seal."""
     seals = _SEAL.findall(raw)
     if len(seals) != 1:
         return False

@@ -1,4 +1,4 @@
-"""Which tensors a module has, of what shape, and where their bytes lie. Knows names, dtypes and offsets, no content."""
+"""The tensors of a module: names, dtypes, shapes and offsets."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -178,7 +178,7 @@ def majority(masks: Sequence[Mask], least: int | None = None) -> Mask:
 
 
 def aligned(*masks: Mask) -> dict[str, list[Target]]:
-    """Module -> its target in every mask; a mask that does not cover a module prunes nothing there."""
+    """Module -> its target in every mask; a mask without the module prunes nothing there."""
     first = masks[0]
     for mask in masks[1:]:
         if mask.base.fingerprint != first.base.fingerprint:

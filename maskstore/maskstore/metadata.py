@@ -1,7 +1,4 @@
-"""What the JSON objects of a mask's metadata may hold: the types of the keys that are read.
-
-Keys that are not named here are free: any JSON. Every message names the key and what was given.
-"""
+"""Types of the known keys in the JSON objects of a mask's metadata; other keys may hold any JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ Kind = Callable[[str, Any], str | None]  # (where, value) -> what is wrong with 
 
 
 def check_object(field: str, value: Any) -> dict[str, Any]:
-    """A private copy of one of the `OBJECTS`, exactly as a file will give it back; InvalidValue if it cannot be one."""
+    """A private copy of one of the `OBJECTS`, as a file will return it; InvalidMaskValue if it cannot be one."""
     if not isinstance(value, Mapping):
         raise InvalidMaskValue(f"{field} is a {type(value).__name__}, not an object")
     try:
         plain: dict[str, Any] = strictjson.parse(strictjson.dump(dict(value)), field)
         json.dumps(plain, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InvalidMaskValue(f"{field} holds half of a surrogate pair, which is no character") from None
+        raise InvalidMaskValue(f"{field} holds half of a surrogate pair, which is not a character") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidMaskValue(f"{field} is not JSON: {error}") from None
     except HeaderCorrupt as error:
@@ -47,7 +44,7 @@ def mend(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _a(expected: str, *types: type, test: Callable[[Any], bool] = lambda _: True) -> Kind:
-    """A value of one of the types exactly (true is no number), for which the test holds."""
+    """A value of one of the types exactly (true is not a number), for which the test holds."""
 
     def check(where: str, value: Any) -> str | None:
         if type(value) in types and test(value):

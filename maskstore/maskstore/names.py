@@ -1,4 +1,4 @@
-"""What things may be called. Knows the alphabets; refuses to repair: a bad name is an error, never a guess."""
+"""Rules for the names of personas and modules, for digests and references."""
 
 import re
 

@@ -1,4 +1,7 @@
-"""A heat map of a diff as a PNG. Knows colours, cells and a tiny font; needs nothing but zlib."""
+"""A heat map of a diff as a PNG.
+
+It writes the PNG itself: Pillow or matplotlib would be a dependency of every server, for two plots of coloured cells.
+"""
 
 import os
 import struct
@@ -25,7 +28,7 @@ _BLANK = "00000"
 
 
 def plot(diff: Diff, path: str | os.PathLike[str]) -> None:
-    """Layers down, kinds of module across; the colour is 1 - Jaccard, grey where neither mask prunes anything."""
+    """Write a plot of layers by kinds of module; the colour is 1 - Jaccard, grey where neither mask prunes anything."""
     layers, kinds, cells = table(diff)
     left, top = MARGIN + 4 * (max(map(len, layers)) + 1), MARGIN + 24
     image = np.full(
@@ -64,7 +67,7 @@ def _colour(share: float) -> Image:
 
 
 def _write(image: Image, y: int, x: int, text: str) -> None:
-    """Draw text in the tiny font, cut off at the edge."""
+    """Draw text with the 3 x 5 font, cut off at the edge."""
     for place, character in enumerate(text):
         rows = _FONT.get(character, _BLANK)
         glyph = np.array([[int(row) >> bit & 1 for bit in (2, 1, 0)] for row in rows], bool)

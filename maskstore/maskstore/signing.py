@@ -1,7 +1,7 @@
-"""Signatures of masks: ed25519 over what is served, the keys a store trusts, and which of two copies is better signed.
+"""Ed25519 signatures of masks, the keys a store trusts, and which of two copies is better signed.
 
-Version 2 covers the tensors and all that is said about the mask; version 1 covered the tensors only, and is still read.
-The arithmetic is the package `cryptography`, imported only when something is signed or checked.
+Version 2 covers tensors and metadata; version 1, which is still read, covers tensors only. The package `cryptography`
+is imported on first use.
 """
 
 import re
@@ -23,7 +23,7 @@ _LINE = re.compile(r"([0-9a-f]{64}) (\S+)")
 
 
 class Signable(Protocol):
-    """Whatever knows all that a signature covers: a mask, a header, an open file, a summary."""
+    """All that a signature covers: of a mask, a header, an open file, a summary."""
 
     @property
     def base(self) -> BaseRef:
@@ -32,7 +32,7 @@ class Signable(Protocol):
 
     @property
     def info(self) -> MaskInfo:
-        """What is said about it."""
+        """Its metadata."""
         ...
 
     @property
@@ -48,21 +48,21 @@ class Signable(Protocol):
 
 @dataclass(frozen=True)
 class Signature:
-    """A signature as a mask bears it, held against that mask."""
+    """A mask's signature and the result of checking it."""
 
     key: str  # public
     covers: Cover
-    valid: bool | None  # whether it fits; None where `cryptography` is missing
+    valid: bool | None  # whether it verifies; None where `cryptography` is missing
     label: str | None  # of the key, if it is trusted
 
 
 class Standing(IntEnum):
     """How much a copy's signature is worth; of two copies of one digest, the higher one is kept."""
 
-    FALSE = 0  # it does not fit
-    UNKNOWN = 1  # there is none, or it is of a key that is not trusted
-    TENSORS = 2  # of a trusted key, over the tensors only
-    EVERYTHING = 3  # of a trusted key, over everything
+    FALSE = 0  # it does not verify
+    UNKNOWN = 1  # none, or by a key that is not trusted
+    TENSORS = 2  # by a trusted key, over the tensors only
+    EVERYTHING = 3  # by a trusted key, over tensors and metadata
 
 
 def generate() -> tuple[str, str]:
@@ -72,23 +72,23 @@ def generate() -> tuple[str, str]:
 
 
 def sign(mask: Mask, private: str) -> Mask:
-    """The same mask, signed: its tensors and everything that is said about it."""
+    """The same mask with a signature over its tensors and metadata."""
     key = _cryptography()[0].Ed25519PrivateKey.from_private_bytes(bytes.fromhex(check_digest(private, "private key")))
     public = key.public_key().public_bytes_raw().hex()
     return replace(mask, signature=f"{_PREFIX}{public}:{key.sign(message(mask, 'everything')).hex()}")
 
 
 def message(signed: Signable, covers: Cover) -> bytes:
-    """What is signed: FORMAT.md, section 7."""
+    """The signed text (FORMAT.md, section 7)."""
     if covers == "tensors":
         return f"masquerade-signature/1\n{signed.digest}\n".encode()
-    said = {item.name: getattr(signed.info, item.name) for item in fields(MaskInfo)}
+    metadata = {item.name: getattr(signed.info, item.name) for item in fields(MaskInfo)}
     base = {"fingerprint": signed.base.fingerprint, "name": signed.base.name}
-    return f"masquerade-signature/2\n{strictjson.dump({**said, 'base': base, 'digest': signed.digest})}\n".encode()
+    return f"masquerade-signature/2\n{strictjson.dump({**metadata, 'base': base, 'digest': signed.digest})}\n".encode()
 
 
 def examine(signed: Signable, trusted: Mapping[str, str]) -> Signature | None:
-    """The signature of a mask, held against it and the trusted keys (public key -> label); None if there is none."""
+    """Check a mask's signature against the trusted keys (public key -> label); None if it is not signed."""
     if signed.signature is None:
         return None
     covers: Cover = "everything" if signed.signature.startswith(_PREFIX) else "tensors"

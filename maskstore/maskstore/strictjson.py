@@ -1,4 +1,4 @@
-"""JSON from a stranger. Knows how to refuse: depth, size, duplicate keys, NaN; knows nothing of masks."""
+"""Untrusted JSON, with limits on depth and size; rejects duplicate keys and NaN."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def parse(text: str, what: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """The one text of a value: sorted keys, no spaces, ASCII; ValueError for NaN, TypeError for what JSON lacks."""
+    """The canonical text of a value: sorted keys, no spaces, ASCII; ValueError for NaN, TypeError for other types."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 

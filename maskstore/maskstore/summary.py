@@ -1,4 +1,4 @@
-"""What the files of a store say about themselves, each read once for as long as it stays the same file."""
+"""Headers of a store's files, cached until a file changes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One masked module: a bitmap of what is kept, or CSR of what is pruned. Knows its invariants; no names, no files.
+"""The pruned weights of one module, as a bitmap of the kept or CSR of the pruned ones.
 
-A target that exists is valid: the constructors check everything, so a kernel may trust columns and pad bits.
+The constructors validate columns and pad bits, so kernels need not.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Tensors = dict[str, NDArray[Any]]
 
 
 def check_shape(out: int, columns: int) -> tuple[int, int]:
-    """(out, in) if both are within 1..2^20 and the product within 2^32, else InvalidValue."""
+    """(out, in) if both are within 1..2^20 and the product within 2^32, else InvalidMaskValue."""
     if not (1 <= out <= SIDE_LIMIT and 1 <= columns <= SIDE_LIMIT and out * columns <= SIZE_LIMIT):
         raise InvalidMaskValue(f"shape {out} x {columns} is outside 1..{SIDE_LIMIT} a side, {SIZE_LIMIT} weights")
     return out, columns
@@ -68,11 +68,11 @@ class Bitmap:
         return bits.unpack(self.keep, self.columns)
 
     def to_bitmap(self) -> "Bitmap":
-        """This."""
+        """Itself."""
         return self
 
     def to_sparse(self) -> "Sparse":
-        """The same pruned set as CSR, whatever it costs."""
+        """The same pruned set as CSR, even where that is larger."""
         return Sparse(*bits.to_csr(~self.to_keep()), self.columns)
 
 
@@ -145,11 +145,11 @@ class Sparse:
         return ~bits.from_csr(self.rows, self.cols, self.columns)
 
     def to_bitmap(self) -> Bitmap:
-        """The same pruned set as a bitmap, whatever it costs."""
+        """The same pruned set as a bitmap, even where that is larger."""
         return Bitmap(bits.pack(self.to_keep()), self.columns)
 
     def to_sparse(self) -> "Sparse":
-        """This."""
+        """Itself."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""Masks going out of a store and coming in, one file each. What comes in is in quarantine until it is verified."""
+"""Export and import of masks as files; an imported file stays in quarantine until it is verified."""
 
 import os
 import secrets
@@ -17,7 +17,7 @@ from maskstore.store import SUFFIX, Store
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: a whole mask, or a delta against `parent`."""
+    """The written file: a whole mask, or a delta against `parent`."""
 
     digest: str
     parent: str | None
@@ -37,23 +37,23 @@ def export_mask(store: Store, digest: str, path: str | os.PathLike[str], against
 
 
 def import_mask(store: Store, path: str | os.PathLike[str], base: str | None = None) -> Mask:
-    """Keep a mask from a file, whole or delta; nothing enters the store before everything about it is verified.
+    """Import a mask from a file, whole or delta, after all of it is verified.
 
-    `base` is the fingerprint it must be for. A delta needs its parent in the store. What is returned is the copy that
-    the store keeps, which may be another one (see Store).
+    `base` is the required fingerprint. A delta needs its parent in the store. Returns the copy that the store keeps,
+    which may be an older one (see Store).
     """
     path = Path(path)
     try:
         with _quarantined(store, path) as copy:
-            digest = _settle(store, copy, base)
+            digest = _accept(store, copy, base)
     except MaskError as error:
-        error.path = path  # the copy in quarantine is nobody's business
+        error.path = path  # of the caller's file, not of the copy in quarantine
         raise
     return store.open(digest, verify=False)
 
 
-def _settle(store: Store, copy: Path, base: str | None) -> str:
-    """Verify the copy and move it in; a delta is made whole first."""
+def _accept(store: Store, copy: Path, base: str | None) -> str:
+    """Verify the copy and move it in; a delta is written as a whole mask first."""
     with files.opened(copy) as (file, size):
         header = read_header(file, size)
     if header.parent is None:
@@ -70,7 +70,7 @@ def _settle(store: Store, copy: Path, base: str | None) -> str:
 
 @contextmanager
 def _quarantined(store: Store, path: Path) -> Iterator[Path]:
-    """A private copy below the store's root, gone afterwards unless it was moved in."""
+    """A private copy below the store's root, deleted afterwards unless it was moved into the store."""
     copy = store.quarantine() / f"{secrets.token_hex(8)}{SUFFIX}"
     buffer = memoryview(bytearray(files.CHUNK))
     try:
