@@ -138,16 +138,16 @@ def test_a_file_that_is_kept_for_now_goes_when_nobody_wants_it(
 
     first, second = keep(), keep()
     assert first == second
-    uploads.give_up([first])
+    uploads.discard([first])
     assert table.list_files("ann") == [second]  # the other may still want it
-    uploads.give_up([second])
+    uploads.discard([second])
     assert table.list_files("ann") == list((tmp_path / "files").iterdir()) == []
-    for wanted in (lambda: upload(uploads, "ann", b"x"), lambda: uploads.settle([keep()])):
+    for wanted in (lambda: upload(uploads, "ann", b"x"), lambda: uploads.confirm([keep()])):
         file = keep()
         wanted()
-        uploads.give_up([file])
+        uploads.discard([file])
         assert table.list_files("ann") == [file]
-        uploads.give_up([keep()])
+        uploads.discard([keep()])
         assert table.list_files("ann") == [file]
         uploads.remove(file.id, "ann")
 
@@ -554,7 +554,7 @@ WRITES: dict[str, Callable[[JobTable], object]] = {
     "finish": lambda table: table.finish("job", "failed"),
     "ask_to_cancel": lambda table: table.ask_to_cancel("job"),
     "requeue_running": lambda table: table.requeue_running(),
-    "tell": lambda table: table.tell("job", "info", "so far"),
+    "add_event": lambda table: table.add_event("job", "info", "so far"),
 }
 
 

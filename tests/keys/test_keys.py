@@ -43,7 +43,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rings, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(rings, "REFRESH_SECONDS", 0.0)
 
 
 def test_scopes_include_each_other(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""Slow things, durable: uploaded files, jobs, and the one runner that works them off.
-
-Knows states, queues and quotas, in sqlite. Refuses to know what a job builds: the work is given to it.
-"""
+"""Uploaded files, a durable queue of jobs in SQLite, and the runner that executes them."""
 
 from masquerade.jobs.records import ID, TRANSITIONS, Event, File, Job, State, draw_job_id
 from masquerade.jobs.runner import Cancelled, Outcome, Runner, WorkItem

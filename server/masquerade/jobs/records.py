@@ -1,4 +1,4 @@
-"""What is remembered: files, jobs, events; and which way a job may go."""
+"""Records of files, jobs and events, and the state transitions of a job."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 State = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
-ID = "ftjob-"  # what the id of every job begins with
+ID = "ftjob-"  # prefix of every job id
 RESULTS = "fine-tune-results"  # OpenAI's purpose of files that jobs make; no quota counts them
 
-# A running job goes back to the queue when its server died. Nothing leaves an end.
+# A running job goes back to the queue if its server dies. The last three states are final.
 TRANSITIONS: Mapping[State, frozenset[State]] = {
     "validating_files": frozenset({"queued", "failed", "cancelled"}),
     "queued": frozenset({"running", "cancelled"}),
@@ -36,15 +36,15 @@ class File:
     id: str
     owner: str
     purpose: str
-    name: str  # what the client called it: shown, never used as a path
+    name: str  # as the client called it: shown, never used as a path
     bytes: int
-    digest: str  # by which its content is known: sha256 of what was uploaded, a mask's own
+    digest: str  # sha256 of an uploaded file; of a mask, its digest
     created_at: float  # unix seconds
 
 
 @dataclass(frozen=True)
 class Job:
-    """Something to build. `spec['files']` are the files it needs, by role; the rest of it is its work's own."""
+    """A build. `spec['files']` are the files it needs, by role; only the work reads the rest of `spec`."""
 
     id: str
     owner: str
@@ -55,13 +55,13 @@ class Job:
     finished_at: float | None
     error: Mapping[str, Any] | None
     result: Mapping[str, Any] | None
-    key: str | None = None  # by which its client knows it again
-    cancelling: bool = False  # it was asked to end while it ran
+    key: str | None = None  # the client's idempotency key
+    cancelling: bool = False  # cancellation was requested while it ran
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job; `number` counts over all jobs of the table and only grows."""
+    """An event of a job; `number` increases over all jobs of the table."""
 
     number: int
     job: str

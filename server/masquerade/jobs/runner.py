@@ -1,8 +1,4 @@
-"""Works jobs off, one at a time, in small steps.
-
-Knows the queue, cancelling and what to do after a crash. Refuses to know what is built and which thread may touch the
-model: the work and the place to do it are given.
-"""
+"""Executes jobs one at a time, in small steps, with cancellation and recovery after a crash."""
 
 from __future__ import annotations
 
@@ -19,9 +15,9 @@ from masquerade.jobs.records import Job
 from masquerade.jobs.table import JobTable
 
 _log = logging.getLogger(__name__)
-IDLE_SECONDS = 0.5  # how soon a job of another process, or one put back, is noticed
+IDLE_SECONDS = 0.5  # between checks for jobs of other processes and requeued ones
 TIDY_SECONDS = 3600.0
-TELL_SECONDS = 1.0  # progress within a stage is told at most this often
+REPORT_SECONDS = 1.0  # least time between two progress events of one stage
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,13 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished job has made."""
+    """The result of a finished job."""
 
     result: Mapping[str, Any]
 
 
 class Cancelled(BaseException):
-    """Thrown into the work of a job that was cancelled. Work that is only closed goes on another time."""
+    """Thrown into the work of a cancelled job. Work that is only closed is started again later."""
 
 
 Work = Generator[WorkItem, None, Callable[[], Outcome]]
@@ -56,11 +52,11 @@ Execute = Callable[[Callable[[], WorkItem | Callable[[], Outcome]]], WorkItem | 
 
 
 class Runner:
-    """One thread that takes jobs from a table and has their work done.
+    """One thread that takes jobs from a table and executes them.
 
-    `prepare` turns a job into its work, on the runner's thread. Work items that use the model are done by `execute`,
-    wherever that may be, which returns when one is done; all others, the first one among them, are done on the runner's
-    thread. So is what the work returns. `tidy` is called from time to time between jobs.
+    `prepare` turns a job into its work, on the runner's thread. `execute` runs a work item that uses the model, on a
+    thread of its choice, and returns when it is done. The first work item, those that do not use the model, and the
+    function that the work returns run on the runner's thread. `tidy` is called every `TIDY_SECONDS` between jobs.
     """
 
     def __init__(
@@ -71,31 +67,34 @@ class Runner:
         self._execute = execute
         self._tidy = tidy
         self._tidied = time.monotonic()
-        self._wake = threading.Event()
+        self._woken = threading.Event()
         self._stopping = False
         self._cancelled: set[str] = set()
-        self._lost_track = False
+        self._needs_requeue = False
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
 
     def start(self) -> None:
-        """Put back what a server that died was working on, and begin."""
+        """Requeue the jobs that a dead server left running, and start the thread."""
         self._table.requeue_running()
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the current item; a running job goes back to the queue, for when a server starts again."""
+        """Stop after the current work item; a running job goes back to the queue."""
         self._stopping = True
-        self._wake.set()
+        self._woken.set()
         if self._thread.is_alive():
             self._thread.join()
             self._table.requeue_running()
 
-    def notice(self) -> None:
-        """There is a new job."""
-        self._wake.set()
+    def wake(self) -> None:
+        """Look for a new job now."""
+        self._woken.set()
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel a job: at once if it waits, within one work item if it runs. Raises `StateConflict` after its end."""
+        """Cancel a job: at once if it waits, after the current work item if it runs.
+
+        Raises `StateConflict` after its end.
+        """
         job = self._table.ask_to_cancel(job_id)
         if job.cancelling:
             self._cancelled.add(job_id)
@@ -104,35 +103,35 @@ class Runner:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                self._turn()
-            except Exception:  # a disk that is full, a table that is locked: the jobs wait, and are not lost
-                _log.exception("the jobs cannot be worked at; trying again")
-                self._lost_track = True
-                self._wake.wait(IDLE_SECONDS)
+                self._run_next()
+            except Exception:  # a full disk, a locked table: the jobs stay in the table
+                _log.exception("the jobs cannot be run; trying again")
+                self._needs_requeue = True
+                self._woken.wait(IDLE_SECONDS)
 
-    def _turn(self) -> None:
-        if self._lost_track:
+    def _run_next(self) -> None:
+        if self._needs_requeue:
             self._table.requeue_running()
-            self._lost_track = False
+            self._needs_requeue = False
         if time.monotonic() - self._tidied >= TIDY_SECONDS:
             self._tidied = time.monotonic()
             self._tidy()
         job = self._table.take_next()
         if job is not None:
-            self._work_off(job)
+            self._run_job(job)
             return
-        self._wake.wait(IDLE_SECONDS)
-        self._wake.clear()
+        self._woken.wait(IDLE_SECONDS)
+        self._woken.clear()
 
-    def _work_off(self, job: Job) -> None:
+    def _run_job(self, job: Job) -> None:
         try:
-            outcome = self._drive(job)
+            outcome = self._run_work(job)
         except Cancelled:
             self._table.finish(job.id, "cancelled")
-        except NotReady as error:  # who does the work is stopping, or broken; that is not the job's fault
+        except NotReady as error:  # the engine is stopping, or broken; that is not the job's fault
             _log.warning("the job %s goes back to the queue: %s", job.id, error)
             self._table.requeue_running()
-            self._wake.wait(IDLE_SECONDS)
+            self._woken.wait(IDLE_SECONDS)
         except MasqueradeError as error:
             self._table.finish(job.id, "failed", error=_describe(error))
         except Exception as error:
@@ -145,9 +144,9 @@ class Runner:
         finally:
             self._cancelled.discard(job.id)
 
-    def _drive(self, job: Job) -> Outcome | None:
-        """Item after item; None if the runner is stopping."""
-        told, stage, uses_model = 0.0, "", False
+    def _run_work(self, job: Job) -> Outcome | None:
+        """Run one work item after the other; None if the runner is stopping."""
+        reported, stage, uses_model = 0.0, "", False
         with closing(self._prepare(job)) as work:
             while not self._stopping:
                 if job.id in self._cancelled:
@@ -157,10 +156,10 @@ class Runner:
                     return step()
                 uses_model = step.model_next
                 now = time.monotonic()
-                if step.stage != stage or step.done == step.total or now - told >= TELL_SECONDS:
-                    told, stage = now, step.stage
+                if step.stage != stage or step.done == step.total or now - reported >= REPORT_SECONDS:
+                    reported, stage = now, step.stage
                     data = {"stage": step.stage, "step": step.done, "total_steps": step.total}
-                    self._table.tell(job.id, "info", str(step), data)
+                    self._table.add_event(job.id, "info", str(step), data)
         return None
 
 

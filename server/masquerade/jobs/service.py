@@ -1,8 +1,4 @@
-"""A store's jobs as a whole, in the hands of one process.
-
-Knows that files, table and runner belong together, and that two processes must not work one table. Refuses to know what
-is built.
-"""
+"""The uploads, table and runner of a store, locked for one process."""
 
 from __future__ import annotations
 
@@ -22,7 +18,10 @@ FILE_BYTES = 2**28  # most bytes of one uploaded file
 
 
 class JobService:
-    """Files, table and runner below a folder. One process has it at a time; the kernel takes it from a dead one."""
+    """Uploads, table and runner below a folder, with a lock that the kernel releases when the process dies.
+
+    Raises `WorkedElsewhere` if another process has the lock.
+    """
 
     def __init__(
         self,
@@ -40,11 +39,11 @@ class JobService:
         self.runner = Runner(self.table, lambda job: prepare(self, job), execute, self.tidy)
 
     def tidy(self) -> None:
-        """Forget files and ended jobs that have been kept for long enough."""
+        """Delete expired files and jobs."""
         self.uploads.expire(time.time())
 
     def close(self) -> None:
-        """Stop the runner and let go of the folder."""
+        """Stop the runner and release the lock."""
         self.runner.stop()
         self._lock.close()
 

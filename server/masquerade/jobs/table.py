@@ -1,7 +1,4 @@
-"""The tables of files, jobs and events, in one sqlite file: the legal moves of a job, and whose turn it is.
-
-Every change is one transaction: what was acknowledged is there after a crash, and nothing is there by half.
-"""
+"""The tables of files, jobs and events in one SQLite file; every change is one transaction."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ alter table job add column key text;
 alter table job add column cancelling integer not null default 0;
 delete from job where json_extract(spec, '$.base') is null;
 """
-MIGRATIONS = (FIRST, SECOND)  # the file's `user_version` is how many of them it has had
+MIGRATIONS = (FIRST, SECOND)
 _JOB = "id, owner, state, spec, created_at, started_at, finished_at, error, result, key, cancelling"
 _OPEN = f"state in ({', '.join(repr(state) for state in sorted(OPEN))})"
 _NEXT = """
@@ -47,32 +44,32 @@ select id from job where state = 'queued' order by
 limit 1
 """
 BUSY_SECONDS = 30.0
-REPEAT_SECONDS = 900.0  # how long after a request its repeat is looked for
-LAST = 2**63 - 1  # beyond every row and event
-TYPICAL = 5  # ended jobs to tell the duration of the next one by
+REPEAT_SECONDS = 900.0  # after a request in which its repeat is recognized
+LAST = 2**63 - 1  # greater than every rowid and event number
+TYPICAL = 5  # ended jobs that the estimate of a duration takes into account
 
 
 @dataclass(frozen=True)
 class Quotas:
-    """What one owner may have at a time."""
+    """Limits of one owner."""
 
     files: int = 200
     file_bytes: int = 2**30  # of all files together
     open_jobs: int = 16
     rows: int = 100_000  # examples of one file
-    days: float = 30.0  # how long ended jobs, and files, are kept
+    days: float = 30.0  # after which ended jobs, and files, are deleted
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """What a client says about a request, by which its repeat is known."""
+    """How a client marks a request, so that its repeat is recognized."""
 
-    key: str | None = None  # that it drew for this request and its repeats
-    again: bool = False  # it has asked before, and got no answer
+    key: str | None = None  # idempotency key of the request and its repeats
+    again: bool = False  # it retries a request that got no answer
 
 
 class JobTable:
-    """One sqlite file in WAL mode. Threads and processes may use it at once; each call is a connection of its own."""
+    """Files, jobs and events. Threads and processes may use it at the same time; each call is one transaction."""
 
     def __init__(self, path: Path, quotas: Quotas | None = None) -> None:
         self.quotas = quotas or Quotas()
@@ -80,7 +77,7 @@ class JobTable:
         self.database = SQLiteFile(path, MIGRATIONS, StoreTooNew, timeout=BUSY_SECONDS, wal=True)
 
     def add_file(self, owner: str, purpose: str, name: str, size: int, digest: str, file_id: str) -> File:
-        """Remember an uploaded file. Raises `QuotaExceeded` with the numbers."""
+        """Add an uploaded file. Raises `QuotaExceeded`."""
         file = File(file_id, owner, purpose, name, size, digest, time.time())
         with self.database.write() as db:
             if purpose != RESULTS:
@@ -89,7 +86,7 @@ class JobTable:
         return file
 
     def get_file(self, file_id: str, owner: str) -> File:
-        """A file of an owner; `UploadNotFound` if it is not there or somebody else's."""
+        """A file of an owner; raises `UploadNotFound` if the owner has none with this id."""
         with self.database.read() as db:
             row = db.execute("select * from file where id = ? and owner = ?", (file_id, owner)).fetchone()
         if row is None:
@@ -97,7 +94,7 @@ class JobTable:
         return File(*row)
 
     def find_file(self, owner: str, purpose: str, name: str, digest: str) -> File | None:
-        """An owner's file of this name and content, if there is one."""
+        """An owner's file of this name and content, or None."""
         with self.database.read() as db:
             row = db.execute(
                 "select * from file where owner = ? and purpose = ? and name = ? and digest = ?",
@@ -115,12 +112,12 @@ class JobTable:
         return [File(*row) for row in rows]
 
     def known_files(self) -> set[str]:
-        """The ids of all files there should be."""
+        """The ids of all files."""
         with self.database.read() as db:
             return {row[0] for row in db.execute("select id from file")}
 
     def remove_file(self, file_id: str, owner: str) -> None:
-        """Forget a file. Raises `StateConflict` while an unfinished job needs it."""
+        """Delete a file's row. Raises `StateConflict` while an unfinished job needs it."""
         self.get_file(file_id, owner)
         with self.database.write() as db:
             for job in self._jobs(db, f"where owner = ? and {_OPEN}", owner):
@@ -131,8 +128,9 @@ class JobTable:
     def add_job(
         self, owner: str, spec: Mapping[str, Any], request: Repeat | None = None, job_id: str | None = None
     ) -> Job:
-        """Queue a job, under an id that was drawn for it if one is given; where the request is told, its repeat finds
-        the job that there is. Raises `QuotaExceeded`.
+        """Queue a job, with a new id unless one is given. Raises `QuotaExceeded`.
+
+        If `request` repeats an earlier one, return the job of that one.
         """
         job_id = job_id or draw_job_id()
         with self.database.write() as db:
@@ -143,21 +141,21 @@ class JobTable:
                 raise QuotaExceeded(f"{waiting} jobs are unfinished, which is the limit; wait, or cancel one")
             fields = (job_id, owner, "queued", json.dumps(spec), time.time(), request.key if request else None)
             db.execute("insert into job (id, owner, state, spec, created_at, key) values (?, ?, ?, ?, ?, ?)", fields)
-            self._tell(db, job_id, "info", "queued")
+            self._add_event(db, job_id, "info", "queued")
             return self._get(db, job_id)
 
     def find_repeated(self, owner: str, spec: Mapping[str, Any], request: Repeat) -> Job | None:
-        """The job that a request was about if it is the repeat of an earlier one, or None.
+        """The job of the earlier request that this one repeats, or None.
 
-        It is if both bear the same key; if the same is asked of a job that is not finished; and, where the client says
-        that it asks again, if the same was asked within `REPEAT_SECONDS`. Raises `InvalidValue` if the key was used
-        for something else.
+        A request repeats another if both have the same key; if both have the same spec and the job is not finished;
+        and, for a retry, if both have the same spec and the job is younger than `REPEAT_SECONDS`. Raises
+        `InvalidValue` if the key was used with another spec.
         """
         with self.database.read() as db:
             return self._find_repeated(db, owner, spec, request)
 
     def get_job(self, job_id: str, owner: str | None = None) -> Job:
-        """A job; `JobNotFound` if it is not there, or not the owner's where one is given."""
+        """A job; raises `JobNotFound` if it does not exist, or is not the owner's where one is given."""
         with self.database.read() as db:
             job = self._get(db, job_id)
         if owner is not None and job.owner != owner:
@@ -165,7 +163,7 @@ class JobTable:
         return job
 
     def list_jobs(self, owner: str, after: str | None = None, limit: int = 20) -> tuple[list[Job], bool]:
-        """An owner's jobs, the newest first, from behind one of them; and whether there are more."""
+        """An owner's jobs, the newest first, after one of them; and whether there are more."""
         with self.database.read() as db:
             row = db.execute("select rowid from job where owner = ? and id = ?", (owner, after)).fetchone()
             if after is not None and row is None:
@@ -175,12 +173,12 @@ class JobTable:
         return jobs[:limit], len(jobs) > limit
 
     def open_jobs(self) -> list[Job]:
-        """Everybody's unfinished jobs, the oldest first."""
+        """The unfinished jobs of all owners, the oldest first."""
         with self.database.read() as db:
             return self._jobs(db, f"where {_OPEN} order by rowid")
 
     def typical_seconds(self) -> float | None:
-        """How long the last jobs that succeeded were worked at, in the middle; None if there are none."""
+        """Median duration of the last jobs that succeeded; None if there are none."""
         with self.database.read() as db:
             rows = db.execute(
                 "select finished_at - started_at from job where state = 'succeeded' order by finished_at desc limit ?",
@@ -189,9 +187,9 @@ class JobTable:
         return median(row[0] for row in rows) if rows else None
 
     def expire(self, now: float) -> tuple[list[str], list[str]]:
-        """Forget ended jobs and files of longer ago than the quotas keep them; the ids of both.
+        """Delete ended jobs and files that are older than the quota's days; return the ids of both.
 
-        A file stays as long as an unfinished job needs it.
+        A file stays while an unfinished job needs it.
         """
         horizon = now - self.quotas.days * 86_400
         with self.database.write() as db:
@@ -204,16 +202,16 @@ class JobTable:
         return jobs, files
 
     def count_jobs(self) -> Mapping[str, int]:
-        """How many jobs there are in each state."""
+        """State -> number of jobs."""
         with self.database.read() as db:
             found = dict(db.execute("select state, count(*) from job group by state").fetchall())
         return {state: found.get(state, 0) for state in TRANSITIONS}
 
     def take_next(self) -> Job | None:
-        """Start the job whose turn it is: of the owner who has waited longest for one, the oldest."""
+        """Start the next job: the oldest one of the owner whose last job started first."""
         with self.database.write() as db:
             row = db.execute(_NEXT).fetchone()
-            return self._move(db, row[0], "running", started_at=time.time()) if row else None
+            return self._set_state(db, row[0], "running", started_at=time.time()) if row else None
 
     def finish(
         self,
@@ -223,53 +221,53 @@ class JobTable:
         result: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
     ) -> Job:
-        """End a job. Raises `StateConflict` if it may not end so."""
+        """End a job in a final state. Raises `StateConflict` if its present state does not allow that."""
         with self.database.write() as db:
-            return self._move(db, job_id, state, finished_at=time.time(), result=result, error=error)
+            return self._set_state(db, job_id, state, finished_at=time.time(), result=result, error=error)
 
     def ask_to_cancel(self, job_id: str) -> Job:
-        """Cancel a job: at once if it waits. If it runs, remember it, also over a crash, for whoever works at it.
+        """Cancel a job at once if it waits; if it runs, record the request for its runner.
 
         Raises `StateConflict` after its end.
         """
         with self.database.write() as db:
             job = self._get(db, job_id)
             if job.state != "running":
-                return self._move(db, job_id, "cancelled", finished_at=time.time())
+                return self._set_state(db, job_id, "cancelled", finished_at=time.time())
             if not job.cancelling:
                 db.execute("update job set cancelling = 1 where id = ?", (job_id,))
-                self._tell(db, job_id, "info", "cancelling")
+                self._add_event(db, job_id, "info", "cancelling")
             return self._get(db, job_id)
 
     def requeue_running(self) -> list[str]:
-        """Put back what was being worked at when a server stopped or died, or end it if that was asked; the ids."""
+        """Requeue the running jobs of a server that stopped or died, or end those to be cancelled; return their ids."""
         with self.database.write() as db:
             running = self._jobs(db, "where state = 'running'")
             for job in running:
                 if job.cancelling:
-                    self._move(db, job.id, "cancelled", finished_at=time.time())
+                    self._set_state(db, job.id, "cancelled", finished_at=time.time())
                 else:
-                    self._move(db, job.id, "queued")
-                    self._tell(db, job.id, "warn", "the server stopped; the job goes on")
+                    self._set_state(db, job.id, "queued")
+                    self._add_event(db, job.id, "warn", "the server stopped; the job goes on")
         return [job.id for job in running]
 
-    def tell(self, job_id: str, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
+    def add_event(self, job_id: str, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
         """Add an event."""
         with self.database.write() as db:
-            self._tell(db, job_id, level, message, data)
+            self._add_event(db, job_id, level, message, data)
 
     def list_events(self, job_id: str, after: int = 0, limit: int = 1000) -> list[Event]:
-        """A job's events in order, from behind a number."""
+        """A job's events in order, after a number."""
         return self._events("job = ? and number > ? order by number limit ?", job_id, after, limit)
 
     def last_events(self, job_id: str, before: int | None = None, limit: int = 20) -> tuple[list[Event], bool]:
-        """A job's events, the newest first, from before one of them; and whether there are more."""
+        """A job's events, the newest first, before a number; and whether there are more."""
         clause = "job = ? and number < ? order by number desc limit ?"
         events = self._events(clause, job_id, LAST if before is None else before, limit + 1)
         return events[:limit], len(events) > limit
 
     def progress(self, job_id: str) -> Mapping[str, Any] | None:
-        """What the last event that has figures says; None before there is one."""
+        """The data of the last event that has any, or None."""
         last = self._events("job = ? and data != '{}' order by number desc limit 1", job_id)
         return last[0].data if last else None
 
@@ -302,8 +300,8 @@ class JobTable:
         clause = f"where owner = ? and key is ? and spec = ? and ({_OPEN} or created_at > ?) order by rowid desc"
         return next(iter(keyed or self._jobs(db, clause, owner, request.key, written, since)), None)
 
-    def _move(self, db: sqlite3.Connection, job_id: str, state: State, **fields: Any) -> Job:
-        """The one place where a job changes its state."""
+    def _set_state(self, db: sqlite3.Connection, job_id: str, state: State, **fields: Any) -> Job:
+        """Change the state of a job; nothing else does."""
         current = self._get(db, job_id).state
         if state not in TRANSITIONS[current]:
             raise StateConflict(f"the job {job_id} is {current}; it cannot be {state}")
@@ -313,7 +311,7 @@ class JobTable:
         names = ", ".join(f"{name} = ?" for name in values)
         db.execute(f"update job set {names} where id = ?", (*values.values(), job_id))
         if state != "queued":
-            self._tell(db, job_id, "error" if state == "failed" else "info", state)
+            self._add_event(db, job_id, "error" if state == "failed" else "info", state)
         return self._get(db, job_id)
 
     def _get(self, db: sqlite3.Connection, job_id: str) -> Job:
@@ -323,29 +321,19 @@ class JobTable:
         return found[0]
 
     def _jobs(self, db: sqlite3.Connection, clause: str, *values: Any) -> list[Job]:
-        rows = db.execute(f"select {_JOB} from job {clause}", values).fetchall()
-        return [
-            Job(
-                job,
-                owner,
-                state,
-                json.loads(spec),
-                at,
-                started,
-                finished,
-                _load(error),
-                _load(result),
-                key,
-                bool(ending),
-            )
-            for job, owner, state, spec, at, started, finished, error, result, key, ending in rows
-        ]
+        return [_read(row) for row in db.execute(f"select {_JOB} from job {clause}", values).fetchall()]
 
-    def _tell(
+    def _add_event(
         self, db: sqlite3.Connection, job_id: str, level: Level, message: str, data: Mapping[str, Any] | None = None
     ) -> None:
         fields = (job_id, time.time(), level, message, json.dumps(data or {}))
         db.execute("insert into event (job, created_at, level, message, data) values (?, ?, ?, ?, ?)", fields)
+
+
+def _read(row: tuple[Any, ...]) -> Job:
+    job_id, owner, state, spec, created_at, started_at, finished_at, error, result, key, cancelling = row
+    times = created_at, started_at, finished_at
+    return Job(job_id, owner, state, json.loads(spec), *times, _load(error), _load(result), key, bool(cancelling))
 
 
 def _load(text: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""Uploaded files on disk, each under an id that was drawn here: received whole, or not at all."""
+"""Uploaded files on disk, each under a random id; an incomplete upload leaves nothing."""
 
 from __future__ import annotations
 
@@ -15,69 +15,68 @@ from masquerade.errors import StateConflict, TooLarge, UploadNotFound
 from masquerade.jobs.records import RESULTS, File
 from masquerade.jobs.table import JobTable
 
-PIECE = 2**20  # bytes copied at a time
+CHUNK = 2**20  # bytes copied at a time
 _PARTIAL = ".partial"
 
 
 class Uploads:
-    """A folder of files, and what the table says about them."""
+    """A folder of files and their rows in the table."""
 
     def __init__(self, folder: Path, table: JobTable, limit: int) -> None:
         self._folder = folder
         self._table = table
         self.limit = limit  # bytes a file
-        self._claims: dict[str, int] = {}  # files that nobody has for good: how many have them tentatively
-        self._claiming = threading.Lock()  # finding a twin and claiming it is one step, and so is giving it up
+        self._claims: dict[str, int] = {}  # file id -> number of tentative uploads; confirmed files are absent
+        self._claiming = threading.Lock()  # makes finding a duplicate and claiming it one step
         folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
 
     def receive(self, owner: str, purpose: str, name: str, content: IO[bytes], *, tentative: bool = False) -> File:
-        """Copy a file to disk and remember it; the same content under the same name is the file that is there.
+        """Copy a file to disk and add it to the table; return an existing file of the same name and content.
 
-        What was received tentatively is to be settled or given up.
-        Raises `TooLarge` and `QuotaExceeded`, and then keeps nothing.
+        A tentative file must be confirmed or discarded. Raises `TooLarge` and `QuotaExceeded`, and then keeps nothing.
         """
         file_id = _draw_id()
         partial = self._folder / f"{file_id}{_PARTIAL}"
         digest, size = hashlib.sha256(), 0
         try:
             with partial.open("xb") as out:
-                while piece := content.read(PIECE):
-                    size += len(piece)
+                while chunk := content.read(CHUNK):
+                    size += len(chunk)
                     if size > self.limit:
                         raise TooLarge(f"the file is larger than {self.limit} bytes, which is the limit", param="file")
-                    digest.update(piece)
-                    out.write(piece)
+                    digest.update(chunk)
+                    out.write(chunk)
                 out.flush()
                 os.fsync(out.fileno())
             with self._claiming:
-                twin = self._table.find_file(owner, purpose, name, digest.hexdigest())
-                if twin is None:
+                same = self._table.find_file(owner, purpose, name, digest.hexdigest())
+                if same is None:
                     os.replace(partial, self.path(file_id))
                     _sync(self._folder)
                     file = self._table.add_file(owner, purpose, name, size, digest.hexdigest(), file_id)
                     if tentative:
                         self._claims[file.id] = 1
                     return file
-                if tentative and twin.id in self._claims:
-                    self._claims[twin.id] += 1
+                if tentative and same.id in self._claims:
+                    self._claims[same.id] += 1
                 elif not tentative:
-                    self._claims.pop(twin.id, None)
+                    self._claims.pop(same.id, None)
             partial.unlink()
-            return twin
+            return same
         except BaseException:
             partial.unlink(missing_ok=True)
             self.path(file_id).unlink(missing_ok=True)
             raise
 
-    def settle(self, files: Iterable[File]) -> None:
-        """What was received tentatively stays."""
+    def confirm(self, files: Iterable[File]) -> None:
+        """Keep tentative files."""
         with self._claiming:
             for file in files:
                 self._claims.pop(file.id, None)
 
-    def give_up(self, files: Iterable[File]) -> None:
-        """Delete what was received tentatively, unless somebody else has received it since, or a job needs it."""
+    def discard(self, files: Iterable[File]) -> None:
+        """Delete tentative files, except those that another upload has claimed or a job needs."""
         with self._claiming:
             for file in files:
                 claims = self._claims.pop(file.id, 0)
@@ -88,10 +87,10 @@ class Uploads:
                         self.remove(file.id, file.owner)
 
     def adopt(self, owner: str, name: str, path: Path, digest: str) -> File:
-        """Give an owner what was made, which lies on this disk already: it takes no more room."""
-        twin = self._table.find_file(owner, RESULTS, name, digest)
-        if twin is not None:
-            return twin
+        """Add the result of a job by a hard link: the file is on this disk already."""
+        same = self._table.find_file(owner, RESULTS, name, digest)
+        if same is not None:
+            return same
         file_id = _draw_id()
         os.link(path, self.path(file_id))
         try:
@@ -102,21 +101,21 @@ class Uploads:
             raise
 
     def path(self, file_id: str) -> Path:
-        """Where a file's content lies."""
+        """The path of a file's content."""
         return self._folder / file_id
 
     def remove(self, file_id: str, owner: str) -> None:
-        """Forget a file and delete its content, in this order: a crash between leaves bytes, which `_sweep` finds."""
+        """Delete a file's row and then its content: after a crash between the two, `_sweep` deletes the content."""
         self._table.remove_file(file_id, owner)
         self.path(file_id).unlink(missing_ok=True)
 
     def expire(self, now: float) -> None:
-        """Forget what is older than the quotas keep it, and delete the content."""
+        """Delete expired jobs and files."""
         for file_id in self._table.expire(now)[1]:
             self.path(file_id).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Delete what a server that died left behind: half-received files, and content that nothing remembers."""
+        """Delete what a server that died left: incomplete uploads, and content without a row."""
         known = self._table.known_files()
         for path in self._folder.iterdir():
             if path.name not in known:

@@ -1,7 +1,4 @@
-"""Keys: who may do what, as which persona, how often; and what was done.
-
-Knows secrets, scopes, rates and the audit log, below a store's folder. Refuses to know HTTP.
-"""
+"""API keys of a store: secrets, scopes, persona patterns, rate limits, and the audit log."""
 
 from masquerade.keys.audit import Audit
 from masquerade.keys.key import (

@@ -1,7 +1,4 @@
-"""What was done to a store, by whom: one JSON object a line, in `audit.jsonl` of its folder.
-
-Knows when, who, what and how it ended. Refuses to know content and secrets: it is given ids and names.
-"""
+"""The audit log of a store: one JSON object a line, in `audit.jsonl`; ids and names, without content or secrets."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ _log = logging.getLogger(__name__)
 
 
 class Audit:
-    """Appends, also beside other processes. The file is opened for each line, so it may be renamed at any time."""
+    """Appends to the log; several processes may. The file is opened for each line, so it may be renamed at any time."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
 
     def write(self, *, key: str | None, action: str, target: str, outcome: str, request_id: str | None = None) -> None:
-        """One line, on disk when this returns. A disk that is full is said in the log; it undoes nothing."""
+        """Append a line and sync it to disk. An error, such as a full disk, is logged and not raised."""
         entry = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": request_id,

@@ -1,7 +1,4 @@
-"""How much a key may use: requests and tokens a minute.
-
-Knows buckets that fill evenly. Refuses to know a wall clock; the clock is given. Each process counts for itself.
-"""
+"""Rate limits of keys: token buckets for requests and tokens a minute, in each process on its own."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from masquerade.keys.key import Key
 
 
 class Bucket:
-    """Holds a minute's worth at most, and fills evenly. It may be overdrawn; the debt is waited for."""
+    """A token bucket: holds at most one minute's amount and fills evenly. It may be overdrawn."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
         self.size = per_minute
@@ -24,14 +21,14 @@ class Bucket:
 
     @property
     def level(self) -> float:
-        """What is there now; negative after an overdraft."""
+        """The present level; negative after an overdraft."""
         now = self._clock()
         self._level = min(self.size, self._level + (now - self._seen) * self._rate)
         self._seen = now
         return self._level
 
     def take(self, amount: float) -> None:
-        """Draw, whether or not there is so much."""
+        """Draw an amount, which may exceed the level."""
         self._level = self.level - amount
 
     def wait(self, level: float) -> float:
@@ -40,17 +37,17 @@ class Bucket:
 
 
 class Rates:
-    """The buckets of all keys that have limits. For one thread: the event loop's."""
+    """The buckets of all keys with limits. For one thread, the event loop's; `clock` is in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._buckets: dict[str, dict[str, Bucket]] = {}
 
     def admit(self, key: Key) -> None:
-        """Count a request. Raises `RateLimited` if the minute's requests or tokens are used up; that counts nothing.
+        """Count a request. Raises `RateLimited`, and counts nothing, if the minute's requests or tokens are used up.
 
-        Tokens are known only when an answer ends, so a request is admitted while any are left, and what it takes beyond
-        them is waited for before the next one.
+        The tokens of a request are known only when its answer ends. So a request is admitted while any are left, and
+        the next one waits until an overdraft is made up for.
         """
         buckets = self._of(key)
         for kind, bucket in buckets.items():
@@ -63,12 +60,12 @@ class Rates:
             buckets["requests"].take(1)
 
     def charge(self, key: Key, tokens: int) -> None:
-        """Enter the tokens that a request has used."""
+        """Count the tokens that a request has used."""
         if bucket := self._of(key).get("tokens"):
             bucket.take(tokens)
 
     def headers(self, key: Key) -> dict[str, str]:
-        """OpenAI's `x-ratelimit-*` headers: what is allowed, what is left, and when all of it is there again."""
+        """OpenAI's `x-ratelimit-*` headers: the limit, what remains, and the time until the bucket is full."""
         found = {}
         for kind, bucket in self._of(key).items():
             found[f"x-ratelimit-limit-{kind}"] = str(bucket.size)

@@ -1,4 +1,4 @@
-"""The keys of a store as a running server knows them, read again within `NOTICE_SECONDS` of a change."""
+"""The keys of a store in memory, read again within `REFRESH_SECONDS` of a change."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from masquerade.errors import InvalidKey, NotReady
 from masquerade.keys.key import Key, decoy, is_scrypt, matches, matches_scrypt, seal, split
 from masquerade.keys.table import KeyTable
 
-NOTICE_SECONDS = 0.25
+REFRESH_SECONDS = 0.25
 _UNKNOWN = "Incorrect API key provided; `masquerade keys add` makes one"
 
 
 class Keyring:
-    """Turns tokens into keys. Safe for several threads.
+    """Finds the key of a token. Safe for several threads.
 
-    Each token costs one HMAC and one comparison in constant time, whether or not its id is known. The exception is a
-    key whose hash is still scrypt's: its first use costs scrypt's time once, on the caller's thread.
+    Each token costs one HMAC and one comparison in constant time, also if its id is unknown. The exception is a key
+    with a scrypt hash: its first use costs the time of scrypt, on the caller's thread.
     """
 
     def __init__(self, table: KeyTable, now: Callable[[], float] = time.time) -> None:
@@ -31,11 +31,11 @@ class Keyring:
         self._watch = table.database.connect()
         self._version = -1
         self._checked = 0.0
-        self._lock = threading.Lock()  # of what was read
+        self._lock = threading.Lock()  # guards _keys and _version
         self._refresh()
 
     def __len__(self) -> int:
-        """How many keys there ever were: a store whose keys are all revoked is not open again."""
+        """Number of keys, including revoked ones: a store whose keys are all revoked is not open to everybody."""
         self._refresh()
         return len(self._keys)
 
@@ -47,38 +47,38 @@ class Keyring:
             raise InvalidKey(_UNKNOWN)
         key_id, secret = parts
         known = self._keys.get(key_id)
-        kept = known[1] if known else self._decoy
-        if matches(secret, kept):
+        stored = known[1] if known else self._decoy
+        if matches(secret, stored):
             return self._check(key_id)
-        if is_scrypt(kept):
+        if is_scrypt(stored):
             return None
         raise InvalidKey(_UNKNOWN)
 
     def find_scrypt(self, token: str) -> Key:
-        """The same for every token, with scrypt where it is needed. A right one is kept by a fast hash from then on."""
+        """As `find`, for every token. A key that is found by scrypt gets a fast hash."""
         key = self.find(token)
         if key is not None:
             return key
         parts = split(token)
         assert parts is not None
         key_id, secret = parts
-        kept = self._keys[key_id][1]
-        if not matches_scrypt(secret, kept):
+        stored = self._keys[key_id][1]
+        if not matches_scrypt(secret, stored):
             raise InvalidKey(_UNKNOWN)
         renewed = seal(key_id, secret).hash
-        with suppress(NotReady):  # it cannot be written: the next server tries again
-            self._table.rehash(key_id, kept, renewed)
+        with suppress(NotReady):  # the table cannot be written: the next server tries again
+            self._table.rehash(key_id, stored, renewed)
         with self._lock:
             self._keys = {**self._keys, key_id: (self._keys[key_id][0], renewed)}
         return self._check(key_id)
 
     def check(self, key_id: str) -> Key:
-        """A key that was found, as it is now. Raises `InvalidKey` if it opens nothing any more."""
+        """The present state of a key that was found. Raises `InvalidKey` if it is no longer valid."""
         self._refresh()
         return self._check(key_id)
 
     def close(self) -> None:
-        """Let go of the table."""
+        """Close the table."""
         self._watch.close()
 
     def _check(self, key_id: str) -> Key:
@@ -92,7 +92,7 @@ class Keyring:
     def _refresh(self) -> None:
         """Read the table again if another connection changed it. Raises `NotReady` if it cannot be read."""
         now = time.monotonic()
-        if now - self._checked < NOTICE_SECONDS and self._version >= 0:
+        if now - self._checked < REFRESH_SECONDS and self._version >= 0:
             return
         with self._lock:
             try:
@@ -100,6 +100,6 @@ class Keyring:
             except sqlite3.Error as error:
                 raise NotReady(f"the keys cannot be read: {error}") from error
             if version != self._version:
-                self._keys = {key.id: (key, kept) for key, kept in self._table.all().items()}
+                self._keys = {key.id: (key, stored) for key, stored in self._table.all().items()}
                 self._version = version
             self._checked = now

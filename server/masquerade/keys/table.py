@@ -1,4 +1,4 @@
-"""The table of keys, in one sqlite file of the store's folder that only its owner can read; it holds hashes only."""
+"""The table of keys and the hashes of their secrets, in one SQLite file that only its owner can read."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ VERSION = len(MIGRATIONS)
 
 
 class KeyTable:
-    """One sqlite file in WAL mode. Threads and processes may use it at once; each call is a connection of its own."""
+    """The keys of a store. Threads and processes may use it at the same time; each call is one transaction."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
-        os.close(os.open(self.path, os.O_CREAT, 0o600))  # sqlite gives its other files the same mode
+        os.close(os.open(self.path, os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
         self.database = SQLiteFile(
             self.path, MIGRATIONS, StoreTooNew, timeout=BUSY_SECONDS, wal=True, translate=_explain
         )
 
-    def add(self, key: Key, kept: bytes) -> None:
-        """Remember a key by the hash of its secret."""
+    def add(self, key: Key, stored: bytes) -> None:
+        """Add a key with the hash of its secret."""
         row = vars(key) | {"scopes": json.dumps(sorted(key.scopes)), "personas": json.dumps(key.personas)}
         with self.database.write() as db:
-            db.execute("insert into key values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row.values(), kept))
+            db.execute("insert into key values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row.values(), stored))
 
     def all(self) -> dict[Key, bytes]:
-        """Every key there ever was, the oldest first, with its hash."""
+        """Key -> hash, also of revoked keys, the oldest first."""
         with self.database.read() as db:
             return {_read(row): row[-1] for row in db.execute("select * from key order by created_at, id")}
 
     def revoke(self, key_id: str) -> Key:
-        """End a key for good; again changes nothing. Raises `KeyNotFound`."""
+        """Revoke a key for good; does nothing if it is revoked. Raises `KeyNotFound`."""
         with self.database.write() as db:
             row = db.execute("select * from key where id = ?", (key_id,)).fetchone()
             if row is None:
@@ -61,7 +61,7 @@ class KeyTable:
         return key
 
     def rehash(self, key_id: str, old: bytes, new: bytes) -> None:
-        """Keep another hash of the same secret, unless somebody has done so already."""
+        """Replace the hash of a secret by another, unless that has been done."""
         with self.database.write() as db:
             db.execute("update key set hash = ? where id = ? and hash = ?", (new, key_id, old))
 

@@ -213,9 +213,9 @@ async def build_persona(
         except Exception as error:
             if isinstance(error, MasqueradeError):
                 error.param = _name_part(error.param, "prompts" in parts)
-            await asyncio.to_thread(job_service.uploads.give_up, kept.values())
+            await asyncio.to_thread(job_service.uploads.discard, kept.values())
             raise
-        await asyncio.to_thread(job_service.uploads.settle, kept.values())
+        await asyncio.to_thread(job_service.uploads.confirm, kept.values())
         return job
 
 
@@ -299,7 +299,7 @@ def _create(serving: Serving, job_service: JobService, caller: Caller, asked: Jo
         _check_names(serving, job_service, caller.owner, names, replace=asked.mask.replace)
         building.check(job_service, spec, names)
         job = job_service.table.add_job(caller.owner, spec, repeat, job_id)
-        job_service.runner.notice()
+        job_service.runner.wake()
     caller.entry.targets.append(job.id)
     return _describe(job_service, job)
 

@@ -84,7 +84,7 @@ def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job)
         )
     material = gather(job_service, job.spec, JobNames.of(job.id, job.spec))
     if material.ignored:
-        job_service.table.tell(job.id, "warn", f"of the character card, {', '.join(material.ignored)} are ignored")
+        job_service.table.add_event(job.id, "warn", f"of the character card, {', '.join(material.ignored)} are ignored")
     return _work(serving, keyring, job_service, job, material)
 
 
