@@ -85,3 +85,24 @@ def test_a_damaged_mask_is_an_error_of_the_server_and_tells_no_path(http: httpx.
     answer = http.post("/v1/chat/completions", json=CHAT | {"model": f"{serving.base.name}:p"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "persona_damaged")
     assert str(serving.store.root) not in answer.text
+
+
+def test_a_damaged_mask_is_left_out_of_lists_and_logged_once(
+    http: httpx.Client, serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = [serving.store.add(world.make_mask(serving.base, 0.1, seed=seed)) for seed in (1, 2)]
+    for name, digest in zip(("damaged", "sound"), digests, strict=True):
+        serving.registry.publish(name, digest)
+    path = serving.store.path(digests[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    for _ in range(2):
+        assert [one["id"] for one in http.get("/v1/personas").json()["data"]] == ["sound"]
+        models = [one["id"] for one in http.get("/v1/models").json()["data"]]
+        assert models == [serving.base.name, f"{serving.base.name}:sound"]
+    assert len([record for record in caplog.records if "damaged" in record.getMessage()]) == 1
+    for asked in ("/v1/personas/damaged", f"/v1/models/{serving.base.name}:damaged"):
+        answer = http.get(asked)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "persona_damaged")
+    path.write_bytes(whole)
+    assert [one["id"] for one in http.get("/v1/personas").json()["data"]] == ["damaged", "sound"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,6 +19,7 @@ from masquerade.service.notifier import StepNotifier
 from masquerade.service.registry_cache import RegistryCache
 from masquerade.service.workers import Workers
 
+_log = logging.getLogger(__name__)
 PATIENCE = 120.0  # seconds that a request waits for its mask
 
 
@@ -63,6 +65,7 @@ class Serving:
     request_counts: RequestCounts = field(default_factory=RequestCounts)
     notifier: StepNotifier = field(default_factory=StepNotifier)
     workers: Workers = field(default_factory=Workers)
+    unreadable: set[str] = field(default_factory=set)  # digests that are logged
 
     @cached_property
     def names(self) -> RegistryCache:
@@ -70,9 +73,17 @@ class Serving:
         return RegistryCache(self.registry)
 
     def personas(self) -> Iterator[Revision]:
-        """The current generation of every persona of this base."""
+        """The current revisions of this base's personas; those whose masks cannot be read are logged and left out."""
         for generation in self.registry.names():
-            if self.fits_base(generation):
+            try:
+                fits = self.fits_base(generation)
+            except MaskError as error:
+                if generation.digest not in self.unreadable:
+                    self.unreadable.add(generation.digest)
+                    _log.warning("the mask of the persona %s cannot be read: %s", generation.name, error)
+                continue
+            self.unreadable.discard(generation.digest)
+            if fits:
                 yield generation
 
     def fits_base(self, generation: Revision) -> bool:
