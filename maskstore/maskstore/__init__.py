@@ -33,7 +33,8 @@ from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
 from maskstore.mask import BaseRef, Mask, MaskInfo, majority
 from maskstore.names import check_name
 from maskstore.plot import plot
-from maskstore.registry import ANY, Anything, Certificate, Measurement, Persona, Registry, Revision
+from maskstore.records import ANY, Anything, Certificate, Measurement, Persona, Revision
+from maskstore.registry import Registry
 from maskstore.store import Store
 from maskstore.summary import Summary
 from maskstore.target import Bitmap, Sparse, Target, encode

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from maskstore.errors import InvalidMaskValue, MaskNotFound
 from maskstore.mask import Mask, derived
 from maskstore.names import check_name
-from maskstore.registry import ANY, Anything, Registry, Revision
+from maskstore.records import ANY, Anything, Revision
+from maskstore.registry import Registry
 
 LENGTH_LIMIT = 1000
 DEPTH_LIMIT = 50
