@@ -84,7 +84,7 @@ def flips(a: Target, b: Target) -> Places:
 
 
 def flip(target: Target, runs: Iterable[Places]) -> Target:
-    """Turn over the weights at ascending positions, which come in runs; the encoding stays."""
+    """Flip the weights at ascending positions, given in runs; the encoding stays."""
     if isinstance(target, Sparse):
         places = np.concatenate([np.zeros(0, np.int64), *runs])
         return _sparse(_xor(_places(target), places), *target.shape)
@@ -110,7 +110,7 @@ def _combine(
     places: Callable[[Places, Places], Places],
     words: Callable[[Words, Words, Words], object],
 ) -> Target:
-    """Two sparse ones by their places, everything else by words of what is kept."""
+    """Combine two sparse targets by positions, all others by 64-bit words of the kept weights."""
     _check(a, b)
     if isinstance(a, Sparse) and isinstance(b, Sparse):
         return smaller(_sparse(places(_places(a), _places(b)), *a.shape))

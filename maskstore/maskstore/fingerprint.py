@@ -27,7 +27,7 @@ class BaseTensor(Protocol):
 
     @property
     def name(self) -> str:
-        """What transformers calls it."""
+        """Its name in transformers."""
 
     @property
     def dtype(self) -> str:

@@ -137,7 +137,7 @@ class MaskReader:
             self[name]
 
     def mask(self) -> Mask:
-        """All of it in one mapping, verified."""
+        """The whole mask in one mapping, verified."""
         try:
             for name, module in self.header.modules.items():
                 self._verify(name, module)
@@ -207,7 +207,7 @@ class MaskWriter:
         self._spool: BinaryIO
 
     def add(self, name: str, target: Target) -> None:
-        """Append a module; its name must be new."""
+        """Append a module. MaskExists if it was added before."""
         if check_module(name) in self._modules:
             raise MaskExists("was added before", path=self.path, tensor=name)
         tensors = {}

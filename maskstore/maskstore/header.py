@@ -178,7 +178,7 @@ def _base(value: Any) -> BaseRef:
 
 
 def _tensor(name: str, value: Any) -> tuple[Tensor, int]:
-    """A tensor and where it claims to end."""
+    """A tensor and the offset of its claimed end."""
     entry = _object(value, f"the entry of {name:.80}")
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise HeaderCorrupt(f"keys {sorted(entry)!s:.80}, expected data_offsets, dtype and shape", tensor=name)

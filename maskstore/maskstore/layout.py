@@ -24,7 +24,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
+        """Bytes of the tensor."""
         count = self.dtype.itemsize
         for side in self.shape:
             count *= side

@@ -32,7 +32,7 @@ def check_object(field: str, value: Any) -> dict[str, Any]:
 
 
 def mend(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The same values with every faulty object replaced by an empty one, and what was wrong with each."""
+    """The same values with every faulty object replaced by an empty one, and the error of each."""
     mended, faults = dict(values), []
     for field in OBJECTS:
         try:

@@ -124,7 +124,7 @@ def check(signed: Signable, trusted: Mapping[str, str], accept_tensors: bool = F
 
 
 def rank(signed: Signable, trusted: Mapping[str, str]) -> Standing:
-    """How much a copy's signature is worth here."""
+    """The standing of a copy's signature with the trusted keys."""
     found = examine(signed, trusted)
     if found is None:
         return Standing.UNKNOWN
@@ -170,7 +170,7 @@ class TrustedKeys:
 
 
 def _cryptography() -> tuple[ModuleType, type[Exception]]:
-    """The module of ed25519 keys, and what it raises for a signature that does not fit."""
+    """The module of ed25519 keys, and what it raises for a signature that does not verify."""
     try:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric import ed25519

@@ -45,7 +45,7 @@ class Store:
         self.masks.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
-        """Where a digest lies, or would lie."""
+        """The path of a digest, whether or not it is stored."""
         return self.masks / check_digest(digest)[:2] / f"{digest}{SUFFIX}"
 
     def add(self, mask: Mask, preferred: bool = False) -> str:
@@ -119,7 +119,7 @@ class Store:
         return folder
 
     def digests(self) -> list[str]:
-        """Every digest kept, sorted."""
+        """The stored digests, sorted."""
         return sorted(path.stem for path in self.masks.glob(f"??/{'[0-9a-f]' * 64}{SUFFIX}"))
 
     def __contains__(self, digest: str) -> bool:
@@ -157,7 +157,7 @@ class Store:
         self._touch(digest)
 
     def _touch(self, digest: str) -> None:
-        """Renew the file's time, so that gc leaves it until it is published."""
+        """Set the file's modification time to now, so that gc leaves it until it is published."""
         os.utime(self.path(digest))
 
     def _draft_path(self) -> Path:
@@ -177,7 +177,7 @@ class Store:
             yield
 
     def _make_path(self, digest: str) -> Path:
-        """The path of a digest, its folder made."""
+        """The path of a digest; creates its folder."""
         path = self.path(digest)
         if not path.parent.exists():
             path.parent.mkdir(exist_ok=True)

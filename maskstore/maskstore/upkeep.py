@@ -96,7 +96,7 @@ def fsck(root: str | os.PathLike[str], repair: bool = False) -> Checkup:
 
 
 def _leftovers(store: Store) -> list[Path]:
-    """Temporary files: of writers at work, or killed."""
+    """Temporary files of running or killed writers."""
     return sorted([*store.masks.glob("??/.*.tmp"), *(store.root / "quarantine").glob("*")])
 
 
@@ -171,7 +171,7 @@ def _mend(store: Store, digest: str) -> str:
 
 
 def _read_registry(store: Store) -> tuple[list[str], list[tuple[str, str]]]:
-    """What is wrong with the registry itself, and what it refers to if nothing is."""
+    """The faults of the registry, and its references if there are none."""
     path = store.root / FILE
     if not path.exists():
         return ["is missing"], []
@@ -196,7 +196,7 @@ def _check_registry(
 
 
 def _rebuild(store: Store, sound: dict[str, tuple[str, str]]) -> str:
-    """A registry from the masks alone: each under the persona it was made as, in the order of their making."""
+    """A registry from the masks alone: each under the persona in its metadata, in order of creation."""
     registry = Registry(store.root)
     for digest, (_, persona) in sorted(sound.items(), key=lambda item: (item[1][0], item[0])):
         registry.publish(persona, digest)

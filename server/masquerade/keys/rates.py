@@ -1,4 +1,7 @@
-"""Rate limits of keys: token buckets for requests and tokens a minute, in each process on its own."""
+"""Rate limits of keys: requests and tokens a minute, counted by each process.
+
+The library `limits` has no bucket that can be overdrawn, which charging tokens after the answer needs.
+"""
 
 from __future__ import annotations
 
