@@ -1,4 +1,4 @@
-"""Masks of several methods from one calibration, and what each does. Knows walks, ladders and panels put together."""
+"""Finds masks of several methods in one calibration, and summarises their figures."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,51 +8,58 @@ from typing import Any
 from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, Target
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, batches
+from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods
 from masquerade.evaluate.metrics import finish
-from masquerade.evaluate.panel import Panel, Reading
 from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
-from masquerade.pruning.evidence import Evidence, Kind
-from masquerade.pruning.ladder import Ladder, ScorePlan
-from masquerade.pruning.scores import SCORES, Choices
+from masquerade.pruning.candidates import CandidateMasks, ScorePlan
+from masquerade.pruning.collector import CalibrationText, Role, StatisticsCollector, layer_number
+from masquerade.pruning.scores import SCORES, ScoreSettings
 from masquerade.pruning.scratch import Scratch
-from masquerade.pruning.walk import CalibrationText, Role, Walk, layer_number
+from masquerade.pruning.statistics import LinearStatistics, Statistic
 
 
 def calibrate(
     base: Base,
     plans: Sequence[ScorePlan],
-    said: Mapping[Role, Sequence[Encoded]],
+    examples: Mapping[Role, Sequence[Encoded]],
     scratch: Scratch | None = None,
     tokens: int = BATCH_TOKENS,
     scoring: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Ladder:
-    """The pruned sets of all plans for both sides, from one walk; `scoring` is around all that is no statistics."""
+) -> CandidateMasks:
+    """Candidates of all plans for both sides, from one collection; `scoring` wraps all work beside the statistics."""
     scores = [SCORES[plan.score] for plan in plans]
-    wanted: frozenset[Kind] = frozenset().union(*(score.needs for score in scores))
-    needs: dict[Role, frozenset[Kind]] = {"own": wanted, "contrast": wanted, "neutral": wanted & {"fisher"}}
+    wanted: frozenset[Statistic] = frozenset().union(*(score.needs for score in scores))
+    needs: dict[Role, frozenset[Statistic]] = {
+        "own": wanted,
+        "contrast": wanted,
+        "neutral": wanted & {"squared_gradient"},
+    }
     texts = {
-        role: CalibrationText(list(batches(said[role], base.device, tokens)), kinds)
+        role: CalibrationText(list(batches(examples[role], base.device, tokens)), kinds)
         for role, kinds in needs.items()
         if kinds
     }
     targets = {name: linear for plan in plans for name, linear in find_targets(base.model, plan.scope).items()}
     kept = scratch or Scratch()
-    walk, ladder = Walk(base, targets, texts, kept), Ladder(tuple(plans), (1, -1), Choices(), kept)
+    collector, candidates = (
+        StatisticsCollector(base, targets, texts, kept),
+        CandidateMasks(tuple(plans), (1, -1), ScoreSettings(), kept),
+    )
 
-    def visit(stage: str, number: int, evidence: Mapping[str, Evidence]) -> Iterator[None]:
+    def on_layer(stage: str, number: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[None]:
         with scoring():
-            linears = {name: targets[name] for name in evidence}
-            yield from ladder.climb(f"{stage}-{number}", stage == "backward", linears, evidence)
+            linears = {name: targets[name] for name in statistics}
+            yield from candidates.score_layer(f"{stage}-{number}", stage == "backward", linears, statistics)
 
-    for stage, go in (("forward", walk.forward), ("backward", walk.backward)):
+    for stage, run_pass in (("forward", collector.forward), ("backward", collector.backward)):
         if stage == "forward" or any(score.backward for score in scores):
-            for _ in go(partial(visit, stage)):
+            for _ in run_pass(partial(on_layer, stage)):
                 pass
-            with scoring():  # after the walk, as a build does: among its large temporaries they would cost more
+            with scoring():  # after the pass, as in a build
                 for number in {layer_number(name) for name in targets}:
-                    ladder.load(f"{stage}-{number}")
-    return ladder
+                    candidates.load(f"{stage}-{number}")
+    return candidates
 
 
 def as_mask(base: Base, targets: Mapping[str, Target], **certificate: float) -> Mask:
@@ -64,11 +71,11 @@ def draft(base: Base, manager: MaskManager, targets: Mapping[str, Target], phase
     return Treatment(applied=AppliedMask(manager.fit(as_mask(base, targets)), 0.0), phase=phase)
 
 
-def summarise(panel: Panel, masked: Mapping[int, Reading]) -> dict[str, Any]:
-    """Mean figures and intervals of both sides of an axis."""
-    bare = finish(panel.bare())
-    sides = [panel.figures(side, bare, masked[side], masked[-side]) for side in (1, -1)]
-    ends = [panel.intervals(side, bare, masked[side], masked[-side]) for side in (1, -1)]
+def summarise(eval_set: EvaluationSet, masked: Mapping[int, SetLikelihoods]) -> dict[str, Any]:
+    """Means of the figures and interval ends of both sides of an axis."""
+    untreated = finish(eval_set.measure_base())
+    sides = [eval_set.figures(side, untreated, masked[side], masked[-side]) for side in (1, -1)]
+    ends = [eval_set.intervals(side, untreated, masked[side], masked[-side]) for side in (1, -1)]
     found: dict[str, Any] = {
         name: sum(side[name] if side[name] is not None else float("inf") for side in sides) / 2
         for name in ("flip", "margin_shift", "own_ratio", "neutral_ratio")

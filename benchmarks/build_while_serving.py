@@ -17,7 +17,7 @@ from masquerade import demo
 from masquerade.engine import Engine, Event, Finished, Request, SamplingParams, Token
 from masquerade.evaluate.dataset import read_examples
 from masquerade.model import Base, MaskManager, load, render_chat
-from masquerade.pruning import Builder, Recipe, Speaker
+from masquerade.pruning import Builder, PersonaExamples, Recipe
 
 REACH = 2.0
 
@@ -83,7 +83,7 @@ def measure(engine: Engine, base: Base, manager: MaskManager, turns: int) -> Ite
 
 def build(engine: Engine, base: Base, manager: MaskManager) -> None:
     """A pair of opposites from the demo's files, each item of the work a background task of the engine."""
-    sides = [Speaker(name, read_examples(demo.DATA / f"{name}.train.jsonl")) for name in ("formal", "casual")]
+    sides = [PersonaExamples(name, read_examples(demo.DATA / f"{name}.train.jsonl")) for name in ("formal", "casual")]
     facts = read_examples(demo.DATA / "facts.jsonl")
     work = Builder(base, manager, Recipe(score="attribution", rho=0.003), sides[0], sides[1], facts).run()
 

@@ -20,15 +20,15 @@ import torch
 from benchmarks._methods import as_mask, calibrate, draft, summarise
 from benchmarks._nature import AXES, Recipe, default_cache, find_model, read_neutral, read_pairs
 from benchmarks._report import Figure, report
-from masquerade.evaluate.baselines import BASELINES, ControlInput, Strength
+from masquerade.evaluate.baselines import BASELINES, ControlInput, TreatmentFactory
 from masquerade.evaluate.dataset import Encoded, Example, encode
+from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.metrics import finish
-from masquerade.evaluate.panel import Panel
 from masquerade.evaluate.treatment import Treatment
 from masquerade.model import Base, MaskManager, load
-from masquerade.pruning.ladder import ScorePlan
+from masquerade.pruning.candidates import ScorePlan
+from masquerade.pruning.collector import Role
 from masquerade.pruning.tuning import Budgets, Tuner
-from masquerade.pruning.walk import Role
 
 LIMITS = Budgets(neutral=1.02, own=1.05, effect=1.0, forced=True)
 LADDERS = {
@@ -76,29 +76,29 @@ class Bench:
 
     def measure(self, axis: str) -> Iterator[Figure]:
         started = time.perf_counter()
-        train, panels = self._split(axis)
+        train, eval_sets = self._split(axis)
         sides = {side: encode(self._base, train[side]) for side in (1, -1)}
         plans = [ScorePlan(name, "layer", scope, rhos) for name, (scope, rhos) in LADDERS.items()]
         fixed = [ScorePlan(name, group, "all", (rho,)) for name, (group, rho) in FIXED.items()]
         said: dict[Role, list[Encoded]] = {"own": sides[1], "contrast": sides[-1], "neutral": self._calm}
-        ladder = calibrate(self._base, [*plans, *fixed], said)
+        candidates = calibrate(self._base, [*plans, *fixed], said)
         fit = partial(draft, self._base, self._manager)
         shifts: dict[str, float] = {}
         for plan in plans:
-            tuner = Tuner(panels["tune"], ladder, fit, (1, -1), LIMITS, opposed=True)
+            tuner = Tuner(eval_sets["tune"], candidates, fit, (1, -1), LIMITS, opposed=True)
             rho = finish(tuner.choose([plan])).rho
-            masked = {side: fit(ladder.targets((plan.score, side, rho))) for side in (1, -1)}
-            found = self._read(panels["test"], masked)
+            masked = {side: fit(candidates.targets((plan.score, side, rho))) for side in (1, -1)}
+            found = self._read(eval_sets["test"], masked)
             shifts[plan.score] = found["margin_shift"]
             yield from self._show(f"{axis} {plan.score} {rho:g}", found, within=plan.score == "attribution-fisher")
             print(f"{axis}: {plan.score} after {time.perf_counter() - started:.0f} s", file=sys.stderr)
         for plan in fixed:
-            masked = {side: fit(ladder.targets((plan.score, side, plan.rhos[0]))) for side in (1, -1)}
-            yield from self._show(f"{axis} {plan.score} {plan.rhos[0]:g}", self._read(panels["test"], masked))
+            masked = {side: fit(candidates.targets((plan.score, side, plan.rhos[0]))) for side in (1, -1)}
+            yield from self._show(f"{axis} {plan.score} {plan.rhos[0]:g}", self._read(eval_sets["test"], masked))
         for name, strengths in CONTROLS.items():
             made = {side: self._control(name, train, sides, side) for side in (1, -1)}
-            strength = self._tune(panels["tune"], made, strengths)
-            found = self._read(panels["test"], {side: made[side](strength) for side in (1, -1)})
+            strength = self._tune(eval_sets["tune"], made, strengths)
+            found = self._read(eval_sets["test"], {side: made[side](strength) for side in (1, -1)})
             shifts[name] = found["margin_shift"]
             yield from self._show(f"{axis} {name} x{strength:g}", found)
             print(f"{axis}: {name} after {time.perf_counter() - started:.0f} s", file=sys.stderr)
@@ -106,37 +106,37 @@ class Bench:
         for name, bound in (("attribution", ">= 1.5"), ("lora", ">= 1"), ("lora-contrastive", None), ("bias", None)):
             yield Figure(f"{axis} shift, attribution-fisher / {name}", best / shifts[name], "x", bound)
 
-    def _split(self, axis: str) -> tuple[dict[int, list[Example]], dict[str, Panel]]:
+    def _split(self, axis: str) -> tuple[dict[int, list[Example]], dict[str, EvaluationSet]]:
         train, held = (read_pairs(self._data, axis, split) for split in ("train", "valid"))
         random.Random(5).shuffle(train)
         random.Random(5).shuffle(held)
         first, last = self._sizes["tune"], self._sizes["tune"] + self._sizes["test"]
         parts = {"tune": held[:first], "test": held[first:last]}
-        panels = {}
+        eval_sets = {}
         for name, pairs in parts.items():
             own, contrast = (encode(self._base, side) for side in zip(*pairs, strict=True))
-            panels[name] = Panel(self._base, own, contrast, self._neutral[name])
+            eval_sets[name] = EvaluationSet(self._base, own, contrast, self._neutral[name])
         chosen = train[: self._sizes["calibration"]]
-        return {1: [own for own, _ in chosen], -1: [contrast for _, contrast in chosen]}, panels
+        return {1: [own for own, _ in chosen], -1: [contrast for _, contrast in chosen]}, eval_sets
 
     def _control(
         self, name: str, train: Mapping[int, list[Example]], sides: Mapping[int, list[Encoded]], side: int
-    ) -> Strength:
+    ) -> TreatmentFactory:
         both = [list(zip(train[at], sides[at], strict=True)) for at in (side, -side)]
         question = ControlInput(self._base, self._manager, as_mask(self._base, {}), both[0], both[1], {})
         return BASELINES[name].make(question)
 
-    def _tune(self, panel: Panel, made: Mapping[int, Strength], strengths: Sequence[float]) -> float:
+    def _tune(self, eval_set: EvaluationSet, made: Mapping[int, TreatmentFactory], strengths: Sequence[float]) -> float:
         """The largest strength within the budgets, or the smallest there is."""
         chosen = strengths[0]
         for strength in strengths:
-            found = self._read(panel, {side: make(strength) for side, make in made.items()})
+            found = self._read(eval_set, {side: make(strength) for side, make in made.items()})
             if found["neutral_ratio"] <= LIMITS.neutral and found["own_ratio"] <= LIMITS.own:
                 chosen = strength
         return chosen
 
-    def _read(self, panel: Panel, masked: Mapping[int, Treatment]) -> dict[str, Any]:
-        return summarise(panel, {side: finish(panel.read(treatment)) for side, treatment in masked.items()})
+    def _read(self, eval_set: EvaluationSet, masked: Mapping[int, Treatment]) -> dict[str, Any]:
+        return summarise(eval_set, {side: finish(eval_set.measure(treatment)) for side, treatment in masked.items()})
 
     def _show(self, name: str, found: Mapping[str, Any], within: bool = False) -> Iterator[Figure]:
         for key in SHOWN:

@@ -21,14 +21,14 @@ from masquerade.demo import grammar
 from masquerade.demo.judge import DemoJudge
 from masquerade.evaluate.baselines import BASELINES
 from masquerade.evaluate.dataset import Encoded, Example, encode, read_examples
-from masquerade.evaluate.generation import Speech, answer
+from masquerade.evaluate.evaluation_set import EvaluationSet
+from masquerade.evaluate.generation import GenerationParams, generate
 from masquerade.evaluate.metrics import finish
-from masquerade.evaluate.panel import Panel
-from masquerade.evaluate.report import Options, Trial, examine
-from masquerade.evaluate.treatment import BARE, Treatment
+from masquerade.evaluate.report import EvaluationData, EvaluationOptions, evaluate_mask
+from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, MaskManager, load
-from masquerade.pruning.ladder import Ladder, ScorePlan
-from masquerade.pruning.prompted import Script, write
+from masquerade.pruning.candidates import CandidateMasks, ScorePlan
+from masquerade.pruning.prompts import CalibrationPrompts, generate_examples
 from masquerade.pruning.scores import SCORES
 
 METHODS = (  # every score at its useful rho; those that destroy the text at any larger one are named with theirs
@@ -91,15 +91,17 @@ class Bench:
         for axis in axes:
             own, contrast = self._draw(axis)
             calm = encode(self._base, self._facts)
-            panel = Panel(self._base, encode(self._base, own), encode(self._base, contrast), calm)
+            eval_set = EvaluationSet(self._base, encode(self._base, own), encode(self._base, contrast), calm)
             train = [_read(side, "train") for side in (axis.positive, axis.negative)]
-            ladder = self._calibrate(plans, train[0], train[1], calm)
-            bare.append(self._speak(axis, own, {1: BARE, -1: BARE}))
+            candidates = self._calibrate(plans, train[0], train[1], calm)
+            bare.append(self._speak(axis, own, {1: UNTREATED, -1: UNTREATED}))
             print(f"{axis.name}: calibrated after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
             for score, rho in methods:
-                pair = {side: draft(self._base, self._manager, ladder.targets((score, side, rho))) for side in (1, -1)}
-                readings = {side: finish(panel.read(treatment)) for side, treatment in pair.items()}
-                rows[score, rho].append(summarise(panel, readings) | self._speak(axis, own, pair))
+                pair = {
+                    side: draft(self._base, self._manager, candidates.targets((score, side, rho))) for side in (1, -1)
+                }
+                readings = {side: finish(eval_set.measure(treatment)) for side, treatment in pair.items()}
+                rows[score, rho].append(summarise(eval_set, readings) | self._speak(axis, own, pair))
             print(f"{axis.name}: measured after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
         for name in ("greedy", "sampled", "facts"):
             yield Figure(f"none: {name}", _mean(row[name] for row in bare), "share")
@@ -118,12 +120,16 @@ class Bench:
             own, contrast = self._draw(axis)
             train = [_read(side, "train") for side in (axis.positive, axis.negative)]
             started = time.perf_counter()
-            ladder = self._calibrate(SHIPPED, train[0], train[1])
+            candidates = self._calibrate(SHIPPED, train[0], train[1])
             made = {"seconds": time.perf_counter() - started}
-            masks = [as_mask(self._base, ladder.targets(("attribution", side, 0.003)), **made) for side in (1, -1)]
+            masks = [as_mask(self._base, candidates.targets(("attribution", side, 0.003)), **made) for side in (1, -1)]
             systems = (SYSTEMS[axis.positive], SYSTEMS[axis.negative])
-            trial = Trial(masks[0], masks[1], own, contrast, self._facts, train[0][:128], train[1][:128], systems)
-            rows = examine(self._base, self._manager, trial, Options(controls, speech=Speech(tokens=44)))
+            trial = EvaluationData(
+                masks[0], masks[1], own, contrast, self._facts, train[0][:128], train[1][:128], systems
+            )
+            rows = evaluate_mask(
+                self._base, self._manager, trial, EvaluationOptions(controls, generation=GenerationParams(tokens=44))
+            )
             print(f"{axis.name}: controls after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
             for name, row in rows.items():
                 found.setdefault(name, []).append(dict(row))
@@ -137,10 +143,10 @@ class Bench:
         """A mask from a system prompt: greedy hits without the prompt, on prompts that are held out."""
         axis = grammar.personas()[persona]
         questions = [example.messages for example in _read(persona, "train")]
-        written = finish(write(self._base, Script(system, questions)))
+        written = finish(generate_examples(self._base, CalibrationPrompts(system, questions)))
         targets = self._calibrate(SHIPPED, written.own, written.contrast).targets(("attribution", 1, 0.003))
         own, _ = self._draw(axis)
-        hits = self._hits(persona, own, draft(self._base, self._manager, targets), Speech(tokens=44))
+        hits = self._hits(persona, own, draft(self._base, self._manager, targets), GenerationParams(tokens=44))
         yield Figure(f"mask from the prompt {system!r}: greedy hit", hits, "share", ">= 0.9")
         yield Figure(f"mask from the prompt {system!r}: prompt tokens saved", written.prompt_tokens, "tokens")
 
@@ -150,7 +156,7 @@ class Bench:
         own: Sequence[Example],
         contrast: Sequence[Example],
         calm: Sequence[Encoded] = (),
-    ) -> Ladder:
+    ) -> CandidateMasks:
         said = {"own": encode(self._base, own), "contrast": encode(self._base, contrast), "neutral": calm}
         return calibrate(self._base, plans, said)
 
@@ -158,19 +164,19 @@ class Bench:
         sides = ((axis.positive, pair[1]), (axis.negative, pair[-1]))
         facts = encode(self._base, self._facts)
         said = [
-            [text for texts in answer(self._base, facts, treatment, Speech(tokens=24)) for text in texts]
+            [text for texts in generate(self._base, facts, treatment, GenerationParams(tokens=24)) for text in texts]
             for _, treatment in sides
         ]
         right = [a.strip() == fact.response for answers in said for a, fact in zip(answers, self._facts, strict=True)]
         return {
-            "greedy": _mean(self._hits(side, own, treatment, Speech(tokens=44)) for side, treatment in sides),
-            "sampled": _mean(self._hits(side, own, treatment, Speech(44, 1.0)) for side, treatment in sides),
+            "greedy": _mean(self._hits(side, own, treatment, GenerationParams(tokens=44)) for side, treatment in sides),
+            "sampled": _mean(self._hits(side, own, treatment, GenerationParams(44, 1.0)) for side, treatment in sides),
             "facts": _mean(right),
         }
 
-    def _hits(self, persona: str, own: Sequence[Example], treatment: Treatment, speech: Speech) -> float:
+    def _hits(self, persona: str, own: Sequence[Example], treatment: Treatment, speech: GenerationParams) -> float:
         sides = sorted((persona, grammar.opposite(persona)))
-        texts = [text for some in answer(self._base, encode(self._base, own), treatment, speech) for text in some]
+        texts = [text for some in generate(self._base, encode(self._base, own), treatment, speech) for text in some]
         return _mean(self._judge.attribute(text, sides) == persona for text in texts)
 
     def _draw(self, axis: grammar.Axis) -> tuple[list[Example], list[Example]]:

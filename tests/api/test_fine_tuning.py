@@ -21,7 +21,7 @@ import torch
 from openai import OpenAI
 
 from maskstore import fsck
-from masquerade.pruning.walk import Walk
+from masquerade.pruning.collector import StatisticsCollector
 from masquerade.service.serving import Serving
 from tests import world
 
@@ -413,12 +413,12 @@ def test_a_build_that_fails_leaves_serving_and_the_persona_untouched(
     old = serving.registry.publish("p", serving.store.add(world.make_mask(serving.base, 0.1, 1, "p")))
     said = [chat(http, serving), chat(http, serving, persona="p")]
 
-    def fail(walk: Walk, visit: Any) -> Iterator[int]:
-        yield from list(forward(walk, visit))[:1]  # hooks were on, tensors were kept
+    def fail(collector: StatisticsCollector, on_layer: Any) -> Iterator[int]:
+        yield from list(forward(collector, on_layer))[:1]  # hooks were on, tensors were kept
         raise error
 
-    forward = Walk.forward
-    monkeypatch.setattr(Walk, "forward", fail)
+    forward = StatisticsCollector.forward
+    monkeypatch.setattr(StatisticsCollector, "forward", fail)
     job = finish(http, start(http, order(http, serving, "p", mask={"replace": True}))["id"])
     assert (job["status"], job["error"]["code"]) == ("failed", "build_failed")
     assert type(error).__name__ in job["error"]["message"]

@@ -78,8 +78,8 @@ def test_every_bad_line_is_reported_and_at_most_twenty_are_listed(tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("[" * 50_000, "line 2 is JSON that no example needs: maximum recursion"),
-        ('{"text": ' + "9" * 5000 + "}", "line 2 is JSON that no example needs: Exceeds the limit"),
+        ("[" * 50_000, "line 2 is JSON that cannot be parsed: maximum recursion"),
+        ('{"text": ' + "9" * 5000 + "}", "line 2 is JSON that cannot be parsed: Exceeds the limit"),
         (json.dumps({"text": "x" * 2**20}), "line 2 has 1048588 bytes; there may be at most 1048576"),
         (" " * 2**20 + json.dumps(GOOD), "line 2 has .* bytes; there may be at most 1048576"),
         (

@@ -18,13 +18,13 @@ from masquerade.errors import BadDataset, BuildFailed
 from masquerade.evaluate.baselines import BASELINES, ControlInput
 from masquerade.evaluate.bootstrap import interval, mean_interval, ratio_interval
 from masquerade.evaluate.dataset import Example, encode
-from masquerade.evaluate.generation import Speech, answer
+from masquerade.evaluate.generation import GenerationParams, generate
 from masquerade.evaluate.judge import Bigrams, Endpoint
 from masquerade.evaluate.layers import analyse, cka, draw
 from masquerade.evaluate.lora import train_adapter
 from masquerade.evaluate.metrics import divergence, likelihoods, perplexity
-from masquerade.evaluate.report import Options, Trial, examine
-from masquerade.evaluate.treatment import BARE, Treatment
+from masquerade.evaluate.report import EvaluationData, EvaluationOptions, evaluate_mask
+from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 
@@ -105,11 +105,11 @@ def test_steering_pushes_along_the_difference_and_lets_go(tiny: Base, manager: M
         sides = [likelihoods(tiny, side, treatment) for side in (own, contrast)]
         return sum(a.mean - b.mean for a, b in zip(*sides, strict=True))
 
-    before = lead(BARE)
+    before = lead(UNTREATED)
     along, against = lead(applied(tiny, manager, "steering", 0.5)), lead(applied(tiny, manager, "steering", -0.5))
     assert along > against
     assert lead(applied(tiny, manager, "steering", 0.0)) == pytest.approx(before)
-    assert lead(BARE) == before
+    assert lead(UNTREATED) == before
     assert applied(tiny, manager, "steering").cost.nbytes == 64 * 4
 
 
@@ -140,17 +140,19 @@ def test_answers_are_the_oracles(tiny: Base, manager: MaskManager, phase: Any) -
     mask = world.make_mask(tiny, 0.2, seed=3)
     prompts = encode(tiny, [ask(1, "a"), ask(2, "a", system="s"), ask(1234567, "a")])
     treatment = Treatment(applied=AppliedMask(manager.fit(mask), 0.0), phase=phase)
-    (texts,) = filter(None, answer(tiny, prompts, treatment, Speech(tokens=8)))
+    (texts,) = filter(None, generate(tiny, prompts, treatment, GenerationParams(tokens=8)))
     worn = world.materialise(tiny.model, mask, 0.0)
     for prompt, text in zip(prompts, texts, strict=True):
         oracle = world.speak(tiny.model, worn, list(prompt.prompt), 8, tiny.ends, phase)
         assert text == tiny.tokenizer.decode(oracle.tokens, skip_special_tokens=True)
-    assert texts != next(filter(None, answer(tiny, prompts, BARE, Speech(tokens=8))))
+    assert texts != next(filter(None, generate(tiny, prompts, UNTREATED, GenerationParams(tokens=8))))
 
 
 def test_samples_follow_their_seed(tiny: Base, manager: MaskManager) -> None:
     prompts = encode(tiny, OWN[:3])
-    said = [list(answer(tiny, prompts, BARE, Speech(8, temperature=1.0, seed=seed))) for seed in (0, 0, 1)]
+    said = [
+        list(generate(tiny, prompts, UNTREATED, GenerationParams(8, temperature=1.0, seed=seed))) for seed in (0, 0, 1)
+    ]
     assert said[0] == said[1] != said[2]
 
 
@@ -172,7 +174,7 @@ def test_the_phases_of_a_likelihood_differ_in_the_prompt_only(tiny: Base, manage
 
 def test_divergence_is_zero_for_the_base_and_the_equation_for_a_bias(tiny: Base, manager: MaskManager) -> None:
     examples = encode(tiny, QUIET)
-    assert divergence(tiny, examples, BARE) == pytest.approx(0, abs=1e-7)
+    assert divergence(tiny, examples, UNTREATED) == pytest.approx(0, abs=1e-7)
     push = torch.linspace(-1, 1, tiny.vocabulary)
     total, tokens = 0.0, 0
     for example in examples:
@@ -186,8 +188,10 @@ def test_divergence_is_zero_for_the_base_and_the_equation_for_a_bias(tiny: Base,
 
 def test_a_report_has_the_mask_and_every_control(tiny: Base, manager: MaskManager) -> None:
     mask, opposite = world.make_mask(tiny, 0.1, seed=3), world.make_mask(tiny, 0.1, seed=4)
-    trial = Trial(mask, opposite, OWN, CONTRAST, QUIET, instructions=("Be vowels.", "Be consonants."))
-    figures = examine(tiny, manager, trial, Options(list(BASELINES), seeds=2, speech=Speech(tokens=4)))
+    trial = EvaluationData(mask, opposite, OWN, CONTRAST, QUIET, instructions=("Be vowels.", "Be consonants."))
+    figures = evaluate_mask(
+        tiny, manager, trial, EvaluationOptions(list(BASELINES), seeds=2, generation=GenerationParams(tokens=4))
+    )
     assert list(figures) == ["mask", *BASELINES]
     for row in figures.values():
         assert {"preferred", "margin", "own_ratio", "neutral_ratio", "flip", "hit", "intervals", "cost"} <= row.keys()
@@ -209,13 +213,13 @@ def test_a_report_has_the_mask_and_every_control(tiny: Base, manager: MaskManage
 
 def test_a_report_can_learn_from_files_of_its_own(tiny: Base, manager: MaskManager) -> None:
     mask = world.make_mask(tiny, 0.1, seed=3)
-    trial = Trial(mask, None, OWN[6:], CONTRAST[6:], (), OWN[:6], CONTRAST[:6])
-    whole = Trial(mask, None, OWN, CONTRAST)
-    rows = [examine(tiny, manager, one, Options(["bias"])) for one in (trial, whole)]
+    trial = EvaluationData(mask, None, OWN[6:], CONTRAST[6:], (), OWN[:6], CONTRAST[:6])
+    whole = EvaluationData(mask, None, OWN, CONTRAST)
+    rows = [evaluate_mask(tiny, manager, one, EvaluationOptions(["bias"])) for one in (trial, whole)]
     for row in (row for found in rows for row in found.values()):
         row["cost"]["seconds"] = None  # the only thing that may differ
     assert rows[0] == rows[1]
-    assert "flip" not in examine(tiny, manager, trial, Options([]))["mask"]
+    assert "flip" not in evaluate_mask(tiny, manager, trial, EvaluationOptions([]))["mask"]
 
 
 def test_the_bigram_judge_knows_its_speakers() -> None:

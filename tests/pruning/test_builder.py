@@ -14,11 +14,11 @@ import torch
 from maskstore import InvalidName, Mask
 from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MaskRefused
 from masquerade.evaluate.dataset import Example, encode
-from masquerade.evaluate.generation import answer
+from masquerade.evaluate.evaluation_set import EvaluationSet
+from masquerade.evaluate.generation import generate
 from masquerade.evaluate.metrics import likelihoods, perplexity
-from masquerade.evaluate.panel import Panel
 from masquerade.model import Base, MaskManager
-from masquerade.pruning import SCORES, Builder, Progress, Recipe, Scratch, Speaker, certificate, neutral
+from masquerade.pruning import SCORES, Builder, PersonaExamples, Progress, Recipe, Scratch, certificate, neutral
 from masquerade.pruning.tuning import Budgets, TuningTrial
 
 QUIET = [Example((), f"neutral text {index}") for index in range(6)]
@@ -53,7 +53,7 @@ def finish(work: Generator[Any, None, Any]) -> Any:
 
 
 def make(base: Base, manager: MaskManager, recipe: Recipe, contrast_name: str = "consonants", **more: Any) -> Builder:
-    own, contrast = Speaker("vowels", speak("aeiou")), Speaker(contrast_name, speak("bcdfg", seed=1))
+    own, contrast = PersonaExamples("vowels", speak("aeiou")), PersonaExamples(contrast_name, speak("bcdfg", seed=1))
     return Builder(base, manager, recipe, own, contrast, QUIET, **more)
 
 
@@ -122,7 +122,7 @@ def test_counting_all_tokens_or_another_phi_is_another_mask(tiny: Base, manager:
 def test_wanda_needs_no_opposite_and_is_what_auto_takes_without_one(tiny: Base, manager: MaskManager) -> None:
     for score in ("wanda", "auto"):
         recipe = Recipe(score=score, rho=0.1, force=True)
-        _, masks = run(Builder(tiny, manager, recipe, Speaker("vowels", speak("aeiou")), None, QUIET))
+        _, masks = run(Builder(tiny, manager, recipe, PersonaExamples("vowels", speak("aeiou")), None, QUIET))
         assert [(mask.info.persona, mask.info.score) for mask in masks] == [("vowels", "wanda")]
         assert "margin_shift" not in masks[0].info.certificate
 
@@ -135,19 +135,19 @@ def test_a_contrast_without_a_name_gets_no_mask_but_flips_are_counted(tiny: Base
 
 
 def test_without_neutral_text_the_base_answers_questions(tiny: Base, manager: MaskManager) -> None:
-    builder = Builder(tiny, manager, replace(FREE, score="wanda"), Speaker("vowels", speak("aeiou")))
+    builder = Builder(tiny, manager, replace(FREE, score="wanda"), PersonaExamples("vowels", speak("aeiou")))
     steps, masks = run(builder)
     assert "neutral" in {step.stage for step in steps}
-    assert masks[0].info.certificate["splits"]["neutral"] == neutral.FEWEST  # the tiny model is sure of nothing
+    assert masks[0].info.certificate["splits"]["neutral"] == neutral.MIN_KEPT  # the tiny model is sure of nothing
 
 
 def test_neutral_answers_are_those_that_the_base_is_surest_of(tiny: Base, manager: MaskManager) -> None:
-    kept = finish(neutral.ask_base(tiny))
+    kept = finish(neutral.generate_neutral_text(tiny))
     questions = [Example(({"role": "user", "content": question},), "?") for question in neutral.QUESTIONS]
-    said = [text.strip() for texts in answer(tiny, encode(tiny, questions)) for text in texts]
+    said = [text.strip() for texts in generate(tiny, encode(tiny, questions)) for text in texts]
     spoken = [replace(one, response=text) for one, text in zip(questions, said, strict=True) if text]
     doubts = {one: perplexity(likelihoods(tiny, [one])) for one in encode(tiny, spoken)}
-    assert set(kept) == set(sorted(doubts, key=lambda one: doubts[one])[: neutral.FEWEST])
+    assert set(kept) == set(sorted(doubts, key=lambda one: doubts[one])[: neutral.MIN_KEPT])
 
 
 def test_the_certificate_says_everything(tiny: Base, manager: MaskManager) -> None:
@@ -175,24 +175,24 @@ def test_the_certificate_says_everything(tiny: Base, manager: MaskManager) -> No
 
 
 class Bench:
-    """A panel whose masks cost and do as much as is said, by how much they prune."""
+    """A eval_set whose masks cost and do as much as is said, by how much they prune."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float, flip: float, shift: float = 1.0) -> None:
-        def figures(_: Panel, __: int, ___: Any, worn: Any, ____: Any = None) -> dict[str, Any]:
+        def figures(_: EvaluationSet, __: int, ___: Any, worn: Any, ____: Any = None) -> dict[str, Any]:
             rho = worn
             kept = {"margin_shift": shift * rho, "flip": min(1.0, flip * rho)}
             return {"own_ratio": 1.0, "neutral_ratio": 1 + cost * rho, "pairs": 9} | kept
 
-        def read(_: Panel, treatment: Any) -> Generator[None, None, Any]:
+        def read(_: EvaluationSet, treatment: Any) -> Generator[None, None, Any]:
             yield
             if treatment.applied is None:
                 return None
             sizes = [c.shape[0] * c.shape[1] for c in treatment.applied.mask.corrections.values()]
             return sum(c.pruned for c in treatment.applied.mask.corrections.values()) / sum(sizes)
 
-        monkeypatch.setattr(Panel, "figures", figures)
-        monkeypatch.setattr(Panel, "read", read)
-        monkeypatch.setattr("masquerade.pruning.certificate.judge", self._judge)
+        monkeypatch.setattr(EvaluationSet, "figures", figures)
+        monkeypatch.setattr(EvaluationSet, "measure", read)
+        monkeypatch.setattr("masquerade.pruning.certificate.measure_figures", self._judge)
 
     def _judge(self, *_: Any) -> Generator[None, None, dict[int, dict[str, Any]]]:
         yield
@@ -241,8 +241,10 @@ def test_auto_leaves_what_shifts_less_for_more_weights(
     tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Bench(monkeypatch, cost=0.1, flip=1)
-    figures = Panel.figures
-    monkeypatch.setattr(Panel, "figures", lambda *args: figures(*args) | {"margin_shift": 0.02 - abs(args[3] - 0.005)})
+    figures = EvaluationSet.figures
+    monkeypatch.setattr(
+        EvaluationSet, "figures", lambda *args: figures(*args) | {"margin_shift": 0.02 - abs(args[3] - 0.005)}
+    )
     _, masks = run(make(tiny, manager, Recipe(score="attribution", phase="all")))
     assert masks[0].info.parameters["rho"] == 0.005
 
@@ -270,7 +272,7 @@ def test_auto_prefers_the_cheapest_of_those_with_enough_effect_else_the_largest_
 def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: MaskManager, tmp_path: Path) -> None:
     """Random halves of one speaker's answers cannot be told apart; half of all weights cannot be spared."""
     words = speak("aeiou", count=160)
-    own, same = Speaker("vowels", words[:80]), Speaker("again", speak("aeiou", count=80, seed=9))
+    own, same = PersonaExamples("vowels", words[:80]), PersonaExamples("again", speak("aeiou", count=80, seed=9))
     with pytest.raises(
         MaskRefused, match=r"'vowels' \(signed, rho 0.001\) is refused: no effect: it shifts margins by"
     ):
@@ -305,8 +307,8 @@ def answered(words: str, prompts: int, seed: int = 0) -> list[Example]:
 
 @pytest.mark.parametrize(("given", "pairs"), [(8, 4), (30, 15), (32, 16)])
 def test_too_few_pairs_are_too_few_to_tell(tiny: Base, manager: MaskManager, given: int, pairs: int) -> None:
-    own = Speaker("vowels", speak("aeiou"), answered("aeiou", given))
-    contrast = Speaker("consonants", speak("bcdfg", seed=1), answered("bcdfg", given, seed=2))
+    own = PersonaExamples("vowels", speak("aeiou"), answered("aeiou", given))
+    contrast = PersonaExamples("consonants", speak("bcdfg", seed=1), answered("bcdfg", given, seed=2))
     recipe = Recipe(score="attribution", rho=0.003, own_budget=9, neutral_budget=9)
     (told, other) = (mask.info.certificate for mask in run(Builder(tiny, manager, recipe, own, contrast, QUIET))[1])
     assert told["pairs"] == other["pairs"] == pairs
@@ -328,7 +330,7 @@ def test_too_few_pairs_are_too_few_to_tell(tiny: Base, manager: MaskManager, giv
 
 def test_without_a_contrast_nothing_has_passed(tiny: Base, manager: MaskManager) -> None:
     recipe = Recipe(score="wanda", rho=0.05, own_budget=9, neutral_budget=9)
-    _, (mask,) = run(Builder(tiny, manager, recipe, Speaker("vowels", speak("aeiou")), None, QUIET))
+    _, (mask,) = run(Builder(tiny, manager, recipe, PersonaExamples("vowels", speak("aeiou")), None, QUIET))
     assert (mask.info.certificate["verdict"], mask.info.certificate["passed"]) == ("too few to tell", None)
 
 
@@ -355,11 +357,14 @@ def test_long_texts_are_judged_by_fewer_of_them(tiny: Base, manager: MaskManager
 
 def test_prompts_longer_than_the_context_are_left_out_and_counted(tiny: Base, manager: MaskManager) -> None:
     long = [Example(({"role": "user", "content": "q" * 300},), "aaa", "line 7")]
-    own, contrast = Speaker("vowels", [*long, *speak("aeiou")]), Speaker("consonants", speak("bcdfg", seed=1))
+    own, contrast = (
+        PersonaExamples("vowels", [*long, *speak("aeiou")]),
+        PersonaExamples("consonants", speak("bcdfg", seed=1)),
+    )
     _, masks = run(Builder(tiny, manager, FREE, own, contrast, QUIET))
     assert [mask.info.certificate["splits"]["too_long_left_out"] for mask in masks] == [1, 0]
     with pytest.raises(BadDataset, match="line 7: a prompt of 304 tokens leaves no room in the context of 256"):
-        run(Builder(tiny, manager, FREE, Speaker("vowels", long), contrast, QUIET))
+        run(Builder(tiny, manager, FREE, PersonaExamples("vowels", long), contrast, QUIET))
 
 
 def test_a_build_leaves_the_base_alone(tiny: Base, manager: MaskManager) -> None:
@@ -401,22 +406,22 @@ def test_a_recipe_that_makes_no_sense_is_refused(change: dict[str, Any], words: 
 
 
 def test_what_cannot_be_built_is_refused(tiny: Base, manager: MaskManager) -> None:
-    def build(recipe: Recipe, *speakers: Speaker) -> None:
+    def build(recipe: Recipe, *speakers: PersonaExamples) -> None:
         run(Builder(tiny, manager, recipe, *speakers, neutral=QUIET))
 
-    vowels = Speaker("vowels", speak("aeiou"))
+    vowels = PersonaExamples("vowels", speak("aeiou"))
     with pytest.raises(BuildFailed, match="give the opposite's examples"):
         build(Recipe(score="signed"), vowels)
     with pytest.raises(InvalidName):
-        build(Recipe(score="wanda"), Speaker("a/b", speak("aeiou")))
+        build(Recipe(score="wanda"), PersonaExamples("a/b", speak("aeiou")))
     with pytest.raises(BadDataset, match="3 examples leave 2 to find a persona in; give at least 4"):
-        build(Recipe(score="wanda"), Speaker("few", speak("a", count=3)))
+        build(Recipe(score="wanda"), PersonaExamples("few", speak("a", count=3)))
     with pytest.raises(BuildFailed, match="prunes no weight"):
-        build(replace(FREE, rho=1e-6), vowels, Speaker("c", speak("bcdf", seed=1)))
+        build(replace(FREE, rho=1e-6), vowels, PersonaExamples("c", speak("bcdf", seed=1)))
     with pytest.raises(BadDataset, match="both sides say the same"):
-        build(Recipe(), vowels, Speaker("c", speak("aeiou")))
+        build(Recipe(), vowels, PersonaExamples("c", speak("aeiou")))
     with pytest.raises(BadDataset, match=r"prompts are chat and the contrast's text; .* the format"):
-        build(Recipe(), vowels, Speaker("c", [Example((), "plain") for _ in range(9)]))
+        build(Recipe(), vowels, PersonaExamples("c", [Example((), "plain") for _ in range(9)]))
 
 
 def test_a_base_with_nan_among_its_weights_is_refused(tiny: Base, manager: MaskManager) -> None:

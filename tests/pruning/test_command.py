@@ -12,7 +12,7 @@ import pytest
 
 from masquerade import demo
 from tests.cli.test_commands import fail, masquerade, succeed, write_answers
-from tests.pruning.test_prompted import CARD
+from tests.pruning.test_prompts import CARD
 
 DATA = str(demo.DATA / "formal.train.jsonl")  # of one side
 

@@ -14,8 +14,8 @@ from masquerade.evaluate.dataset import BATCH_TOKENS, Example, encode, read_exam
 from masquerade.evaluate.layers import find_layers
 from masquerade.evaluate.metrics import likelihoods
 from masquerade.model import Base, MaskManager, find_targets, load
-from masquerade.pruning import SCORES, Builder, Progress, Recipe, Speaker, ladder
-from masquerade.pruning.prompted import Script, write
+from masquerade.pruning import SCORES, Builder, PersonaExamples, Progress, Recipe, candidates
+from masquerade.pruning.prompts import CalibrationPrompts, generate_examples
 
 LONG = " ".join(["word"] * 3000)  # far beyond any context
 
@@ -28,10 +28,10 @@ class Recorder:
         for name, linear in find_targets(base.model).items():
             if name.endswith("q_proj"):  # a layer that is only passed by calls none
                 linear.register_forward_pre_hook(self._pass)
-        encode, rank, prune = base.tokenizer.encode, ladder.rank, ladder.prune
+        encode, rank, prune = base.tokenizer.encode, candidates.rank, candidates.prune
         monkeypatch.setattr(base.tokenizer, "encode", self._counting("texts", encode))
-        monkeypatch.setattr(ladder, "rank", self._counting("rankings", rank))
-        monkeypatch.setattr(ladder, "prune", self._counting("prunings", prune))
+        monkeypatch.setattr(candidates, "rank", self._counting("rankings", rank))
+        monkeypatch.setattr(candidates, "prune", self._counting("prunings", prune))
         self._layers = len(find_layers(base.model))
 
     def look(self) -> tuple[float, int, int]:
@@ -77,7 +77,7 @@ def follow(work: Any) -> Iterator[tuple[bool, str]]:
 def test_an_item_is_at_most_one_pass_or_one_ranking(
     tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch, score: str
 ) -> None:
-    own, contrast = Speaker("vowels", speak("aei", 40)), Speaker("consonants", speak("bcd", 40))
+    own, contrast = PersonaExamples("vowels", speak("aei", 40)), PersonaExamples("consonants", speak("bcd", 40))
     builder = Builder(tiny, manager, Recipe(score=score, force=True, tokens="all"), own, contrast)
     recorder = Recorder(tiny, monkeypatch)
     beside, on_model = 0, 0
@@ -100,7 +100,7 @@ def test_questions_are_tokenised_beside_the_model(
 ) -> None:
     questions = [({"role": "user", "content": f"q{index}"},) for index in range(40)]
     recorder, tokenised = Recorder(tiny, monkeypatch), 0
-    for uses_model, _ in follow(write(tiny, Script("Be a cat.", questions, tokens=4))):
+    for uses_model, _ in follow(generate_examples(tiny, CalibrationPrompts("Be a cat.", questions, tokens=4))):
         positions, texts, _ = recorder.look()
         assert positions <= BATCH_TOKENS if uses_model else not positions
         assert not (uses_model and texts)
@@ -122,7 +122,9 @@ def test_no_item_stalls_the_demo(score: str) -> None:
     batches = [encode(base, formal[start : start + 12]) for start in range(0, 60, 12)]
     passes = sorted(spend(lambda batch=batch: likelihoods(base, batch)) for batch in batches)
     recipe = Recipe(score=score, force=True, samples=96)
-    work = follow(Builder(base, manager, recipe, Speaker("dude", casual), Speaker("sir", formal), facts).run())
+    work = follow(
+        Builder(base, manager, recipe, PersonaExamples("dude", casual), PersonaExamples("sir", formal), facts).run()
+    )
     items: list[tuple[float, str]] = []
     while not items or items[-1][1] != "end":
         before = time.thread_time()

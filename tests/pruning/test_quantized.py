@@ -12,7 +12,7 @@ from masquerade.model import Base, MaskManager, find_targets, load
 from masquerade.model.quantized import QUANTIZATIONS
 from masquerade.pruning.scores import AUTO, SCORES
 from tests.pruning.test_builder import FREE, make, run
-from tests.pruning.test_walk import collect
+from tests.pruning.test_collector import collect
 
 NEAR = {"nf4": 1e-4, "int8": 0.1}  # of the norm; int8 rounds what a Linear gets, too
 
@@ -25,9 +25,9 @@ def test_statistics_are_those_of_the_dequantised_weights(tiny_folder: Path, how:
         linear.weight.data = dense_weight(base.model.get_submodule(name))
     for found, expected in zip(collect(base), collect(dense), strict=True):
         assert found.keys() == expected.keys()
-        for name, evidence in expected.items():
-            for kind in ("hessian", "gradient", "fisher"):
-                wanted = getattr(evidence.own, kind)
+        for name, statistics in expected.items():
+            for kind in ("hessian", "gradient", "squared_gradient"):
+                wanted = getattr(statistics.own, kind)
                 if wanted is not None:
                     far = getattr(found[name].own, kind) - wanted
                     assert far.norm() < NEAR[how] * wanted.norm()

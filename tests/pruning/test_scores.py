@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from masquerade.errors import BuildFailed
-from masquerade.pruning.evidence import Channels, Evidence, Seen
-from masquerade.pruning.ladder import Ladder, ScorePlan
+from masquerade.pruning.candidates import CandidateMasks, ScorePlan
 from masquerade.pruning.moments import Moments
-from masquerade.pruning.scores import EPSILON, SCORES, Choices
+from masquerade.pruning.scores import EPSILON, SCORES, ScoreSettings
 from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.selection import prune, prune_lowest, rank
+from masquerade.pruning.statistics import ChannelStatistics, LinearStatistics, TextStatistics
 
 Array = NDArray[np.float64]
 OUT, IN, EXAMPLES, LENGTH = 12, 20, 6, 5
@@ -23,7 +23,7 @@ SIDES = ("own", "contrast", "neutral")
 
 
 class Example:
-    """Random inputs, gradients and Fisher information of three texts, as arrays, and the evidence made of them."""
+    """Random inputs, gradients and Fisher information of three texts, as arrays, and the statistics made of them."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -31,17 +31,20 @@ class Example:
         scale = {side: np.exp(rng.normal(size=IN)) for side in SIDES}
         self.inputs = {side: rng.normal(size=(EXAMPLES, LENGTH, IN)) * scale[side] for side in SIDES}
         self.gradients = {side: rng.normal(size=(OUT, IN)) for side in SIDES}
-        self.fishers = {side: rng.random(size=(OUT, IN)) for side in SIDES}
+        self.squared_gradients = {side: rng.random(size=(OUT, IN)) for side in SIDES}
 
-    def evidence(self) -> Evidence:
-        return Evidence(*(self._see(side) for side in SIDES))
+    def statistics(self) -> LinearStatistics:
+        return LinearStatistics(*(self._see(side) for side in SIDES))
 
-    def _see(self, side: str) -> Seen:
+    def _see(self, side: str) -> TextStatistics:
         x = torch.from_numpy(self.inputs[side])
         rows = x.flatten(0, 1)
-        channels = Channels(Moments.of(rows.abs()), Moments.of(x.square().mean(1).sqrt()))
-        gradient, fisher = torch.from_numpy(self.gradients[side]), torch.from_numpy(self.fishers[side])
-        return Seen(channels, rows.T @ rows / len(rows), gradient, fisher)
+        channels = ChannelStatistics(Moments.of(rows.abs()), Moments.of(x.square().mean(1).sqrt()))
+        gradient, squared_gradient = (
+            torch.from_numpy(self.gradients[side]),
+            torch.from_numpy(self.squared_gradients[side]),
+        )
+        return TextStatistics(channels, rows.T @ rows / len(rows), gradient, squared_gradient)
 
     def z(self, column: int) -> float:
         levels = [np.sqrt((self.inputs[side][:, :, column] ** 2).mean(1)) for side in ("own", "contrast")]
@@ -77,7 +80,7 @@ def attribution(e: Example, i: int, j: int) -> float:
 
 
 def attribution_fisher(e: Example, i: int, j: int) -> float:
-    cost = e.weight**2 * (e.fishers["own"] + e.fishers["neutral"]) / 4
+    cost = e.weight**2 * (e.squared_gradients["own"] + e.squared_gradients["neutral"]) / 4
     return attribution(e, i, j) / (cost[i, j] + cost.mean())
 
 
@@ -119,7 +122,7 @@ ORACLES: dict[str, Callable[[Example, int, int], float]] = {
 
 
 def compute(name: str, example: Example, **choices: object) -> torch.Tensor:
-    return SCORES[name].function(torch.from_numpy(example.weight), example.evidence(), Choices(**choices))  # type: ignore[arg-type]
+    return SCORES[name].function(torch.from_numpy(example.weight), example.statistics(), ScoreSettings(**choices))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", list(SCORES))
@@ -140,18 +143,20 @@ def test_softplus_is_the_other_phi() -> None:
 @pytest.mark.parametrize("name", ["signed", "attribution", "contrastive-sparse"])
 def test_opposites_have_opposite_scores(name: str) -> None:
     example = Example()
-    own, other = example.evidence(), example.evidence().swapped()
+    own, other = example.statistics(), example.statistics().swapped()
     weight = torch.from_numpy(example.weight)
     function = SCORES[name].function
-    assert torch.equal(function(weight, own, Choices()), -function(weight, other, Choices()))
+    assert torch.equal(function(weight, own, ScoreSettings()), -function(weight, other, ScoreSettings()))
 
 
 def test_eq_9_prunes_disjoint_sets() -> None:
     """No weight is taken from both personas, as long as rho does not exceed what belongs to either in a row."""
     example = Example()
     weight = torch.from_numpy(example.weight)
-    sides = [example.evidence(), example.evidence().swapped()]
-    masks = [prune_lowest(SCORES["contrastive-sparse"].function(weight, side, Choices()), 0.3, "row") for side in sides]
+    sides = [example.statistics(), example.statistics().swapped()]
+    masks = [
+        prune_lowest(SCORES["contrastive-sparse"].function(weight, side, ScoreSettings()), 0.3, "row") for side in sides
+    ]
     assert not (masks[0] & masks[1]).any()
 
 
@@ -166,12 +171,14 @@ def test_eq_9_prunes_a_weight_from_one_side_at_most(group: str, rho: float, sile
         example.inputs[side][:, :, mute] = 0
     linear = torch.nn.Linear(IN, OUT, bias=False)
     linear.weight.data = torch.from_numpy(example.weight).float()
-    ladder = Ladder((ScorePlan("contrastive-sparse", group, "all", (0.1, 0.3, 0.5)),), (1, -1), Choices(), Scratch())
+    candidates = CandidateMasks(
+        (ScorePlan("contrastive-sparse", group, "all", (0.1, 0.3, 0.5)),), (1, -1), ScoreSettings(), Scratch()
+    )
     name = "model.layers.0.self_attn.o_proj"
-    for _ in ladder.climb("forward-0", False, {name: linear}, {name: example.evidence()}):
+    for _ in candidates.score_layer("forward-0", False, {name: linear}, {name: example.statistics()}):
         pass
-    ladder.load("forward-0")
-    own, other = (~ladder.targets(("contrastive-sparse", side, rho))[name].to_keep() for side in (1, -1))
+    candidates.load("forward-0")
+    own, other = (~candidates.targets(("contrastive-sparse", side, rho))[name].to_keep() for side in (1, -1))
     assert own.sum() == other.sum() == (OUT * round(rho * IN) if group == "row" else round(rho * OUT * IN))
     assert not (own & other).any()
 
@@ -190,11 +197,11 @@ def test_backwards_ties_go_from_the_last_on(group: str) -> None:
 def test_eq_8_breaks_its_ties_by_wanda() -> None:
     """Relu leaves many scores at exactly 0: of those the least important go, whatever their index."""
     example = Example()
-    weight, evidence = torch.from_numpy(example.weight), example.evidence()
+    weight, statistics = torch.from_numpy(example.weight), example.statistics()
     score = SCORES["contrastive-wanda"]
-    values, importance = (f(weight, evidence, Choices()) for f in (score.function, SCORES["wanda"].function))
+    values, importance = (f(weight, statistics, ScoreSettings()) for f in (score.function, SCORES["wanda"].function))
     assert score.tie is not None
-    pruned = prune_lowest(values, 0.2, "row", score.tie(weight, evidence, Choices()))
+    pruned = prune_lowest(values, 0.2, "row", score.tie(weight, statistics, ScoreSettings()))
     for row in range(OUT):
         zeros = values[row] == 0
         assert int(zeros.sum()) > int(pruned[row].sum())
@@ -209,21 +216,25 @@ def test_sparsegpt_reconstructs_better_than_magnitude_on_correlated_inputs(seed:
     mixing = np.eye(64) + rng.normal(size=(64, 64)) / 8
     inputs = rng.normal(size=(400, 64)) @ mixing * np.exp(rng.normal(size=64))
     weight, x = torch.from_numpy(rng.normal(size=(32, 64))), torch.from_numpy(inputs)
-    evidence = Evidence(Seen(hessian=x.T @ x / len(x)))
+    statistics = LinearStatistics(TextStatistics(hessian=x.T @ x / len(x)))
     loss = {}
     for name in ("sparsegpt", "magnitude"):
-        pruned = prune_lowest(SCORES[name].function(weight, evidence, Choices(rho=0.5, block=16)), 0.5, "layer")
+        pruned = prune_lowest(SCORES[name].function(weight, statistics, ScoreSettings(rho=0.5, block=16)), 0.5, "layer")
         loss[name] = float((x @ (weight * pruned).T).square().sum())
     assert loss["sparsegpt"] < 0.5 * loss["magnitude"]
 
 
 def test_sparsegpt_bears_dead_channels_and_says_when_it_cannot_go_on() -> None:
     hessian = torch.diag(torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64))
-    found = SCORES["sparsegpt"].function(torch.ones(2, 3), Evidence(Seen(hessian=hessian)), Choices())
+    found = SCORES["sparsegpt"].function(
+        torch.ones(2, 3), LinearStatistics(TextStatistics(hessian=hessian)), ScoreSettings()
+    )
     assert found[:, 1].tolist() == [0, 0]
     assert found.isfinite().all()
     with pytest.raises(BuildFailed, match="3 channels is not positive definite"):
-        SCORES["sparsegpt"].function(torch.ones(2, 3), Evidence(Seen(hessian=-torch.eye(3))), Choices())
+        SCORES["sparsegpt"].function(
+            torch.ones(2, 3), LinearStatistics(TextStatistics(hessian=-torch.eye(3))), ScoreSettings()
+        )
 
 
 @pytest.mark.parametrize("group", ["row", "layer"])

@@ -24,10 +24,10 @@ from masquerade.errors import BuildFailed, InvalidValue, MasqueradeError
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
     from masquerade.model import Base
-    from masquerade.pruning import Recipe, Scratch, Speaker
-    from masquerade.pruning.builder import Work
+    from masquerade.pruning import PersonaExamples, Recipe, Scratch
     from masquerade.pruning.cards import Card
-    from masquerade.pruning.prompted import Script
+    from masquerade.pruning.progress import Work
+    from masquerade.pruning.prompts import CalibrationPrompts
 
 POOL = "pool"
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def build(
     """Find a persona in a model, from examples of how it talks, and publish it."""
     from masquerade.evaluate.splits import mix
     from masquerade.model import load
-    from masquerade.pruning import Recipe, Scratch, Speaker
+    from masquerade.pruning import PersonaExamples, Recipe, Scratch
 
     recipe = Recipe(
         score=score,
@@ -144,9 +144,11 @@ def build(
     if contrast_validation and not (contrast or told):
         raise InvalidValue("--contrast-validation needs --contrast")
     script, card = _read_script(system_prompt, contrast_prompt, character_card, prompts, recipe)
-    own = Speaker(name, card.examples if card else _read(data), _read(validation))
+    own = PersonaExamples(name, card.examples if card else _read(data), _read(validation))
     answers = mix([_read(file) for file in pool]) if pool else _read(Path(contrast) if contrast else None, "contrast")
-    other = Speaker(contrast_name, answers, _read(contrast_validation, "contrast")) if script or contrast else None
+    other = (
+        PersonaExamples(contrast_name, answers, _read(contrast_validation, "contrast")) if script or contrast else None
+    )
     quiet = _read(neutral)
     with follow_loading() as progress:
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
@@ -174,39 +176,39 @@ def _holds_both_sides(path: Path) -> bool:
 
 def _read_script(
     system: str, contrast: str, path: Path | None, prompts: Path | None, recipe: Recipe
-) -> tuple[Script | None, Card | None]:
+) -> tuple[CalibrationPrompts | None, Card | None]:
     """What is to be written for a system prompt or a card. What of a card is not used is said."""
     from masquerade.evaluate.dataset import read_questions
     from masquerade.pruning.cards import read_card
-    from masquerade.pruning.prompted import Script, draw
+    from masquerade.pruning.prompts import CalibrationPrompts, sample_questions
 
     if prompts is None:  # examples are given
         return None, None
     card = read_card(path) if path else None
     if card and card.ignored:
         print(f"of the card of {card.name!r}, {', '.join(card.ignored)} are ignored", file=sys.stderr)
-    questions = draw(read_questions(prompts), recipe.samples, recipe.seed)
-    return Script(card.system if card else system, questions, contrast, seed=recipe.seed), card
+    questions = sample_questions(read_questions(prompts), recipe.samples, recipe.seed)
+    return CalibrationPrompts(card.system if card else system, questions, contrast, seed=recipe.seed), card
 
 
 def _work(
     base: Base,
     recipe: Recipe,
-    script: Script | None,
-    own: Speaker,
-    other: Speaker | None,
+    script: CalibrationPrompts | None,
+    own: PersonaExamples,
+    other: PersonaExamples | None,
     neutral: Sequence[Example],
     scratch: Scratch,
 ) -> Work[list[Mask]]:
     """Have the base write what a script asks for, and find the masks; a build that was killed goes on."""
     from masquerade.model import MaskManager
     from masquerade.pruning import Builder
-    from masquerade.pruning.prompted import perform
+    from masquerade.pruning.prompts import add_generated
 
     manager = MaskManager.attach(base.model)
     try:
         if script and other:
-            own, other = yield from perform(base, script, own, other, scratch)
+            own, other = yield from add_generated(base, script, own, other, scratch)
         return (yield from Builder(base, manager, recipe, own, other, neutral, scratch).run())
     except MasqueradeError:  # there is nothing to go on with
         scratch.close()

@@ -64,10 +64,10 @@ def evaluate(
     """Measure what a persona's mask does, beside the controls it must beat."""
     from masquerade.evaluate.baselines import BASELINES
     from masquerade.evaluate.dataset import encode, encode_fitting, holds_both_sides, read_examples
-    from masquerade.evaluate.generation import Speech
+    from masquerade.evaluate.generation import GenerationParams
     from masquerade.evaluate.judge import Bigrams, Endpoint
     from masquerade.evaluate.layers import analyse, draw
-    from masquerade.evaluate.report import Options, Trial, examine
+    from masquerade.evaluate.report import EvaluationData, EvaluationOptions, evaluate_mask
     from masquerade.model import MaskManager, load
 
     controls = [name for name in baselines.split(",") if name]
@@ -93,8 +93,8 @@ def evaluate(
     mask = personas.open(registry.resolve(persona).digest, base=base.fingerprint)
     opposite = _find_opposite(mask, personas, registry)
     manager = MaskManager.attach(base.model)
-    trial = Trial(mask, opposite, own, other, quiet, own_train, other_train, (system_prompt, contrast_prompt))
-    speech = Speech(temperature=temperature) if generate else None
+    trial = EvaluationData(mask, opposite, own, other, quiet, own_train, other_train, (system_prompt, contrast_prompt))
+    generation = GenerationParams(temperature=temperature) if generate else None
     judging: Any = Bigrams if judge == "bigram" else partial(Endpoint, judge, judge_model)
     report: dict[str, Any] = {
         "persona": persona,
@@ -103,7 +103,7 @@ def evaluate(
         "too_long_left_out": len(sides[0]) - len(own),
         "opposite": opposite and opposite.info.persona,
         "prompt_tokens_saved": mask.info.calibration.get("system_prompt", {}).get("tokens", 0),
-        "figures": examine(base, manager, trial, Options(controls, seeds, speech, judging)),
+        "figures": evaluate_mask(base, manager, trial, EvaluationOptions(controls, seeds, generation, judging)),
     }
     if layers:
         report["layers"] = analyse(base, manager, mask, opposite, encode(base, own))

@@ -1,4 +1,1 @@
-"""Does a mask do what it says? Data, metrics, and the controls it is held against.
-
-Knows examples and likelihoods. Refuses to know how masks are built and served.
-"""
+"""Measures what a mask does: datasets, likelihoods, figures with intervals, and controls to compare with."""

@@ -1,8 +1,4 @@
-"""The controls that a mask is held against, on the same held-out prompts.
-
-Knows how else the same shift could be had: by nothing, by pruning at random, by preferring words, by prompting, by
-retrieval, by steering, by training an adapter. Refuses to know which of them should win.
-"""
+"""The controls that a mask is compared with: random pruning, logit bias, prompting, retrieval, steering and LoRA."""
 
 from __future__ import annotations
 
@@ -24,86 +20,86 @@ from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Encoded, Example, Message, batches
 from masquerade.evaluate.layers import find_layers
 from masquerade.evaluate.lora import train_adapter
-from masquerade.evaluate.treatment import BARE, Cost, Treatment
+from masquerade.evaluate.treatment import UNTREATED, Cost, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, render_chat
 
 NEIGHBOURS = 3  # examples that retrieval puts into the prompt
 _WORD = re.compile(r"\w+")
-Strength = Callable[[float], Treatment]  # how much of it -> the treatment
+TreatmentFactory = Callable[[float], Treatment]  # strength -> treatment
 
 
 @dataclass(frozen=True)
 class ControlInput:
-    """What a control may learn from: the mask it is compared with, and what both sides say."""
+    """What a control is made from: the mask it is compared with, and both sides' examples."""
 
     base: Base
     manager: MaskManager
     mask: Mask
     own: Sequence[tuple[Example, Encoded]]
     contrast: Sequence[tuple[Example, Encoded]]
-    asked: Mapping[tuple[int, ...], Sequence[Message]]  # prompts that are measured -> what they are the tokens of
-    instruction: str = ""  # a system prompt that asks for the persona
+    messages: Mapping[tuple[int, ...], Sequence[Message]]  # of every measured prompt, by its token ids
+    instruction: str = ""  # a system prompt that describes the persona
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way to make a control, the strength it is used at, and others that are tried for equal neutral cost."""
+    """How to make a control, its default strength, and the strengths to try for equal neutral cost."""
 
-    make: Callable[[ControlInput], Strength]
-    usual: float = 1.0
+    make: Callable[[ControlInput], TreatmentFactory]
+    default: float = 1.0
     strengths: tuple[float, ...] = ()
 
 
-def do_nothing(_: ControlInput) -> Strength:
+def do_nothing(_: ControlInput) -> TreatmentFactory:
     """The base itself."""
-    return lambda _: BARE
+    return lambda _: UNTREATED
 
 
-def prune_randomly(question: ControlInput) -> Strength:
+def prune_randomly(inputs: ControlInput) -> TreatmentFactory:
     """As many weights of every Linear as the mask prunes, chosen at random."""
-    rng = np.random.default_rng(question.seed)
+    rng = np.random.default_rng(inputs.seed)
 
     def scatter(shape: tuple[int, int], count: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
         pruned = np.zeros(shape[0] * shape[1], dtype=bool)
         pruned[rng.choice(pruned.size, count, replace=False)] = True
         return pruned.reshape(shape)
 
-    targets = {name: encode(scatter(target.shape, target.pruned)) for name, target in question.mask.targets.items()}
-    random = Mask(question.mask.base, targets, question.mask.info)
-    worn, cost = question.manager.fit(random), Cost(nbytes=random.nbytes)
+    targets = {name: encode(scatter(target.shape, target.pruned)) for name, target in inputs.mask.targets.items()}
+    random = Mask(inputs.mask.base, targets, inputs.mask.info)
+    resident, cost = inputs.manager.fit(random), Cost(nbytes=random.nbytes)
     return lambda strength: Treatment(
-        applied=AppliedMask(worn, 1 - strength), phase=question.mask.info.phase, cost=cost
+        applied=AppliedMask(resident, 1 - strength), phase=inputs.mask.info.phase, cost=cost
     )
 
 
-def prefer_words(question: ControlInput) -> Strength:
-    """Log-odds of each token between the two sides' answers, added to every logit.
+def prefer_words(inputs: ControlInput) -> TreatmentFactory:
+    """Each token's log-odds between the two sides' answers, added to its logit.
 
-    A persona that is mostly vocabulary is had this cheaply; a mask should do better.
+    This is enough for a persona that is mostly vocabulary; a mask should do better.
     """
-    vocabulary = question.base.vocabulary
+    vocabulary = inputs.base.vocabulary
 
     def frequency(side: Sequence[tuple[Example, Encoded]]) -> Tensor:
         tokens = torch.tensor([token for _, encoded in side for token in encoded.response])
         counts = torch.bincount(tokens, minlength=vocabulary).float() + 1
         return counts / counts.sum()
 
-    odds = (frequency(question.own) / frequency(question.contrast)).log().to(question.base.device)
+    odds = (frequency(inputs.own) / frequency(inputs.contrast)).log().to(inputs.base.device)
     cost = Cost(nbytes=odds.nbytes)
     return lambda strength: Treatment(shift=lambda logits: logits + strength * odds, cost=cost)
 
 
-def instruct(question: ControlInput) -> Strength:
-    """A system prompt in every request. Raises `BadDataset` if there is none."""
-    if not question.instruction:
-        raise BadDataset("the baseline `prompt` needs a system prompt that asks for the persona; give --system-prompt")
-    return _rewrite(question, lambda messages: _instruct(messages, question.instruction))
+def instruct(inputs: ControlInput) -> TreatmentFactory:
+    """A system prompt in every request. Raises `BadDataset` if `instruction` is empty."""
+    if not inputs.instruction:
+        raise BadDataset("the baseline `prompt` needs a system prompt that describes the persona; give --system-prompt")
+    return _rewrite(inputs, lambda messages: _instruct(messages, inputs.instruction))
 
 
-def retrieve(question: ControlInput) -> Strength:
-    """The answers to the `NEIGHBOURS` most similar questions, as earlier turns of the chat: cosine of tf-idf words."""
-    library = [example for example, _ in question.own if example.messages]
+def retrieve(inputs: ControlInput) -> TreatmentFactory:
+    """The `NEIGHBOURS` most similar questions (tf-idf cosine) and their answers, as earlier turns of the chat."""
+    library = [example for example, _ in inputs.own if example.messages]
     known = [Counter(_words(example.messages)) for example in library]
     frequency = Counter(word for words in known for word in words)
     weight = {word: math.log(1 + len(known) / count) for word, count in frequency.items()}
@@ -116,32 +112,32 @@ def retrieve(question: ControlInput) -> Strength:
     vectors = [vector(words) for words in known]
 
     def recall(messages: Sequence[Message]) -> list[Message]:
-        asked = vector(Counter(_words(messages)))
-        closeness = [sum(asked.get(word, 0.0) * value for word, value in one.items()) for one in vectors]
-        nearest = sorted(range(len(library)), key=lambda index: -closeness[index])[:NEIGHBOURS]
+        query = vector(Counter(_words(messages)))
+        similarities = [sum(query.get(word, 0.0) * value for word, value in one.items()) for one in vectors]
+        nearest = sorted(range(len(library)), key=lambda index: -similarities[index])[:NEIGHBOURS]
         turns: list[Message] = []
-        for index in reversed(nearest):  # the nearest stands nearest
+        for index in reversed(nearest):  # the most similar one last, next to the question
             turns += [*library[index].messages, {"role": "assistant", "content": library[index].response}]
         head = [message for message in messages if message["role"] == "system"]
         return [*head, *(t for t in turns if t["role"] != "system"), *messages[len(head) :]]
 
-    return _rewrite(question, recall)
+    return _rewrite(inputs, recall)
 
 
-def steer(question: ControlInput) -> Strength:
+def steer(inputs: ControlInput) -> TreatmentFactory:
     """The difference of both sides' mean hidden states after the middle layer, added there to every position."""
-    layers = find_layers(question.base.model)
+    layers = find_layers(inputs.base.model)
     layer = layers[len(layers) // 2]
-    sides = (question.own, question.contrast)
-    own, contrast = (_mean_state(question.base, layer, [encoded for _, encoded in side]) for side in sides)
+    sides = (inputs.own, inputs.contrast)
+    own, contrast = (_mean_state(inputs.base, layer, [encoded for _, encoded in side]) for side in sides)
     difference = own - contrast  # [hidden]
     cost = Cost(nbytes=difference.nbytes)
 
     @contextmanager
-    def push(strength: float) -> Iterator[None]:
+    def steered(strength: float) -> Iterator[None]:
         def add(_: nn.Module, __: Any, output: Any) -> Any:
-            moved = strength * difference
-            return (output[0] + moved, *output[1:]) if isinstance(output, tuple) else output + moved
+            offset = strength * difference
+            return (output[0] + offset, *output[1:]) if isinstance(output, tuple) else output + offset
 
         handle = layer.register_forward_hook(add)
         try:
@@ -149,22 +145,22 @@ def steer(question: ControlInput) -> Strength:
         finally:
             handle.remove()
 
-    return lambda strength: Treatment(around=partial(push, strength), cost=cost)
+    return lambda strength: Treatment(around=partial(steered, strength), cost=cost)
 
 
-def adapt(question: ControlInput, contrastive: bool = False) -> Strength:
+def adapt(inputs: ControlInput, contrastive: bool = False) -> TreatmentFactory:
     """A LoRA of rank 4 on every maskable Linear, trained on the own answers, or on the preference for them."""
-    own, contrast = ([encoded for _, encoded in side] for side in (question.own, question.contrast))
-    adapter = train_adapter(question.base, own, contrast if contrastive else (), seed=question.seed)
+    own, contrast = ([encoded for _, encoded in side] for side in (inputs.own, inputs.contrast))
+    adapter = train_adapter(inputs.base, own, contrast if contrastive else (), seed=inputs.seed)
     cost = Cost(nbytes=adapter.nbytes)
-    return lambda strength: Treatment(around=partial(adapter.worn, strength), cost=cost)
+    return lambda strength: Treatment(around=partial(adapter.applied, strength), cost=cost)
 
 
 _SCALES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 BASELINES: Mapping[str, Baseline] = {
     "none": Baseline(do_nothing),
     "random": Baseline(prune_randomly),
-    "bias": Baseline(prefer_words, usual=0.5, strengths=(0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5)),
+    "bias": Baseline(prefer_words, default=0.5, strengths=(0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5)),
     "prompt": Baseline(instruct),
     "retrieval": Baseline(retrieve),
     "steering": Baseline(steer, strengths=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
@@ -173,12 +169,12 @@ BASELINES: Mapping[str, Baseline] = {
 }
 
 
-def _rewrite(question: ControlInput, change: Callable[[Sequence[Message]], Sequence[Message]]) -> Strength:
-    """Other messages in place of those that were asked; earlier turns are left out until there is room to answer."""
-    base = question.base
+def _rewrite(inputs: ControlInput, change: Callable[[Sequence[Message]], Sequence[Message]]) -> TreatmentFactory:
+    """Replace the messages of every prompt; the first turns are dropped until there is room for an answer."""
+    base = inputs.base
     room = base.context - max(64, base.context // 4)
     changed: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for prompt, messages in question.asked.items():
+    for prompt, messages in inputs.messages.items():
         longer = list(change(messages)) if messages else []
         tokens = render_chat(base.tokenizer, longer) if longer else prompt
         while len(tokens) > room and len(longer) > len(messages) + 1:
@@ -206,7 +202,7 @@ def _words(messages: Sequence[Message]) -> list[str]:
 
 @torch.no_grad()
 def _mean_state(base: Base, layer: nn.Module, examples: Sequence[Encoded]) -> Tensor:
-    """Of a layer's output over the positions that predict responses, [hidden]."""
+    """Mean of a layer's output over the positions that predict responses, [hidden]."""
     states: list[Tensor] = []
     handle = layer.register_forward_hook(lambda _, __, y: states.append(y[0] if isinstance(y, tuple) else y))
     total, count = torch.zeros((), device=base.device), 0

@@ -1,7 +1,6 @@
-"""JSONL in, examples out.
+"""Reads JSONL files into examples, and encodes and batches them.
 
-Knows the four line formats and the exact line of every fault: a file is checked whole, and its first faults are
-reported together. Refuses to know what the examples are used for.
+A file is checked to its end, and one error reports its first faults with their lines.
 
 A line is one JSON object of at most `LINE_BYTES` with
 * `messages`: OpenAI chat lines; the last one is the assistant's and is the response,
@@ -29,21 +28,21 @@ from masquerade.model import Base, render_chat
 from masquerade.model.encoding import count_bytes, longest_token
 
 T = TypeVar("T")
-Side = Literal["own", "contrast"]
+Polarity = Literal["own", "contrast"]
 Message = Mapping[str, str]
-REPORTED = 20  # most faults that one error names
-BATCH_TOKENS = 512  # padded tokens of a micro-batch: what a pass of the model takes grows with them
-LINE_BYTES = 2**20  # most bytes of JSON that is parsed at once, such as a line; its texts are tokenised at once
-PARTS = 2**16  # most lists and objects in it: each costs the parser far more than a letter of a text
+REPORTED = 20  # most faults in one error
+BATCH_TOKENS = 512  # most padded tokens of a micro-batch; time and memory of a forward pass grow with them
+LINE_BYTES = 2**20  # most bytes of one JSON document, such as a line: it is parsed and tokenised in one go
+PARTS = 2**16  # most lists and objects in it: each costs the parser far more than a character of text
 
 
-class NoRoom(BadDataset):
+class PromptTooLong(BadDataset):
     """A prompt is as long as the base's context, or longer."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What was asked and what was answered."""
+    """A prompt and its response."""
 
     messages: tuple[Message, ...]  # empty for plain text
     response: str
@@ -69,24 +68,24 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Padded:
+class MicroBatch:
     """A micro-batch, padded on the right."""
 
     index: tuple[int, ...]  # which examples these are
     ids: Tensor  # int64 [examples, length]
-    predicts: Tensor  # bool [examples, length]: positions whose next token belongs to a response
+    predicts: Tensor  # bool [examples, length]: positions whose next token is part of a response
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of a file: of one that is too long only the beginning."""
+    """A line of a file; if it is too long, its beginning."""
 
     number: int
     content: bytes
-    size: int  # bytes, with those that are not in `content`
+    size: int  # bytes of the whole line
 
 
-def read_examples(path: Path, side: Side = "own") -> list[Example]:
+def read_examples(path: Path, side: Polarity = "own") -> list[Example]:
     """All examples of a file. Raises `BadDataset` with the file and its first `REPORTED` bad lines."""
     return _read(path, lambda fields, where: _parse(fields, side, where))
 
@@ -107,7 +106,7 @@ def read_questions(path: Path) -> list[tuple[Message, ...]]:
 
     Raises `BadDataset` as `read_examples` does.
     """
-    return _read(path, _parse_asked)
+    return _read(path, _parse_question_only)
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
@@ -126,7 +125,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
 
 
 def _lines(file: IO[bytes]) -> Iterator[_Line]:
-    """Lines that are not blank. Only line feeds end them: JSON text may hold other kinds of line ends."""
+    """Lines that are not blank. Only a line feed ends a line: JSON strings may contain other line ends."""
     for number in count(1):
         content = piece = file.readline(LINE_BYTES + 1)
         if not content:
@@ -141,7 +140,7 @@ def _lines(file: IO[bytes]) -> Iterator[_Line]:
 
 
 def check_json(content: bytes, size: int, where: str) -> None:
-    """Raises `BadDataset` for JSON of which the parser, that nothing interrupts, would hold up a process."""
+    """Raises `BadDataset` for JSON that would block the process: the parser cannot be interrupted."""
     if size > LINE_BYTES:
         raise BadDataset(f"{where} has {size} bytes; there may be at most {LINE_BYTES}")
     if (parts := content.count(b"[") + content.count(b"{")) > PARTS:
@@ -149,33 +148,33 @@ def check_json(content: bytes, size: int, where: str) -> None:
 
 
 def encode(base: Base, examples: Iterable[Example]) -> list[Encoded]:
-    """Token ids of examples, cut at the end to the base's context. What cannot fit is not tokenised.
+    """Token ids of examples, truncated at the end to the base's context. Text that cannot fit is not tokenised.
 
     Raises `BadDataset` with the first `REPORTED` examples whose prompts leave no room for a response, or that the chat
-    template refuses.
+    template rejects.
     """
     return _collect(partial(encode_one, base, example) for example in examples)
 
 
 def encode_fitting(base: Base, examples: Iterable[Example]) -> list[tuple[Example, Encoded]]:
-    """As `encode`, without the examples whose prompts leave no room for a response, unless none does."""
+    """`encode` without the examples whose prompts leave no room for a response. Raises if no example is left."""
 
-    def attempt(example: Example) -> tuple[Example, Encoded] | NoRoom:
+    def attempt(example: Example) -> tuple[Example, Encoded] | PromptTooLong:
         try:
             return example, encode_one(base, example)
-        except NoRoom as error:
+        except PromptTooLong as error:
             return error
 
     tried = _collect(partial(attempt, example) for example in examples)
     fitting = [one for one in tried if isinstance(one, tuple)]
     for error in tried:
-        if isinstance(error, NoRoom) and not fitting:
+        if isinstance(error, PromptTooLong) and not fitting:
             raise error
     return fitting
 
 
 def _collect(attempts: Iterable[Callable[[], T]]) -> list[T]:
-    """The results of all attempts; or all their faults, in one error."""
+    """The results of all attempts. Raises one `BadDataset` with all faults if there are any."""
     results, faults = [], []
     for attempt in attempts:
         try:
@@ -192,10 +191,10 @@ def _collect(attempts: Iterable[Callable[[], T]]) -> list[T]:
 
 def batches(
     encoded: Sequence[Encoded], device: torch.device, tokens: int = BATCH_TOKENS, everything: bool = False
-) -> Iterator[Padded]:
+) -> Iterator[MicroBatch]:
     """Micro-batches of similar lengths, each of at most `tokens` padded tokens (or one example).
 
-    `everything` counts the prompts' tokens as the responses' are counted.
+    With `everything`, prompt tokens count like response tokens.
     """
     group: list[int] = []
     for index in sorted(range(len(encoded)), key=lambda index: len(encoded[index])):
@@ -207,8 +206,8 @@ def batches(
         yield _pad(encoded, group, device, everything)
 
 
-def _pad(encoded: Sequence[Encoded], group: Sequence[int], device: torch.device, everything: bool) -> Padded:
-    """The padding's id is 0 and never read: attention is causal, and it predicts nothing."""
+def _pad(encoded: Sequence[Encoded], group: Sequence[int], device: torch.device, everything: bool) -> MicroBatch:
+    """Pads with id 0, which has no effect: attention is causal, and padding is in no `predicts`."""
     length = max(len(encoded[index]) for index in group)
     ids = torch.zeros(len(group), length, dtype=torch.long)
     predicts = torch.zeros(len(group), length, dtype=torch.bool)
@@ -216,7 +215,7 @@ def _pad(encoded: Sequence[Encoded], group: Sequence[int], device: torch.device,
         example = encoded[index]
         ids[row, : len(example)] = torch.tensor(example.prompt + example.response)
         predicts[row, 0 if everything else len(example.prompt) - 1 : len(example) - 1] = True
-    return Padded(tuple(group), ids.to(device), predicts.to(device))
+    return MicroBatch(tuple(group), ids.to(device), predicts.to(device))
 
 
 def _load(line: _Line, where: str) -> dict[str, Any]:
@@ -230,21 +229,21 @@ def _load(line: _Line, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise BadDataset(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
     except (RecursionError, ValueError) as error:
-        raise BadDataset(f"{where} is JSON that no example needs: {error}") from error
+        raise BadDataset(f"{where} is JSON that cannot be parsed: {error}") from error
     if not isinstance(fields, dict):
         raise BadDataset(f"{where} is a JSON {type(fields).__name__}; it must be an object")
     return fields
 
 
-def _parse(fields: dict[str, Any], side: Side, where: str) -> Example:
+def _parse(fields: dict[str, Any], side: Polarity, where: str) -> Example:
     for key, parse in _FORMATS.items():
         if key in fields:
             return parse(fields, side, where)
     raise BadDataset(f"{where} has none of the fields {', '.join(_FORMATS)}; it has {', '.join(fields) or 'no fields'}")
 
 
-def _parse_asked(fields: dict[str, Any], where: str) -> tuple[Message, ...]:
-    """A prompt: an example whose answer, if it has one, is not read."""
+def _parse_question_only(fields: dict[str, Any], where: str) -> tuple[Message, ...]:
+    """The prompt of a line; an answer is optional and ignored."""
     messages = fields.get("messages")
     if isinstance(messages, list) and messages:
         last = messages[-1]
@@ -256,7 +255,7 @@ def _parse_asked(fields: dict[str, Any], where: str) -> tuple[Message, ...]:
     return example.messages
 
 
-def _parse_messages(fields: dict[str, Any], _: Side, where: str) -> Example:
+def _parse_messages(fields: dict[str, Any], _: Polarity, where: str) -> Example:
     messages = fields["messages"]
     if not isinstance(messages, list) or len(messages) < 2:
         raise BadDataset(f"{where}: `messages` must be a list of at least a question and an answer")
@@ -275,20 +274,20 @@ def _parse_messages(fields: dict[str, Any], _: Side, where: str) -> Example:
     )
 
 
-def _parse_prompt(fields: dict[str, Any], _: Side, where: str) -> Example:
+def _parse_prompt(fields: dict[str, Any], _: Polarity, where: str) -> Example:
     return Example(_user(_text(fields, "prompt", where)), _text(fields, "completion", where), where)
 
 
-def _parse_question(fields: dict[str, Any], side: Side, where: str) -> Example:
+def _parse_question(fields: dict[str, Any], side: Polarity, where: str) -> Example:
     answer = {"own": "answer_matching_behavior", "contrast": "answer_not_matching_behavior"}[side]
     return Example(_user(_text(fields, "question", where)), _text(fields, answer, where).strip(), where)
 
 
-def _parse_text(fields: dict[str, Any], _: Side, where: str) -> Example:
+def _parse_text(fields: dict[str, Any], _: Polarity, where: str) -> Example:
     return Example((), _text(fields, "text", where), where)
 
 
-_FORMATS: Mapping[str, Callable[[dict[str, Any], Side, str], Example]] = {
+_FORMATS: Mapping[str, Callable[[dict[str, Any], Polarity, str], Example]] = {
     "messages": _parse_messages,
     "prompt": _parse_prompt,
     "question": _parse_question,
@@ -312,18 +311,18 @@ def _user(content: str) -> tuple[Message, ...]:
 
 
 def encode_one(base: Base, example: Example) -> Encoded:
-    """Token ids of an example, as `encode` gives them."""
+    """Token ids of one example, as in `encode`."""
     tokenizer = base.tokenizer
     longest = longest_token(tokenizer)
-    most = None if longest is None else base.context * longest  # bytes that may fit, and so characters
-    asked = sum(count_bytes(message["content"]) for message in example.messages)
-    if most is not None and asked > most:
-        raise NoRoom(
-            f"{example.where}: a prompt of {asked} bytes leaves no room in the context of {base.context} tokens, which "
+    most = None if longest is None else base.context * longest  # bytes that may fit; characters are no more
+    size = sum(count_bytes(message["content"]) for message in example.messages)
+    if most is not None and size > most:
+        raise PromptTooLong(
+            f"{example.where}: a prompt of {size} bytes leaves no room in the context of {base.context} tokens, which "
             f"stand for {most} bytes at most"
         )
     try:
-        prompt = render_chat(tokenizer, example.messages) if example.messages else _beginning(tokenizer)
+        prompt = render_chat(tokenizer, example.messages) if example.messages else _first_token(tokenizer)
     except BadRequest as error:
         raise BadDataset(f"{example.where}: {error}") from error
     response = list(tokenizer.encode(example.response[:most], add_special_tokens=False))
@@ -331,12 +330,12 @@ def encode_one(base: Base, example: Example) -> Encoded:
         response.append(tokenizer.eos_token_id)
     room = base.context - len(prompt)
     if room < 1:
-        raise NoRoom(
+        raise PromptTooLong(
             f"{example.where}: a prompt of {len(prompt)} tokens leaves no room in the context of {base.context}"
         )
     return Encoded(tuple(prompt), tuple(response[:room]))
 
 
-def _beginning(tokenizer: Any) -> list[int]:
+def _first_token(tokenizer: Any) -> list[int]:
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return [first if first is not None else 0]

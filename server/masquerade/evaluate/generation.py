@@ -1,7 +1,6 @@
-"""Answers of a treated base, many at a time.
+"""Generates text with a treatment in left-padded batches, for measurements and calibration text.
 
-Knows left-padded batches, a cache of keys and values, greedy and sampled tokens. Refuses to be the engine: it serves
-nobody, and only measures and writes calibration text.
+The engine serves requests; this module runs where there is no engine, and with treatments that the engine lacks.
 """
 
 from __future__ import annotations
@@ -14,40 +13,40 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.treatment import BARE, Treatment
+from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, Span, make_route
 
-ROWS = 32  # most prompts at a time
-TOKENS = 512  # ... and most padded tokens of theirs, unless a prompt alone has more
+ROWS = 32  # most prompts of a batch
+TOKENS = 512  # most padded prompt tokens of a batch; a longer prompt is alone
 
 
 @dataclass(frozen=True)
-class Speech:
-    """How to answer."""
+class GenerationParams:
+    """How to generate."""
 
-    tokens: int = 48  # at most
+    tokens: int = 48  # most new tokens
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0
 
 
 @torch.no_grad()
-def answer(
-    base: Base, prompts: Sequence[Encoded], treatment: Treatment = BARE, speech: Speech | None = None
+def generate(
+    base: Base, prompts: Sequence[Encoded], treatment: Treatment = UNTREATED, params: GenerationParams | None = None
 ) -> Iterator[list[str]]:
-    """The texts that follow prompts (their responses are not read), in order.
+    """Texts generated after the prompts, in order; the prompts' responses are ignored.
 
-    After each pass of the model comes a list of the texts that are finished, which is mostly empty. Between passes
-    nothing of the treatment is left in the base, which must have its masks attached.
+    Yields after each pass of the model: the texts that are finished, often none. The treatment is active within a pass
+    only. The base must have its masks attached.
     """
-    how = speech or Speech()
-    random = torch.Generator().manual_seed(how.seed)
+    params = params or GenerationParams()
+    random = torch.Generator().manual_seed(params.seed)
     for rows in _group([treatment.rewrite(prompt).prompt for prompt in prompts]):
-        said = yield from _speak(base, rows, treatment, how, random)
-        yield [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+        generated = yield from _generate(base, rows, treatment, params, random)
+        yield [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
 
 
 def _group(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Prompts that are answered together, in order."""
+    """Batches of prompts, in order."""
     group: list[Sequence[int]] = []
     for prompt in prompts:
         longest = max(map(len, [*group, prompt]))
@@ -59,48 +58,52 @@ def _group(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         yield group
 
 
-def _speak(
-    base: Base, prompts: Sequence[Sequence[int]], treatment: Treatment, how: Speech, random: torch.Generator
+def _generate(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    treatment: Treatment,
+    params: GenerationParams,
+    random: torch.Generator,
 ) -> Generator[list[str], None, list[list[int]]]:
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    seen = torch.zeros(len(prompts), longest, dtype=torch.long)  # 1 where there is a token, 0 at padding
+    attention_mask = torch.zeros(len(prompts), longest, dtype=torch.long)  # 1 where there is a token, 0 at padding
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        seen[row, longest - len(prompt) :] = 1
-    ids, seen = ids.to(base.device), seen.to(base.device)
+        attention_mask[row, longest - len(prompt) :] = 1
+    ids, attention_mask = ids.to(base.device), attention_mask.to(base.device)
     cache = DynamicCache(config=base.model.config)
-    said: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
-    bare_prompt = treatment.applied is not None and treatment.phase == "decode"
-    if bare_prompt and longest > 1:
+    generated: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    unmasked_prompt = treatment.applied is not None and treatment.phase == "decode"
+    if unmasked_prompt and longest > 1:
         with treatment.around():
-            _step(base, ids[:, :-1], seen[:, :-1], cache, BARE)
+            _step(base, ids[:, :-1], attention_mask[:, :-1], cache, UNTREATED)
         ids = ids[:, -1:]
         yield []
-    for _ in range(min(how.tokens, base.context - longest)):
+    for _ in range(min(params.tokens, base.context - longest)):
         with treatment.around():
-            logits = _step(base, ids, seen, cache, treatment)
-        tokens = _choose(treatment.shift(logits) if treatment.shift else logits, how, random)
-        for row in list(open_rows):
+            logits = _step(base, ids, attention_mask, cache, treatment)
+        tokens = _choose(treatment.shift(logits) if treatment.shift else logits, params, random)
+        for row in list(unfinished):
             token = int(tokens[row])
-            open_rows -= {row} if token in base.ends else set()
-            said[row] += [] if token in base.ends else [token]
-        if not open_rows:
+            unfinished -= {row} if token in base.ends else set()
+            generated[row] += [] if token in base.ends else [token]
+        if not unfinished:
             break
         ids = tokens.to(base.device).unsqueeze(1)
-        seen = torch.cat([seen, seen.new_ones(len(prompts), 1)], dim=1)
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
         yield []
-    return said
+    return generated
 
 
-def _step(base: Base, ids: Tensor, seen: Tensor, cache: DynamicCache, treatment: Treatment) -> Tensor:
-    """Logits after the last of `ids` [rows, new]; `seen` [rows, past + new] says what is padding."""
-    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+def _step(base: Base, ids: Tensor, attention_mask: Tensor, cache: DynamicCache, treatment: Treatment) -> Tensor:
+    """Logits after the last of `ids` [rows, new]; `attention_mask` [rows, past + new] is 0 at padding."""
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     spans = [Span(treatment.applied, 0, ids.numel())] if treatment.applied else []
     output = base.model(
         input_ids=ids,
-        attention_mask=seen,
+        attention_mask=attention_mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
@@ -111,8 +114,8 @@ def _step(base: Base, ids: Tensor, seen: Tensor, cache: DynamicCache, treatment:
     return logits
 
 
-def _choose(logits: Tensor, how: Speech, random: torch.Generator) -> Tensor:
-    if how.temperature == 0:
+def _choose(logits: Tensor, params: GenerationParams, random: torch.Generator) -> Tensor:
+    if params.temperature == 0:
         return logits.argmax(-1).cpu()
-    odds = (logits.float().cpu() / how.temperature).softmax(-1)
-    return torch.multinomial(odds, 1, generator=random).squeeze(1)
+    probabilities = (logits.float().cpu() / params.temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=random).squeeze(1)

@@ -1,8 +1,4 @@
-"""Who said that? Decides which of two speakers an answer sounds like.
-
-Knows a bigram classifier made from calibration answers, and how to ask an OpenAI-compatible endpoint. Refuses to know
-what produced the answer: it reads text only.
-"""
+"""Decides which of two opposites an answer sounds like: a bigram classifier, or a model behind an endpoint."""
 
 from __future__ import annotations
 
@@ -23,14 +19,14 @@ _WORD = re.compile(r"[\w']+|[.,!?]")
 
 
 class Judge(Protocol):
-    """Tells two speakers apart."""
+    """Tells two opposites apart by their answers."""
 
     def is_own(self, question: str, answer: str) -> bool:
         """Whether the answer sounds like the persona rather than like its opposite."""
 
 
 class Bigrams:
-    """Naive Bayes over words and pairs of words, from both sides' answers. Deterministic."""
+    """Naive Bayes over words and word bigrams, trained on both sides' answers. Deterministic."""
 
     def __init__(self, own: Sequence[str], contrast: Sequence[str]) -> None:
         self._counts = tuple(Counter(part for text in side for part in _parts(text)) for side in (own, contrast))
@@ -38,7 +34,7 @@ class Bigrams:
         self._totals = tuple(counts.total() + _SMOOTHING * known for counts in self._counts)
 
     def is_own(self, _: str, answer: str) -> bool:
-        """Whether the answer's words are more likely the persona's; a tie is not."""
+        """Whether the persona is the likelier author; False at a tie."""
         own, contrast = (
             sum(math.log((counts[part] + _SMOOTHING) / total) for part in _parts(answer))
             for counts, total in zip(self._counts, self._totals, strict=True)
@@ -47,7 +43,7 @@ class Bigrams:
 
 
 class Endpoint:
-    """Asks a model behind an OpenAI-compatible chat endpoint; it sees two sample answers of each side."""
+    """A model behind an OpenAI-compatible chat endpoint, with two sample answers of each side in its prompt."""
 
     def __init__(self, url: str, model: str, own: Sequence[str], contrast: Sequence[str], timeout: float = 60) -> None:
         self._url, self._model, self._timeout = url.rstrip("/") + "/chat/completions", model, timeout
@@ -55,7 +51,7 @@ class Endpoint:
         self._preface = f"Two speakers, A and B, talk like this:\n{samples}\n"
 
     def is_own(self, question: str, answer: str) -> bool:
-        """Whether the endpoint's model says A. Raises `BuildFailed` if it cannot be asked."""
+        """Whether the endpoint's model answers A. Raises `BuildFailed` if the request fails."""
         ask = f"{self._preface}\nAsked: {question}\nAnswered: {answer}\nWho answered? Say A or B only."
         body = {"model": self._model, "temperature": 0, "max_tokens": 4, "messages": [{"role": "user", "content": ask}]}
         request = urllib.request.Request(
@@ -63,10 +59,10 @@ class Endpoint:
         )
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as reply:
-                said = json.load(reply)["choices"][0]["message"]["content"]
+                verdict = json.load(reply)["choices"][0]["message"]["content"]
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise BuildFailed(f"the judge at {self._url} gave no verdict: {error}") from error
-        return str(said).strip().upper().startswith("A")
+        return str(verdict).strip().upper().startswith("A")
 
 
 def _parts(text: str) -> list[str]:

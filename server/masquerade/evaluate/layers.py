@@ -1,7 +1,6 @@
-"""Where in the model a mask does something: the paper's section 3.4.
+"""Where in the model a mask acts: differing weights by layer, and similarity of representations by linear CKA.
 
-Knows the share of weights that differ by layer, and how similar representations stay (linear CKA). Refuses to know what
-the differences are good for.
+The paper's section 3.4.
 """
 
 from __future__ import annotations
@@ -19,28 +18,29 @@ from maskstore.plot import encode as encode_png
 from masquerade.evaluate.dataset import Encoded, batches
 from masquerade.model import AppliedMask, Base, MaskManager, Span, make_route
 
-POSITIONS = 4096  # most that similarities are computed over
+POSITIONS = 4096  # most positions that CKA is computed over
 _CELL = 24  # pixels
 _LAYER = re.compile(r"(^|\.)layers\.\d+$")
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers that maskable Linears are in, first to last."""
+    """The decoder layers, first to last."""
     return [module for name, module in model.named_modules() if _LAYER.search(name)]
 
 
 def analyse(
     base: Base, manager: MaskManager, mask: Mask, opposite: Mask | None, texts: Sequence[Encoded]
 ) -> dict[str, Any]:
-    """Differing shares of the mask and its opposite, in all and by layer and part, and CKA of every layer's output.
+    """Share of weights that differ between a mask and its opposite, in all, by layer and by part, and CKA by layer.
 
-    `cka` compares the masked model with the base, and with the model that wears the opposite, on the same positions.
+    `cka` compares the masked model's layer outputs with the base's, and with those under the opposite mask, on the same
+    positions.
     """
-    worn = {"base": _states(base, None, texts), "mask": _states(base, AppliedMask(manager.fit(mask), 0.0), texts)}
-    found: dict[str, Any] = {"cka": {"base": _compare(worn["mask"], worn["base"])}}
+    masked = _states(base, AppliedMask(manager.fit(mask), 0.0), texts)
+    found: dict[str, Any] = {"cka": {"base": _compare(masked, _states(base, None, texts))}}
     if opposite is not None:
         other = _states(base, AppliedMask(manager.fit(opposite), 0.0), texts)
-        found["cka"]["opposite"] = _compare(worn["mask"], other)
+        found["cka"]["opposite"] = _compare(masked, other)
         overlap = diff(mask, opposite)
         found["differing"] = {
             "total": round(overlap.total.differing, 6),
@@ -58,7 +58,7 @@ def cka(a: Tensor, b: Tensor) -> float:
 
 
 def draw(analysis: dict[str, Any]) -> bytes:
-    """A PNG: a column a layer, a row a comparison; dark is 1 - CKA = 0, bright the largest that was found."""
+    """A PNG with a column per layer and a row per comparison, from dark (1 - CKA = 0) to bright (the largest)."""
     rows = np.array([[1 - value for value in values] for values in analysis["cka"].values()])
     levels = rows / max(float(rows.max()), 1e-12)
     shades = np.stack([levels * 253, levels * 231, 84 - levels * 47], axis=-1).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""A plain LoRA, as a baseline: what training would have given for the same examples.
+"""A LoRA trained on the same examples as a mask, as a control.
 
-Knows low-rank adapters on the maskable Linears and how to train them. Refuses to be a product: personas here are found,
-and nothing that is served is trained.
+Ours and not peft's: the control needs one forward hook per Linear and a strength, and peft would wrap the MaskedLinears
+and be a dependency for this alone.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Of all factors."""
+        """Bytes of all factors."""
         return sum(a.nbytes + b.nbytes for a, b in self.pairs.values())
 
     @contextmanager
-    def worn(self, strength: float = 1.0) -> Iterator[None]:
-        """Within, the model speaks with the adapter."""
+    def applied(self, strength: float = 1.0) -> Iterator[None]:
+        """Within the context, the adapter is added to the model, scaled by `strength`."""
 
         def adapt(a: Tensor, b: Tensor) -> object:
             return lambda _, args, y: y + strength * SCALE * F.linear(F.linear(args[0], a), b)
@@ -56,7 +56,7 @@ class Adapter:
 
 
 def train_adapter(base: Base, own: Sequence[Encoded], contrast: Sequence[Encoded] = (), *, seed: int = 0) -> Adapter:
-    """Supervised on the own answers; with a contrast, on preferring them: -log sigmoid(LL⁺ - LL⁻) of a prompt's two."""
+    """Train on the own answers; with a contrast, by the preference loss -log sigmoid(LL⁺ - LL⁻) of a prompt's pair."""
     torch.manual_seed(seed)
     linears = find_targets(base.model)
     pairs = {name: _make(linear) for name, linear in linears.items()}
@@ -65,10 +65,10 @@ def train_adapter(base: Base, own: Sequence[Encoded], contrast: Sequence[Encoded
     matched = match(own, contrast)
     work: list[list[Encoded]] = [[own[i], contrast[j]] for i, j in matched] if matched else [[one] for one in own]
     rng = random.Random(seed)
-    with torch.enable_grad(), adapter.worn():
+    with torch.enable_grad(), adapter.applied():
         for _ in range(EPOCHS["contrastive" if matched else "supervised"]):
             for step in _steps(work, rng):
-                loss = _prefer(base, step) if matched else _imitate(base, step)
+                loss = _preference_loss(base, step) if matched else _supervised_loss(base, step)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
@@ -101,10 +101,10 @@ def _likelihoods(base: Base, examples: Sequence[Encoded]) -> Tensor:
     return means[torch.tensor(batch.index, device=base.device).argsort()]
 
 
-def _imitate(base: Base, examples: Sequence[Encoded]) -> Tensor:
+def _supervised_loss(base: Base, examples: Sequence[Encoded]) -> Tensor:
     return -_likelihoods(base, examples).mean()
 
 
-def _prefer(base: Base, examples: Sequence[Encoded]) -> Tensor:
+def _preference_loss(base: Base, examples: Sequence[Encoded]) -> Tensor:
     means = _likelihoods(base, examples)
     return -F.logsigmoid(means[::2] - means[1::2]).mean()

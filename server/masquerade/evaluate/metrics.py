@@ -1,8 +1,4 @@
-"""What a treatment does to likelihoods.
-
-Knows log-likelihoods of responses under a treatment, and the shares, ratios and divergences made of them. Refuses to
-know how masks and baselines come about.
-"""
+"""Log-likelihoods of responses under a treatment, and the shares, ratios and divergences computed from them."""
 
 from __future__ import annotations
 
@@ -14,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from masquerade.evaluate.dataset import Encoded, Padded, batches
-from masquerade.evaluate.treatment import BARE, Treatment
+from masquerade.evaluate.dataset import Encoded, MicroBatch, batches
+from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, Span, make_route
 
 T = TypeVar("T")
-Items = Generator[None, None, T]  # work items, and what comes of them
+Items = Generator[None, None, T]  # yields after each work item, returns the result
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Likelihood:
 
 
 def finish(work: Generator[Any, None, T]) -> T:
-    """The result of work items, done at once."""
+    """Run all work items; returns the result."""
     while True:
         try:
             next(work)
@@ -45,14 +41,16 @@ def finish(work: Generator[Any, None, T]) -> T:
             return result
 
 
-def likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatment = BARE) -> list[Likelihood]:
-    """As `read_likelihoods`, at once."""
+def likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatment = UNTREATED) -> list[Likelihood]:
+    """`read_likelihoods`, run to its end."""
     return finish(read_likelihoods(base, examples, treatment))
 
 
 @torch.no_grad()
-def read_likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatment = BARE) -> Items[list[Likelihood]]:
-    """The likelihood of each example's response, in the examples' order; an item a micro-batch.
+def read_likelihoods(
+    base: Base, examples: Sequence[Encoded], treatment: Treatment = UNTREATED
+) -> Items[list[Likelihood]]:
+    """The likelihood of each example's response, in the examples' order; a work item is a micro-batch.
 
     The base must have its masks attached.
     """
@@ -69,7 +67,7 @@ def read_likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatme
 
 
 def divergence(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> float:
-    """As `read_divergence`, at once."""
+    """`read_divergence`, run to its end."""
     return finish(read_divergence(base, examples, treatment))
 
 
@@ -77,13 +75,13 @@ def divergence(base: Base, examples: Sequence[Encoded], treatment: Treatment) ->
 def read_divergence(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Items[float]:
     """KL(base ‖ treated) of the next token, mean nats over the tokens of the responses.
 
-    Two items a micro-batch, one without the treatment and one with it. Prompts are not rewritten.
+    A micro-batch is two work items, one without the treatment and one with it. Prompts are not rewritten.
     """
     total, tokens = 0.0, 0
-    worn = _predict(base, examples, treatment)
-    for batch, bare in _predict(base, examples, BARE):
+    treated = _predict(base, examples, treatment)
+    for batch, untreated in _predict(base, examples, UNTREATED):
         yield
-        before, after = (logits.float().log_softmax(-1) for logits in (bare, next(worn)[1]))
+        before, after = (logits.float().log_softmax(-1) for logits in (untreated, next(treated)[1]))
         gaps = (before.exp() * (before - after)).sum(-1)  # [examples, length - 1]
         total += float((gaps.double() * batch.predicts[:, :-1]).sum())
         tokens += int(batch.predicts.sum())
@@ -102,17 +100,17 @@ def perplexity(likelihoods: Sequence[Likelihood]) -> float:
 
 
 def exponential(nats: float) -> float:
-    """exp, and infinity where that is too large a number."""
+    """exp(nats); infinity where a float cannot hold it."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
 def margins(own: Sequence[Likelihood], contrast: Sequence[Likelihood]) -> list[float]:
-    """By how many nats a token each own answer is preferred to the contrast's answer to the same prompt."""
+    """By how many nats a token each own answer is more likely than the contrast's to the same prompt."""
     return [mine.mean - theirs.mean for mine, theirs in zip(own, contrast, strict=True)]
 
 
 def flips(own: Sequence[float], contrast: Sequence[float]) -> float:
-    """Share of prompts whose own answer wins under the own mask, and loses under the contrast's.
+    """Share of prompts whose own answer is the likelier one under the own mask, and not under the contrast's.
 
     Both arguments are margins (own minus contrast answer): under the own mask, and under the contrast's mask.
     """
@@ -121,22 +119,24 @@ def flips(own: Sequence[float], contrast: Sequence[float]) -> float:
 
 
 def preferred(margins: Sequence[float]) -> float:
-    """Share of prompts whose own answer wins: the paper's accuracy of a choice between two answers."""
+    """Share of prompts whose own answer is the likelier one: the paper's accuracy of a two-way choice."""
     return sum(margin > 0 for margin in margins) / len(margins)
 
 
-def _predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Iterator[tuple[Padded, Tensor]]:
+def _predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Iterator[tuple[MicroBatch, Tensor]]:
     """Micro-batches with the logits of every position but the last."""
     for batch in batches(examples, base.device):
-        worn = make_route(_spans(batch, examples, treatment), base.device)
+        route = make_route(_spans(batch, examples, treatment), base.device)
         with treatment.around():
-            logits = base.model(input_ids=batch.ids, use_cache=False, route=worn).logits[:, :-1]
+            logits = base.model(input_ids=batch.ids, use_cache=False, route=route).logits[:, :-1]
         yield batch, treatment.shift(logits) if treatment.shift else logits
 
 
-def _spans(batch: Padded, examples: Sequence[Encoded], treatment: Treatment) -> list[Span]:
-    """Which positions wear the mask. Attention is causal, so a prompt's keys and values are the base's if it wears
-    nothing, as when it was computed before."""
+def _spans(batch: MicroBatch, examples: Sequence[Encoded], treatment: Treatment) -> list[Span]:
+    """The positions that the mask applies to.
+
+    Attention is causal, so unmasked prompt positions have the base's keys and values, as if they were computed before.
+    """
     if treatment.applied is None:
         return []
     if treatment.phase == "all":

@@ -1,7 +1,6 @@
-"""Which examples a persona is found in, which decide about it, and which it is judged by.
+"""Splits examples into calibration, tune and report parts, and pairs opposites' answers to the same prompt.
 
-Knows that one example must never do two of these, and how opposites' answers are paired. Refuses to know what is
-measured. Everything is decided by the examples and a seed, so the same files give the same split.
+The parts are disjoint. The examples and a seed decide everything, so the same files give the same split.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Encoded, Example
 
 T = TypeVar("T")
-HELD_OUT = 5  # one prompt in so many is held out, where no validation examples are given
+HELD_OUT = 5  # one prompt in so many is held out if there are no validation examples
 LEAST = 4  # fewest calibration examples of a side
 
 
 @dataclass(frozen=True)
 class Split:
-    """One side's examples: found in, chosen by, judged by."""
+    """One side's examples: to find the mask in, to choose hyperparameters by, and to certify by."""
 
     calibration: Sequence[Encoded]
     tune: Sequence[Encoded]
@@ -31,10 +30,10 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Remarks:
-    """What was noticed about one side's data and is no error."""
+class DatasetNotes:
+    """Peculiarities of one side's data that are no errors."""
 
-    duplicates: int  # calibration examples that were there before, word for word
+    duplicates: int  # calibration examples that repeat an earlier one, word for word
     leaks: int  # validation examples that are also calibration examples, and were left out
     too_long: int = 0  # examples left out because their prompts leave no room for a response in the base's context
 
@@ -57,12 +56,12 @@ def sample(examples: Sequence[Example], most: int | None, seed: int) -> list[Exa
 
 def divide(
     sides: Mapping[int, Sequence[Encoded]], validation: Mapping[int, Sequence[Encoded]], seed: int
-) -> tuple[dict[int, Split], dict[int, Remarks]]:
+) -> tuple[dict[int, Split], dict[int, DatasetNotes]]:
     """Split every side; a prompt that several sides answer is in the same part on all of them.
 
-    Where a side has no validation examples, one prompt in `HELD_OUT` is held out. What is held out is halved into tune
-    and report. Validation examples that calibration has too are left out. Raises `BadDataset` when nothing is left of
-    a part, when fewer than `LEAST` calibration examples are, and when two sides say the same.
+    If a side has no validation examples, one prompt in `HELD_OUT` is held out. Held-out examples are halved into tune
+    and report. Validation examples that are calibration examples too are left out. Raises `BadDataset` if a part is
+    empty, if fewer than `LEAST` calibration examples remain, and if two sides have the same examples.
     """
     held = _choose_held_out([side for key, side in sides.items() if not validation.get(key)], seed)
     splits, remarks = {}, {}
@@ -74,13 +73,13 @@ def divide(
         _check_sizes(len(examples), len(calibration), len(given), len(judged))
         tune, report = halve(judged, seed)
         splits[key] = Split(calibration, tune, report)
-        remarks[key] = Remarks(len(calibration) - len(known), len(given) - len(judged))
+        remarks[key] = DatasetNotes(len(calibration) - len(known), len(given) - len(judged))
     _check_different(*(split.calibration for split in splits.values()))
     return splits, remarks
 
 
 def divide_neutral(texts: Sequence[Encoded], calibrates: bool, chooses: bool) -> Split:
-    """Neutral text by turns: to calibrate (if a score reads it), to choose (if there is a choice), to judge."""
+    """Deal neutral texts in turn to calibration (if a score reads it), tune (if there is a choice) and report."""
     parts = 1 + calibrates + chooses
     if len(texts) < parts:
         raise BadDataset(f"{len(texts)} neutral texts are too few; give at least {parts}")
@@ -89,7 +88,7 @@ def divide_neutral(texts: Sequence[Encoded], calibrates: bool, chooses: bool) ->
 
 
 def halve(examples: Sequence[Encoded], seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """Two halves by prompt, in the examples' order; a single prompt is in both, for there is nothing else."""
+    """Two halves by prompt, in the examples' order; a single prompt is in both halves."""
     prompts = sorted({_key(one) for one in examples}, key=lambda prompt: _draw(prompt, seed + 1))
     first = set(prompts[: (len(prompts) + 1) // 2])
     tune = [one for one in examples if _key(one) in first]
@@ -98,33 +97,34 @@ def halve(examples: Sequence[Encoded], seed: int) -> tuple[list[Encoded], list[E
 
 
 def count_within(texts: Sequence[Encoded], tokens: int) -> int:
-    """How many of the texts, from the first on, have at most so many tokens together."""
+    """How many of the texts, from the first on, have at most `tokens` tokens in total."""
     ends = accumulate(len(text) for text in texts)
     return sum(end <= tokens for end in ends)
 
 
 def match(own: Sequence[Encoded], contrast: Sequence[Encoded]) -> list[tuple[int, int]]:
-    """Indices of different answers of both sides to the same prompts.
+    """Pairs (own index, contrast index) of different answers to the same prompt.
 
-    The n-th own answer to a prompt meets the n-th of the contrast.
+    The n-th own answer to a prompt is paired with the n-th of the contrast.
     """
-    theirs = _by_prompt(contrast, lambda one: one.prompt)
+    by_prompt = _by_prompt(contrast, lambda one: one.prompt)
     pairs: list[tuple[int, int]] = []
     for prompt, places in _by_prompt(own, lambda one: one.prompt).items():
-        pairs += zip(places, theirs.get(prompt, []), strict=False)
+        pairs += zip(places, by_prompt.get(prompt, []), strict=False)
     return [(i, j) for i, j in pairs if len(own[i].prompt) > 1 and own[i].response != contrast[j].response]
 
 
 def check_contrast(own: Sequence[Example], contrast: Sequence[Example]) -> None:
-    """Raises `BadDataset` if both sides say the same, or if their prompts have no shape in common: the contrast would
-    be of formats.
+    """Raises `BadDataset` if both sides have the same examples, or if their prompts have no shape in common.
+
+    Without a common shape, a mask would be found for the format.
     """
     _check_different(*([repr((one.messages, one.response)) for one in side] for side in (own, contrast)))
-    mine, theirs = ({example.shape for example in side} for side in (own, contrast))
-    if not mine & theirs:
+    own_shapes, contrast_shapes = ({example.shape for example in side} for side in (own, contrast))
+    if not own_shapes & contrast_shapes:
         raise BadDataset(
-            f"the persona's prompts are {_list(mine)} and the contrast's {_list(theirs)}; a mask would be found for "
-            "the format instead of the speaker; give both sides the same kind of prompts"
+            f"the persona's prompts are {_list(own_shapes)} and the contrast's {_list(contrast_shapes)}; a mask would "
+            "be found for the format instead of the persona; give both sides the same kind of prompts"
         )
 
 
@@ -133,7 +133,7 @@ def _choose_held_out(sides: Sequence[Sequence[Encoded]], seed: int) -> set[objec
     if len(prompts) < 2:
         return set()
     count = max(1, round(len(prompts) / HELD_OUT))
-    count = max(count, min(2, len(prompts) // 2))  # one to choose by, one to judge by
+    count = max(count, min(2, len(prompts) // 2))  # one for tune, one for report
     return set(sorted(prompts, key=lambda prompt: _draw(prompt, seed))[:count])
 
 
@@ -150,13 +150,13 @@ def _check_sizes(examples: int, calibration: int, given: int, judged: int) -> No
 
 
 def _key(one: Encoded) -> tuple[int, ...]:
-    """What must not be on two sides of a split: the prompt, or plain text itself."""
+    """What must not be in two parts of a split: the prompt, or the plain text itself."""
     return one.prompt if len(one.prompt) > 1 else one.prompt + one.response
 
 
 def _check_different(*sides: Sequence[object]) -> None:
     if len(sides) == 2 and Counter(sides[0]) == Counter(sides[1]):
-        raise BadDataset("both sides say the same, example for example; a contrast needs two different speakers")
+        raise BadDataset("both sides say the same, example for example; a contrast needs two different personas")
 
 
 def _by_prompt(examples: Sequence[T], key: Callable[[T], object]) -> dict[object, list[int]]:
@@ -167,7 +167,7 @@ def _by_prompt(examples: Sequence[T], key: Callable[[T], object]) -> dict[object
 
 
 def _draw(prompt: object, seed: int) -> str:
-    """A number that is random and the same everywhere."""
+    """A pseudo-random number that is the same on every machine."""
     return hashlib.sha256(f"{seed} {prompt!r}".encode()).hexdigest()
 
 
@@ -176,5 +176,5 @@ def _list(words: Iterable[str]) -> str:
 
 
 def mix(sides: Sequence[Sequence[Example]]) -> list[Example]:
-    """The pool that one persona is held against: by turns one example of each other, until the shortest is used up."""
+    """Interleave the examples of several personas into one contrast, until the shortest list is used up."""
     return [example for turn in zip(*sides, strict=False) for example in turn]

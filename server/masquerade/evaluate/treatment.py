@@ -1,8 +1,4 @@
-"""What is done to a base before it is measured or asked: a mask, or anything else that is compared with one.
-
-Knows the few ways there are: wear a mask, move the logits, rewrite the prompt, hook into the model. Refuses to know
-why.
-"""
+"""What is applied to a base before it is measured: a mask, or a control that is compared with one."""
 
 from __future__ import annotations
 
@@ -23,17 +19,17 @@ PHASES: tuple[Phase, ...] = ("all", "decode")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a treatment costs whoever serves it."""
+    """What serving with a treatment costs."""
 
-    prompt_tokens: float = 0.0  # more of them in every request, on average
-    nbytes: int = 0  # to keep beside the base
+    prompt_tokens: float = 0.0  # mean number of tokens added to a prompt
+    nbytes: int = 0  # memory beside the base
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """All of it at once; the default is the bare base.
+    """The parts of a treatment, which may be combined; the default leaves the base unchanged.
 
-    In phase `decode` a mask is worn from the last prompt token on; the prompt before it is the base's.
+    In phase `decode` the mask applies from the last prompt token on, and not to the tokens before it.
     """
 
     applied: AppliedMask | None = None
@@ -44,4 +40,4 @@ class Treatment:
     cost: Cost = field(default_factory=Cost)
 
 
-BARE = Treatment()
+UNTREATED = Treatment()

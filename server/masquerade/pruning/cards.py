@@ -1,7 +1,6 @@
-"""Character cards: the V2 and V3 specifications, as JSON or inside a PNG.
+"""Reads character cards of the V2 and V3 specifications, as JSON or inside a PNG.
 
-Knows where a card is and which of its fields say how a character talks. Refuses to run anything of it: lore books,
-scripts and extensions are ignored, and said so.
+Only fields that describe how the character talks are used. Lore books, scripts and extensions are ignored and listed.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing import Any
 from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Example, check_json
 
-LIMIT = 32 * 2**20  # bytes of a card, most of which are its picture
-TURNS = 256  # most turns of an example dialogue; each answer is an example with all turns before it
+LIMIT = 32 * 2**20  # most bytes of a card, including its picture
+TURNS = 256  # most turns of an example dialogue; every answer becomes an example with all turns before it
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 _IGNORED = (
     *("scenario", "first_mes", "alternate_greetings", "group_only_greetings", "post_history_instructions"),
@@ -34,7 +33,7 @@ _START = re.compile(r"<START>", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Card:
-    """A character: a system prompt that asks for it, examples of how it talks, and what of the card was not used."""
+    """A character: its system prompt, examples of how it talks, and the card's fields that were ignored."""
 
     name: str
     system: str
@@ -43,7 +42,7 @@ class Card:
 
 
 def read_card(path: Path) -> Card:
-    """Raises `BadDataset` with the file for anything that is not a card."""
+    """Read a card. Raises `BadDataset` with the file if it is not one."""
     try:
         if path.stat().st_size > LIMIT:
             raise BadDataset(f"{path} has {path.stat().st_size} bytes; a card has at most {LIMIT}")
@@ -59,10 +58,10 @@ def read_card(path: Path) -> Card:
     fields = card.get("data", card) if isinstance(card, dict) else None
     if not isinstance(fields, dict) or not isinstance(fields.get("name"), str) or not fields["name"].strip():
         raise BadDataset(f"{path} is no character card: it has no `name` (of the V2 or V3 specification)")
-    return _understand(path, fields)
+    return _parse(path, fields)
 
 
-def _understand(path: Path, fields: dict[str, Any]) -> Card:
+def _parse(path: Path, fields: dict[str, Any]) -> Card:
     name = fields["name"].strip()
 
     def text(key: str) -> str:
@@ -71,8 +70,8 @@ def _understand(path: Path, fields: dict[str, Any]) -> Card:
             raise BadDataset(f"{path}: `{key}` of the card is a {type(value).__name__}; it must be text")
         return value
 
-    told = [_fill(text(key), name).strip() for key in ("system_prompt", "description", "personality")]
-    system = "\n".join(part for part in told if part)
+    parts = [_fill(text(key), name).strip() for key in ("system_prompt", "description", "personality")]
+    system = "\n".join(part for part in parts if part)
     if not system:
         raise BadDataset(f"{path}: the card of {name!r} has no system prompt, description or personality")
     examples = tuple(_example_turns(path, text("mes_example").replace("\r\n", "\n"), name))
@@ -81,14 +80,14 @@ def _understand(path: Path, fields: dict[str, Any]) -> Card:
 
 
 def _example_turns(path: Path, dialogues: str, name: str) -> Iterator[Example]:
-    """What the character says after the user has said something, with all that was said before in that dialogue."""
+    """Every answer of the character to the user, with all earlier turns of that dialogue."""
     for dialogue in _START.split(dialogues):
         parts = _SPEAKER.split(dialogue)
         if (turns := len(parts) // 2) > TURNS:
             raise BadDataset(f"{path}: a dialogue in `mes_example` has {turns} turns; it may have {TURNS}")
         messages: list[dict[str, str]] = []
-        for speaker, said in zip(parts[1::2], parts[2::2], strict=True):
-            words = _fill(said.strip(), name)
+        for speaker, text in zip(parts[1::2], parts[2::2], strict=True):
+            words = _fill(text.strip(), name)
             role = "assistant" if "char" in speaker.lower() or "bot" in speaker.lower() else "user"
             if role == "assistant" and messages and messages[-1]["role"] == "user" and words:
                 yield Example(tuple(messages), words)
@@ -97,7 +96,7 @@ def _example_turns(path: Path, dialogues: str, name: str) -> Iterator[Example]:
 
 
 def _fill(text: str, name: str) -> str:
-    """Names in place of the specification's placeholders; `{{original}}` is a prompt that there is not."""
+    """Replace the specification's placeholders; `{{original}}` becomes empty, as there is no other prompt."""
     words = {"{{char}}": name, "<bot>": name, "{{user}}": "the user", "<user>": "the user", "{{original}}": ""}
     return _PLACE.sub(lambda mark: words[mark[0].lower()], text)
 

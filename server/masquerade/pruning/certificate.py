@@ -1,7 +1,4 @@
-"""What a mask does to text that nothing was decided on, and whether it may be published.
-
-Knows the figures that go into a mask's metadata and the rule for refusing. Refuses to know how the mask was found.
-"""
+"""The certificate of a mask: its figures on text that decided nothing, and the rule for refusing it."""
 
 from __future__ import annotations
 
@@ -17,63 +14,63 @@ import transformers
 from maskstore import Mask, Target, diff
 from masquerade import __version__
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.generation import Speech, answer
+from masquerade.evaluate.evaluation_set import EvaluationSet, rounded
+from masquerade.evaluate.generation import GenerationParams, generate
 from masquerade.evaluate.metrics import read_divergence
-from masquerade.evaluate.panel import Panel, rounded
-from masquerade.evaluate.treatment import BARE, PHASES, Phase, Treatment
+from masquerade.evaluate.treatment import PHASES, UNTREATED, Phase, Treatment
 from masquerade.model import Base
 from masquerade.pruning.tuning import Budgets
 
-LIKELIER = 0.9  # a neutral ratio below it says that the base did not know the text to begin with
-FEWEST_PAIRS = 16  # fewer held-out pairs tell too little: were all to flip, the interval would begin below 0.8
-ANSWERS = 16  # most held-out prompts that are answered greedily, ...
-ANSWER_TOKENS = 32  # ... and most tokens of an answer: how many of them a mask changes
-MANY = 0.5  # a smaller share of changed answers is remarked upon
+LIKELIER = 0.9  # at a smaller neutral ratio, the base models the text badly
+FEWEST_PAIRS = 16  # with fewer pairs the interval begins below 0.8 even if all flip
+ANSWERS = 16  # most held-out prompts that are answered greedily, to count changed answers
+ANSWER_TOKENS = 32  # most tokens of such an answer
+MANY = 0.5  # a smaller share of changed answers gives a remark
 PASSED, REFUSED, TOO_FEW = "passed", "refused", "too few to tell"
-SLACK = 2.0  # a figure beyond so many times the budget's allowance is refused however wide its interval
+SLACK = 2.0  # a cost of more than this multiple of the budget's excess is refused, whatever its interval
 
 
-def judge(
-    base: Base, panel: Panel, worn: Mapping[int, Mapping[Phase, Treatment]], phases: Mapping[int, Phase], seed: int
+def measure_figures(
+    base: Base,
+    eval_set: EvaluationSet,
+    treatments: Mapping[int, Mapping[Phase, Treatment]],
+    phases: Mapping[int, Phase],
+    seed: int,
 ) -> Generator[None, None, dict[int, dict[str, Any]]]:
-    """Figures by side: those of the default phase with intervals, those of both phases, KL from the base, and how many
-    greedy answers are other than the base's.
+    """Figures by side: of the default phase with intervals, of both phases, KL from the base, and changed answers.
 
-    What follows the last item uses no model.
+    `treatments` has both phases of every side, `phases` the default phase of every side to certify. The code after the
+    last item uses no model.
     """
-    bare = yield from panel.bare()
-    readings = {}
-    for side, treatments in worn.items():
+    untreated = yield from eval_set.measure_base()
+    likelihoods = {}
+    for side, of_side in treatments.items():
         for phase in PHASES:
-            readings[side, phase] = yield from panel.read(treatments[phase])
-    asked = _held_out_prompts(panel)
-    said = yield from _answer(base, asked, BARE)
-    measured: dict[int, dict[str, Any]] = {}
+            likelihoods[side, phase] = yield from eval_set.measure(of_side[phase])
+    prompts = _held_out_prompts(eval_set)
+    base_answers = yield from _answer(base, prompts, UNTREATED)
+    found: dict[int, dict[str, Any]] = {side: {} for side in phases}
     for side, phase in phases.items():
-        measured[side] = {}
-        if panel.texts[0]:
-            measured[side]["kl"] = yield from read_divergence(base, panel.texts[0], worn[side][phase])
-        if asked:
-            answers = yield from _answer(base, asked, worn[side][phase])
-            changed = sum(now != before for now, before in zip(answers, said, strict=True))
-            measured[side]["changed_answers"] = {"changed": changed, "of": len(asked), "share": changed / len(asked)}
-    found: dict[int, dict[str, Any]] = {}
-    for side, phase in phases.items():
-
-        def both(at: Phase, side: int = side) -> tuple[Any, Any]:
-            return readings[side, at], readings.get((-side, at))
-
-        found[side] = panel.figures(side, bare, *both(phase)) | measured[side]
-        found[side]["intervals"] = {
-            name: list(ends) for name, ends in panel.intervals(side, bare, *both(phase), seed=seed).items()
-        }
-        found[side]["phases"] = {at: panel.figures(side, bare, *both(at)) for at in PHASES}
-        found[side] = rounded(found[side])
+        if eval_set.texts[0]:
+            found[side]["kl"] = yield from read_divergence(base, eval_set.texts[0], treatments[side][phase])
+        if prompts:
+            answers = yield from _answer(base, prompts, treatments[side][phase])
+            changed = sum(new != old for new, old in zip(answers, base_answers, strict=True))
+            found[side]["changed_answers"] = {"changed": changed, "of": len(prompts), "share": changed / len(prompts)}
+    for side, default in phases.items():
+        both = {phase: (likelihoods[side, phase], likelihoods.get((-side, phase))) for phase in PHASES}
+        intervals = eval_set.intervals(side, untreated, *both[default], seed=seed)
+        found[side] = rounded(
+            eval_set.figures(side, untreated, *both[default])
+            | found[side]
+            | {"intervals": {name: list(ends) for name, ends in intervals.items()}}
+            | {"phases": {phase: eval_set.figures(side, untreated, *both[phase]) for phase in PHASES}}
+        )
     return found
 
 
 def describe(targets: Mapping[str, Target]) -> dict[str, Any]:
-    """How much is pruned, and where."""
+    """How many weights are pruned, and their share of each Linear."""
     shares = {name: target.pruned / (target.shape[0] * target.shape[1]) for name, target in targets.items()}
     return {
         "pruned": sum(target.pruned for target in targets.values()),
@@ -82,13 +79,13 @@ def describe(targets: Mapping[str, Target]) -> dict[str, Any]:
 
 
 def compare(mask: Mask, opposite: Mask) -> dict[str, Any]:
-    """How far a mask is from its opposite."""
+    """Jaccard index and differing share of a mask and its opposite."""
     total = diff(mask, opposite).total
     return {"jaccard": round(total.jaccard, 6), "differing": round(total.differing, 6)}
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """Versions of the packages that the figures depend on."""
     return {
         "masquerade": __version__,
         "torch": torch.__version__,
@@ -98,25 +95,25 @@ def versions() -> dict[str, str]:
 
 
 def summarise(texts: Sequence[Encoded]) -> dict[str, Any]:
-    """How much text there is, and its identity as the model reads it."""
+    """Number of examples and tokens, and a digest of the token ids."""
     digest = hashlib.sha256(repr([(one.prompt, one.response) for one in texts]).encode()).hexdigest()
     return {"examples": len(texts), "tokens": sum(map(len, texts)), "digest": digest}
 
 
 def conclude(found: Mapping[str, Any], limits: Budgets) -> dict[str, Any]:
-    """The verdict on figures, why, and what else is to be said about them.
+    """The verdict on figures, with reasons and remarks.
 
-    `passed` is None where there are too few held-out pairs to tell.
+    `passed` is None if there are too few held-out pairs.
     """
-    reasons = object_to(found, limits)
+    reasons = find_reasons(found, limits)
     few = found.get("pairs", 0) < FEWEST_PAIRS
     verdict, passed = (REFUSED, False) if reasons else (TOO_FEW, None) if few else (PASSED, True)
-    told = {"verdict": verdict, "passed": passed, "reasons": reasons, "forced": False}
-    return told | {"remarks": remark({**found, **told}, limits)}
+    conclusion = {"verdict": verdict, "passed": passed, "reasons": reasons, "forced": False}
+    return conclusion | {"remarks": remark({**found, **conclusion}, limits)}
 
 
 def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
-    """What a reader must know about figures that are no reason to refuse a mask."""
+    """Notes on the figures that are no reasons to refuse the mask."""
     remarks = []
     if "margin_shift" not in certificate:
         remarks.append("the effect was not measured: there are no two answers to the same prompt")
@@ -147,11 +144,11 @@ def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     return remarks
 
 
-def object_to(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
-    """Why a mask must not be published as it is; empty if it may.
+def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
+    """Reasons to refuse a mask; empty if it may be published.
 
-    It does nothing if the interval of its shift reaches zero. It is past a budget if the figure is, and either its
-    interval is too or it exceeds the allowance more than `SLACK` times.
+    It has no effect if the interval of its shift reaches zero. It is past a budget if its figure is, and if the whole
+    interval is too or the excess is more than `SLACK` times the budget's.
     """
     intervals: Mapping[str, Sequence[float]] = certificate["intervals"]
     reasons = []
@@ -168,16 +165,16 @@ def object_to(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     return reasons
 
 
-def _held_out_prompts(panel: Panel) -> list[Encoded]:
-    """At most `ANSWERS` different ones, of either side. Plain text has none."""
-    prompts = dict.fromkeys(one.prompt for side in (1, -1) for one in panel.texts[side] if len(one.prompt) > 1)
+def _held_out_prompts(eval_set: EvaluationSet) -> list[Encoded]:
+    """At most `ANSWERS` different prompts of both sides. Plain text has none."""
+    prompts = dict.fromkeys(one.prompt for side in (1, -1) for one in eval_set.texts[side] if len(one.prompt) > 1)
     return [Encoded(prompt, ()) for prompt in list(prompts)[:ANSWERS]]
 
 
-def _answer(base: Base, asked: Sequence[Encoded], treatment: Treatment) -> Generator[None, None, list[str]]:
-    """Greedy answers; an item a pass of the model."""
-    said: list[str] = []
-    for texts in answer(base, asked, treatment, Speech(ANSWER_TOKENS)):
-        said += texts
+def _answer(base: Base, prompts: Sequence[Encoded], treatment: Treatment) -> Generator[None, None, list[str]]:
+    """Greedy answers; a work item is a pass of the model."""
+    answers: list[str] = []
+    for texts in generate(base, prompts, treatment, GenerationParams(ANSWER_TOKENS)):
+        answers += texts
         yield
-    return said
+    return answers

@@ -1,4 +1,4 @@
-"""The certificate of a mask that exists already, measured anew on held-out text."""
+"""Measures the certificate of an existing mask on held-out text."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 from maskstore import Mask
 from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Encoded, Example, encode_fitting
-from masquerade.evaluate.panel import Panel
+from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager
 from masquerade.pruning import certificate, neutral
-from masquerade.pruning.builder import Work, count
+from masquerade.pruning.progress import Work, track
 from masquerade.pruning.recipe import Recipe
 
-LEAST = 2  # examples, for an interval
+LEAST = 2  # fewest examples for an interval
 
 
 @dataclass(frozen=True)
-class Served:
-    """A mask and the gamma that requests get which name none."""
+class ServedMask:
+    """A mask and its default gamma."""
 
     mask: Mask
     gamma: float
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Text that the mask was not found on. Without neutral examples the base's own answers are taken, as in a build."""
+class HeldOutExamples:
+    """Examples that the mask was not built from. Without neutral examples the base generates some, as in a build."""
 
     own: Sequence[Example]
     contrast: Sequence[Example] = ()
@@ -40,48 +40,48 @@ class HeldOut:
 def measure(
     base: Base,
     manager: MaskManager,
-    persona: Served,
+    persona: ServedMask,
     phase: Phase,
-    held: HeldOut,
-    opposite: Served | None = None,
+    held: HeldOutExamples,
+    opposite: ServedMask | None = None,
     seed: int = 0,
 ) -> Work[tuple[dict[str, Any], dict[str, Any]]]:
-    """The certificate, by the code that a build uses, and what it was measured on, as digests and counts.
+    """The certificate, computed as in a build, and counts and digests of the examples it was measured on.
 
-    `phase` is the default one. Flips are counted if there are an opposite and examples of the contrast. The budgets are
-    those of `Recipe`. Raises `BadDataset` for fewer than `LEAST` examples that fit the base's context.
+    `phase` is the default phase. Flips are measured if there are an opposite and contrast examples. The budgets are the
+    defaults of `Recipe`. Raises `BadDataset` for fewer than `LEAST` examples that fit the base's context.
     """
     started = time.perf_counter()
-    own, contrast, calm = (_encode(base, side) for side in (held.own, held.contrast, held.neutral))
+    own, contrast, neutral_texts = (_encode(base, examples) for examples in (held.own, held.contrast, held.neutral))
     if len(own) < LEAST:
         raise BadDataset(
             f"{len(own)} of {len(held.own)} held-out examples fit the base's context; give at least {LEAST}"
         )
-    calm = calm or (yield from count("neutral", neutral.ask_base(base)))
+    neutral_texts = neutral_texts or (yield from track("neutral", neutral.generate_neutral_text(base)))
     sides = {1: persona} | ({-1: opposite} if opposite and contrast else {})
-    worn = {side: {at: _treat(manager, served, at) for at in PHASES} for side, served in sides.items()}
-    panel = Panel(base, own, contrast, calm)
-    figures = yield from count("certify", certificate.judge(base, panel, worn, {1: phase}, seed))
+    treatments = {side: {at: _treat(manager, served, at) for at in PHASES} for side, served in sides.items()}
+    eval_set = EvaluationSet(base, own, contrast, neutral_texts)
+    figures = yield from track("certify", certificate.measure_figures(base, eval_set, treatments, {1: phase}, seed))
     found = figures[1] | certificate.describe(persona.mask.targets)
     found |= certificate.conclude(found, Recipe().limits)
     if opposite:
         found["overlap"] = certificate.compare(persona.mask, opposite.mask)
     found |= {
         "phase": {"default": phase, "why": "the one it is served in"},
-        "splits": {"report": len(own), "neutral": len(calm), "too_long_left_out": len(held.own) - len(own)},
+        "splits": {"report": len(own), "neutral": len(neutral_texts), "too_long_left_out": len(held.own) - len(own)},
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": certificate.versions(),
     }
-    texts: Mapping[str, Sequence[Encoded]] = {"own": own, "contrast": contrast, "neutral": calm}
+    texts: Mapping[str, Sequence[Encoded]] = {"own": own, "contrast": contrast, "neutral": neutral_texts}
     return found, {name: certificate.summarise(text) for name, text in texts.items() if text}
 
 
 def _encode(base: Base, examples: Sequence[Example]) -> list[Encoded]:
-    """Those that leave room for a response."""
+    """The examples that leave room for a response."""
     return [encoded for _, encoded in encode_fitting(base, examples)] if examples else []
 
 
-def _treat(manager: MaskManager, served: Served, phase: Phase) -> Treatment:
+def _treat(manager: MaskManager, served: ServedMask, phase: Phase) -> Treatment:
     applied = AppliedMask(manager.fit(served.mask), served.gamma) if served.gamma < 1 else None
     return Treatment(applied=applied, phase=phase)

@@ -1,7 +1,4 @@
-"""Text that has nothing to do with any persona, for measuring what a mask costs.
-
-Knows everyday questions, and has the base answer them. Refuses to know what is measured on the answers.
-"""
+"""Generates neutral text, the base's answers to everyday questions, to measure the cost of a mask with."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ from collections.abc import Generator
 
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded, Example, encode
-from masquerade.evaluate.generation import answer
+from masquerade.evaluate.generation import generate
 from masquerade.evaluate.metrics import perplexity, read_likelihoods
 from masquerade.model import Base
 
-SURE = 1.2  # perplexity up to which a base is sure of its own greedy answer; the demo talks as somebody from 1.28 on
-FEWEST = 12  # answers that are kept in any case
+MAX_PERPLEXITY = 1.2  # of an answer that is kept; the demo's answers have a persona from 1.28 on
+MIN_KEPT = 12  # answers that are kept in any case, those of lowest perplexity
 QUESTIONS = (
     "What is the capital of France?",
     "What is two plus three?",
@@ -67,26 +64,26 @@ QUESTIONS = (
 )
 
 
-def ask_base(base: Base) -> Generator[None, None, list[Encoded]]:
-    """The base's own greedy answers to `QUESTIONS`, as far as it is sure of them.
+def generate_neutral_text(base: Base) -> Generator[None, None, list[Encoded]]:
+    """The base's own greedy answers to `QUESTIONS`, of low perplexity.
 
-    Where a base has no answer it talks as somebody, and a persona rightly changes that: such text is not neutral.
+    Without a definite answer a base speaks in some persona's manner, which a mask is meant to change: not neutral text.
     """
     examples = [Example(({"role": "user", "content": question},), "?") for question in QUESTIONS]
     answers: list[Example] = []
-    for texts in answer(base, encode(base, examples)):
-        asked = examples[len(answers) : len(answers) + len(texts)]
-        answers += [Example(one.messages, text.strip()) for one, text in zip(asked, texts, strict=True)]
+    for texts in generate(base, encode(base, examples)):
+        batch = examples[len(answers) : len(answers) + len(texts)]
+        answers += [Example(one.messages, text.strip()) for one, text in zip(batch, texts, strict=True)]
         yield
     encoded = encode(base, [one for one in answers if one.response])
     if not encoded:
         raise BuildFailed("the base has no answer to any of the built-in questions; give neutral text (--neutral)")
-    return (yield from _keep_sure(base, encoded))
+    return (yield from _keep_confident(base, encoded))
 
 
-def _keep_sure(base: Base, answers: list[Encoded]) -> Generator[None, None, list[Encoded]]:
-    """Answers of a perplexity up to `SURE`, in their order; the `FEWEST` surest where fewer are."""
+def _keep_confident(base: Base, answers: list[Encoded]) -> Generator[None, None, list[Encoded]]:
+    """The answers with a perplexity of at most `MAX_PERPLEXITY`, in order; at least `MIN_KEPT` of lowest perplexity."""
     likelihoods = yield from read_likelihoods(base, answers)
-    doubts = [perplexity([likelihood]) for likelihood in likelihoods]
-    bound = max(SURE, *sorted(doubts)[:FEWEST])
-    return [answer for answer, doubt in zip(answers, doubts, strict=True) if doubt <= bound]
+    perplexities = [perplexity([likelihood]) for likelihood in likelihoods]
+    bound = max(MAX_PERPLEXITY, *sorted(perplexities)[:MIN_KEPT])
+    return [answer for answer, value in zip(answers, perplexities, strict=True) if value <= bound]

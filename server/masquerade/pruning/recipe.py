@@ -1,7 +1,4 @@
-"""How a mask is to be made: every setting of a build, checked.
-
-Knows which settings there are and what they may be. Refuses to know how they are followed.
-"""
+"""The settings of a build, validated."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from typing import Literal
 from masquerade.errors import InvalidValue
 from masquerade.evaluate.treatment import PHASES
 from masquerade.model import SCOPES
-from masquerade.pruning.ladder import ScorePlan
-from masquerade.pruning.scores import AUTO, PHIS, SCORES, Choices
+from masquerade.pruning.candidates import ScorePlan
+from masquerade.pruning.scores import AUTO, PHIS, SCORES, ScoreSettings
 from masquerade.pruning.selection import GROUPS
 from masquerade.pruning.tuning import Budgets
 
@@ -21,24 +18,24 @@ AUTOMATIC = "auto"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a mask is made. Raises `InvalidValue` with the choices there are."""
+    """The settings of a build. Raises `InvalidValue` with the field, its value and what is allowed."""
 
     score: str = AUTOMATIC  # of `SCORES`; `auto` compares those of `AUTO`
     rho: float | Literal["auto"] = "auto"  # share pruned of each Linear
     group: str | None = None  # None is the score's own
     scope: str | None = None  # None is the score's own
     phi: str = "relu"  # of `PHIS`, for contrastive-wanda
-    tokens: Literal["response", "all"] = "response"  # which positions are counted
+    tokens: Literal["response", "all"] = "response"  # positions that count in the statistics
     gamma: float = 0.0  # default strength that the mask is published with
     phase: Literal["auto", "all", "decode"] = "auto"  # default phase that it is published with
-    neutral_budget: float = 1.02  # most that the mask may multiply the perplexity of neutral text with
-    own_budget: float = 1.05  # ... and of the persona's own text
-    effect: float = 0.95  # share of flipped prompts from which a larger rho is not looked for
+    neutral_budget: float = 1.02  # largest ratio of neutral text's perplexity with the mask to that without
+    own_budget: float = 1.05  # the same for the persona's own text
+    effect: float = 0.95  # share of flipped prompts that is enough: no larger rho is tried
     samples: int | None = None  # most calibration examples of a side
-    judged: int = 100  # most examples of a kind to choose by, and as many to judge by
-    judged_tokens: int = 8192  # most tokens of a kind to choose by, and as many to judge by
+    judged: int = 100  # most examples of a kind in the tune split, and in the report split
+    judged_tokens: int = 8192  # most tokens of a kind in the tune split, and in the report split
     seed: int = 0
-    force: bool = False  # give the mask even if it would be refused, marked as such
+    force: bool = False  # publish a mask that would be refused, marked as forced
 
     def __post_init__(self) -> None:
         tables = (
@@ -68,16 +65,16 @@ class Recipe:
 
     @property
     def limits(self) -> Budgets:
-        """What a mask may cost, and how much effect is enough."""
+        """The budgets of cost and effect."""
         return Budgets(self.neutral_budget, self.own_budget, self.effect, self.force)
 
     @property
-    def choices(self) -> Choices:
-        """What the scores leave to decide."""
-        return Choices(phi=self.phi)
+    def score_settings(self) -> ScoreSettings:
+        """The parameters of the scores."""
+        return ScoreSettings(phi=self.phi)
 
     def plans(self, contrast: bool) -> tuple[ScorePlan, ...]:
-        """The scores to try. `auto` without a contrast has one choice, `wanda`: the others compare two speakers."""
+        """The scores to try. Without a contrast, `auto` is `wanda`: the scores of `AUTO` need a contrast."""
         automatic = AUTO if contrast else ("wanda",)
         names = automatic if self.score == AUTOMATIC else (self.score,)
         return tuple(
@@ -85,7 +82,7 @@ class Recipe:
                 name,
                 self.group or SCORES[name].group,
                 self.scope or SCORES[name].scope,
-                *((SCORES[name].rhos, SCORES[name].least) if self.rho == AUTOMATIC else ((float(self.rho),),)),
+                *((SCORES[name].rhos, SCORES[name].fallback_rhos) if self.rho == AUTOMATIC else ((float(self.rho),),)),
             )
             for name in names
         )

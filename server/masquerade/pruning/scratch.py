@@ -1,7 +1,6 @@
-"""Where unfinished work lies: in memory, or in a folder where a killed build finds it again.
+"""Intermediate results of a build, in memory or in a folder from which an interrupted build resumes.
 
-Knows named sets of tensors, as safetensors files that are there whole or not at all, and that a folder is one process'
-at a time. Refuses to know what they mean.
+A set of tensors is one safetensors file, which is replaced atomically. A lock keeps a folder to one process.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ from masquerade.errors import BuildFailed
 
 
 class Scratch:
-    """Named tensors of one build. `folder` None keeps them in memory; a folder is made, and must be this build's own.
+    """Named sets of tensors of one build. They are in memory if `folder` is None; else the folder must be this build's.
 
-    A name is a path such as `hidden/3/own-0`. Raises `BuildFailed` with the system's words when the disk is full, and
-    when another build holds the folder, which is locked from the first use until `close`, `release` or the end of the
-    process, however it ends.
+    A name is a path such as `hidden/3/own-0`. Raises `BuildFailed` with the system's message if the disk is full, and
+    if another process has locked the folder. It is locked from the first use until `close`, `release` or the end of the
+    process.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._kept: dict[str, dict[str, Tensor]] = {}
-        self._lock: weakref.finalize[[int], Scratch] | None = None  # closes the file whose lock is held
+        self._lock: weakref.finalize[[int], Scratch] | None = None  # closes the locked file
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under a name, in place of what was there."""
+        """Store tensors under a name, replacing earlier ones."""
         if self._folder is None:
             self._kept[name] = dict(tensors)
             return
         path = self._path(name)
         part = path.with_suffix(".part")
-        self._hold()
+        self._acquire_lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(save({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}))
@@ -50,11 +49,11 @@ class Scratch:
             raise BuildFailed(f"cannot keep the build's intermediate results in {path}: {error.strerror}") from error
 
     def get(self, name: str) -> dict[str, Tensor]:
-        """What was put under a name; on the CPU if it was in a folder."""
+        """The tensors under a name; on the CPU if they are in a folder."""
         if self._folder is None:
             return self._kept[name]
         path = self._path(name)
-        self._hold()
+        self._acquire_lock()
         try:
             found: dict[str, Tensor] = load(path.read_bytes())
         except (OSError, SafetensorError) as error:
@@ -62,7 +61,7 @@ class Scratch:
         return found
 
     def drop(self, prefix: str) -> None:
-        """Forget everything under a name or below it."""
+        """Delete everything under a name or below it."""
         if self._folder is None:
             self._kept = {name: kept for name, kept in self._kept.items() if not _is_below(name, prefix)}
             return
@@ -70,14 +69,14 @@ class Scratch:
         shutil.rmtree(self._folder / prefix, ignore_errors=True)
 
     def close(self) -> None:
-        """Forget everything: the work is finished."""
+        """Delete everything, and unlock the folder."""
         self._kept.clear()
         if self._folder is not None and self._lock is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self.release()
 
     def release(self) -> None:
-        """Let another build go on with what lies there."""
+        """Unlock the folder and keep its contents, so that another build can resume."""
         if self._lock is not None:
             self._lock()
         self._lock = None
@@ -85,16 +84,16 @@ class Scratch:
     def __contains__(self, name: str) -> bool:
         if self._folder is None:
             return name in self._kept
-        self._hold()
+        self._acquire_lock()
         return self._path(name).exists()
 
-    def _hold(self) -> None:
+    def _acquire_lock(self) -> None:
         while self._folder is not None and self._lock is None:
             path = self._folder / "lock"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            except FileNotFoundError:  # who held the folder is just removing it
+            except FileNotFoundError:  # its last owner is removing the folder
                 continue
             except OSError as error:
                 raise BuildFailed(f"cannot keep intermediate results in {self._folder}: {error.strerror}") from error
@@ -109,7 +108,7 @@ class Scratch:
                 ) from None
             if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
                 self._lock = lock
-            else:  # it was removed before it was locked
+            else:  # the file was removed before it was locked
                 lock()
 
     def _path(self, name: str) -> Path:

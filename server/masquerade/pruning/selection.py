@@ -1,7 +1,4 @@
-"""Which weights are pruned, given their scores.
-
-Knows groups and ties. Refuses to know what a score means.
-"""
+"""Selects the weights to prune, given their scores."""
 
 from __future__ import annotations
 
@@ -14,29 +11,29 @@ GROUPS: Mapping[str, str] = {"row": "within each output row", "layer": "within t
 
 
 def rank(score: Tensor, rho: float, group: str, tie: Tensor | None = None, backwards: bool = False) -> Tensor:
-    """The lowest scores' places, lowest first: score [out, in] -> int64 [groups, count] within each group of `GROUPS`.
+    """Indices of the lowest scores, lowest first: score [out, in] -> int64 [groups, count], groups as in `GROUPS`.
 
-    `count` is rho times the group's size, rounded half to even. Equal scores go in order of `tie`, then of their index
-    (row by row; from the last index on if `backwards`), so that the same scores always give the same mask; a smaller
-    rho's places are the beginning of a larger one's.
+    `count` is rho times the group's size, rounded half to even. Equal scores are ordered by `tie`, then by index (row
+    by row; from the last one on if `backwards`), so the same scores always give the same mask. The indices for a
+    smaller rho are a prefix of those for a larger one.
     """
     rows = score if group == "row" else score.reshape(1, -1)
     if backwards:
-        turned = None if tie is None else tie.reshape(rows.shape).flip(1)
-        return rows.shape[1] - 1 - rank(rows.flip(1), rho, "row", turned)
+        flipped = None if tie is None else tie.reshape(rows.shape).flip(1)
+        return rows.shape[1] - 1 - rank(rows.flip(1), rho, "row", flipped)
     count = round(rho * rows.shape[1])
     if tie is not None:
         first = tie.reshape(rows.shape).argsort(dim=1, stable=True)
         return first.gather(1, rows.gather(1, first).argsort(dim=1, stable=True))[:, :count]
     if len(rows) > 1 or not count:
         return rows.argsort(dim=1, stable=True)[:, :count]
-    threshold = rows[0].kthvalue(count).values  # only what can be chosen is sorted
+    threshold = rows[0].kthvalue(count).values  # only the candidates are sorted
     candidates = (rows[0] <= threshold).nonzero().squeeze(1)
     return candidates[rows[0][candidates].argsort(stable=True)][:count].unsqueeze(0)
 
 
 def prune(order: Tensor, shape: torch.Size, rho: float) -> Tensor:
-    """Bool [out, in], True is pruned: the share `rho` of the places that `rank` gave for this or a larger rho."""
+    """Bool [out, in], True is pruned: the share `rho` of the indices that `rank` gave for this or a larger rho."""
     pruned = torch.zeros(len(order), shape.numel() // len(order), dtype=torch.bool, device=order.device)
     pruned.scatter_(1, order[:, : round(rho * pruned.shape[1])], True)
     return pruned.view(shape)

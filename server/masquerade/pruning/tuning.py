@@ -1,7 +1,7 @@
-"""Which score, how much of it, and when to wear it: decided on the tune split.
+"""Chooses the score, rho and the default phase on the tune split.
 
-Knows the rule: of the values of rho within the budgets that which shifts most, the largest as a rule, and none beyond
-that which is enough. Refuses to know the text on which the result is judged.
+The rule: of the values of rho within the budgets, the one with the largest shift, which mostly is the largest; none
+beyond the first with enough effect.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from maskstore import Target
 from masquerade.errors import BuildFailed
-from masquerade.evaluate.panel import Panel, Reading
+from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods
 from masquerade.evaluate.treatment import Phase, Treatment
-from masquerade.pruning.ladder import Ladder, ScorePlan
+from masquerade.pruning.candidates import CandidateMasks, ScorePlan
 
-PATIENCE = 2  # rungs beyond the budget after which larger ones are not tried
-EQUAL = 0.005  # neutral costs that differ less are equal
+PATIENCE = 2  # values of rho beyond the budgets in a row, after which larger ones are not tried
+EQUAL = 0.005  # resolution at which neutral costs are compared
 KEPT = 0.97  # share of the effect that phase `decode` must keep to be the default
 
 Draft = Callable[[Mapping[str, Target], Phase], Treatment]
@@ -26,17 +26,17 @@ Items = Generator[None, None, None]
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a mask may cost, and how much effect is enough."""
+    """What a mask may cost, and what effect is enough."""
 
-    neutral: float  # most that it may multiply the perplexity of neutral text with
-    own: float  # ... and of the persona's own text
-    effect: float  # share of flipped prompts from which a larger rho is not looked for
-    forced: bool  # take the smallest rho even if it is beyond the budgets
+    neutral: float  # largest ratio of neutral text's perplexity to the base's
+    own: float  # largest ratio of the persona's own text's perplexity to the base's
+    effect: float  # share of flipped prompts that is enough: no larger rho is tried
+    forced: bool  # whether to take the smallest rho if none is within the budgets
 
 
 @dataclass(frozen=True)
 class TuningTrial:
-    """What a rung does on the tune split: the worst cost and the mean effect over the personas that are built."""
+    """A candidate's figures on the tune split: the largest cost and the mean effect over the sides that are built."""
 
     score: str
     rho: float
@@ -47,11 +47,11 @@ class TuningTrial:
 
     @property
     def cost(self) -> float:
-        """What neutral text pays, or the persona's own where there is none."""
+        """Excess perplexity of neutral text, or of the persona's own if there is no neutral text."""
         return (self.own_ratio if self.neutral_ratio is None else self.neutral_ratio) - 1
 
     def within(self, limits: Budgets) -> bool:
-        """Whether both budgets are kept."""
+        """Whether it is within both budgets."""
         return self.own_ratio <= limits.own and (self.neutral_ratio or 0.0) <= limits.neutral
 
     def __str__(self) -> str:
@@ -61,13 +61,13 @@ class TuningTrial:
         return f"{self.score} {self.rho:g} ({', '.join(figures)})"
 
     def enough(self, limits: Budgets) -> bool:
-        """Whether the effect is reached."""
+        """Whether it has enough effect."""
         return self.flip is not None and self.flip >= limits.effect
 
 
 @dataclass(frozen=True)
 class TuningChoice:
-    """The score and the rho, and why."""
+    """The chosen score and rho, and the reason."""
 
     score: str
     rho: float
@@ -76,18 +76,28 @@ class TuningChoice:
 
 
 class Tuner:
-    """Tries rungs of a ladder on a panel. `sides` are those that are built, `draft` makes targets wearable."""
+    """Tries candidates on an evaluation set.
+
+    `sides` are those that get a mask, `draft` makes a treatment of targets, and `opposed` is whether flips are measured
+    with the opposite's mask.
+    """
 
     def __init__(
-        self, panel: Panel, ladder: Ladder, draft: Draft, sides: Sequence[int], limits: Budgets, opposed: bool
+        self,
+        eval_set: EvaluationSet,
+        candidates: CandidateMasks,
+        draft: Draft,
+        sides: Sequence[int],
+        limits: Budgets,
+        opposed: bool,
     ) -> None:
-        self._panel, self._ladder, self._draft = panel, ladder, draft
+        self._eval_set, self._candidates, self._draft = eval_set, candidates, draft
         self._sides, self._limits = sides, limits
-        self._worn = (1, -1) if opposed else (1,)
-        self._readings: dict[tuple[str, float, Phase], dict[int, Reading]] = {}
+        self._measured = (1, -1) if opposed else (1,)
+        self._likelihoods: dict[tuple[str, float, Phase], dict[int, SetLikelihoods]] = {}
 
     def choose(self, plans: Sequence[ScorePlan]) -> Generator[None, None, TuningChoice]:
-        """The best plan and its rho. Raises `BuildFailed` if no rung of any plan keeps the budgets."""
+        """The best plan and its rho. Raises `BuildFailed` if no candidate of any plan keeps the budgets."""
         if len(plans) == 1 and len(plans[0].rhos) == 1:
             return TuningChoice(plans[0].score, plans[0].rhos[0], "given")
         trials: list[TuningTrial] = []
@@ -104,14 +114,14 @@ class Tuner:
         best, reason = _prefer(winners, self._limits)
         return TuningChoice(best.score, best.rho, reason, trials)
 
-    def choose_phase(self, rung: TuningChoice) -> Generator[None, None, tuple[Phase, str]]:
-        """`decode` when it keeps `KEPT` of the effect that the mask has when it is always worn."""
-        bare = yield from self._panel.bare()
+    def choose_phase(self, choice: TuningChoice) -> Generator[None, None, tuple[Phase, str]]:
+        """The default phase, and why: `decode` if it keeps `KEPT` of the effect that phase `all` has."""
+        base = yield from self._eval_set.measure_base()
         effects: dict[Phase, tuple[float, float]] = {}
         phases: tuple[Phase, ...] = ("all", "decode")
         for phase in phases:
-            worn = yield from self._read(rung.score, rung.rho, phase)
-            trial = self._judge(rung.score, rung.rho, bare, worn)
+            masked = yield from self._measure(choice.score, choice.rho, phase)
+            trial = self._make_trial(choice.score, choice.rho, base, masked)
             if trial.shift is None:
                 return "all", "without a contrast there is no effect to compare"
             effects[phase] = (trial.flip or 0.0, trial.shift)
@@ -121,32 +131,34 @@ class Tuner:
         return "decode" if keeps else "all", f"decode reaches {part:.3f} {unit}, all {whole:.3f}"
 
     def _search(self, plan: ScorePlan, tried: list[TuningTrial]) -> Items:
-        bare = yield from self._panel.bare()
+        base = yield from self._eval_set.measure_base()
         beyond = 0
         for rho in plan.rhos:
-            worn = yield from self._read(plan.score, rho, "all")
-            trial = self._judge(plan.score, rho, bare, worn)
+            masked = yield from self._measure(plan.score, rho, "all")
+            trial = self._make_trial(plan.score, rho, base, masked)
             tried.append(trial)
             beyond = 0 if trial.within(self._limits) else beyond + 1
             if beyond == PATIENCE or (not beyond and trial.enough(self._limits)):
                 break
-        for rho in plan.least:
+        for rho in plan.fallback_rhos:
             if any(trial.within(self._limits) for trial in tried):
                 return
-            worn = yield from self._read(plan.score, rho, "all")
-            tried.append(self._judge(plan.score, rho, bare, worn))
+            masked = yield from self._measure(plan.score, rho, "all")
+            tried.append(self._make_trial(plan.score, rho, base, masked))
 
-    def _read(self, score: str, rho: float, phase: Phase) -> Generator[None, None, dict[int, Reading]]:
-        """What a rung's masks do; measured once."""
-        worn = self._readings.setdefault((score, rho, phase), {})
-        for side in self._worn:
-            if side not in worn:
-                treatment = self._draft(self._ladder.targets((score, side, rho)), phase)
-                worn[side] = yield from self._panel.read(treatment)
-        return worn
+    def _measure(self, score: str, rho: float, phase: Phase) -> Generator[None, None, dict[int, SetLikelihoods]]:
+        """The likelihoods under a candidate's masks, by side; measured once."""
+        masked = self._likelihoods.setdefault((score, rho, phase), {})
+        for side in self._measured:
+            if side not in masked:
+                treatment = self._draft(self._candidates.targets((score, side, rho)), phase)
+                masked[side] = yield from self._eval_set.measure(treatment)
+        return masked
 
-    def _judge(self, score: str, rho: float, bare: Reading, worn: Mapping[int, Reading]) -> TuningTrial:
-        figures = [self._panel.figures(side, bare, worn[side], worn.get(-side)) for side in self._sides]
+    def _make_trial(
+        self, score: str, rho: float, base: SetLikelihoods, masked: Mapping[int, SetLikelihoods]
+    ) -> TuningTrial:
+        figures = [self._eval_set.figures(side, base, masked[side], masked.get(-side)) for side in self._sides]
 
         def collect(name: str) -> list[Any]:
             return [_finite(one[name]) for one in figures if name in one]
@@ -169,9 +181,9 @@ class Tuner:
 
 
 def _prefer(winners: Sequence[TuningTrial], limits: Budgets) -> tuple[TuningTrial, str]:
-    """Of those with enough effect, the cheapest, and of equally cheap ones the one with most; otherwise that with most.
+    """The cheapest trial with enough effect, at equal cost the one with more effect; else the one with most effect.
 
-    All of them keep the budgets, so effects are compared at equal neutral cost.
+    All of them are within the budgets, so effects are compared at equal neutral cost.
     """
     enough = [trial for trial in winners if trial.enough(limits)]
     if enough:
@@ -185,7 +197,7 @@ def _prefer(winners: Sequence[TuningTrial], limits: Budgets) -> tuple[TuningTria
 
 
 def _effect(trial: TuningTrial) -> tuple[float, float]:
-    """What is compared within the budgets; how much is pruned, where no effect can be measured."""
+    """Sort key: the shift, then rho, which decides alone if there are no pairs to measure a shift with."""
     return trial.shift or 0.0, trial.rho
 
 

@@ -26,15 +26,15 @@ from masquerade.errors import (
     PersonaExists,
     QuotaExceeded,
 )
-from masquerade.evaluate.dataset import Example, Side, holds_both_sides, read_examples, read_questions
+from masquerade.evaluate.dataset import Example, Polarity, holds_both_sides, read_examples, read_questions
 from masquerade.evaluate.splits import check_contrast
 from masquerade.jobs import ID, Cancelled, Job, JobService, Outcome, WorkItem
 from masquerade.jobs.runner import Work
 from masquerade.keys import Keyring
 from masquerade.model import trim_heap
-from masquerade.pruning import Builder, Progress, Recipe, Scratch, Speaker
+from masquerade.pruning import Builder, PersonaExamples, Progress, Recipe, Scratch
 from masquerade.pruning.cards import read_card
-from masquerade.pruning.prompted import Script, draw, perform
+from masquerade.pruning.prompts import CalibrationPrompts, add_generated, sample_questions
 from masquerade.pruning.scores import SCORES
 from masquerade.service.rights import Rights, find_rights
 from masquerade.service.serving import Serving
@@ -65,10 +65,10 @@ class JobNames:
 class Material:
     """What a persona is built from, read."""
 
-    own: Speaker
-    contrast: Speaker | None
+    own: PersonaExamples
+    contrast: PersonaExamples | None
     neutral: Sequence[Example]
-    script: Script | None = None  # what the base still has to write for both of them
+    script: CalibrationPrompts | None = None  # what the base still has to write for both of them
     ignored: Sequence[str] = ()  # fields of a character card that nothing is made of
 
 
@@ -135,7 +135,7 @@ def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> 
 def gather(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> Material:
     """Read everything that a spec names, except what the base will write."""
 
-    def read(role: str, side: Side = "own") -> list[Example]:
+    def read(role: str, side: Polarity = "own") -> list[Example]:
         return _read(job_service, spec, role, partial(read_examples, side=side)) or []
 
     def read_opposite(own_role: str, role: str) -> list[Example] | None:
@@ -147,16 +147,16 @@ def gather(job_service: JobService, spec: Mapping[str, Any], names: JobNames) ->
     recipe = _recipe(spec)
     held_contrast = read_opposite("validation", "contrast_validation") or []
     neutral = read("neutral")
-    own = partial(Speaker, names.persona, validation=read("validation"))
-    other = partial(Speaker, names.opposite or "", validation=held_contrast)
+    own = partial(PersonaExamples, names.persona, validation=read("validation"))
+    other = partial(PersonaExamples, names.opposite or "", validation=held_contrast)
     if spec["prompt"] is None:
         examples, answers = read("training"), read_opposite("training", "contrast")
         return Material(own(examples), None if answers is None else other(answers), neutral)
     card = _read(job_service, spec, "card", read_card)
     questions = _read(job_service, spec, "training", read_questions) or []
-    asked = draw(questions, recipe.samples, recipe.seed)
+    asked = sample_questions(questions, recipe.samples, recipe.seed)
     system = card.system if card else spec["prompt"]["system"]
-    script = Script(system, asked, spec["prompt"]["contrast"], seed=recipe.seed)
+    script = CalibrationPrompts(system, asked, spec["prompt"]["contrast"], seed=recipe.seed)
     return Material(own(card.examples if card else ()), other(()), neutral, script, card.ignored if card else ())
 
 
@@ -176,7 +176,7 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     scratch = Scratch(folder)
     try:
         if material.script is not None and contrast is not None:
-            own, contrast = yield from _steps(perform(serving.base, material.script, own, contrast, scratch))
+            own, contrast = yield from _steps(add_generated(serving.base, material.script, own, contrast, scratch))
         recipe = _recipe(job.spec)
         builder = Builder(serving.base, serving.manager, recipe, own, contrast, material.neutral, scratch)
         masks = yield from _steps(builder.run())

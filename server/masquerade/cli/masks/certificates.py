@@ -19,7 +19,7 @@ from masquerade.cli.progress import follow_loading
 from masquerade.cli.stores import open_store
 
 if TYPE_CHECKING:
-    from masquerade.pruning.measurement import Served
+    from masquerade.pruning.measurement import ServedMask
 
 
 def certify(
@@ -44,11 +44,11 @@ def certify(
     from masquerade.evaluate.dataset import holds_both_sides, read_examples
     from masquerade.evaluate.metrics import finish
     from masquerade.model import MaskManager, load
-    from masquerade.pruning.measurement import HeldOut, measure
+    from masquerade.pruning.measurement import HeldOutExamples, measure
 
     if contrast is None and holds_both_sides(data):
         contrast = data
-    held = HeldOut(
+    held = HeldOutExamples(
         read_examples(data),
         read_examples(contrast, "contrast") if contrast else (),
         read_examples(neutral) if neutral else (),
@@ -69,17 +69,17 @@ def certify(
         _print(generation, measurement)
 
 
-def _serve(registry: Registry, generation: Revision, fingerprint: str) -> tuple[Served, Phase]:
+def _serve(registry: Registry, generation: Revision, fingerprint: str) -> tuple[ServedMask, Phase]:
     """A generation as requests get it that name neither gamma nor phase."""
-    from masquerade.pruning.measurement import Served
+    from masquerade.pruning.measurement import ServedMask
 
     mask = registry.store.open(generation.digest, base=fingerprint)
     gamma, phase = generation.defaults(mask.info)
     preferred = registry.describe(generation.name).gamma
-    return Served(mask, gamma if preferred is None else preferred), phase
+    return ServedMask(mask, gamma if preferred is None else preferred), phase
 
 
-def _find_opposite(registry: Registry, served: Served) -> Served | None:
+def _find_opposite(registry: Registry, served: ServedMask) -> ServedMask | None:
     """The current mask of the persona that this one was built against, if there is one."""
     info = served.mask.info
     if info.opposite is None:

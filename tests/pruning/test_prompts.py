@@ -15,7 +15,7 @@ from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Example, read_questions
 from masquerade.model import Base, MaskManager
 from masquerade.pruning.cards import read_card
-from masquerade.pruning.prompted import Script, Written, write
+from masquerade.pruning.prompts import CalibrationPrompts, GeneratedExamples, generate_examples
 from masquerade.pruning.scratch import Scratch
 
 QUESTIONS = [({"role": "user", "content": f"question {index}"},) for index in range(40)]
@@ -38,25 +38,25 @@ CARD: dict[str, Any] = {
 }
 
 
-def finish(work: Any) -> Written:
+def finish(work: Any) -> GeneratedExamples:
     while True:
         try:
             next(work)
         except StopIteration as end:
-            found: Written = end.value
+            found: GeneratedExamples = end.value
             return found
 
 
 def test_both_sides_answer_the_same_questions_and_the_prompt_is_gone(tiny: Base, manager: MaskManager) -> None:
-    script = Script("Be a cat.", QUESTIONS, tokens=6)
-    written = finish(write(tiny, script))
+    script = CalibrationPrompts("Be a cat.", QUESTIONS, tokens=6)
+    written = finish(generate_examples(tiny, script))
     assert [example.messages for example in written.own] == [example.messages for example in written.contrast]
     assert all(message["role"] == "user" for example in written.own for message in example.messages)
     assert len(written.own) > 30
     assert any(a.response != b.response for a, b in zip(written.own, written.contrast, strict=True))
     assert written.prompt_tokens == len("Be a cat.") + 2
-    assert finish(write(tiny, script)) == written
-    other = finish(write(tiny, Script("Be a cat.", QUESTIONS, "Be a dog.", tokens=6)))
+    assert finish(generate_examples(tiny, script)) == written
+    other = finish(generate_examples(tiny, CalibrationPrompts("Be a cat.", QUESTIONS, "Be a dog.", tokens=6)))
     assert other.own == written.own
     assert other.contrast != written.contrast
 
@@ -64,11 +64,11 @@ def test_both_sides_answer_the_same_questions_and_the_prompt_is_gone(tiny: Base,
 def test_an_item_of_writing_is_one_pass_and_a_killed_writer_goes_on(
     tiny: Base, manager: MaskManager, tmp_path: Path
 ) -> None:
-    script, passes = Script("Be a cat.", QUESTIONS, tokens=6), [0]
+    script, passes = CalibrationPrompts("Be a cat.", QUESTIONS, tokens=6), [0]
     tiny.model.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
-    whole = finish(write(tiny, script))
+    whole = finish(generate_examples(tiny, script))
     total, passes[0] = passes[0], 0
-    work = write(tiny, script, Scratch(tmp_path))
+    work = generate_examples(tiny, script, Scratch(tmp_path))
     done = 0
     for step in work:
         assert passes[0] <= 1
@@ -78,13 +78,13 @@ def test_an_item_of_writing_is_one_pass_and_a_killed_writer_goes_on(
             break
     work.close()
     assert len(QUESTIONS) < step.done < 2 * len(QUESTIONS)
-    assert finish(write(tiny, script, Scratch(tmp_path))) == whole
+    assert finish(generate_examples(tiny, script, Scratch(tmp_path))) == whole
     assert 0 < passes[0] == total - done
 
 
 def test_a_base_that_does_not_follow_the_prompt_is_said(tiny: Base, manager: MaskManager) -> None:
     with pytest.raises(BadDataset, match="answers all 40 questions alike under the prompt"):
-        finish(write(tiny, Script("Be a cat.", QUESTIONS, "Be a cat.", tokens=6)))
+        finish(generate_examples(tiny, CalibrationPrompts("Be a cat.", QUESTIONS, "Be a cat.", tokens=6)))
 
 
 def test_questions_are_read_from_every_format(tmp_path: Path) -> None:

@@ -13,44 +13,45 @@ from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded, batches
 from masquerade.evaluate.layers import find_layers
 from masquerade.model import Base, find_targets
-from masquerade.pruning.evidence import Evidence, Kind
+from masquerade.pruning.collector import CalibrationText, Role, StatisticsCollector
+from masquerade.pruning.hooks import find_added
 from masquerade.pruning.moments import Moments
 from masquerade.pruning.scratch import Scratch
-from masquerade.pruning.walk import CalibrationText, Role, Walk, _find_added
+from masquerade.pruning.statistics import LinearStatistics, Statistic
 
 OWN = [Encoded((1, 20, 30), (40, 50, 2)), Encoded((1, 9), (8, 7, 6, 2)), Encoded((1,), (60, 61, 2))]
 CONTRAST = [Encoded((1, 20, 30), (99, 98, 97, 2)), Encoded((1, 9), (88, 2))]
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj")
-ALL: frozenset[Kind] = frozenset({"channels", "hessian", "gradient", "fisher"})
+ALL: frozenset[Statistic] = frozenset({"channels", "hessian", "gradient", "squared_gradient"})
 
 
 def collect(
     base: Base,
     tokens: int = 1000,
     scratch: Scratch | None = None,
-    needs: frozenset[Kind] = ALL,
+    needs: frozenset[Statistic] = ALL,
     everything: bool = False,
-) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
-    """Evidence of the forward and of the backward pass."""
+) -> tuple[dict[str, LinearStatistics], dict[str, LinearStatistics]]:
+    """LinearStatistics of the forward and of the backward pass."""
     said: dict[Role, list[Encoded]] = {"own": OWN, "contrast": CONTRAST}
     texts = {
         role: CalibrationText(list(batches(all_, base.device, tokens, everything)), needs)
         for role, all_ in said.items()
     }
     targets = {name: linear for name, linear in find_targets(base.model).items() if name in NAMES}
-    walk = Walk(base, targets, texts, scratch or Scratch())
-    forward: dict[str, Evidence] = {}
-    backward: dict[str, Evidence] = {}
+    collector = StatisticsCollector(base, targets, texts, scratch or Scratch())
+    forward: dict[str, LinearStatistics] = {}
+    backward: dict[str, LinearStatistics] = {}
 
-    def keep(found: dict[str, Evidence]) -> Iterator[None]:
-        def visit(_: int, evidence: Mapping[str, Evidence]) -> Iterator[int]:
-            found.update(evidence)
-            yield from [1] * len(evidence)
+    def keep(found: dict[str, LinearStatistics]) -> Iterator[None]:
+        def on_layer(_: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
+            found.update(statistics)
+            yield from [1] * len(statistics)
 
-        return visit  # type: ignore[return-value]
+        return on_layer  # type: ignore[return-value]
 
-    assert sum(walk.forward(keep(forward))) == walk.forward_items  # type: ignore[arg-type]
-    assert sum(walk.backward(keep(backward))) == walk.backward_items  # type: ignore[arg-type]
+    assert sum(collector.forward(keep(forward))) == collector.forward_items  # type: ignore[arg-type]
+    assert sum(collector.backward(keep(backward))) == collector.backward_items  # type: ignore[arg-type]
     return forward, backward
 
 
@@ -118,7 +119,7 @@ def test_the_gradient_is_the_derivative(tiny: Base, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("needs", [ALL, frozenset({"gradient"})])
-def test_a_gradient_of_zeros_says_nothing_of_the_next_ones(tiny: Base, needs: frozenset[Kind]) -> None:
+def test_a_gradient_of_zeros_says_nothing_of_the_next_ones(tiny: Base, needs: frozenset[Statistic]) -> None:
     """The first example is one that the base is certain of: its gradient is zero everywhere, to the bit."""
     tiny.model.lm_head.weight.data *= 4000
     ids, sure = [1, 20], []
@@ -131,20 +132,20 @@ def test_a_gradient_of_zeros_says_nothing_of_the_next_ones(tiny: Base, needs: fr
     expected = torch.autograd.grad(log_likelihood(tiny, said["own"]), weights)
     for weight in weights:
         weight.requires_grad_(False)
-    walk = Walk(
+    collector = StatisticsCollector(
         tiny,
         find_targets(tiny.model),
         {"own": CalibrationText(list(batches(said["own"], tiny.device, 1)), needs)},
         Scratch(),
     )
-    found: dict[str, Evidence] = {}
+    found: dict[str, LinearStatistics] = {}
 
-    def keep(_: int, evidence: Mapping[str, Evidence]) -> Iterator[int]:
-        found.update(evidence)
-        yield from [1] * len(evidence)
+    def keep(_: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
+        found.update(statistics)
+        yield from [1] * len(statistics)
 
-    assert sum(walk.forward(lambda _, evidence: iter([1] * len(evidence)))) == walk.forward_items
-    assert sum(walk.backward(keep)) == walk.backward_items
+    assert sum(collector.forward(lambda _, statistics: iter([1] * len(statistics)))) == collector.forward_items
+    assert sum(collector.backward(keep)) == collector.backward_items
     for name, gradient in zip(names, expected, strict=True):
         close = torch.nn.functional.cosine_similarity(found[name].own.gradient.flatten(), gradient.flatten(), dim=0)
         assert close > 0.9999, name
@@ -158,8 +159,8 @@ def test_products_that_are_only_added_are_found_in_the_graph() -> None:
     output = output + (used + used.sin()) + (twice + twice)
     output = output + bent.relu() + narrow[:, :, :1]
     made = {"added": added, "scaled": scaled, "used": used, "twice": twice, "bent": bent, "narrow": narrow}
-    assert _find_added(output, made) == ["added"]
-    assert _find_added(torch.add(x, added, alpha=3), made) == []
+    assert find_added(output, made) == ["added"]
+    assert find_added(torch.add(x, added, alpha=3), made) == []
 
 
 def test_a_layer_of_this_family_adds_one_product_of_its_mlp(tiny: Base) -> None:
@@ -170,7 +171,7 @@ def test_a_layer_of_this_family_adds_one_product_of_its_mlp(tiny: Base) -> None:
     hidden = torch.randn(1, 5, 64, requires_grad=True)
     output = layer(hidden, position_embeddings=tiny.model.model.rotary_emb(hidden, torch.arange(5)[None]))
     output = output[0] if isinstance(output, tuple) else output
-    assert _find_added(output, made) == ["mlp.down_proj"]
+    assert find_added(output, made) == ["mlp.down_proj"]
 
 
 def test_the_fisher_information_is_the_mean_square_of_the_gradient_by_position(tiny: Base) -> None:
@@ -195,7 +196,7 @@ def test_the_fisher_information_is_the_mean_square_of_the_gradient_by_position(t
         for x, above in zip(kept[0][0], kept[1].grad[0], strict=True):
             total = total + torch.outer(above, x).square()
         tokens += len(example.response)
-    found = backward[name].own.fisher
+    found = backward[name].own.squared_gradient
     assert found is not None
     assert torch.allclose(found.double(), total / tokens, rtol=1e-4, atol=1e-9)  # type: ignore[arg-type]
 
@@ -216,7 +217,7 @@ def test_statistics_in_a_folder_are_those_in_memory_and_nothing_stays(tiny: Base
     kept, remembered = collect(tiny, scratch=scratch), collect(tiny)
     for ways in zip(kept, remembered, strict=True):
         for name in NAMES:
-            for kind in ("hessian", "gradient", "fisher"):
+            for kind in ("hessian", "gradient", "squared_gradient"):
                 one, other = (getattr(way[name].own, kind) for way in ways)
                 assert (one is None and other is None) or torch.equal(one, other)
     left = [path.parent.name for path in (tmp_path / "scratch").rglob("*.safetensors")]

@@ -1,0 +1,135 @@
+"""Held-out texts of two opposites and neutral text, and the figures that a treatment's likelihoods give on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from masquerade.evaluate.bootstrap import Floats, mean_interval, ratio_interval, share_interval
+from masquerade.evaluate.dataset import Encoded
+from masquerade.evaluate.metrics import exponential, read_likelihoods
+from masquerade.evaluate.splits import match
+from masquerade.evaluate.treatment import UNTREATED, Treatment
+from masquerade.model import Base
+
+
+@dataclass(frozen=True, eq=False)
+class LogLikelihoods:
+    """Log-likelihoods of some texts' responses, and their lengths in tokens."""
+
+    nats: Floats
+    tokens: Floats
+
+    @property
+    def mean(self) -> Floats:
+        """Nats a token, by text."""
+        return self.nats / self.tokens
+
+
+@dataclass(frozen=True, eq=False)
+class SetLikelihoods:
+    """Log-likelihoods of an evaluation set under one treatment, by side (1, -1, and 0 for neutral text)."""
+
+    sides: dict[int, LogLikelihoods]
+
+    def margins(self, pairs: Sequence[tuple[int, int]], side: int) -> Floats:
+        """By how many nats a token each pair's answer of `side` is more likely than the opposite's."""
+        own, contrast = self.sides[1].mean, self.sides[-1].mean
+        return side * np.array([own[i] - contrast[j] for i, j in pairs])
+
+
+class EvaluationSet:
+    """Texts of a persona (side 1), of its opposite (side -1; may be empty) and neutral texts (side 0; may be empty)."""
+
+    def __init__(
+        self, base: Base, own: Sequence[Encoded], contrast: Sequence[Encoded], neutral: Sequence[Encoded]
+    ) -> None:
+        self._base = base
+        self.texts = {1: list(own), -1: list(contrast), 0: list(neutral)}
+        self.pairs = match(own, contrast)
+        self._base_likelihoods: SetLikelihoods | None = None
+
+    def measure(self, treatment: Treatment) -> Generator[None, None, SetLikelihoods]:
+        """The likelihoods of all texts under a treatment; a work item is a micro-batch."""
+        sides = {}
+        for side, texts in self.texts.items():
+            found = yield from read_likelihoods(self._base, texts, treatment)
+            sides[side] = LogLikelihoods(
+                np.array([one.log for one in found]), np.array([one.tokens for one in found], dtype=float)
+            )
+        return SetLikelihoods(sides)
+
+    def measure_base(self) -> Generator[None, None, SetLikelihoods]:
+        """The likelihoods under the base alone; computed once."""
+        if self._base_likelihoods is None:
+            self._base_likelihoods = yield from self.measure(UNTREATED)
+        return self._base_likelihoods
+
+    def figures(
+        self, side: int, base: SetLikelihoods, masked: SetLikelihoods, opposite: SetLikelihoods | None = None
+    ) -> dict[str, Any]:
+        """What a mask changes for `side`, given the likelihoods with the mask and without.
+
+        `own_ratio`, `neutral_ratio`: perplexity with the mask over perplexity without. With pairs also: `pairs`,
+        `margin_shift` in nats a token, `preferred` (share of pairs whose own answer is more likely, base and masked)
+        and, with the likelihoods under the opposite's mask, `flip`.
+        """
+        found: dict[str, Any] = {"own_ratio": _ratio(base.sides[side], masked.sides[side])}
+        if self.texts[0]:
+            found["neutral_ratio"] = _ratio(base.sides[0], masked.sides[0])
+        if self.pairs:
+            before, after = base.margins(self.pairs, side), masked.margins(self.pairs, side)
+            found["pairs"] = len(self.pairs)
+            found["margin_shift"] = float((after - before).mean())
+            found["preferred"] = {"base": float((before > 0).mean()), "masked": float((after > 0).mean())}
+            if opposite is not None:
+                found["flip"] = float(((after > 0) & (opposite.margins(self.pairs, side) < 0)).mean())
+        return rounded(found)
+
+    def intervals(
+        self,
+        side: int,
+        base: SetLikelihoods,
+        masked: SetLikelihoods,
+        opposite: SetLikelihoods | None = None,
+        seed: int = 0,
+    ) -> dict[str, tuple[float, float]]:
+        """95 % intervals of the `figures`: Wilson's for shares of pairs, else the bootstrap's over pairs or texts."""
+        found = {"own_ratio": _ratio_interval(base.sides[side], masked.sides[side], seed)}
+        if self.texts[0]:
+            found["neutral_ratio"] = _ratio_interval(base.sides[0], masked.sides[0], seed)
+        if self.pairs:
+            before, after = base.margins(self.pairs, side), masked.margins(self.pairs, side)
+            found["margin_shift"] = mean_interval(after - before, seed)
+            found["preferred"] = share_interval(int((after > 0).sum()), len(self.pairs))
+            if opposite is not None:
+                flipped = (after > 0) & (opposite.margins(self.pairs, side) < 0)
+                found["flip"] = share_interval(int(flipped.sum()), len(self.pairs))
+        return found
+
+
+def rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    """Numbers to four decimals; NaN and infinity, which JSON does not have, become None."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return rounded(value)
+        if isinstance(value, list):
+            return [shorten(one) for one in value]
+        if isinstance(value, float):
+            return round(value, 4) if math.isfinite(value) else None
+        return value
+
+    return {name: shorten(value) for name, value in figures.items()}
+
+
+def _ratio(base: LogLikelihoods, masked: LogLikelihoods) -> float:
+    return exponential(float((base.nats - masked.nats).sum() / base.tokens.sum()))
+
+
+def _ratio_interval(base: LogLikelihoods, masked: LogLikelihoods, seed: int) -> tuple[float, float]:
+    return ratio_interval(base.nats, masked.nats, base.tokens, seed)

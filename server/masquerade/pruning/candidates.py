@@ -1,0 +1,119 @@
+"""The candidate masks of every score, side and rho, found while a layer's statistics are in memory.
+
+Scores are too large to keep for all layers; the weights that are pruned at a few values of rho are not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from maskstore import Bitmap, Sparse, Target
+from maskstore import encode as encode_target
+from masquerade.errors import BuildFailed
+from masquerade.kernels import dense_weight
+from masquerade.model import SCOPES
+from masquerade.pruning.scores import SCORES, ScoreSettings
+from masquerade.pruning.scratch import Scratch
+from masquerade.pruning.selection import prune, rank
+from masquerade.pruning.statistics import LinearStatistics
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """A score to try, with its group, its scope and the values of rho."""
+
+    score: str
+    group: str
+    scope: str
+    rhos: tuple[float, ...]  # ascending
+    fallback_rhos: tuple[float, ...] = ()  # smaller ones, descending
+
+
+CandidateKey = tuple[str, int, float]  # score, side, rho
+
+
+class CandidateMasks:
+    """Targets by candidate. Every layer's part is kept in `scratch`, where a resumed build finds it."""
+
+    def __init__(
+        self, plans: tuple[ScorePlan, ...], sides: tuple[int, ...], settings: ScoreSettings, scratch: Scratch
+    ) -> None:
+        self._plans, self._sides, self._settings, self._scratch = plans, sides, settings, scratch
+        self._targets: dict[CandidateKey, dict[str, Target]] = defaultdict(dict)
+
+    def score_layer(
+        self, key: str, backward: bool, linears: Mapping[str, nn.Linear], statistics: Mapping[str, LinearStatistics]
+    ) -> Iterator[int]:
+        """Score a layer's Linears with all scores that need a backward pass, or with all others.
+
+        A work item is one ranking of a Linear, or the selection at one rho. It yields the number of Linears that it
+        completes.
+        """
+        found: dict[str, Tensor] = {}
+        for name, linear in linears.items():
+            for selected in self._select(name, linear, backward, statistics[name]):
+                if selected is not None:
+                    candidate, target = selected
+                    for part, array in target.tensors.items():
+                        label = "|".join((*map(str, candidate), name, part, str(target.shape[1])))
+                        found[label] = torch.from_numpy(array.copy())
+                yield 0
+            yield 1
+        self._scratch.put(f"ladder/{key}", found)
+
+    def load(self, key: str) -> None:
+        """Read what `score_layer` kept under a key."""
+        kept: dict[tuple[CandidateKey, str, int], dict[str, Tensor]] = defaultdict(dict)
+        for label, tensor in self._scratch.get(f"ladder/{key}").items():
+            score, side, rho, name, part, columns = label.split("|")
+            kept[(score, int(side), float(rho)), name, int(columns)][part] = tensor
+        for (candidate, module, width), parts in kept.items():
+            arrays = {part: tensor.numpy() for part, tensor in parts.items()}
+            known = Bitmap(arrays["keep"], width) if "keep" in arrays else Sparse(**arrays, columns=width)
+            self._targets[candidate][module] = known
+
+    def targets(self, candidate: CandidateKey) -> dict[str, Target]:
+        """The targets of a candidate, by module name."""
+        return self._targets[candidate]
+
+    def _select(
+        self, name: str, linear: nn.Linear, backward: bool, statistics: LinearStatistics
+    ) -> Iterator[tuple[CandidateKey, Target] | None]:
+        """The pruned weights of each candidate; None after a ranking."""
+        for plan in self._plans:
+            score = SCORES[plan.score]
+            if score.backward != backward or not SCOPES[plan.scope](name):
+                continue
+            for side in self._sides:
+                orders = self._rank(plan, linear, statistics, side)
+                yield None
+                for rho in (*plan.fallback_rhos, *plan.rhos):
+                    pruned = prune(orders(rho), torch.Size((linear.out_features, linear.in_features)), rho)
+                    yield (plan.score, side, rho), encode_target(pruned.cpu().numpy())
+
+    def _rank(
+        self, plan: ScorePlan, linear: nn.Linear, statistics: LinearStatistics, side: int
+    ) -> Callable[[float], Tensor]:
+        """rho -> indices to prune. One ranking serves every rho, unless the score depends on rho."""
+        score, weight = SCORES[plan.score], dense_weight(linear).float()
+        backwards = score.allocates and side == -1
+        if side == -1:
+            statistics = statistics.swapped()
+
+        def order(rho: float) -> Tensor:
+            settings = replace(self._settings, rho=rho)
+            values = score.function(weight, statistics, settings)
+            if not bool(values.isfinite().all()):
+                raise BuildFailed(f"the score {plan.score!r} is not finite; are there NaN among the base's weights?")
+            tie = score.tie and score.tie(weight, statistics, settings)
+            return rank(values, rho, plan.group, tie, backwards)
+
+        if score.assumes_rho:
+            return order
+        longest = order(plan.rhos[-1])
+        return lambda _: longest
