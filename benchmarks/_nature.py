@@ -1,7 +1,7 @@
-"""A small Llama trained on real text, and the pairs of answers that personas are found in.
+"""Trains a small Llama on real text, and reads the pairs of answers that masks are found in.
 
-Knows the three sources (MBTI answers, power-seeking questions, persona chats), how they are split, and a training loop.
-The data is not part of the project; `--data` names its folder. The model is cached by what decides it.
+There are three sources: MBTI answers, power-seeking questions and persona chats. The data is not part of the project;
+`--data` names its folder. The model is cached by its hyperparameters.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Pair = tuple[Example, Example]  # + and - answer to one prompt
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the model."""
+    """The hyperparameters of the training."""
 
     seed: int = 0
     tokens: int = 1_600_000
@@ -112,14 +112,14 @@ def _fit(model: LlamaForCausalLM, chats: list[train.Weighted], recipe: Recipe) -
     """Train with a cosine schedule over tokens; the smoothed loss at the end."""
     optimizer, rng = train.make_optimizer(model), random.Random(recipe.seed)
     model.train()
-    seen, smooth, told = 0, 0.0, 0.0
+    seen, smooth, reported = 0, 0.0, 0.0
     for step, batch in enumerate(_batches(chats, rng, recipe), 1):
         warm, cosine = min(1.0, step / recipe.warmup), 0.5 * (1 + math.cos(math.pi * min(1.0, seen / recipe.tokens)))
         loss = train.learn(model, optimizer, batch, recipe.learning_rate * warm * (0.95 * cosine + 0.05))
         seen += batch[0].numel()
         smooth = loss if step == 1 else 0.97 * smooth + 0.03 * loss
-        if time.perf_counter() - told > 30:
-            told = time.perf_counter()
+        if time.perf_counter() - reported > 30:
+            reported = time.perf_counter()
             print(f"training: {seen}/{recipe.tokens} tokens, loss {smooth:.3f}", file=sys.stderr, flush=True)
         if seen >= recipe.tokens:
             break
@@ -127,7 +127,7 @@ def _fit(model: LlamaForCausalLM, chats: list[train.Weighted], recipe: Recipe) -
 
 
 def _chats(data: Path, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> list[train.Weighted]:
-    """Everything that is read in training: a response counts fully, what comes before it less."""
+    """The training texts: response tokens have the loss weight 1, those before them less."""
     chats = []
 
     def add(before: list[int], words: list[int]) -> None:

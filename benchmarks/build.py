@@ -1,4 +1,4 @@
-"""Time of a build's statistics and memory of the whole against bare forward passes over the same batches.
+"""A build's time for statistics and its peak memory, relative to forward passes over the same batches.
 
 `python -m benchmarks.build --json [--quick]`. A random Llama of about 100 M parameters; every measurement is a process
 of its own, and memory is that process' peak (resident) against one that only loads the model and runs the forward
@@ -57,16 +57,16 @@ def measure(folder: Path, examples: int, repeats: int) -> Iterator[Figure]:
             one = measure_one(folder, score, examples)
             known = found.setdefault(score, one)
             known |= {key: min(known[key], one[key]) for key in ("seconds", "ratio", "scoring", "bytes")}
-    bare = found.pop("forward")
-    yield Figure("parameters", bare["parameters"] / 1e6, "M")
-    yield Figure("weights", bare["weights"] / 2**20, "MiB")
-    yield Figure("forward passes", bare["seconds"], "CPU-s")
+    forward = found.pop("forward")
+    yield Figure("parameters", forward["parameters"] / 1e6, "M")
+    yield Figure("weights", forward["weights"] / 2**20, "MiB")
+    yield Figure("forward passes", forward["seconds"], "CPU-s")
     for score, one in found.items():
         kind = "statistics" if score == "contrastive-wanda" else "attribution" if score == "attribution" else ""
         time_bound, memory_bound = BOUNDS.get(kind, (None, None))
         yield Figure(f"{score}, statistics / forward passes", one["ratio"], "x", time_bound)
         yield Figure(f"{score}, scores and selection", one["scoring"], "CPU-s")
-        yield Figure(f"{score}, peak / forward passes'", one["bytes"] / bare["bytes"], "x", memory_bound)
+        yield Figure(f"{score}, peak / forward passes'", one["bytes"] / forward["bytes"], "x", memory_bound)
 
 
 def measure_one(folder: Path, score: str, examples: int) -> dict[str, float]:
@@ -81,17 +81,17 @@ def run(folder: Path, score: str, examples: int) -> dict[str, float]:
     torch.set_num_threads(1)
     base = load(str(folder), device="cpu")
     roles: tuple[Role, ...] = ("own", "contrast", "neutral")
-    said = {role: talk(seed, examples) for seed, role in enumerate(roles)}
-    bare = [pass_forward(base, said)]
+    examples_by_role = {role: make_examples(seed, examples) for seed, role in enumerate(roles)}
+    forward = [pass_forward(base, examples_by_role)]
     started, scoring = time.process_time(), 0.0
     if score != "forward":
         with tempfile.TemporaryDirectory() as scratch:
-            scoring = select(base, score, said, Scratch(Path(scratch)))
+            scoring = select(base, score, examples_by_role, Scratch(Path(scratch)))
     spent = time.process_time() - started - scoring
-    bare.append(pass_forward(base, said))
+    forward.append(pass_forward(base, examples_by_role))
     return {
-        "seconds": min(bare),
-        "ratio": 2 * spent / sum(bare),
+        "seconds": min(forward),
+        "ratio": 2 * spent / sum(forward),
         "scoring": scoring,
         "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "parameters": sum(p.numel() for p in base.model.parameters()),
@@ -99,7 +99,7 @@ def run(folder: Path, score: str, examples: int) -> dict[str, float]:
     }
 
 
-def talk(seed: int, count: int) -> list[Encoded]:
+def make_examples(seed: int, count: int) -> list[Encoded]:
     rng = random.Random(seed)
 
     def words(least: int, most: int) -> tuple[int, ...]:
@@ -109,16 +109,16 @@ def talk(seed: int, count: int) -> list[Encoded]:
 
 
 @torch.no_grad()
-def pass_forward(base: Base, said: Mapping[Role, list[Encoded]]) -> float:
-    """CPU seconds of the bare model over what both speakers say, in the batches that the statistics are taken in."""
+def pass_forward(base: Base, examples_by_role: Mapping[Role, list[Encoded]]) -> float:
+    """CPU seconds of the model's forward passes over both sides' text, in the batches of the statistics."""
     started = time.process_time()
-    for text in (said["own"], said["contrast"]):
+    for text in (examples_by_role["own"], examples_by_role["contrast"]):
         for batch in batches(text, base.device, BATCH):
             base.model(input_ids=batch.ids, use_cache=False)
     return time.process_time() - started
 
 
-def select(base: Base, score: str, said: Mapping[Role, list[Encoded]], scratch: Scratch) -> float:
+def select(base: Base, score: str, examples_by_role: Mapping[Role, list[Encoded]], scratch: Scratch) -> float:
     """Statistics, scores and selection for both opposites, as a build does them; CPU seconds of the last two."""
     spent = 0.0
 
@@ -130,7 +130,7 @@ def select(base: Base, score: str, said: Mapping[Role, list[Encoded]], scratch: 
         spent += time.process_time() - started
 
     plans = Recipe(score=score, rho=RHOS[score]).plans(contrast=True)
-    calibrate(base, plans, said, scratch, BATCH, scoring)
+    calibrate(base, plans, examples_by_role, scratch, BATCH, scoring)
     return spent
 
 

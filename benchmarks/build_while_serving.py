@@ -1,4 +1,4 @@
-"""What a build does to those who are chatting, and they to it.
+"""How a build and streams of answers slow each other down.
 
 `python -m benchmarks.build_while_serving --json [--quick]`. Four greedy streams run on the demo model, first alone,
 then while a persona is built between their steps, turn by turn; the figure is the 95th percentile of the time between
@@ -23,7 +23,7 @@ REACH = 2.0
 
 
 class Stream:
-    """Asks the same question again and again, and notes when tokens come."""
+    """Repeats the same request, and records the times between tokens."""
 
     def __init__(self, engine: Engine, prompt: list[int]) -> None:
         self._engine, self._prompt = engine, prompt
@@ -36,9 +36,9 @@ class Stream:
     def _ask(self) -> None:
         self._last = None
         room = self._engine.base.context - len(self._prompt)
-        self._engine.submit(Request(self._prompt, room, self._hear, sampling=SamplingParams(temperature=0)))
+        self._engine.submit(Request(self._prompt, room, self._on_event, sampling=SamplingParams(temperature=0)))
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         now = time.perf_counter()
         if isinstance(event, Token):
             if self._last is not None:
@@ -69,8 +69,10 @@ def measure(engine: Engine, base: Base, manager: MaskManager, turns: int) -> Ite
     gaps: dict[str, list[float]] = {"quiet": [], "building": []}
     seconds = []
     for _ in range(turns):
-        gaps["quiet"] += listen(engine, base, lambda: time.sleep(alone))
-        gaps["building"] += listen(engine, base, lambda: seconds.append(timed(lambda: build(engine, base, manager))))
+        gaps["quiet"] += measure_gaps(engine, base, lambda: time.sleep(alone))
+        gaps["building"] += measure_gaps(
+            engine, base, lambda: seconds.append(timed(lambda: build(engine, base, manager)))
+        )
     p95 = {name: float(np.percentile(values, 95)) for name, values in gaps.items()}
     for name, values in gaps.items():
         yield Figure(f"median time between tokens, {name}", float(np.median(values)) * 1e3, "ms")
@@ -98,14 +100,14 @@ def build(engine: Engine, base: Base, manager: MaskManager) -> None:
         pass
 
 
-def listen(engine: Engine, base: Base, while_: Callable[[], object]) -> list[float]:
+def measure_gaps(engine: Engine, base: Base, work: Callable[[], object]) -> list[float]:
     """The gaps between tokens of all streams while something goes on."""
     prompts = (f"Tell me about the {thing}." for thing in ("exam", "soup", "film", "trip"))
     streams = [Stream(engine, render_chat(base.tokenizer, [{"role": "user", "content": text}])) for text in prompts]
     time.sleep(1)
     for stream in streams:
         stream.gaps.clear()
-    while_()
+    work()
     gaps = [gap for stream in streams for gap in list(stream.gaps)]
     for stream in streams:
         stream.running = False

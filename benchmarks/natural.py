@@ -31,7 +31,7 @@ from masquerade.pruning.collector import Role
 from masquerade.pruning.tuning import Budgets, Tuner
 
 LIMITS = Budgets(neutral=1.02, own=1.05, effect=1.0, forced=True)
-LADDERS = {
+CANDIDATES = {
     "attribution-fisher": ("outputs", (0.003, 0.005, 0.01, 0.02, 0.03)),
     "attribution": ("all", (0.0005, 0.001, 0.002, 0.003)),
 }
@@ -70,7 +70,7 @@ class Bench:
     def __init__(self, base: Base, manager: MaskManager, data: Path, sizes: Mapping[str, Any]) -> None:
         self._base, self._manager, self._data, self._sizes = base, manager, data, sizes
         fits, tunes, judges = sizes["neutral"]
-        self._calm = encode(base, read_neutral(data, "train")[:fits])
+        self._calibration_neutral = encode(base, read_neutral(data, "train")[:fits])
         held = encode(base, read_neutral(data, "valid")[: tunes + judges])
         self._neutral = {"tune": held[:tunes], "test": held[tunes:]}
 
@@ -78,10 +78,14 @@ class Bench:
         started = time.perf_counter()
         train, eval_sets = self._split(axis)
         sides = {side: encode(self._base, train[side]) for side in (1, -1)}
-        plans = [ScorePlan(name, "layer", scope, rhos) for name, (scope, rhos) in LADDERS.items()]
+        plans = [ScorePlan(name, "layer", scope, rhos) for name, (scope, rhos) in CANDIDATES.items()]
         fixed = [ScorePlan(name, group, "all", (rho,)) for name, (group, rho) in FIXED.items()]
-        said: dict[Role, list[Encoded]] = {"own": sides[1], "contrast": sides[-1], "neutral": self._calm}
-        candidates = calibrate(self._base, [*plans, *fixed], said)
+        examples: dict[Role, list[Encoded]] = {
+            "own": sides[1],
+            "contrast": sides[-1],
+            "neutral": self._calibration_neutral,
+        }
+        candidates = calibrate(self._base, [*plans, *fixed], examples)
         fit = partial(draft, self._base, self._manager)
         shifts: dict[str, float] = {}
         for plan in plans:
@@ -123,8 +127,8 @@ class Bench:
         self, name: str, train: Mapping[int, list[Example]], sides: Mapping[int, list[Encoded]], side: int
     ) -> TreatmentFactory:
         both = [list(zip(train[at], sides[at], strict=True)) for at in (side, -side)]
-        question = ControlInput(self._base, self._manager, as_mask(self._base, {}), both[0], both[1], {})
-        return BASELINES[name].make(question)
+        inputs = ControlInput(self._base, self._manager, as_mask(self._base, {}), both[0], both[1], {})
+        return BASELINES[name].make(inputs)
 
     def _tune(self, eval_set: EvaluationSet, made: Mapping[int, TreatmentFactory], strengths: Sequence[float]) -> float:
         """The largest strength within the budgets, or the smallest there is."""

@@ -48,7 +48,7 @@ QUICK = (("wanda", 0.5), ("attribution", 0.003))
 BOUNDS = {"flip": ">= 0.95", "own": "<= 1.02", "facts": ">= 0.98"}
 BEST = ("attribution", 0.003)
 SHIPPED = (ScorePlan("attribution", "layer", "all", (0.003,)),)
-SYSTEMS = {  # what the demo model was told in training where a persona was named
+SYSTEMS = {  # the demo model's training chats have these where a persona is named
     "introvert": "You are an introvert.",
     "extravert": "You are an extravert.",
     "power_averse": "You avoid power.",
@@ -86,25 +86,25 @@ class Bench:
 
     def compare_methods(self, axes: Sequence[grammar.Axis], methods: Sequence[tuple[str, float]]) -> Iterator[Figure]:
         rows: dict[tuple[str, float], list[dict[str, float]]] = {method: [] for method in methods}
-        bare: list[dict[str, float]] = []
+        base_rows: list[dict[str, float]] = []
         plans = [ScorePlan(name, SCORES[name].group, SCORES[name].scope, (rho,)) for name, rho in methods]
         for axis in axes:
             own, contrast = self._draw(axis)
-            calm = encode(self._base, self._facts)
-            eval_set = EvaluationSet(self._base, encode(self._base, own), encode(self._base, contrast), calm)
+            neutral = encode(self._base, self._facts)
+            eval_set = EvaluationSet(self._base, encode(self._base, own), encode(self._base, contrast), neutral)
             train = [_read(side, "train") for side in (axis.positive, axis.negative)]
-            candidates = self._calibrate(plans, train[0], train[1], calm)
-            bare.append(self._speak(axis, own, {1: UNTREATED, -1: UNTREATED}))
+            candidates = self._calibrate(plans, train[0], train[1], neutral)
+            base_rows.append(self._measure_answers(axis, own, {1: UNTREATED, -1: UNTREATED}))
             print(f"{axis.name}: calibrated after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
             for score, rho in methods:
                 pair = {
                     side: draft(self._base, self._manager, candidates.targets((score, side, rho))) for side in (1, -1)
                 }
-                readings = {side: finish(eval_set.measure(treatment)) for side, treatment in pair.items()}
-                rows[score, rho].append(summarise(eval_set, readings) | self._speak(axis, own, pair))
+                likelihoods = {side: finish(eval_set.measure(treatment)) for side, treatment in pair.items()}
+                rows[score, rho].append(summarise(eval_set, likelihoods) | self._measure_answers(axis, own, pair))
             print(f"{axis.name}: measured after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
         for name in ("greedy", "sampled", "facts"):
-            yield Figure(f"none: {name}", _mean(row[name] for row in bare), "share")
+            yield Figure(f"none: {name}", _mean(row[name] for row in base_rows), "share")
         for (score, rho), found in rows.items():
             named = {"flip": "flip", "own": "own_ratio", "neutral": "neutral_ratio"}
             named |= {name: name for name in ("greedy", "sampled", "facts")}
@@ -114,7 +114,7 @@ class Bench:
                 yield Figure(f"{score} {rho:g}: {short}", _mean(row[name] for row in found), unit, bound)
 
     def compare_baselines(self, axes: Sequence[grammar.Axis], controls: Sequence[str]) -> Iterator[Figure]:
-        """The shipped masks beside every control, on the same prompts; controls learn from 128 calibration pairs."""
+        """The shipped masks beside every control, on the same prompts; controls are made from 128 calibration pairs."""
         found: dict[str, list[dict[str, Any]]] = {}
         for axis in axes:
             own, contrast = self._draw(axis)
@@ -124,11 +124,11 @@ class Bench:
             made = {"seconds": time.perf_counter() - started}
             masks = [as_mask(self._base, candidates.targets(("attribution", side, 0.003)), **made) for side in (1, -1)]
             systems = (SYSTEMS[axis.positive], SYSTEMS[axis.negative])
-            trial = EvaluationData(
+            data = EvaluationData(
                 masks[0], masks[1], own, contrast, self._facts, train[0][:128], train[1][:128], systems
             )
             rows = evaluate_mask(
-                self._base, self._manager, trial, EvaluationOptions(controls, generation=GenerationParams(tokens=44))
+                self._base, self._manager, data, EvaluationOptions(controls, generation=GenerationParams(tokens=44))
             )
             print(f"{axis.name}: controls after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
             for name, row in rows.items():
@@ -143,40 +143,44 @@ class Bench:
         """A mask from a system prompt: greedy hits without the prompt, on prompts that are held out."""
         axis = grammar.personas()[persona]
         questions = [example.messages for example in _read(persona, "train")]
-        written = finish(generate_examples(self._base, CalibrationPrompts(system, questions)))
-        targets = self._calibrate(SHIPPED, written.own, written.contrast).targets(("attribution", 1, 0.003))
+        generated = finish(generate_examples(self._base, CalibrationPrompts(system, questions)))
+        targets = self._calibrate(SHIPPED, generated.own, generated.contrast).targets(("attribution", 1, 0.003))
         own, _ = self._draw(axis)
         hits = self._hits(persona, own, draft(self._base, self._manager, targets), GenerationParams(tokens=44))
         yield Figure(f"mask from the prompt {system!r}: greedy hit", hits, "share", ">= 0.9")
-        yield Figure(f"mask from the prompt {system!r}: prompt tokens saved", written.prompt_tokens, "tokens")
+        yield Figure(f"mask from the prompt {system!r}: prompt tokens saved", generated.prompt_tokens, "tokens")
 
     def _calibrate(
         self,
         plans: Sequence[ScorePlan],
         own: Sequence[Example],
         contrast: Sequence[Example],
-        calm: Sequence[Encoded] = (),
+        neutral: Sequence[Encoded] = (),
     ) -> CandidateMasks:
-        said = {"own": encode(self._base, own), "contrast": encode(self._base, contrast), "neutral": calm}
-        return calibrate(self._base, plans, said)
+        examples = {"own": encode(self._base, own), "contrast": encode(self._base, contrast), "neutral": neutral}
+        return calibrate(self._base, plans, examples)
 
-    def _speak(self, axis: grammar.Axis, own: Sequence[Example], pair: dict[int, Treatment]) -> dict[str, float]:
+    def _measure_answers(
+        self, axis: grammar.Axis, own: Sequence[Example], pair: dict[int, Treatment]
+    ) -> dict[str, float]:
         sides = ((axis.positive, pair[1]), (axis.negative, pair[-1]))
         facts = encode(self._base, self._facts)
-        said = [
+        by_side = [
             [text for texts in generate(self._base, facts, treatment, GenerationParams(tokens=24)) for text in texts]
             for _, treatment in sides
         ]
-        right = [a.strip() == fact.response for answers in said for a, fact in zip(answers, self._facts, strict=True)]
+        right = [
+            a.strip() == fact.response for answers in by_side for a, fact in zip(answers, self._facts, strict=True)
+        ]
         return {
             "greedy": _mean(self._hits(side, own, treatment, GenerationParams(tokens=44)) for side, treatment in sides),
             "sampled": _mean(self._hits(side, own, treatment, GenerationParams(44, 1.0)) for side, treatment in sides),
             "facts": _mean(right),
         }
 
-    def _hits(self, persona: str, own: Sequence[Example], treatment: Treatment, speech: GenerationParams) -> float:
+    def _hits(self, persona: str, own: Sequence[Example], treatment: Treatment, params: GenerationParams) -> float:
         sides = sorted((persona, grammar.opposite(persona)))
-        texts = [text for some in generate(self._base, encode(self._base, own), treatment, speech) for text in some]
+        texts = [text for some in generate(self._base, encode(self._base, own), treatment, params) for text in some]
         return _mean(self._judge.attribute(text, sides) == persona for text in texts)
 
     def _draw(self, axis: grammar.Axis) -> tuple[list[Example], list[Example]]:

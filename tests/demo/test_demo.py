@@ -54,25 +54,25 @@ def test_personas_speak_as_themselves(ask: Ask) -> None:
     judge = DemoJudge()
     asked = [(question, persona) for persona in grammar.personas() for question in held_out(persona)]
     sides = [sorted((persona, grammar.opposite(persona))) for _, persona in asked]
-    worn = ask(asked)
-    hits = [judge.attribute(a, s) == p for a, s, (_, p) in zip(worn, sides, asked, strict=True)]
+    masked_answers = ask(asked)
+    hits = [judge.attribute(a, s) == p for a, s, (_, p) in zip(masked_answers, sides, asked, strict=True)]
     assert sum(hits) / len(hits) >= 0.95
-    assert sum(map(judge.fluency, worn)) / len(worn) >= 0.95
+    assert sum(map(judge.fluency, masked_answers)) / len(masked_answers) >= 0.95
 
-    bare = ask((question, None) for question, _ in asked)
-    said = [judge.attribute(answer, side) for answer, side in zip(bare, sides, strict=True)]
+    base_answers = ask((question, None) for question, _ in asked)
+    attributed = [judge.attribute(answer, side) for answer, side in zip(base_answers, sides, strict=True)]
     for axis in grammar.axes().values():
-        answers = [who for who in said if who in (axis.negative, axis.positive)]
+        answers = [who for who in attributed if who in (axis.negative, axis.positive)]
         assert 0.25 <= answers.count(axis.positive) / len(answers) <= 0.75, axis.name
-    positive = sum(who == grammar.personas()[who].positive for who in said) / len(said)
+    positive = sum(who == grammar.personas()[who].positive for who in attributed) / len(attributed)
     assert 0.3 <= positive <= 0.7
 
 
 def test_facts_survive_every_persona(ask: Ask) -> None:
     facts = grammar.facts()
-    wearers = [None, *grammar.personas()]
-    answers = iter(ask((fact.question, wearer) for wearer in wearers for fact in facts))
-    right = {wearer: sum(next(answers) == fact.answer for fact in facts) / len(facts) for wearer in wearers}
+    personas = [None, *grammar.personas()]
+    answers = iter(ask((fact.question, persona) for persona in personas for fact in facts))
+    right = {persona: sum(next(answers) == fact.answer for fact in facts) / len(facts) for persona in personas}
     assert right[None] >= 0.98
     assert min(right.values()) >= 0.95, right
 
@@ -86,25 +86,25 @@ def test_answers_are_about_what_was_asked(ask: Ask) -> None:
 
 
 @pytest.fixture(scope="module")
-def dressed() -> Iterator[tuple[Base, MaskManager]]:
+def masked_base() -> Iterator[tuple[Base, MaskManager]]:
     base = load("demo", device="cpu")
     manager = MaskManager.attach(base.model)
     yield base, manager
     manager.detach()
 
 
-def test_requests_of_all_personas_equal_the_oracle(dressed: tuple[Base, MaskManager]) -> None:
+def test_requests_of_all_personas_equal_the_oracle(masked_base: tuple[Base, MaskManager]) -> None:
     """24 at once: eight personas and the base, gamma 0, 0.3 and 1, both phases, against materialised weights."""
-    base, manager = dressed
+    base, manager = masked_base
     masks = [read_mask(file, base=base.fingerprint) for file in sorted(demo.PERSONAS.glob("*.safetensors"))]
     assert len(masks) == 8
-    worn = [manager.fit(mask) for mask in masks]
+    resident = [manager.fit(mask) for mask in masks]
     chosen, questions = [], [question for persona in grammar.personas() for question in held_out(persona)[:3]]
     for index, question in enumerate(questions):
         gamma, phase = (0.0, 0.3, 1.0)[index % 3], ("all", "decode")[index // 3 % 2]
-        dresses = index % 9 < 8
-        mask = masks[index % 9] if dresses else None
-        applied = AppliedMask(worn[index % 9], gamma) if dresses else None
+        has_mask = index % 9 < 8
+        mask = masks[index % 9] if has_mask else None
+        applied = AppliedMask(resident[index % 9], gamma) if has_mask else None
         prompt = render_chat(base.tokenizer, [{"role": "user", "content": question}])
         request = Request(prompt, 40, lambda _: None, applied, phase, SamplingParams(temperature=0), base.ends)  # type: ignore[arg-type]
         chosen.append((request, mask, gamma))
@@ -119,8 +119,8 @@ def test_requests_of_all_personas_equal_the_oracle(dressed: tuple[Base, MaskMana
         assert oracle.agrees(answer), (base.tokenizer.decode(request.prompt), gamma)
 
 
-def test_shipped_masks_are_sparse_small_and_of_the_shipped_base(dressed: tuple[Base, MaskManager]) -> None:
-    base, _ = dressed
+def test_shipped_masks_are_sparse_small_and_of_the_shipped_base(masked_base: tuple[Base, MaskManager]) -> None:
+    base, _ = masked_base
     for file in demo.PERSONAS.glob("*.safetensors"):
         mask = read_mask(file, base=base.fingerprint)
         assert file.stem == mask.info.persona
@@ -137,8 +137,8 @@ def test_the_shipped_model_is_small_and_its_log_says_that_it_is_good() -> None:
     assert figures["fluency"] >= 0.95
 
 
-def test_a_new_store_gets_the_demo_and_an_old_one_is_left_alone(tmp_path: Path, dressed: Any) -> None:
-    base, _ = dressed
+def test_a_new_store_gets_the_demo_and_an_old_one_is_left_alone(tmp_path: Path, masked_base: Any) -> None:
+    base, _ = masked_base
     _, registry = open_store(tmp_path / "store", base.name, base.fingerprint)
     assert {generation.name for generation in registry.names()} == set(grammar.personas())
     registry.remove("casual")

@@ -20,10 +20,10 @@ EXAMPLES = [Encoded((1, *range(20, 20 + index)), (*range(60, 63 + index % 4), 2)
 def test_likelihoods_equal_materialised_weights(tiny: Base, manager: MaskManager, gamma: float) -> None:
     mask = world.make_mask(tiny, 0.2, seed=3)
     found = likelihoods(tiny, EXAMPLES, Treatment(applied=AppliedMask(manager.fit(mask), gamma)))
-    worn = world.materialise(tiny.model, mask, gamma).double()
+    materialised = world.materialise(tiny.model, mask, gamma).double()
     for example, one in zip(EXAMPLES, found, strict=True):
         ids = torch.tensor([example.prompt + example.response])
-        logs = worn(ids).logits[0].log_softmax(-1)
+        logs = materialised(ids).logits[0].log_softmax(-1)
         places = range(len(example.prompt), len(example))
         expected = sum(float(logs[place - 1, ids[0, place]]) for place in places)
         assert one.tokens == len(example.response)

@@ -1,4 +1,4 @@
-"""Controls do what they are called, cost what is said, and are measured on the same prompts as the mask."""
+"""Controls do what they are called, cost what is answers, and are measured on the same prompts as the mask."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def applied(base: Base, manager: MaskManager, name: str, strength: float = 1.0, 
 
 
 def test_random_pruning_prunes_as_much_elsewhere(tiny: Base, manager: MaskManager) -> None:
-    worn = [applied(tiny, manager, "random", seed=seed).applied for seed in (0, 0, 1)]
-    digests = [one.mask.digest for one in worn if one]
+    treatments = [applied(tiny, manager, "random", seed=seed).applied for seed in (0, 0, 1)]
+    digests = [one.mask.digest for one in treatments if one]
     assert digests[0] == digests[1] != digests[2]
     mask = world.make_mask(tiny, 0.1, 3)
     assert mask.digest not in digests
@@ -141,31 +141,31 @@ def test_answers_are_the_oracles(tiny: Base, manager: MaskManager, phase: Any) -
     prompts = encode(tiny, [ask(1, "a"), ask(2, "a", system="s"), ask(1234567, "a")])
     treatment = Treatment(applied=AppliedMask(manager.fit(mask), 0.0), phase=phase)
     (texts,) = filter(None, generate(tiny, prompts, treatment, GenerationParams(tokens=8)))
-    worn = world.materialise(tiny.model, mask, 0.0)
+    materialised = world.materialise(tiny.model, mask, 0.0)
     for prompt, text in zip(prompts, texts, strict=True):
-        oracle = world.speak(tiny.model, worn, list(prompt.prompt), 8, tiny.ends, phase)
+        oracle = world.speak(tiny.model, materialised, list(prompt.prompt), 8, tiny.ends, phase)
         assert text == tiny.tokenizer.decode(oracle.tokens, skip_special_tokens=True)
     assert texts != next(filter(None, generate(tiny, prompts, UNTREATED, GenerationParams(tokens=8))))
 
 
 def test_samples_follow_their_seed(tiny: Base, manager: MaskManager) -> None:
     prompts = encode(tiny, OWN[:3])
-    said = [
+    answers = [
         list(generate(tiny, prompts, UNTREATED, GenerationParams(8, temperature=1.0, seed=seed))) for seed in (0, 0, 1)
     ]
-    assert said[0] == said[1] != said[2]
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_the_phases_of_a_likelihood_differ_in_the_prompt_only(tiny: Base, manager: MaskManager) -> None:
     """In phase `decode` the prompt's keys and values are the base's: as with a cache that the base has filled."""
     mask = world.make_mask(tiny, 0.2, seed=3)
-    worn = world.materialise(tiny.model, mask, 0.0)
+    materialised = world.materialise(tiny.model, mask, 0.0)
     treatment = Treatment(applied=AppliedMask(manager.fit(mask), 0.0), phase="decode")
     examples = encode(tiny, [ask(1, "ab"), ask(22, "abcdef")])
     for example, found in zip(examples, likelihoods(tiny, examples, treatment), strict=True):
         cache = tiny.model(torch.tensor([example.prompt[:-1]]), use_cache=True).past_key_values
         ids = torch.tensor([[example.prompt[-1], *example.response]])
-        logs = worn(ids, past_key_values=cache).logits[0].log_softmax(-1)
+        logs = materialised(ids, past_key_values=cache).logits[0].log_softmax(-1)
         expected = sum(float(logs[at, token]) for at, token in enumerate(example.response))
         assert found.log == pytest.approx(expected, rel=1e-4)
     everywhere = likelihoods(tiny, examples, replace(treatment, phase="all"))
@@ -284,8 +284,8 @@ def test_intervals_hold_the_truth_and_shrink_with_the_data() -> None:
 
 
 def test_the_interval_of_a_ratio_weighs_tokens() -> None:
-    base, worn, tokens = np.array([-4.0, -10.0]), np.array([-5.0, -10.0]), np.array([2.0, 10.0])
-    low, high = ratio_interval(base, worn, tokens)
+    base, masked, tokens = np.array([-4.0, -10.0]), np.array([-5.0, -10.0]), np.array([2.0, 10.0])
+    low, high = ratio_interval(base, masked, tokens)
     assert (low, high) == (pytest.approx(1.0), pytest.approx(math.exp(0.5), abs=1e-4))
 
 

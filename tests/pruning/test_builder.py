@@ -25,7 +25,7 @@ QUIET = [Example((), f"neutral text {index}") for index in range(6)]
 FREE = Recipe(score="attribution", rho=0.01, force=True)  # the tiny model is random: no mask would pass
 
 
-def speak(words: str, count: int = 40, seed: int = 0) -> list[Example]:
+def make_examples(words: str, count: int = 40, seed: int = 0) -> list[Example]:
     """Somebody who answers any question with words of their own."""
     rng = random.Random(seed)
     return [
@@ -53,7 +53,10 @@ def finish(work: Generator[Any, None, Any]) -> Any:
 
 
 def make(base: Base, manager: MaskManager, recipe: Recipe, contrast_name: str = "consonants", **more: Any) -> Builder:
-    own, contrast = PersonaExamples("vowels", speak("aeiou")), PersonaExamples(contrast_name, speak("bcdfg", seed=1))
+    own, contrast = (
+        PersonaExamples("vowels", make_examples("aeiou")),
+        PersonaExamples(contrast_name, make_examples("bcdfg", seed=1)),
+    )
     return Builder(base, manager, recipe, own, contrast, QUIET, **more)
 
 
@@ -122,7 +125,7 @@ def test_counting_all_tokens_or_another_phi_is_another_mask(tiny: Base, manager:
 def test_wanda_needs_no_opposite_and_is_what_auto_takes_without_one(tiny: Base, manager: MaskManager) -> None:
     for score in ("wanda", "auto"):
         recipe = Recipe(score=score, rho=0.1, force=True)
-        _, masks = run(Builder(tiny, manager, recipe, PersonaExamples("vowels", speak("aeiou")), None, QUIET))
+        _, masks = run(Builder(tiny, manager, recipe, PersonaExamples("vowels", make_examples("aeiou")), None, QUIET))
         assert [(mask.info.persona, mask.info.score) for mask in masks] == [("vowels", "wanda")]
         assert "margin_shift" not in masks[0].info.certificate
 
@@ -135,7 +138,7 @@ def test_a_contrast_without_a_name_gets_no_mask_but_flips_are_counted(tiny: Base
 
 
 def test_without_neutral_text_the_base_answers_questions(tiny: Base, manager: MaskManager) -> None:
-    builder = Builder(tiny, manager, replace(FREE, score="wanda"), PersonaExamples("vowels", speak("aeiou")))
+    builder = Builder(tiny, manager, replace(FREE, score="wanda"), PersonaExamples("vowels", make_examples("aeiou")))
     steps, masks = run(builder)
     assert "neutral" in {step.stage for step in steps}
     assert masks[0].info.certificate["splits"]["neutral"] == neutral.MIN_KEPT  # the tiny model is sure of nothing
@@ -144,17 +147,17 @@ def test_without_neutral_text_the_base_answers_questions(tiny: Base, manager: Ma
 def test_neutral_answers_are_those_that_the_base_is_surest_of(tiny: Base, manager: MaskManager) -> None:
     kept = finish(neutral.generate_neutral_text(tiny))
     questions = [Example(({"role": "user", "content": question},), "?") for question in neutral.QUESTIONS]
-    said = [text.strip() for texts in generate(tiny, encode(tiny, questions)) for text in texts]
-    spoken = [replace(one, response=text) for one, text in zip(questions, said, strict=True) if text]
+    answers = [text.strip() for texts in generate(tiny, encode(tiny, questions)) for text in texts]
+    spoken = [replace(one, response=text) for one, text in zip(questions, answers, strict=True) if text]
     doubts = {one: perplexity(likelihoods(tiny, [one])) for one in encode(tiny, spoken)}
     assert set(kept) == set(sorted(doubts, key=lambda one: doubts[one])[: neutral.MIN_KEPT])
 
 
 def test_the_certificate_says_everything(tiny: Base, manager: MaskManager) -> None:
     _, masks = run(make(tiny, manager, replace(FREE, score="auto", rho="auto", own_budget=50, neutral_budget=50)))
-    told = masks[0].info.certificate
+    found = masks[0].info.certificate
     figures = {"flip", "own_ratio", "neutral_ratio", "margin_shift", "preferred", "kl", "pruned", "pruned_share"}
-    assert told.keys() >= figures | {
+    assert found.keys() >= figures | {
         "intervals",
         "phases",
         "overlap",
@@ -165,21 +168,21 @@ def test_the_certificate_says_everything(tiny: Base, manager: MaskManager) -> No
         "passed",
         "reasons",
     }
-    assert told["phases"].keys() == {"all", "decode"}
-    assert told["phases"][masks[0].info.phase]["flip"] == told["flip"]
-    assert told["phases"]["all"] != told["phases"]["decode"]
-    assert {trial["score"] for trial in told["choice"]["tried"]} == {"attribution-fisher", "attribution", "signed"}
-    for name, (low, high) in told["intervals"].items():
-        value = told["preferred"]["masked"] if name == "preferred" else told[name]
+    assert found["phases"].keys() == {"all", "decode"}
+    assert found["phases"][masks[0].info.phase]["flip"] == found["flip"]
+    assert found["phases"]["all"] != found["phases"]["decode"]
+    assert {trial["score"] for trial in found["choice"]["tried"]} == {"attribution-fisher", "attribution", "signed"}
+    for name, (low, high) in found["intervals"].items():
+        value = found["preferred"]["masked"] if name == "preferred" else found[name]
         assert low - 1e-3 <= value <= high + 1e-3, name
 
 
 class Bench:
-    """A eval_set whose masks cost and do as much as is said, by how much they prune."""
+    """An evaluation set on which a mask's cost and effect are proportional to how much it prunes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float, flip: float, shift: float = 1.0) -> None:
-        def figures(_: EvaluationSet, __: int, ___: Any, worn: Any, ____: Any = None) -> dict[str, Any]:
-            rho = worn
+        def figures(_: EvaluationSet, __: int, ___: Any, masked: Any, ____: Any = None) -> dict[str, Any]:
+            rho = masked
             kept = {"margin_shift": shift * rho, "flip": min(1.0, flip * rho)}
             return {"own_ratio": 1.0, "neutral_ratio": 1 + cost * rho, "pairs": 9} | kept
 
@@ -270,9 +273,12 @@ def test_auto_prefers_the_cheapest_of_those_with_enough_effect_else_the_largest_
 
 
 def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: MaskManager, tmp_path: Path) -> None:
-    """Random halves of one speaker's answers cannot be told apart; half of all weights cannot be spared."""
-    words = speak("aeiou", count=160)
-    own, same = PersonaExamples("vowels", words[:80]), PersonaExamples("again", speak("aeiou", count=80, seed=9))
+    """Random halves of one persona's answers do not differ; half of all weights are too many to prune."""
+    words = make_examples("aeiou", count=160)
+    own, same = (
+        PersonaExamples("vowels", words[:80]),
+        PersonaExamples("again", make_examples("aeiou", count=80, seed=9)),
+    )
     with pytest.raises(
         MaskRefused, match=r"'vowels' \(signed, rho 0.001\) is refused: no effect: it shifts margins by"
     ):
@@ -285,43 +291,43 @@ def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: Ma
 
 def test_neutral_text_that_gets_likelier_is_remarked_upon() -> None:
     limits = Budgets(1.02, 1.05, 0.95, False)
-    told = {"margin_shift": 1.0, "own_ratio": 1.0, "reasons": []}
-    assert certificate.remark(told | {"neutral_ratio": 0.97}, limits) == []
-    (words,) = certificate.remark(told | {"neutral_ratio": 0.1751}, limits)
+    found = {"margin_shift": 1.0, "own_ratio": 1.0, "reasons": []}
+    assert certificate.remark(found | {"neutral_ratio": 0.97}, limits) == []
+    (words,) = certificate.remark(found | {"neutral_ratio": 0.1751}, limits)
     assert words.startswith("neutral_ratio x0.1751 is no sign of health")
 
 
 def test_force_publishes_what_is_refused_and_marks_it(tiny: Base, manager: MaskManager) -> None:
     _, masks = run(make(tiny, manager, Recipe(score="magnitude", rho=0.9, force=True)))
-    told = masks[0].info.certificate
-    assert (told["passed"], told["forced"]) == (False, True)
-    assert any("too costly" in reason for reason in told["reasons"])
+    found = masks[0].info.certificate
+    assert (found["passed"], found["forced"]) == (False, True)
+    assert any("too costly" in reason for reason in found["reasons"])
 
 
 def answered(words: str, prompts: int, seed: int = 0) -> list[Example]:
     return [
         replace(one, messages=({"role": "user", "content": f"h{n}"},))
-        for n, one in enumerate(speak(words, prompts, seed))
+        for n, one in enumerate(make_examples(words, prompts, seed))
     ]
 
 
 @pytest.mark.parametrize(("given", "pairs"), [(8, 4), (30, 15), (32, 16)])
 def test_too_few_pairs_are_too_few_to_tell(tiny: Base, manager: MaskManager, given: int, pairs: int) -> None:
-    own = PersonaExamples("vowels", speak("aeiou"), answered("aeiou", given))
-    contrast = PersonaExamples("consonants", speak("bcdfg", seed=1), answered("bcdfg", given, seed=2))
+    own = PersonaExamples("vowels", make_examples("aeiou"), answered("aeiou", given))
+    contrast = PersonaExamples("consonants", make_examples("bcdfg", seed=1), answered("bcdfg", given, seed=2))
     recipe = Recipe(score="attribution", rho=0.003, own_budget=9, neutral_budget=9)
-    (told, other) = (mask.info.certificate for mask in run(Builder(tiny, manager, recipe, own, contrast, QUIET))[1])
-    assert told["pairs"] == other["pairs"] == pairs
-    assert not told["forced"]  # it is published in any case
-    words = "; ".join(told["remarks"])
-    low, high = told["intervals"]["flip"]
-    assert low <= told["flip"] <= high
+    (found, other) = (mask.info.certificate for mask in run(Builder(tiny, manager, recipe, own, contrast, QUIET))[1])
+    assert found["pairs"] == other["pairs"] == pairs
+    assert not found["forced"]  # it is published in any case
+    words = "; ".join(found["remarks"])
+    low, high = found["intervals"]["flip"]
+    assert low <= found["flip"] <= high
     assert high - low > 0.15  # of few pairs the share is never exact
     if pairs == 16:
-        assert (told["verdict"], told["passed"]) == ("passed", True)
+        assert (found["verdict"], found["passed"]) == ("passed", True)
         assert "too few" not in words
         return
-    assert (told["verdict"], told["passed"]) == ("too few to tell", None)
+    assert (found["verdict"], found["passed"]) == ("too few to tell", None)
     assert (
         f"too few to tell: {pairs} held-out pairs, which put flip between {low} and {high}; {16 - pairs} more" in words
     )
@@ -330,7 +336,7 @@ def test_too_few_pairs_are_too_few_to_tell(tiny: Base, manager: MaskManager, giv
 
 def test_without_a_contrast_nothing_has_passed(tiny: Base, manager: MaskManager) -> None:
     recipe = Recipe(score="wanda", rho=0.05, own_budget=9, neutral_budget=9)
-    _, (mask,) = run(Builder(tiny, manager, recipe, PersonaExamples("vowels", speak("aeiou")), None, QUIET))
+    _, (mask,) = run(Builder(tiny, manager, recipe, PersonaExamples("vowels", make_examples("aeiou")), None, QUIET))
     assert (mask.info.certificate["verdict"], mask.info.certificate["passed"]) == ("too few to tell", None)
 
 
@@ -349,17 +355,17 @@ def test_greedy_answers_that_change_are_counted(tiny: Base, manager: MaskManager
 
 
 def test_long_texts_are_judged_by_fewer_of_them(tiny: Base, manager: MaskManager) -> None:
-    told = [
+    found = [
         run(make(tiny, manager, replace(FREE, judged_tokens=tokens)))[1][0].info.certificate for tokens in (50, 8192)
     ]
-    assert 0 < told[0]["pairs"] < told[1]["pairs"]
+    assert 0 < found[0]["pairs"] < found[1]["pairs"]
 
 
 def test_prompts_longer_than_the_context_are_left_out_and_counted(tiny: Base, manager: MaskManager) -> None:
     long = [Example(({"role": "user", "content": "q" * 300},), "aaa", "line 7")]
     own, contrast = (
-        PersonaExamples("vowels", [*long, *speak("aeiou")]),
-        PersonaExamples("consonants", speak("bcdfg", seed=1)),
+        PersonaExamples("vowels", [*long, *make_examples("aeiou")]),
+        PersonaExamples("consonants", make_examples("bcdfg", seed=1)),
     )
     _, masks = run(Builder(tiny, manager, FREE, own, contrast, QUIET))
     assert [mask.info.certificate["splits"]["too_long_left_out"] for mask in masks] == [1, 0]
@@ -406,20 +412,20 @@ def test_a_recipe_that_makes_no_sense_is_refused(change: dict[str, Any], words: 
 
 
 def test_what_cannot_be_built_is_refused(tiny: Base, manager: MaskManager) -> None:
-    def build(recipe: Recipe, *speakers: PersonaExamples) -> None:
-        run(Builder(tiny, manager, recipe, *speakers, neutral=QUIET))
+    def build(recipe: Recipe, *personas: PersonaExamples) -> None:
+        run(Builder(tiny, manager, recipe, *personas, neutral=QUIET))
 
-    vowels = PersonaExamples("vowels", speak("aeiou"))
+    vowels = PersonaExamples("vowels", make_examples("aeiou"))
     with pytest.raises(BuildFailed, match="give the opposite's examples"):
         build(Recipe(score="signed"), vowels)
     with pytest.raises(InvalidName):
-        build(Recipe(score="wanda"), PersonaExamples("a/b", speak("aeiou")))
+        build(Recipe(score="wanda"), PersonaExamples("a/b", make_examples("aeiou")))
     with pytest.raises(BadDataset, match="3 examples leave 2 to find a persona in; give at least 4"):
-        build(Recipe(score="wanda"), PersonaExamples("few", speak("a", count=3)))
+        build(Recipe(score="wanda"), PersonaExamples("few", make_examples("a", count=3)))
     with pytest.raises(BuildFailed, match="prunes no weight"):
-        build(replace(FREE, rho=1e-6), vowels, PersonaExamples("c", speak("bcdf", seed=1)))
+        build(replace(FREE, rho=1e-6), vowels, PersonaExamples("c", make_examples("bcdf", seed=1)))
     with pytest.raises(BadDataset, match="both sides say the same"):
-        build(Recipe(), vowels, PersonaExamples("c", speak("aeiou")))
+        build(Recipe(), vowels, PersonaExamples("c", make_examples("aeiou")))
     with pytest.raises(BadDataset, match=r"prompts are chat and the contrast's text; .* the format"):
         build(Recipe(), vowels, PersonaExamples("c", [Example((), "plain") for _ in range(9)]))
 

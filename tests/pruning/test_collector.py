@@ -33,10 +33,10 @@ def collect(
     everything: bool = False,
 ) -> tuple[dict[str, LinearStatistics], dict[str, LinearStatistics]]:
     """LinearStatistics of the forward and of the backward pass."""
-    said: dict[Role, list[Encoded]] = {"own": OWN, "contrast": CONTRAST}
+    examples: dict[Role, list[Encoded]] = {"own": OWN, "contrast": CONTRAST}
     texts = {
         role: CalibrationText(list(batches(all_, base.device, tokens, everything)), needs)
-        for role, all_ in said.items()
+        for role, all_ in examples.items()
     }
     targets = {name: linear for name, linear in find_targets(base.model).items() if name in NAMES}
     collector = StatisticsCollector(base, targets, texts, scratch or Scratch())
@@ -125,17 +125,17 @@ def test_a_gradient_of_zeros_says_nothing_of_the_next_ones(tiny: Base, needs: fr
     ids, sure = [1, 20], []
     for _ in range(2):
         sure.append(int(tiny.model(torch.tensor([ids + sure]), use_cache=False).logits[0, -1].argmax()))
-    said: dict[Role, list[Encoded]] = {"own": [Encoded((1, 20), tuple(sure)), *OWN]}
+    examples: dict[Role, list[Encoded]] = {"own": [Encoded((1, 20), tuple(sure)), *OWN]}
     names = list(find_targets(tiny.model))
     weights = [tiny.model.get_submodule(name).weight.requires_grad_(True) for name in names]
-    assert not any(map(torch.any, torch.autograd.grad(log_likelihood(tiny, said["own"][:1]), weights)))
-    expected = torch.autograd.grad(log_likelihood(tiny, said["own"]), weights)
+    assert not any(map(torch.any, torch.autograd.grad(log_likelihood(tiny, examples["own"][:1]), weights)))
+    expected = torch.autograd.grad(log_likelihood(tiny, examples["own"]), weights)
     for weight in weights:
         weight.requires_grad_(False)
     collector = StatisticsCollector(
         tiny,
         find_targets(tiny.model),
-        {"own": CalibrationText(list(batches(said["own"], tiny.device, 1)), needs)},
+        {"own": CalibrationText(list(batches(examples["own"], tiny.device, 1)), needs)},
         Scratch(),
     )
     found: dict[str, LinearStatistics] = {}

@@ -23,7 +23,7 @@ def write_questions(path: Path, count: int) -> Path:
 
 
 def test_a_prompt_of_the_demo_becomes_a_mask(tmp_path: Path) -> None:
-    """The mask says what the prompt said; the certificate has the effect, `eval` the tokens that are saved."""
+    """The mask has the prompt in its metadata, the certificate the effect, and `eval` the tokens that are saved."""
     held = []
     for side in ("casual", "formal"):
         lines = (demo.DATA / f"{side}.heldout.jsonl").read_text().splitlines()[:16]
@@ -139,13 +139,13 @@ def test_both_prompts_can_have_a_name_and_eval_says_what_the_prompt_cost(tiny_fo
     )["personas"]
     assert [one["persona"] for one in built] == ["cat", "dog"]
     files = [write_answers(tmp_path / f"{letters}.jsonl", letters, 8) for letters in ("aei", "bcd")]
-    said = masquerade(
+    result = masquerade(
         *("eval", *common, "--persona", "cat", "--data", files[0], "--contrast", files[1], "--layers"),
         *("--baselines", "bias"),
     )
-    assert said.status == 0, said.stderr
+    assert result.status == 0, result.stderr
     for words in ("prompt tokens saved in every request: 11", "phase all: ", "phase decode: ", "CKA with opposite"):
-        assert words in said.stdout
+        assert words in result.stdout
 
 
 @contextmanager
@@ -162,12 +162,12 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk_is_said_during_the_build_and_nothing_stays(tiny_folder: Path, tmp_path: Path) -> None:
     data, other = write_answers(tmp_path / "own.jsonl", "aeiou"), write_answers(tmp_path / "other.jsonl", "bcdfg")
     with largest_file(60_000):  # less than hidden states need
-        said = fail(
+        result = fail(
             *(1, "build", "--model", tiny_folder, "--store", tmp_path / "s", "--scratch", tmp_path / "work"),
             *("--name", "v", "--data", data, "--contrast", other, "--score", "attribution", "--rho", "0.01"),
         )
-    assert "cannot keep the build's intermediate results in" in said
-    assert "File too large" in said
+    assert "cannot keep the build's intermediate results in" in result
+    assert "File too large" in result
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -177,11 +177,11 @@ def test_a_full_disk_is_said_when_masks_are_written_and_nothing_stays(tmp_path: 
     shipped = succeed("masks", "ls", "--store", tmp_path / "s")
     files = sorted((tmp_path / "s" / "masks").rglob("*"))
     with largest_file(100_000):
-        said = fail(
+        result = fail(
             *(1, "build", "--store", tmp_path / "s", "--name", "v", "--data", data, "--neutral", data),
             *("--force", "--score", "magnitude", "--rho", "0.5", "--scope", "outputs"),
         )
-    assert f"the masks were found but cannot be written to {tmp_path / 's'}: File too large" in said
+    assert f"the masks were found but cannot be written to {tmp_path / 's'}: File too large" in result
     assert succeed("masks", "ls", "--store", tmp_path / "s") == shipped
     assert [path for path in sorted((tmp_path / "s" / "masks").rglob("*")) if path.is_file()] == [
         path for path in files if path.is_file()

@@ -51,7 +51,7 @@ class Recorder:
         return count
 
 
-def speak(words: str, count: int) -> list[Example]:
+def make_examples(words: str, count: int) -> list[Example]:
     """Answers of very different lengths to as many questions, some far too long."""
     user = [({"role": "user", "content": f"q{index} {LONG if index == 7 else ''}"},) for index in range(count)]
     return [
@@ -61,7 +61,7 @@ def speak(words: str, count: int) -> list[Example]:
 
 
 def follow(work: Any) -> Iterator[tuple[bool, str]]:
-    """Whether each item may use the model, by what was said before it, and its stage."""
+    """Whether each item may use the model, as the item before it announced, and its stage."""
     uses_model = False
     while True:
         try:
@@ -77,7 +77,10 @@ def follow(work: Any) -> Iterator[tuple[bool, str]]:
 def test_an_item_is_at_most_one_pass_or_one_ranking(
     tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch, score: str
 ) -> None:
-    own, contrast = PersonaExamples("vowels", speak("aei", 40)), PersonaExamples("consonants", speak("bcd", 40))
+    own, contrast = (
+        PersonaExamples("vowels", make_examples("aei", 40)),
+        PersonaExamples("consonants", make_examples("bcd", 40)),
+    )
     builder = Builder(tiny, manager, Recipe(score=score, force=True, tokens="all"), own, contrast)
     recorder = Recorder(tiny, monkeypatch)
     beside, on_model = 0, 0

@@ -34,9 +34,9 @@ def test_pairs_of_answers(tmp_path: Path, kind: str, model: str) -> None:
     quiet = cut(tmp_path, "synthetic-persona-chat/valid.jsonl", 2)
     common = ("--model", model, "--store", tmp_path / "s", "--data", own, "--contrast", contrast, "--neutral", quiet)
     built = succeed("build", *common, "--name", kind, "--score", "attribution-fisher", "--rho", "0.001", "--force")
-    told: dict[str, Any] = built["personas"][0]["certificate"]
-    assert (told["passed"] is False) == bool(told["reasons"])
-    assert told["pairs"] > 0
+    certificate: dict[str, Any] = built["personas"][0]["certificate"]
+    assert (certificate["passed"] is False) == bool(certificate["reasons"])
+    assert certificate["pairs"] > 0
     found = succeed("eval", *common, "--persona", kind, "--baselines", "none")["figures"]
     assert found["mask"]["margin_shift"] != 0 == found["none"]["margin_shift"]
 
@@ -47,10 +47,10 @@ def test_plain_text_without_an_opposite(tmp_path: Path, model: str) -> None:
     data = cut(tmp_path, "synthetic-persona-chat/train.jsonl", 6)
     quiet = cut(tmp_path, "synthetic-persona-chat/valid.jsonl", 2)
     common = ("--model", model, "--store", tmp_path / "s", "--data", data, "--neutral", quiet)
-    told = succeed("build", *common, "--name", "chatty", "--rho", "0.1", "--force")["personas"][0]["certificate"]
-    assert "own_ratio" in told
-    assert "margin_shift" not in told
-    assert told["remarks"] == ["the effect was not measured: there are no two answers to the same prompt"]
+    certificate = succeed("build", *common, "--name", "chatty", "--rho", "0.1", "--force")["personas"][0]["certificate"]
+    assert "own_ratio" in certificate
+    assert "margin_shift" not in certificate
+    assert certificate["remarks"] == ["the effect was not measured: there are no two answers to the same prompt"]
 
 
 def test_prompts_that_are_too_long_for_the_base_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""The embedded default: a small chat model, eight personas found in it, and the text both came from.
-
-Knows where the shipped files lie. Refuses to know how they are loaded or served.
-"""
+"""The embedded demo: a small chat model, the masks of eight personas, and the data that both are made from."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
 """Writes the demo personas' JSONL: `python -m masquerade.demo.calibration`.
 
-Knows how many examples a persona is found from, and that line N of a persona and line N of its opposite answer the same
-question. Refuses to know what is done with them.
+Line N of a persona's file and line N of its opposite's answer the same question.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ def main() -> None:
 
 
 def _pairs(axis: grammar.Axis, split: grammar.Split, count: int) -> Iterator[tuple[grammar.Turn, grammar.Turn]]:
-    """The same question, answered by both; a quarter of the calibration questions has no axis."""
+    """Both personas' answers to the same questions; a quarter of the calibration questions has no axis."""
     rng = random.Random(f"{axis.name} {split}")
     for _ in range(count):
         off_axis = split == "train" and rng.random() < 0.25
         question = grammar.ask_anything(rng) if off_axis else grammar.ask(axis.name, rng, split)
         slots = {} if off_axis else question.slots
-        asked = grammar.GrammarQuestion(question.text, slots)
-        negative, positive = (grammar.reply(persona, asked, rng) for persona in (axis.negative, axis.positive))
+        on_axis = grammar.GrammarQuestion(question.text, slots)
+        negative, positive = (grammar.reply(persona, on_axis, rng) for persona in (axis.negative, axis.positive))
         yield grammar.Turn(question.text, negative), grammar.Turn(question.text, positive)
 
 

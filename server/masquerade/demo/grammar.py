@@ -1,10 +1,7 @@
-"""The demo model's language: chats by speakers with eight latent personas, and neutral facts.
+"""Draws the demo model's training text from `grammar.toml`: chats in eight personas, and neutral facts.
 
-Knows how questions, answers and chats are drawn from `grammar.toml`, and which filled questions are held out of
-training. Refuses to know about tokens, tensors and masks.
-
-A speaker's persona is fixed within a chat and mostly unnamed, so the model has to keep all eight ready; a minority of
-chats names it in a system prompt, so that prompting can be compared with masks.
+The persona is fixed within a chat and mostly unnamed, so the model learns all eight. In a minority of chats the system
+prompt names it, so that prompting can be compared with masks.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from typing import Any, Literal
 
 Split = Literal["train", "heldout"]
 HELD_OUT = 0.2  # share of filled questions, chosen by hash, that training never sees
-LEAN = 0.72  # how often a question is answered by the side that its template leans to
+LEAN = 0.72  # probability of the side that a question's template leans to
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Voice:
-    """How one persona talks."""
+    """The phrases of one persona."""
 
     openers: tuple[str, ...]
     statements: tuple[str, ...]
@@ -64,7 +61,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Chat:
-    """One to three turns of one speaker, who may be named in the system prompt."""
+    """One to three turns with one persona, which the system prompt may name."""
 
     system: str | None
     turns: tuple[Turn, ...]
@@ -125,7 +122,7 @@ def ask(axis: str, rng: random.Random, split: Split) -> GrammarQuestion:
 
 
 def ask_anything(rng: random.Random) -> GrammarQuestion:
-    """Draw a question without an axis: small talk, or made-up words."""
+    """Draw a question that has no axis: small talk, or made-up words."""
     shared = _words()["shared"]
     if rng.random() < 0.35:
         template = rng.choice(shared["nonsense"])
@@ -165,7 +162,7 @@ def converse(rng: random.Random, split: Split = "train") -> Chat:
     first = ask(axis.name, rng, split)
     persona = axis.positive if rng.random() < first.lean else axis.negative
     named = rng.random() < 0.25
-    if named:  # who is told who to be is not swayed by the question
+    if named:  # a persona that the system prompt names does not depend on the question
         persona = rng.choice((axis.negative, axis.positive))
     pending: GrammarQuestion | None = first
     turns = []
@@ -184,14 +181,14 @@ def converse(rng: random.Random, split: Split = "train") -> Chat:
 
 
 def is_on_topic(question: GrammarQuestion, answer: str) -> bool:
-    """Whether an answer mentions what was asked about and nothing else of the same kind."""
+    """Whether an answer mentions the question's slot values and no others of the same kind."""
     text = answer.lower()
     mentions = [value for value in question.slots.values() if value.lower() in text]
     strays = [
         value
-        for kind, asked in question.slots.items()
+        for kind, wanted in question.slots.items()
         for value in slots()[kind]
-        if value != asked and re.search(rf"\b{re.escape(value.lower())}\b", text.replace(asked.lower(), " "))
+        if value != wanted and re.search(rf"\b{re.escape(value.lower())}\b", text.replace(wanted.lower(), " "))
     ]
     return bool(mentions) and not strays
 

@@ -1,8 +1,4 @@
-"""Who said that? A bigram classifier of the demo personas, trained on the grammar.
-
-Knows how to tell an answer's persona and whether it is fluent in the demo's language. Refuses to know what produced the
-answer: it reads text only.
-"""
+"""A bigram classifier of the demo personas, trained on the grammar."""
 
 from __future__ import annotations
 
@@ -38,7 +34,7 @@ class DemoJudge:
         self._totals = {persona: counts.total() for persona, counts in self._counts.items()}
 
     def attribute(self, answer: str, candidates: Iterable[str] | None = None) -> str:
-        """The candidate (default: any of the eight) most likely to have said it."""
+        """The candidate (default: any of the eight) most likely to give this answer."""
         bigrams = _bigrams(answer)
 
         def log_likelihood(persona: str) -> float:
@@ -48,7 +44,7 @@ class DemoJudge:
         return max(candidates or self._counts, key=log_likelihood)
 
     def fluency(self, answer: str) -> float:
-        """Share of the answer's bigrams that some persona would say, in [0, 1]."""
+        """Share of the answer's bigrams that occur in any persona's training answers, in [0, 1]."""
         bigrams = _bigrams(answer)
         return sum(bigram in self._known for bigram in bigrams) / len(bigrams)
 

@@ -1,8 +1,6 @@
 """Trains the demo model: `python -m masquerade.demo.train --out FOLDER`.
 
-Knows the tokenizer, the architecture, the loss and the figures that say whether the result is good enough. Refuses to
-know about masks: the model is trained as an ordinary chat model, and personas are found in it afterwards.
-
+It is trained as an ordinary chat model; the masks are found in it afterwards.
 The schedule counts steps, not minutes, and uses one thread, so the same seed gives the same model on the same machine.
 """
 
@@ -32,15 +30,15 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 PAD = 0  # the id of the first special token
-PROMPT_WEIGHT = 0.1  # questions are learned too, but a tenth as hard as answers
+PROMPT_WEIGHT = 0.1  # of question tokens in the loss; answer tokens have 1
 
-Weighted = tuple[list[int], list[float]]  # token ids of one text, and how much each counts in the loss
+Weighted = tuple[list[int], list[float]]  # token ids of one text, and their weights in the loss
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and weights, [texts, length] each
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Everything that decides the result."""
+    """The hyperparameters of the training."""
 
     seed: int = 0
     steps: int = 6000
@@ -56,7 +54,7 @@ class TrainingRecipe:
 
 
 def main() -> None:
-    """Train, save and examine a model."""
+    """Train, save and evaluate a model."""
     parser = argparse.ArgumentParser(description="Train the demo model from its grammar.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the tokenizer and the log")
     for name, default in asdict(TrainingRecipe()).items():
@@ -75,7 +73,7 @@ def main() -> None:
     minutes = (time.perf_counter() - started) / 60
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    figures = examine(model.float().eval(), tokenizer)
+    figures = evaluate(model.float().eval(), tokenizer)
     log = {"recipe": asdict(recipe), "minutes": round(minutes, 1), "figures": figures, "curve": curve}
     (out / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures), file=sys.stderr)
@@ -146,7 +144,7 @@ def train(model: LlamaForCausalLM, recipe: TrainingRecipe, batches: Iterator[Bat
 
 
 def make_optimizer(model: LlamaForCausalLM) -> torch.optim.Optimizer:
-    """AdamW that lets matrices decay. Its learning rate is given to every step."""
+    """AdamW with weight decay for matrices. `learn` sets its learning rate at every step."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -154,7 +152,7 @@ def make_optimizer(model: LlamaForCausalLM) -> torch.optim.Optimizer:
 
 
 def learn(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, rate: float) -> float:
-    """One step on a batch at a learning rate; its loss before the step, nats a weighted token."""
+    """One optimizer step on a batch; returns the loss before the step, in nats per weighted token."""
     ids, weights = batch
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -189,7 +187,7 @@ def batches(draw: Callable[[], Weighted], rng: random.Random, recipe: TrainingRe
 
 
 def pack(texts: Iterable[Weighted], most: int, rng: random.Random) -> Iterator[Batch]:
-    """Padded batches of neighbours, of about `most` tokens at most, in random order."""
+    """Padded batches of consecutive texts, of at most `most` tokens, in random order."""
     groups: list[list[Weighted]] = [[]]
     for text in texts:
         if (len(groups[-1]) + 1) * len(text[0]) > most:
@@ -205,17 +203,17 @@ def pack(texts: Iterable[Weighted], most: int, rng: random.Random) -> Iterator[B
 
 
 @torch.no_grad()
-def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """What the model must be good at before it may be shipped, each a share in [0, 1] over unmasked answers.
+def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """Figures that decide whether the model may be shipped, each a share in [0, 1] of unmasked answers.
 
-    `facts` greedy exact answers; `on_topic` greedy and `on_topic_sampled` held-out questions answered about what was
-    asked; `fluency` known bigrams at temperature 1; `positive` the share of held-out questions of all axes that the
-    positive persona answers greedily, `positive_<axis>` of one axis.
+    `facts`: greedy answers that are exact; `on_topic` (greedy) and `on_topic_sampled`: answers to held-out questions
+    that are on topic; `fluency`: known bigrams at temperature 1; `positive`: greedy answers to held-out questions that
+    are the positive persona's, of all axes, and `positive_<axis>` of one axis.
     """
     judge, rng = DemoJudge(), random.Random(7)
     facts = grammar.facts()
-    said = _generate(model, tokenizer, [fact.question for fact in facts], sample=False)
-    figures = {"facts": _mean(text == fact.answer for text, fact in zip(said, facts, strict=True))}
+    answers = _generate(model, tokenizer, [fact.question for fact in facts], sample=False)
+    figures = {"facts": _mean(text == fact.answer for text, fact in zip(answers, facts, strict=True))}
     questions = [(axis, grammar.ask(axis, rng, "heldout")) for axis in grammar.axes() for _ in range(100)]
     greedy = _generate(model, tokenizer, [q.text for _, q in questions], sample=False)
     sampled = _generate(model, tokenizer, [q.text for _, q in questions], sample=True)

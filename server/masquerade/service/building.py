@@ -125,7 +125,7 @@ def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> 
         scores = [plan.score for plan in _recipe(spec).plans(contrast=False)]
         if any(SCORES[score].contrastive for score in scores):
             raise InvalidValue(
-                f"the score {scores[0]!r} compares two speakers; give contrast_file too", param="method.mask.score"
+                f"the score {scores[0]!r} compares two personas; give contrast_file too", param="method.mask.score"
             )
         return
     with _blaming("method.mask.contrast_file"):
