@@ -174,7 +174,7 @@ def test_a_layer_of_this_family_adds_one_product_of_its_mlp(tiny: Base) -> None:
     assert find_added(output, made) == ["mlp.down_proj"]
 
 
-def test_the_fisher_information_is_the_mean_square_of_the_gradient_by_position(tiny: Base) -> None:
+def test_the_squared_gradient_is_the_mean_square_of_the_gradient_by_position(tiny: Base) -> None:
     """Against one example at a time: the gradient of a Linear's output, outer product with its input, squared."""
     tiny.model.double()
     _, backward = collect(tiny)

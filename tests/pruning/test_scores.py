@@ -23,7 +23,7 @@ SIDES = ("own", "contrast", "neutral")
 
 
 class Example:
-    """Random inputs, gradients and Fisher information of three texts, as arrays, and the statistics made of them."""
+    """Random inputs, gradients and squared gradients of three texts as arrays, and the statistics of them."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from typing import Any
 from maskstore import Target
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods
-from masquerade.evaluate.treatment import Phase, Treatment
+from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.pruning.candidates import CandidateMasks, ScorePlan
 
 PATIENCE = 2  # values of rho beyond the budgets in a row, after which larger ones are not tried
@@ -97,7 +97,7 @@ class Tuner:
         self._likelihoods: dict[tuple[str, float, Phase], dict[int, SetLikelihoods]] = {}
 
     def choose(self, plans: Sequence[ScorePlan]) -> Generator[None, None, TuningChoice]:
-        """The best plan and its rho. Raises `BuildFailed` if no candidate of any plan keeps the budgets."""
+        """The best score and rho. Raises `BuildFailed` if no candidate is within the budgets."""
         if len(plans) == 1 and len(plans[0].rhos) == 1:
             return TuningChoice(plans[0].score, plans[0].rhos[0], "given")
         trials: list[TuningTrial] = []
@@ -118,8 +118,7 @@ class Tuner:
         """The default phase, and why: `decode` if it keeps `KEPT` of the effect that phase `all` has."""
         base = yield from self._eval_set.measure_base()
         effects: dict[Phase, tuple[float, float]] = {}
-        phases: tuple[Phase, ...] = ("all", "decode")
-        for phase in phases:
+        for phase in PHASES:
             masked = yield from self._measure(choice.score, choice.rho, phase)
             trial = self._make_trial(choice.score, choice.rho, base, masked)
             if trial.shift is None:
