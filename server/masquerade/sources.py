@@ -1,7 +1,4 @@
-"""Where a base model's files are: with the package, in a folder, in a GGUF file, in a registry, or on the hub.
-
-Reads no weights but those that identify a model, and so needs no torch.
-"""
+"""Finds the files of a base model: in the package, a folder, a GGUF file, a registry or the hub. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,18 +22,18 @@ GGUF = ".gguf"
 class ModelFiles:
     """The files of a base model."""
 
-    name: str  # what the API calls it, unless it is told otherwise
-    path: Path  # a folder as transformers saves it, or a GGUF file
+    name: str  # the default id in the API
+    path: Path  # a folder of `save_pretrained`, or a GGUF file
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is one GGUF file."""
+        """Whether the model is one GGUF file."""
         return self.path.is_file()
 
     def fingerprint(self) -> str:
-        """What masks know the model by; the same for a GGUF and for the folder that is saved from it.
+        """The fingerprint that masks refer to, the same for a GGUF file and for the folder that is saved from it.
 
-        Raises `UnusableModel` or a `MaskError` for files that hold no model.
+        Raises `UnusableModel` or a `MaskError` for files without a model.
         """
         if not self.is_gguf:
             return fingerprint(self.path)
@@ -46,9 +43,9 @@ class ModelFiles:
 
 
 def find_model(name: str) -> ModelFiles:
-    """The files of a model; what is on the hub or in a registry is fetched first if it is not in the cache.
+    """The files of a model, given as a name, folder, GGUF file or hub id. Downloads hub and registry models once.
 
-    Raises `UnusableModel` for what is neither a named model, nor a folder, nor a GGUF file, nor a model of the hub.
+    Raises `UnusableModel` if there is no such model.
     """
     if name == demo.NAME:
         return ModelFiles(name, demo.MODEL)
@@ -56,7 +53,7 @@ def find_model(name: str) -> ModelFiles:
         return ModelFiles(name, find_packaged(name))
     path = Path(name).expanduser()
     if path.is_dir():
-        return ModelFiles(path.resolve().name, _look_into(path.resolve()))
+        return ModelFiles(path.resolve().name, _find_in_folder(path.resolve()))
     if path.suffix == GGUF and path.is_file():
         return ModelFiles(path.stem, path.absolute())
     if path.exists():
@@ -65,21 +62,23 @@ def find_model(name: str) -> ModelFiles:
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == GGUF:
         raise UnusableModel(
-            f"the model {name!r} is not a folder or a {GGUF} file that is there, nor one of {_NAMES}, nor a hub id "
-            "such as `owner/name`"
+            f"the model {name!r} is not an existing folder or {GGUF} file, nor one of {_NAMES}, nor a hub id such as "
+            "`owner/name`"
         )
     try:
         return ModelFiles(name, Path(snapshot_download(name, allow_patterns=_FILES)))
     except (OSError, HFValidationError) as error:
-        raise UnusableModel(f"{name!r} is no local folder and could not be fetched from the hub: {error}") from error
+        raise UnusableModel(
+            f"{name!r} is not a local folder and could not be downloaded from the hub: {error}"
+        ) from error
 
 
-def _look_into(folder: Path) -> Path:
-    """The folder, or the one GGUF file in it if there are no safetensors."""
+def _find_in_folder(folder: Path) -> Path:
+    """The folder, or its only GGUF file if it has no safetensors."""
     found = sorted(folder.glob(f"*{GGUF}"))
     if not found or any(folder.glob("*.safetensors")):
         return folder
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise UnusableModel(f"the folder {str(folder)!r} holds {len(found)} models, name one of them: {names:.300}")
+        raise UnusableModel(f"the folder {str(folder)!r} holds {len(found)} models; name one of them: {names:.300}")
     return found[0]

@@ -224,7 +224,7 @@ def test_a_body_that_arrives_drop_by_drop(tiny_folder: Path, tmp_path: Path, pat
 
 def test_a_large_file_has_the_time_that_its_size_needs(tiny_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Slower than every other body may be, and fast enough for a file."""
-    monkeypatch.setattr(limits, "_PATIENCE", 0.05)
+    monkeypatch.setattr(limits, "_WHOLE_BODY", 0.05)
     policy = Policy(body_seconds=20.0, upload_rate=1.0)
     with serve_here(tiny_folder, tmp_path / "store", policy=policy) as (_, http):
         line = b'{"text": "good day"}\n'

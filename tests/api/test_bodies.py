@@ -17,7 +17,7 @@ from masquerade.app import describe
 from masquerade.errors import InvalidValue
 from masquerade.http.access import ScopedRoute
 from masquerade.http.bodies import MOST_CONTAINERS, MOST_DEPTH, MOST_NAMES, MOST_VALUES, parse
-from masquerade.http.pace import Pace
+from masquerade.http.throttle import Throttle
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -110,8 +110,8 @@ def test_large_bodies_take_turns_and_leave_pauses() -> None:
     """Two pieces of work at once are done after each other, and something else is done between them."""
     done: list[str] = []
 
-    async def work(pace: Pace, name: str) -> None:
-        async with pace.turn():
+    async def work(throttle: Throttle, name: str) -> None:
+        async with throttle.turn():
             done.append(f"{name} begins")
             time.sleep(0.05)  # holds the event loop, as a parser does
             done.append(f"{name} ends")
@@ -122,7 +122,7 @@ def test_large_bodies_take_turns_and_leave_pauses() -> None:
             await asyncio.sleep(0.001)
 
     async def run() -> None:
-        pace, ticking = Pace(), asyncio.create_task(tick())
+        pace, ticking = Throttle(), asyncio.create_task(tick())
         await asyncio.gather(work(pace, "a"), work(pace, "b"))
         ticking.cancel()
 

@@ -19,18 +19,18 @@ CHAT = "/v1/chat/completions"
 
 
 class Steps:
-    """As much of an engine as a post needs."""
+    """As much of an engine as a notifier needs."""
 
     told: Any
 
 
-def ring_and_wait(rings: list[int]) -> tuple[int, list[bool]]:
-    """Ring bells from another thread, so many in each step; how often the loop was woken, and which bells are set."""
+def notify_and_wait(counts: list[int]) -> tuple[int, list[bool]]:
+    """Notify from a thread, so many events in each step; how often the loop was woken, and which events are set."""
 
     async def run() -> tuple[int, list[bool]]:
-        post, engine, loop, woken = StepNotifier(), Steps(), asyncio.get_running_loop(), 0
-        post.open(engine)  # type: ignore[arg-type]
-        bells = [asyncio.Event() for _ in range(max(rings))]
+        notifier, engine, loop, woken = StepNotifier(), Steps(), asyncio.get_running_loop(), 0
+        notifier.bind(engine)  # type: ignore[arg-type]
+        events = [asyncio.Event() for _ in range(max(counts))]
         wake = loop.call_soon_threadsafe
 
         def count(*call: Any) -> Any:
@@ -41,23 +41,23 @@ def ring_and_wait(rings: list[int]) -> tuple[int, list[bool]]:
         loop.call_soon_threadsafe = count  # type: ignore[method-assign]
 
         def step() -> None:
-            for number in rings:
-                for event in bells[:number]:
-                    post.ring(event)
-                    post.ring(event)
+            for number in counts:
+                for event in events[:number]:
+                    notifier.notify(event)
+                    notifier.notify(event)
                 engine.on_step()
 
         thread = threading.Thread(target=step)
         thread.start()
         thread.join()
         await asyncio.sleep(0)
-        return woken, [event.is_set() for event in bells]
+        return woken, [event.is_set() for event in events]
 
     return asyncio.run(run())
 
 
 def test_the_loop_is_woken_once_a_step_and_not_for_nothing() -> None:
-    assert ring_and_wait([3, 0, 2]) == (2, [True] * 3)
+    assert notify_and_wait([3, 0, 2]) == (2, [True] * 3)
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_who_waited_in_vain_wears_the_mask_that_is_there(
     while not serving.residency.evicting:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    monkeypatch.setattr(room, "PATIENCE", 0.5)
+    monkeypatch.setattr(room, "MASK_SECONDS", 0.5)
     assert chat(http, serving, "calm").json()["generation"] == personas["calm"]
     refused = chat(http, serving, "loud")
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")

@@ -98,8 +98,8 @@ def test_a_persona_is_built_and_measured_on_a_gguf(file: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda raw: raw[: len(raw) // 2], "the file ends after"),
-        (lambda raw: b"PK" + raw[2:], "is no GGUF file"),
+        (lambda raw: raw[: len(raw) // 2], "but the file has"),
+        (lambda raw: b"PK" + raw[2:], "is not a GGUF file"),
         (lambda raw: raw.replace(b"llama.block_count", b"llama.block_cound"), "llama.block_count: is missing"),
     ],
 )

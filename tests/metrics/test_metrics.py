@@ -221,11 +221,11 @@ def test_series_of_a_label_that_went_are_gone(serving: Serving, monkeypatch: pyt
     counted = Metrics(serving, dict)
     for name, times in (("old", 1), ("new", 3)):
         for _ in range(times):
-            entry = RequestRecord(counted, "id", "POST")
-            entry.begin(ResolvedPersona("m", name), lambda: metrics_usage())
-            entry.token(0, entry.started + 0.5)
-            entry.end("stop")
-            entry.close()
+            record = RequestRecord(counted, "id", "POST")
+            record.begin(ResolvedPersona("m", name), lambda: metrics_usage())
+            record.add_token(0, record.started + 0.5)
+            record.end_answer("stop")
+            record.close()
     text = counted.render().decode()
     assert 'persona="new"' in text
     assert 'persona="old"' not in text

@@ -287,8 +287,8 @@ class TestHostile:
         ("raw", "words"),
         [
             (b"", "cannot be read as GGUF"),
-            (b"GGU", "is no GGUF file"),
-            (b"GGML" + bytes(100), "is no GGUF file"),
+            (b"GGU", "is not a GGUF file"),
+            (b"GGML" + bytes(100), "is not a GGUF file"),
             (b"GGUF\x01\0\0\0" + bytes(100), "is GGUF version 1; 2 or 3"),
             (b"GGUF\0\0\0\x03" + bytes(100), "little-endian"),
             (b"GGUF\x03\0\0\0" + b"\xff" * 16, "the number of tensors: 18446744073709551615 do not fit"),
@@ -300,7 +300,7 @@ class TestHostile:
             (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**59), "k: 576460752303423488 do not fit"),
             (struct.pack("<4sIQQQ1sIIQQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 1, 2**63 - 1), "k: takes"),
             (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 9, 1) + bytes(40), "k: is of type 9"),
-            (struct.pack("<4sIQQQ2sIQ2s", b"GGUF", 3, 0, 1, 2, b"kk", 8, 2, b"\xff\xff"), "kk.*is no UTF-8"),
+            (struct.pack("<4sIQQQ2sIQ2s", b"GGUF", 3, 0, 1, 2, b"kk", 8, 2, b"\xff\xff"), "kk.*is not UTF-8"),
         ],
     )
     def test_what_is_no_gguf(self, tmp_path: Path, raw: bytes, words: str) -> None:
@@ -351,20 +351,20 @@ class TestHostile:
             ("llama.feed_forward_length", 95, "blk.0.ffn_gate.weight: has the shape"),
             ("llama.attention.head_count", 0, "must be a whole number from 1"),
             ("llama.attention.head_count", [4, 4], "must be a whole number from 1"),
-            ("llama.attention.head_count", 5, "5 heads are no multiple of 2"),
+            ("llama.attention.head_count", 5, "5 heads are not a multiple of 2"),
             ("llama.attention.head_count_kv", 4, "blk.0.attn_k.weight: has the shape"),
             ("llama.attention.key_length", 15, "llama.attention.value_length: is 16"),
-            ("llama.attention.value_length", 8, "is 8; values of another width"),
-            ("llama.rope.dimension_count", 8, "is 8; rotary positions of another width"),
-            ("llama.rope.scaling.type", "longrope", "is 'longrope'; none, linear, yarn can be read"),
+            ("llama.attention.value_length", 8, "is 8; values must have the head"),
+            ("llama.rope.dimension_count", 8, "is 8; rotary positions must have the head"),
+            ("llama.rope.scaling.type", "longrope", "is 'longrope'; supported: none, linear, yarn"),
             ("llama.rope.freq_base", float("nan"), "must be a positive number"),
             ("tokenizer.ggml.model", "bert", "is 'bert'; gpt2, llama can be read"),
             ("tokenizer.ggml.pre", "klingon", "is 'klingon'"),
             ("tokenizer.ggml.tokens", ["a"] * 1000, "are 1000, and there are 268 embeddings"),
             ("tokenizer.ggml.token_type", [1, 2], "are 2, and there are 268 tokens"),
             ("tokenizer.ggml.merges", ["x yyyyy"], "make no tokenizer"),
-            ("tokenizer.ggml.eos_token_id", 268, "must be a token of the 268"),
-            ("tokenizer.ggml.eot_token_id", 2**31, "must be a token of the 268"),
+            ("tokenizer.ggml.eos_token_id", 268, "must be a token id below 268"),
+            ("tokenizer.ggml.eot_token_id", 2**31, "must be a token id below 268"),
             ("tokenizer.chat_template", 7, "must be text"),
         ],
     )
@@ -462,7 +462,7 @@ class TestSources:
     def test_a_folder_with_several_files_says_which(self, tmp_path: Path) -> None:
         for name in ("a.gguf", "b.gguf"):
             (tmp_path / name).touch()
-        with pytest.raises(UnusableModel, match=r"holds 2 models, name one of them: a\.gguf, b\.gguf"):
+        with pytest.raises(UnusableModel, match=r"holds 2 models; name one of them: a\.gguf, b\.gguf"):
             load(str(tmp_path), device="cpu")
 
     def test_safetensors_count_before_gguf(self, tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ class TestSources:
 
     @pytest.mark.parametrize("name", ["/no/such.gguf", "owner/no-such.gguf", "nowhere.gguf"])
     def test_a_file_that_is_not_there(self, name: str) -> None:
-        with pytest.raises(UnusableModel, match=r"not a folder or a \.gguf file that is there"):
+        with pytest.raises(UnusableModel, match=r"not an existing folder or \.gguf file"):
             load(name, device="cpu")
 
     def test_the_reader_agrees_with_ggufs(self, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The architectures that are read: what their tensors are called, and how their metadata becomes transformers' config.
+"""The supported architectures: names of their tensors, and transformers' config from their metadata.
 
-Names and layouts are those that llama.cpp's convert_hf_to_gguf.py writes; defaults are those that llama.cpp reads with.
+llama.cpp's convert_hf_to_gguf.py defines names and layouts; llama.cpp's loader defines the defaults.
 """
 
 from __future__ import annotations
@@ -15,49 +15,49 @@ from numpy.typing import NDArray
 from masquerade.gguf.file import GgufFile
 
 Config = dict[str, Any]
-_ORIGINAL_CONTEXT = 8192  # of every Llama 3, which its GGUF does not state
+_ORIGINAL_CONTEXT = 8192  # of every Llama 3; the GGUF file does not have it
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that shapes are made of."""
+    """The dimensions of a model."""
 
-    layers: int
-    hidden: int
-    inner: int
-    heads: int
-    groups: int  # heads of keys and values
-    head: int
-    vocabulary: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
 
     def shape(self, stem: str) -> tuple[int, ...]:
-        """Of the weight of a tensor of a layer."""
+        """The shape of a layer's weight; `stem` is its GGUF name without layer and `.weight`."""
         if stem.endswith(("q_norm", "k_norm")):
-            return (self.head,)
-        return _SHAPES[stem](self) if stem in _SHAPES else (self.hidden,)
+            return (self.head_dim,)
+        return _SHAPES[stem](self) if stem in _SHAPES else (self.hidden_size,)
 
 
 _SHAPES: Mapping[str, Callable[[Sizes], tuple[int, int]]] = {
-    "attn_q": lambda sizes: (sizes.heads * sizes.head, sizes.hidden),
-    "attn_k": lambda sizes: (sizes.groups * sizes.head, sizes.hidden),
-    "attn_v": lambda sizes: (sizes.groups * sizes.head, sizes.hidden),
-    "attn_output": lambda sizes: (sizes.hidden, sizes.heads * sizes.head),
-    "ffn_gate": lambda sizes: (sizes.inner, sizes.hidden),
-    "ffn_up": lambda sizes: (sizes.inner, sizes.hidden),
-    "ffn_down": lambda sizes: (sizes.hidden, sizes.inner),
+    "attn_q": lambda sizes: (sizes.num_heads * sizes.head_dim, sizes.hidden_size),
+    "attn_k": lambda sizes: (sizes.num_kv_heads * sizes.head_dim, sizes.hidden_size),
+    "attn_v": lambda sizes: (sizes.num_kv_heads * sizes.head_dim, sizes.hidden_size),
+    "attn_output": lambda sizes: (sizes.hidden_size, sizes.num_heads * sizes.head_dim),
+    "ffn_gate": lambda sizes: (sizes.intermediate_size, sizes.hidden_size),
+    "ffn_up": lambda sizes: (sizes.intermediate_size, sizes.hidden_size),
+    "ffn_down": lambda sizes: (sizes.hidden_size, sizes.intermediate_size),
 }
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one value of `general.architecture` is read."""
+    """One value of `general.architecture`."""
 
     model_type: str  # transformers' name
     layer: Mapping[str, str]  # tensors of a layer: GGUF's names and transformers', without `.weight`
-    configure: Callable[[GgufFile, Sizes, str], Config]  # what its config has beside the common part
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by the field of the config that tells of them
+    configure: Callable[[GgufFile, Sizes, str], Config]  # its own part of the config
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by field of the config
     biased: tuple[str, ...] = ()  # tensors that always have a bias
-    interleaved: bool = False  # llama.cpp stores the halves of each head of queries and keys row by row
+    interleaved: bool = False  # llama.cpp interleaves the rows of the halves of each query and key head
     shifted: bool = False  # llama.cpp stores 1 + the weights of norms
 
 
@@ -109,7 +109,7 @@ def _gemma2(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
 
 
 def _gemma3(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
-    every = file.size(f"{prefix}.attention.sliding_window_pattern", 6)
+    pattern = file.size(f"{prefix}.attention.sliding_window_pattern", 6)
     local = file.number(f"{prefix}.rope.freq_base_swa", 10_000.0)
     return {
         "rope_parameters": {
@@ -118,7 +118,7 @@ def _gemma3(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
         },
         "sliding_window": file.size(f"{prefix}.attention.sliding_window"),
         "layer_types": [
-            "sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(sizes.layers)
+            "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(sizes.num_layers)
         ],
         "final_logit_softcapping": file.number(f"{prefix}.final_logit_softcapping", None),
         "query_pre_attn_scalar": _scale(sizes, largest=62),
@@ -126,8 +126,8 @@ def _gemma3(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
 
 
 def _scale(sizes: Sizes, largest: int) -> int:
-    """Gemma's scale of attention. Only the largest model of each version, known by its layers, has another one."""
-    return sizes.hidden // sizes.heads if sizes.layers == largest else sizes.head
+    """Gemma's attention scale; the largest model of each version, identified by its number of layers, has its own."""
+    return sizes.hidden_size // sizes.num_heads if sizes.num_layers == largest else sizes.head_dim
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -151,11 +151,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def _rope(file: GgufFile, prefix: str, base: float = 10_000.0) -> Config:
-    """Rotary positions, scaled as the file says."""
+    """The RoPE parameters with the file's scaling."""
     common = {"rope_theta": file.number(f"{prefix}.rope.freq_base", base)}
     kind = file.text(f"{prefix}.rope.scaling.type", "none")
     if kind not in _SCALINGS:
-        file.fail(f"{prefix}.rope.scaling.type", f"is {kind!r:.80}; {', '.join(_SCALINGS)} can be read")
+        file.fail(f"{prefix}.rope.scaling.type", f"is {kind!r:.80}; supported: {', '.join(_SCALINGS)}")
     return common | _SCALINGS[kind](file, f"{prefix}.rope.scaling")
 
 
@@ -183,12 +183,14 @@ _SCALINGS: Mapping[str, Callable[[GgufFile, str], Config]] = {
 
 
 def _llama3(file: GgufFile, sizes: Sizes, prefix: str, theta: float) -> Config:
-    """Llama 3's scaling. The file has what it divides each frequency by; the config has what that is made of."""
+    """Llama 3's RoPE parameters, from the divisors of the frequencies in the file."""
     name = "rope_freqs.weight"
     tensor = file.tensors[name]
-    if tensor.shape != (sizes.head // 2,) or tensor.kind.name != "F32":
-        file.fail(name, f"is {tensor.kind.name} of the shape {list(tensor.shape)}; expected F32 [{sizes.head // 2}]")
-    factors = np.fromfile(file.path, "<f4", sizes.head // 2, offset=tensor.begin)
+    if tensor.shape != (sizes.head_dim // 2,) or tensor.kind.name != "F32":
+        file.fail(
+            name, f"is {tensor.kind.name} of the shape {list(tensor.shape)}; expected F32 [{sizes.head_dim // 2}]"
+        )
+    factors = np.fromfile(file.path, "<f4", sizes.head_dim // 2, offset=tensor.begin)
     config = {
         "rope_type": "llama3",
         "rope_theta": theta,
@@ -199,16 +201,16 @@ def _llama3(file: GgufFile, sizes: Sizes, prefix: str, theta: float) -> Config:
             f"{prefix}.rope.scaling.original_context_length", _ORIGINAL_CONTEXT
         ),
     }
-    if not np.allclose(factors, divide_llama3(config, sizes.head), rtol=1e-4):
-        file.fail(name, "is not the scaling of Llama 3.1 to 3.3, which alone can be read")
+    if not np.allclose(factors, divide_llama3(config, sizes.head_dim), rtol=1e-4):
+        file.fail(name, "is not the scaling of Llama 3.1 to 3.3, the only one that is supported")
     return config
 
 
-def divide_llama3(config: Config, head: int) -> NDArray[np.float64]:
-    """What `rope_type: llama3` divides each of the frequencies of a head by."""
+def divide_llama3(config: Config, head_dim: int) -> NDArray[np.float64]:
+    """The divisor of each frequency of a head for `rope_type: llama3`."""
     low, high = config["low_freq_factor"], config["high_freq_factor"]
-    frequencies = config["rope_theta"] ** -(np.arange(0, head, 2) / head)
-    turns = config["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    frequencies = config["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+    rotations = config["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    smooth = np.clip((rotations - low) / (high - low), 0, 1)
     divided: NDArray[np.float64] = 1 / ((1 - smooth) / config["factor"] + smooth)
     return divided

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint of transformers: its config, and each of its weights."""
+"""A GGUF file as a transformers checkpoint: config and weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from masquerade.gguf.file import GgufFile, GgufTensor, read_file
 from masquerade.gguf.weight import Weight, is_readable
 
 _EMBEDDING = "token_embd.weight"
-_HEAD = "output.weight"  # without it, the embedding is the head
+_HEAD = "output.weight"  # without it, the embedding is tied
 _FREQUENCIES = "rope_freqs.weight"  # part of the config
-_UNKNOWN = (  # would change the answer, and no model of these architectures is known to have them
+_UNSUPPORTED = (  # they would change the answers; no known model of these architectures has them
     "attention.scale",
     "attention.clamp_kqv",
     "logit_scale",
@@ -27,7 +27,7 @@ _UNKNOWN = (  # would change the answer, and no model of these architectures is 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_pretrained` would write: a config, and the weights, once each."""
+    """The content of `save_pretrained`: the config, and each weight once."""
 
     file: GgufFile
     config: dict[str, Any]
@@ -35,11 +35,11 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read all but the weights' values. Raises `UnusableModel` for what cannot be loaded, by key or tensor."""
+    """Read everything but the values. Raises `UnusableModel`, which names the key or tensor at fault."""
     file = read_file(path)
     name = file.text("general.architecture")
     if name not in ARCHITECTURES:
-        file.fail("general.architecture", f"is {name!r:.80}; {', '.join(ARCHITECTURES)} can be read")
+        file.fail("general.architecture", f"is {name!r:.80}; supported: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     _check_whole(file, name)
     sizes = _measure(file, name)
@@ -49,12 +49,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _check_whole(file: GgufFile, prefix: str) -> None:
-    """Refuse what would load and answer wrongly."""
+    """Raise for files that would load and give wrong answers."""
     if (parts := file.size("split.count", 1)) != 1:
-        file.fail("split.count", f"is one of {parts} files; make them one with `llama-gguf-split --merge`")
+        file.fail("split.count", f"is one of {parts} files; merge them with `llama-gguf-split --merge`")
     if f"{prefix}.expert_count" in file.metadata and not file.is_zero(f"{prefix}.expert_count"):
-        file.fail(f"{prefix}.expert_count", "mixtures of experts cannot be read")
-    for key in _UNKNOWN:
+        file.fail(f"{prefix}.expert_count", "mixtures of experts are not supported")
+    for key in _UNSUPPORTED:
         if f"{prefix}.{key}" in file.metadata:
             file.fail(f"{prefix}.{key}", "is not supported")
 
@@ -62,36 +62,36 @@ def _check_whole(file: GgufFile, prefix: str) -> None:
 def _measure(file: GgufFile, prefix: str) -> Sizes:
     if (embedding := file.tensors.get(_EMBEDDING)) is None:
         file.fail(_EMBEDDING, "is missing")
-    hidden, heads = file.size(f"{prefix}.embedding_length"), file.size(f"{prefix}.attention.head_count")
-    head = file.size(f"{prefix}.attention.key_length", max(1, hidden // heads))
+    hidden_size, num_heads = file.size(f"{prefix}.embedding_length"), file.size(f"{prefix}.attention.head_count")
+    head_dim = file.size(f"{prefix}.attention.key_length", max(1, hidden_size // num_heads))
     sizes = Sizes(
-        layers=file.size(f"{prefix}.block_count"),
-        hidden=hidden,
-        inner=file.size(f"{prefix}.feed_forward_length"),
-        heads=heads,
-        groups=file.size(f"{prefix}.attention.head_count_kv", heads),
-        head=head,
-        vocabulary=embedding.shape[0],
+        num_layers=file.size(f"{prefix}.block_count"),
+        hidden_size=hidden_size,
+        intermediate_size=file.size(f"{prefix}.feed_forward_length"),
+        num_heads=num_heads,
+        num_kv_heads=file.size(f"{prefix}.attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        vocab_size=embedding.shape[0],
     )
     for key, why in (("attention.value_length", "values"), ("rope.dimension_count", "rotary positions")):
-        if (found := file.size(f"{prefix}.{key}", head)) != head:
-            file.fail(f"{prefix}.{key}", f"is {found}; {why} of another width than the head's {head} cannot be read")
-    if head % 2:
-        file.fail(f"{prefix}.attention.key_length", f"must be even, not {head}")
-    if heads % sizes.groups:
-        file.fail(f"{prefix}.attention.head_count_kv", f"{heads} heads are no multiple of {sizes.groups}")
-    if sizes.layers > len(file.tensors):
-        file.fail(f"{prefix}.block_count", f"is {sizes.layers}, and there are {len(file.tensors)} tensors")
+        if (found := file.size(f"{prefix}.{key}", head_dim)) != head_dim:
+            file.fail(f"{prefix}.{key}", f"is {found}; {why} must have the head's width of {head_dim}")
+    if head_dim % 2:
+        file.fail(f"{prefix}.attention.key_length", f"must be even, not {head_dim}")
+    if num_heads % sizes.num_kv_heads:
+        file.fail(f"{prefix}.attention.head_count_kv", f"{num_heads} heads are not a multiple of {sizes.num_kv_heads}")
+    if sizes.num_layers > len(file.tensors):
+        file.fail(f"{prefix}.block_count", f"is {sizes.num_layers}, but the file has only {len(file.tensors)} tensors")
     return sizes
 
 
 def _name_weights(file: GgufFile, architecture: Architecture, sizes: Sizes) -> Iterator[Weight]:
-    yield _find(file, _EMBEDDING, "model.embed_tokens.weight", (sizes.vocabulary, sizes.hidden))
-    yield _norm(architecture, _find(file, "output_norm.weight", "model.norm.weight", (sizes.hidden,)))
+    yield _find(file, _EMBEDDING, "model.embed_tokens.weight", (sizes.vocab_size, sizes.hidden_size))
+    yield _norm(architecture, _find(file, "output_norm.weight", "model.norm.weight", (sizes.hidden_size,)))
     if _HEAD in file.tensors:
-        yield _find(file, _HEAD, "lm_head.weight", (sizes.vocabulary, sizes.hidden))
+        yield _find(file, _HEAD, "lm_head.weight", (sizes.vocab_size, sizes.hidden_size))
     biased = set(architecture.biased).union(*(architecture.biases[key] for key in _find_biases(file, architecture)))
-    for layer in range(sizes.layers):
+    for layer in range(sizes.num_layers):
         for stem, name in architecture.layer.items():
             shape = sizes.shape(stem)
             for ending in ("weight", "bias") if stem in biased else ("weight",):
@@ -102,7 +102,7 @@ def _name_weights(file: GgufFile, architecture: Architecture, sizes: Sizes) -> I
                     shape if ending == "weight" else shape[:1],
                 )
                 if architecture.interleaved and stem in ("attn_q", "attn_k"):
-                    weight = replace(weight, head=sizes.head)
+                    weight = replace(weight, head_dim=sizes.head_dim)
                 yield _norm(architecture, weight)
 
 
@@ -112,7 +112,7 @@ def _norm(architecture: Architecture, weight: Weight) -> Weight:
 
 
 def _find_biases(file: GgufFile, architecture: Architecture) -> Iterator[str]:
-    """The groups of biases that the file has."""
+    """The config fields of the biases in the file."""
     return (key for key, stems in architecture.biases.items() if f"blk.0.{stems[0]}.bias" in file.tensors)
 
 
@@ -121,21 +121,21 @@ def _find(file: GgufFile, stored: str, name: str, shape: tuple[int, ...]) -> Wei
     if tensor is None:
         file.fail(stored, "is missing")
     if tensor.shape != shape:
-        file.fail(stored, f"has the shape {list(tensor.shape)!s:.80}, its metadata says {list(shape)}")
+        file.fail(stored, f"has the shape {list(tensor.shape)!s:.80}; the metadata says {list(shape)}")
     if not is_readable(tensor.kind) or (len(shape) == 1 and not _is_plain(tensor)):
-        file.fail(stored, f"is of type {tensor.kind.name}, which cannot be read")
+        file.fail(stored, f"is of type {tensor.kind.name}, which is not supported")
     return Weight(name, shape, file.path, tensor)
 
 
 def _is_plain(tensor: GgufTensor) -> bool:
-    """Whether each value is stored for itself: vectors are read value by value."""
+    """Whether values are not in blocks: vectors are read value by value."""
     return tensor.kind.name in ("F32", "F16", "BF16")
 
 
 def _check_complete(file: GgufFile, weights: tuple[Weight, ...]) -> None:
     unknown = sorted(file.tensors.keys() - {weight.tensor.name for weight in weights} - {_FREQUENCIES})
     if unknown:
-        experts = " (mixtures of experts cannot be read)" if "exps" in unknown[0] else ""
+        experts = " (mixtures of experts are not supported)" if "exps" in unknown[0] else ""
         more = f", nor are {len(unknown) - 1} others" if unknown[1:] else ""
         file.fail(unknown[0], f"is not a tensor of this architecture{experts}{more}")
 
@@ -143,7 +143,7 @@ def _check_complete(file: GgufFile, weights: tuple[Weight, ...]) -> None:
 def _configure(file: GgufFile, prefix: str, architecture: Architecture, sizes: Sizes) -> dict[str, Any]:
     biases = set(_find_biases(file, architecture))
     ids = {
-        field: file.token(f"tokenizer.ggml.{key}", sizes.vocabulary)
+        field: file.token(f"tokenizer.ggml.{key}", sizes.vocab_size)
         for field, key in (
             ("bos_token_id", "bos_token_id"),
             ("eos_token_id", "eos_token_id"),
@@ -152,13 +152,13 @@ def _configure(file: GgufFile, prefix: str, architecture: Architecture, sizes: S
     }
     return {
         "model_type": architecture.model_type,
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.inner,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.groups,
-        "head_dim": sizes.head,
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
         "max_position_embeddings": file.size(f"{prefix}.context_length"),
         "rms_norm_eps": file.number(f"{prefix}.attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": _HEAD not in file.tensors,

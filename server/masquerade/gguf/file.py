@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie.
+"""Reads the header of a GGUF file: metadata and positions of tensors.
 
-An own reader, because `gguf.GGUFReader` makes an array of every token (2 seconds for 49 152 of them) and believes what
-a damaged file says. Every error is an `UnusableModel` that names the file and the key or tensor.
+`gguf.GGUFReader` is not used: it makes an array of every token (2 seconds for 49 152 of them) and does not check a
+damaged file. Every error is an `UnusableModel` that names the file and the key or tensor.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from masquerade.errors import UnusableModel
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-LARGEST = 2**31 - 1  # of any size that metadata states
-DIMENSIONS = 4  # most that ggml has
-_ALIGNMENT = 32  # unless `general.alignment` says otherwise
+LARGEST = 2**31 - 1  # limit of sizes in metadata
+DIMENSIONS = 4  # the maximum in ggml
+_ALIGNMENT = 32  # default of `general.alignment`
 _STRING, _ARRAY = 8, 9
 _NUMBERS: Mapping[int, np.dtype[Any]] = {
     kind: np.dtype(name)
@@ -31,12 +31,12 @@ _NUMBERS: Mapping[int, np.dtype[Any]] = {
     if name
 }
 D = TypeVar("D")
-_NOTHING: Any = object()
+_MISSING: Any = object()
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor as it is stored. `shape` is in the order of numpy and torch: rows first."""
+    """One stored tensor. `shape` has the order of numpy and torch: rows first."""
 
     name: str
     kind: GGMLQuantizationType
@@ -47,7 +47,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class _Strings:
-    """An array of strings that is decoded when it is asked for."""
+    """An array of strings, decoded on demand."""
 
     begin: int
     count: int
@@ -55,29 +55,29 @@ class _Strings:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What the header says. The getters raise `UnusableModel` for a value that is missing or of another type."""
+    """The header. The getters raise `UnusableModel` for a value that is missing or of another type."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
-    def fail(self, key: str, words: str) -> NoReturn:
-        """Refuse the file for what it says under a key, or of a tensor."""
-        raise UnusableModel(f"{self.path}: {key}: {words}")
+    def fail(self, key: str, message: str) -> NoReturn:
+        """Raise `UnusableModel` about a key or a tensor."""
+        raise UnusableModel(f"{self.path}: {key}: {message}")
 
-    def size(self, key: str, default: D = _NOTHING) -> int | D:
-        """A whole number from 1 on."""
+    def size(self, key: str, default: D = _MISSING) -> int | D:
+        """A positive integer."""
         value = self._find(key, default)
         if value is default or (type(value) is int and 1 <= value <= LARGEST):
             return value
         return self.fail(key, f"must be a whole number from 1 to {LARGEST}, not {value!r:.80}")
 
     def is_zero(self, key: str) -> bool:
-        """Whether it is the number 0."""
-        value = self._find(key, _NOTHING)
+        """Whether the value is 0."""
+        value = self._find(key, _MISSING)
         return isinstance(value, int | float) and value == 0
 
-    def number(self, key: str, default: D = _NOTHING) -> float | D:
+    def number(self, key: str, default: D = _MISSING) -> float | D:
         """A positive number."""
         value = self._find(key, default)
         if value is default or (type(value) in (int, float) and isfinite(value) and value > 0):
@@ -85,11 +85,11 @@ class GgufFile:
         return self.fail(key, f"must be a positive number, not {value!r:.80}")
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """A boolean."""
         value = self._find(key, default)
         return value if isinstance(value, bool) else self.fail(key, f"must be true or false, not {value!r:.80}")
 
-    def text(self, key: str, default: D = _NOTHING) -> str | D:
+    def text(self, key: str, default: D = _MISSING) -> str | D:
         """A string."""
         value = self._find(key, default)
         if value is default or isinstance(value, str):
@@ -98,12 +98,12 @@ class GgufFile:
 
     def numbers(self, key: str) -> np.ndarray[Any, Any]:
         """An array of numbers."""
-        value = self._find(key, _NOTHING)
+        value = self._find(key, _MISSING)
         return value if isinstance(value, np.ndarray) else self.fail(key, f"must be numbers, not {value!r:.80}")
 
     def strings(self, key: str) -> list[str]:
         """An array of strings."""
-        value = self._find(key, _NOTHING)
+        value = self._find(key, _MISSING)
         if not isinstance(value, _Strings):
             self.fail(key, f"must be strings, not {value!r:.80}")
         with _open(self.path) as data:
@@ -111,19 +111,19 @@ class GgufFile:
             return [cursor.text(key) for _ in range(value.count)]
 
     def token(self, key: str, count: int) -> int | None:
-        """The number of a token among `count`, if the file names one."""
+        """A token id below `count`, or None if the file has none."""
         value = self._find(key, None)
         if value is None or (type(value) is int and 0 <= value < count):
             return value
-        return self.fail(key, f"must be a token of the {count} there are, not {value!r:.80}")
+        return self.fail(key, f"must be a token id below {count}, not {value!r:.80}")
 
     def _find(self, key: str, default: Any) -> Any:
         value = self.metadata.get(key, default)
-        return self.fail(key, "is missing") if value is _NOTHING else value
+        return self.fail(key, "is missing") if value is _MISSING else value
 
 
 def read_file(path: Path) -> GgufFile:
-    """Read the header of a GGUF file and check that everything it names lies within the file."""
+    """Read the header of a GGUF file and check that its tensors lie within the file."""
     try:
         with _open(path) as data:
             return _read(path, data)
@@ -139,40 +139,40 @@ def _open(path: Path) -> mmap.mmap:
 def _read(path: Path, data: mmap.mmap) -> GgufFile:
     cursor = _Cursor(path, data)
     if (magic := data[: len(MAGIC)]) != MAGIC:
-        raise UnusableModel(f"{path}: is no GGUF file: it begins with {magic!r}, not {MAGIC!r}")
+        raise UnusableModel(f"{path}: is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
     cursor.skip(len(MAGIC), "the magic")
     version = cursor.integer("<I", "the version")
     if version not in VERSIONS:
         known = " or ".join(map(str, VERSIONS))
-        raise UnusableModel(f"{path}: is GGUF version {version}; {known} (little-endian) can be read")
+        raise UnusableModel(f"{path}: is GGUF version {version}; supported: {known} (little-endian)")
     tensors = cursor.count("the number of tensors", least=24)
     keys = cursor.count("the number of keys", least=13)
     metadata: dict[str, Any] = {}
     for number in range(keys):
         key = cursor.text(f"key {number + 1} of {keys}")
         if key in metadata:
-            raise UnusableModel(f"{path}: {key}: is there twice")
+            raise UnusableModel(f"{path}: {key}: appears twice")
         metadata[key] = cursor.value(key)
-    places = list(_places(cursor, tensors))
+    infos = list(_tensor_infos(cursor, tensors))
     file = GgufFile(path, metadata, {})
     alignment = file.size("general.alignment", _ALIGNMENT)
     if alignment & (alignment - 1):
         file.fail("general.alignment", f"must be a power of two, not {alignment}")
-    origin = -(-cursor.place // alignment) * alignment
+    origin = -(-cursor.position // alignment) * alignment
     found: dict[str, GgufTensor] = {}
-    for name, kind, shape, offset in places:
+    for name, kind, shape, offset in infos:
         if name in found:
-            file.fail(name, "is there twice")
+            file.fail(name, "appears twice")
         found[name] = _locate(file, name, kind, shape, origin + offset, len(data))
     return GgufFile(path, metadata, found)
 
 
-def _places(cursor: _Cursor, count: int) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
+def _tensor_infos(cursor: _Cursor, count: int) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
     for number in range(count):
         name = cursor.text(f"the name of tensor {number + 1} of {count}")
         dimensions = cursor.integer("<I", name)
         if not 1 <= dimensions <= DIMENSIONS:
-            raise UnusableModel(f"{cursor.path}: {name}: has {dimensions} dimensions; 1 to {DIMENSIONS} can be read")
+            raise UnusableModel(f"{cursor.path}: {name}: has {dimensions} dimensions; supported: 1 to {DIMENSIONS}")
         shape = tuple(cursor.integer("<Q", name) for _ in range(dimensions))
         kind = cursor.integer("<I", name)
         yield name, kind, shape[::-1], cursor.integer("<Q", name)
@@ -182,32 +182,32 @@ def _locate(file: GgufFile, name: str, number: int, shape: tuple[int, ...], begi
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        file.fail(name, f"is of type {number}, which this version of gguf does not know")
+        file.fail(name, f"is of type {number}, which is unknown to this version of gguf")
     values, size = GGML_QUANT_SIZES[kind]
     if not all(shape) or shape[-1] % values:
-        file.fail(name, f"has the shape {list(shape)!s:.80}; rows of {kind.name} are a multiple of {values}")
+        file.fail(name, f"has the shape {list(shape)!s:.80}; rows of {kind.name} must be a multiple of {values}")
     nbytes = prod(shape) // values * size
     if begin + nbytes > end:
-        file.fail(name, f"lies at {begin}..{begin + nbytes}, the file ends after {end} bytes")
+        file.fail(name, f"lies at {begin}..{begin + nbytes}, but the file has {end} bytes")
     return GgufTensor(name, kind, shape, begin, nbytes)
 
 
 class _Cursor:
-    """A place in a file that is read from its beginning on, and never beyond its end."""
+    """A bounded forward reader of a file."""
 
-    def __init__(self, path: Path, data: mmap.mmap, place: int = 0) -> None:
+    def __init__(self, path: Path, data: mmap.mmap, position: int = 0) -> None:
         self.path = path
-        self.place = place
+        self.position = position
         self._data = data
 
     def skip(self, count: int, what: str) -> int:
-        """Go on by so many bytes and return where they begin."""
-        begin = self.place
+        """Advance by `count` bytes and return their position."""
+        begin = self.position
         if count > len(self._data) - begin:
             raise UnusableModel(
-                f"{self.path}: {what}: takes {count} bytes at {begin}, the file ends after {len(self._data)} bytes"
+                f"{self.path}: {what}: takes {count} bytes at {begin}, but the file has {len(self._data)} bytes"
             )
-        self.place += count
+        self.position += count
         return begin
 
     def integer(self, form: str, what: str) -> int:
@@ -215,10 +215,10 @@ class _Cursor:
         return int(struct.unpack_from(form, self._data, begin)[0])
 
     def count(self, what: str, least: int) -> int:
-        """How many things of at least so many bytes follow."""
+        """The number of the following items, of at least `least` bytes each."""
         count = self.integer("<Q", what)
-        if count * least > len(self._data) - self.place:
-            raise UnusableModel(f"{self.path}: {what}: {count} do not fit into {len(self._data)} bytes")
+        if count * least > len(self._data) - self.position:
+            raise UnusableModel(f"{self.path}: {what}: {count} do not fit into a file of {len(self._data)} bytes")
         return count
 
     def text(self, what: str) -> str:
@@ -227,7 +227,7 @@ class _Cursor:
         try:
             return self._data[begin : begin + length].decode()
         except UnicodeDecodeError as error:
-            raise UnusableModel(f"{self.path}: {what!r:.80}: is no UTF-8: {error}") from error
+            raise UnusableModel(f"{self.path}: {what!r:.80}: is not UTF-8: {error}") from error
 
     def value(self, key: str) -> Any:
         kind = self.integer("<I", key)
@@ -239,7 +239,7 @@ class _Cursor:
 
     def _numbers(self, key: str, kind: int, count: int) -> np.ndarray[Any, Any]:
         if kind not in _NUMBERS:
-            raise UnusableModel(f"{self.path}: {key}: is of type {kind}, which GGUF does not define here")
+            raise UnusableModel(f"{self.path}: {key}: is of type {kind}, which GGUF does not define")
         size = count * _NUMBERS[kind].itemsize
         begin = self.skip(size, key)
         return np.frombuffer(self._data[begin : begin + size], _NUMBERS[kind])
@@ -249,17 +249,17 @@ class _Cursor:
         if kind != _STRING:
             return self._numbers(key, kind, self.integer("<Q", key))
         count = self.count(key, least=8)
-        begin = place = self.place
+        begin = position = self.position
         length = struct.Struct("<Q")
         try:
-            for _ in range(count):  # a vocabulary: nothing but the walk
-                place += 8 + length.unpack_from(self._data, place)[0]
+            for _ in range(count):  # a vocabulary may be large: only find its end
+                position += 8 + length.unpack_from(self._data, position)[0]
         except (struct.error, OverflowError):
-            place = len(self._data) + 1
-        self.skip(place - begin, key)
+            position = len(self._data) + 1
+        self.skip(position - begin, key)
         return _Strings(begin, count)
 
 
 def _plain(value: Any) -> Any:
-    """A Python number; of a float32 the shortest one that rounds to it: 1e-05 as in the config, not 9.99999975e-06."""
+    """A Python number; for a float32 the shortest that rounds to it: 1e-05 as in the config, not 9.99999975e-06."""
     return float(str(value)) if isinstance(value, np.float32) else value.item()

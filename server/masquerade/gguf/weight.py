@@ -1,4 +1,4 @@
-"""One weight of a model as transformers' checkpoint holds it, read row by row out of a GGUF file."""
+"""One weight of a transformers checkpoint, dequantised row by row from a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NAN = 0x7FC0
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight in bfloat16 under transformers' name. As `maskstore.BaseTensor` it has the bytes of a checkpoint."""
+    """A weight in bfloat16 under transformers' name. It is a `maskstore.BaseTensor` with the checkpoint's bytes."""
 
     name: str
     shape: tuple[int, ...]
     path: Path
     tensor: GgufTensor
-    head: int = 0  # rows of a head whose halves llama.cpp interleaves, or 0
-    offset: float = 0.0  # what llama.cpp adds to every value
+    head_dim: int = 0  # rows of a head whose halves llama.cpp interleaves, or 0
+    offset: float = 0.0  # llama.cpp adds it to every value
     dtype: str = "BF16"
 
     @property
@@ -38,7 +38,7 @@ class Weight:
         return 2 * prod(self.shape)
 
     def chunks(self) -> Iterator[tuple[int, int, NDArray[np.uint16]]]:
-        """All rows, some at a time: begin, end, and their values."""
+        """All rows in chunks: begin, end, and their values."""
         rows, columns = self._matrix
         step = max(1, CHUNK // columns)
         for begin in range(0, rows, step):
@@ -46,21 +46,21 @@ class Weight:
             yield begin, end, self.rows(begin, end)
 
     def rows(self, begin: int, end: int) -> NDArray[np.uint16]:
-        """Rows as bfloat16: [end - begin, columns]. A vector has a value a row."""
+        """Rows as bfloat16: [end - begin, columns]. A vector has one value per row."""
         rows, _ = self._matrix
         width = self.tensor.nbytes // rows
         stored: NDArray[Any] = np.memmap(self.path, np.uint8, "r", self.tensor.begin, (rows, width))
-        if self.head:
-            number, row = np.divmod(np.arange(begin, end), self.head)
-            half, place = np.divmod(row, self.head // 2)
-            raw = stored[self.head * number + 2 * place + half]
+        if self.head_dim:
+            number, row = np.divmod(np.arange(begin, end), self.head_dim)
+            half, position = np.divmod(row, self.head_dim // 2)
+            raw = stored[self.head_dim * number + 2 * position + half]
         else:
             raw = np.ascontiguousarray(stored[begin:end])
-        with np.errstate(all="ignore"):  # infinities are the file's
+        with np.errstate(all="ignore"):  # the file may hold infinities
             return round_to_bfloat16(dequantize(raw, self.tensor.kind) - np.float32(self.offset))
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes of the checkpoint's tensor; dequantises the rows that they are of."""
+        """Bytes `begin` to `end` of the checkpoint's tensor; dequantises their rows."""
         columns = 2 * self._matrix[1]
         first = begin // columns
         rows = self.rows(first, -(-end // columns))

@@ -1,7 +1,4 @@
-"""Who asks, and whether they may.
-
-Knows tokens in headers, scopes of routes and lists of personas. Refuses to know how a key is kept.
-"""
+"""Authentication by API key, and authorisation by scope and persona."""
 
 from __future__ import annotations
 
@@ -34,30 +31,31 @@ from masquerade.http.request_log import RequestRecord
 from masquerade.keys import Key, Keyring, Rates
 from masquerade.keys import Scope as KeyScope
 from masquerade.service.rights import LOCAL, Rights
+from masquerade.service.serving import PersonaReference
 
-HASHED = 16  # tokens that may wait for scrypt
-# Open to whoever reaches the server: they hold nothing of any key's, and change nothing.
+MOST_HASHING = 16  # tokens that may wait for scrypt
+# Routes that need no key: they show nothing of any key and change nothing.
 OPEN = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_FOLDER = "/web/"  # the playground's files
 
 
 @dataclass(frozen=True)
 class Caller(Rights):
-    """Whoever sent a request, what they may do, and the entry about the request."""
+    """The sender of a request: its rights, and the record of the request."""
 
-    entry: RequestRecord
-    seconds: float  # that answers to it may take
+    record: RequestRecord
+    answer_seconds: float  # limit for all answers to the request
     keyring: Keyring
 
     @property
     def owner(self) -> str:
-        """Whom files, jobs and the engine's work belong to: the id of the key."""
+        """The id of the key: the owner of files, jobs and requests to the engine."""
         return self.key.id if self.key else LOCAL
 
-    def problem(self) -> MasqueradeError | None:
-        """What has become of the key since it was let in; costs next to nothing, so that streams can ask often."""
+    def key_error(self) -> MasqueradeError | None:
+        """The error if the key has been revoked or has expired since the request began. Cheap enough for every step."""
         if self.key is not None:
-            with suppress(NotReady):  # the table cannot be read now: nothing is known
+            with suppress(NotReady):  # the table cannot be read now
                 try:
                     self.keyring.check(self.key.id)
                 except InvalidKey as error:
@@ -65,18 +63,18 @@ class Caller(Rights):
         return None
 
     def check_persona(self, reference: str, param: str | None = None) -> None:
-        """As `Rights` does; a name that passes is a target of the request, for the audit log."""
+        """As `Rights` does; a permitted name becomes a target of the request in the audit log."""
         super().check_persona(reference, param)
-        self.entry.targets.append(reference.partition("@")[0])
+        self.record.targets.append(reference.partition("@")[0])
 
-    def check_choice(self, choice: tuple[str, str] | None) -> None:
-        """The same for what a request chose, with the field that named it; the bare base is everybody's."""
-        if choice is not None:
-            self.check_persona(*choice)
+    def check_reference(self, reference: PersonaReference | None) -> None:
+        """`check_persona` for the persona that a request names; every caller may use the base."""
+        if reference is not None:
+            self.check_persona(reference.name, reference.field)
 
 
 class Needs:
-    """A route's scope, as a dependency that gives the caller. Raises `ScopeMissing`."""
+    """A dependency on a scope, whose value is the caller. Raises `ScopeMissing`."""
 
     def __init__(self, scope: KeyScope) -> None:
         self.scope = scope
@@ -84,27 +82,27 @@ class Needs:
     async def __call__(self, http: Request) -> Caller:
         """The caller, if its key has the scope."""
         caller: Caller = http.state.caller
-        caller.entry.scope = self.scope
+        caller.record.scope = self.scope
         caller.check_scope(self.scope)
         return caller
 
 
 class ScopedRoute(APIRoute):
-    """Asks for the scope before the body is read: who may not ask hears that, whatever is wrong with the body. Reads
-    JSON within the bounds of `bodies`.
+    """Checks the scope before it reads the body, so that errors of the body reach permitted callers only. Reads JSON
+    within the limits of `bodies`.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Any]]:  # type: ignore[override]
-        """The framework's, and the question before it."""
+        """The framework's handler, after the scope and the body."""
         handle = super().get_route_handler()
         needs = next((one.call for one in self.dependant.dependencies if isinstance(one.call, Needs)), None)
 
-        async def ask_first(http: Request) -> Any:
+        async def check_and_handle(http: Request) -> Any:
             if needs is not None:
                 await needs(http)
             return await handle(await read_body(http))
 
-        return ask_first
+        return check_and_handle
 
 
 Measuring = Annotated[Caller, Depends(Needs("metrics"))]
@@ -114,10 +112,10 @@ Managing = Annotated[Caller, Depends(Needs("admin"))]
 
 
 class AuthMiddleware:
-    """Lets nobody without a valid key in once the store has keys, before a body is read; only what is `OPEN` is open.
+    """Once the store has keys, requires a valid one before the body is read, except for the paths in `OPEN`.
 
-    Before that, whoever reaches the server may use it, except browsers on behalf of pages from elsewhere: their
-    `Origin` is another, and the `Host` of a page whose name was bound to loopback is no name of loopback.
+    Without keys every client may use the server, except browsers for pages of other origins. `Origin` gives them away;
+    after DNS rebinding to loopback, `Host` does.
     """
 
     def __init__(self, app: ASGIApp, keyring: Keyring, rates: Rates, policy: Policy) -> None:
@@ -125,43 +123,43 @@ class AuthMiddleware:
         self._keyring = keyring
         self._rates = rates
         self._loopback = policy.loopback
-        self._seconds = policy.answer_seconds
+        self._answer_seconds = policy.answer_seconds
         self._wrong_key_seconds = policy.wrong_key_seconds
         self._origins = frozenset(policy.cors_origins)
-        self._hashing = ThreadPoolExecutor(1, "keys")  # scrypt gets one core at most, and nobody else waits for it
-        self._hashed = 0  # tokens that wait for it or are at it
+        self._scrypt_thread = ThreadPoolExecutor(1, "keys")  # scrypt gets one core at most
+        self._hashing_count = 0  # tokens that wait for scrypt or run it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http" or scope["path"] in OPEN or scope["path"].startswith(OPEN_FOLDER):
             await self._app(scope, receive, send)
             return
-        entry: RequestRecord = scope["state"]["entry"]
+        record: RequestRecord = scope["state"]["record"]
         key: Key | None = None
         try:
             if len(self._keyring):
                 key = await self._find(Headers(scope=scope).get("authorization", ""))
-                entry.key = key
+                record.key = key
                 self._rates.admit(key)
             else:
-                self._check_page(Headers(scope=scope))
+                self._check_origin(Headers(scope=scope))
         except MasqueradeError as error:
-            if isinstance(error, InvalidKey):  # slows down a client that guesses, and takes nothing from the others
+            if isinstance(error, InvalidKey):  # slows down guessing; other requests do not wait
                 await asyncio.sleep(self._wrong_key_seconds)
             if isinstance(error, RateLimited):
-                entry.limited = error.kind
+                record.limited = error.kind
             headers = self._rates.headers(key) if key else None
             await errors.respond(error, headers)(scope, receive, send)
             return
-        scope["state"]["caller"] = Caller(key, entry, self._seconds, self._keyring)
+        scope["state"]["caller"] = Caller(key, record, self._answer_seconds, self._keyring)
         try:
-            await self._app(scope, receive, self._telling(key, send) if key else send)
+            await self._app(scope, receive, self._add_limits(key, send) if key else send)
         finally:
             if key:
-                self._rates.charge(key, entry.tokens)
+                self._rates.charge(key, record.tokens)
 
     async def _find(self, authorization: str) -> Key:
-        """The key of a header."""
+        """The key in an `Authorization` header."""
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise InvalidKey("no API key was given; send the header `Authorization: Bearer KEY`")
@@ -171,17 +169,17 @@ class AuthMiddleware:
 
     async def _find_scrypt(self, token: str) -> Key:
         """The key of a token whose hash is still scrypt's. Raises `Overloaded` if too many wait for that."""
-        if self._hashed >= HASHED:
-            raise Overloaded(f"{self._hashed} keys of an older version are being checked, which is the limit")
-        self._hashed += 1
+        if self._hashing_count >= MOST_HASHING:
+            raise Overloaded(f"{self._hashing_count} keys of an older version are being checked, which is the limit")
+        self._hashing_count += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._hashing, self._keyring.find_scrypt, token)
+            return await loop.run_in_executor(self._scrypt_thread, self._keyring.find_scrypt, token)
         finally:
-            self._hashed -= 1
+            self._hashing_count -= 1
 
-    def _telling(self, key: Key, send: Send) -> Send:
-        """Adds what is left of the key's limits to the answer."""
+    def _add_limits(self, key: Key, send: Send) -> Send:
+        """A `send` that adds the headers of the key's limits to the response."""
 
         async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -190,9 +188,10 @@ class AuthMiddleware:
 
         return send_with_limits if key.rpm or key.tpm else send
 
-    def _check_page(self, headers: Headers) -> None:
+    def _check_origin(self, headers: Headers) -> None:
+        """Raises `OriginForbidden` for a browser that acts for a page of another origin."""
         host, origin = headers.get("host"), headers.get("origin")
-        if self._loopback and host is not None and not is_loopback(_name(host)):
+        if self._loopback and host is not None and not is_loopback(_hostname(host)):
             raise OriginForbidden(f"the server is local and has no keys, but the header Host says {host!r:.80}")
         if origin is None or origin in self._origins or "*" in self._origins:
             return
@@ -210,7 +209,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _name(host: str) -> str:
+def _hostname(host: str) -> str:
     """The name in a Host header, without port and brackets."""
     try:
         return urlsplit(f"//{host}").hostname or ""

@@ -1,4 +1,4 @@
-"""JSON that clients send, read within bounds: a body of any kind keeps the event loop for less than 0.1 s."""
+"""JSON bodies, parsed within limits, so that none blocks the event loop for more than 0.1 s."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, NamedTuple
 from fastapi import Request
 
 from masquerade.errors import InvalidValue
-from masquerade.http.pace import Pace
+from masquerade.http.throttle import Throttle
 
 MOST_VALUES = 2**18  # in one JSON text
 MOST_NAMES = 2**15  # of fields in objects
 MOST_CONTAINERS = 2**15  # arrays and objects
-MOST_DEPTH = 128  # arrays and objects in one another
-LARGE = 2**18  # bytes from which bodies are parsed one at a time
+MOST_DEPTH = 128  # levels of nested arrays and objects
+LARGE = 2**18  # bytes; larger bodies are parsed one at a time
 
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{},:]', re.DOTALL)
-_NAMED = 4  # parts of the path to what is nested too deeply that are told
+_PATH_PARTS = 4  # of the path in the error for deep nesting
 
 
 class NotJson(InvalidValue):
     """A text is not JSON."""
 
 
-class Parsed(Request):
+class ParsedRequest(Request):
     """A request whose body was read as JSON."""
 
     def __init__(self, http: Request, content: bytes, value: Any) -> None:
@@ -35,19 +35,19 @@ class Parsed(Request):
         self._content, self._value = content, value
 
     async def body(self) -> bytes:
-        """As it came."""
+        """The bytes."""
         return self._content
 
     async def json(self) -> Any:
-        """What it says."""
+        """The value of the JSON."""
         return self._value
 
 
 async def read_body(http: Request) -> Request:
-    """The request, with its body read if that is JSON. Raises `InvalidValue` as `parse` does.
+    """The request, with its body parsed if it is JSON. Raises `InvalidValue` as `parse` does.
 
-    Large bodies take turns, and pauses between them keep the event loop free: Python parses JSON without releasing the
-    interpreter lock, so several at once would stall every stream.
+    Large bodies are throttled: Python parses JSON without releasing the interpreter lock, so several at once would
+    stall every stream.
     """
     if not _is_json(http.headers.get("content-type", "")):
         return http
@@ -55,18 +55,18 @@ async def read_body(http: Request) -> Request:
     if not content:
         return http
     if len(content) < LARGE:
-        return Parsed(http, content, parse(content))
-    pace: Pace = http.app.state.large_bodies
-    async with pace.turn():
-        return Parsed(http, content, parse(content))
+        return ParsedRequest(http, content, parse(content))
+    throttle: Throttle = http.app.state.large_bodies
+    async with throttle.turn():
+        return ParsedRequest(http, content, parse(content))
 
 
 def parse(content: bytes | str, what: str = "the body", param: str | None = None) -> Any:
     """The value of a JSON text.
 
-    Raises `InvalidValue` with the place of what is wrong, or with the limit, if it has more values, names or arrays and
-    objects than may be, or is nested deeper than `MOST_DEPTH`. `what` and `param` say where the text came from; for the
-    body, `param` is the field that is nested too deeply.
+    Raises `InvalidValue` with the position of an error in the syntax, or with the limit on values, names, containers or
+    depth that the text exceeds. `what` and `param` say where the text came from. For a body that is nested too deeply,
+    `param` is the field.
     """
     text = content if isinstance(content, str) else _decode(content, what)
     check_size(count(text), what, param)
@@ -84,18 +84,18 @@ def parse(content: bytes | str, what: str = "the body", param: str | None = None
 
 
 class Size(NamedTuple):
-    """What reading a JSON text costs."""
+    """What determines the time to parse a JSON text."""
 
     values: int
     names: int
     containers: int
 
     def plus(self, other: Size) -> Size:
-        """Of both texts."""
+        """The size of two texts."""
         return Size(*map(sum, zip(self, other, strict=True)))
 
     def faults(self) -> Iterator[str]:
-        """What is more than is allowed."""
+        """The numbers over their limits, with the limits."""
         names = "values", "names", "arrays and objects"
         for found, most, name in zip(self, (MOST_VALUES, MOST_NAMES, MOST_CONTAINERS), names, strict=True):
             if found > most:
@@ -103,18 +103,18 @@ class Size(NamedTuple):
 
 
 def count(text: str) -> Size:
-    """The size of a JSON text; exact only if it is more than is allowed."""
+    """The size of a JSON text, or an upper bound that is within the limits."""
     size = _count(text)
     if not any(size.faults()):
         return size
-    bare = text.replace("\\\\", "").replace('\\"', "")  # what is in strings does not count
-    if (strings := bare.count('"') // 2) > MOST_VALUES + MOST_NAMES:
+    unescaped = text.replace("\\\\", "").replace('\\"', "")  # then every quote delimits a string
+    if (strings := unescaped.count('"') // 2) > MOST_VALUES + MOST_NAMES:
         return Size(strings, 0, 0)
-    return _count("".join(bare.split('"')[::2]))
+    return _count("".join(unescaped.split('"')[::2]))
 
 
 def check_size(size: Size, what: str, param: str | None) -> None:
-    """Raises `InvalidValue` for more than is allowed."""
+    """Raises `InvalidValue` for a size over a limit."""
     for fault in size.faults():
         raise InvalidValue(f"{what} has {fault}", param=param)
 
@@ -125,7 +125,7 @@ def _count(text: str) -> Size:
 
 
 def _is_json(content_type: str) -> bool:
-    """By the framework's own rule."""
+    """The framework's own rule."""
     header = Message()
     header["content-type"] = content_type
     subtype = header.get_content_subtype()
@@ -144,7 +144,7 @@ def _decode(content: bytes, what: str) -> str:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether a value is nested deeper than is allowed."""
+    """Whether a value is nested deeper than `MOST_DEPTH`."""
     level = [value]
     for _ in range(MOST_DEPTH):
         level = [inner for outer in level for inner in _containers(outer)]
@@ -159,15 +159,15 @@ def _containers(value: Any) -> Iterator[Any]:
 
 
 def _too_deep(text: str, what: str, param: str | None) -> InvalidValue:
-    """The refusal, with the place where it gets too deep and the path to it."""
-    path: list[str | int] = []  # a name or a number for each array and object that is open
+    """The error, with the position and the path of the first container beyond the limit."""
+    path: list[str | int] = []  # the name or index in each open container
     name = ""
     for token in _TOKEN.finditer(text):
         match token.group():
             case "[" | "{" as opening:
                 path.append(0 if opening == "[" else "")
                 if len(path) > MOST_DEPTH:
-                    where = ".".join(str(part) for part in path[:_NAMED])
+                    where = ".".join(str(part) for part in path[:_PATH_PARTS])
                     return InvalidValue(
                         f"{what} is nested deeper than {MOST_DEPTH} levels, which is the limit, at byte "
                         f"{_byte(text, token.start())}",
@@ -184,6 +184,6 @@ def _too_deep(text: str, what: str, param: str | None) -> InvalidValue:
     return InvalidValue(f"{what} is nested too deeply; the limit is {MOST_DEPTH} levels", param=param)
 
 
-def _byte(text: str, place: int) -> int:
-    """The place of a character, in bytes."""
-    return len(text[:place].encode(errors="surrogatepass"))
+def _byte(text: str, position: int) -> int:
+    """The position of a character, in bytes."""
+    return len(text[:position].encode(errors="surrogatepass"))

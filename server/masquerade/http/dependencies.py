@@ -1,7 +1,6 @@
-"""What a route asks for: the parts of the application that a request belongs to.
+"""FastAPI dependencies of routes.
 
-Knows where the application keeps them. Refuses to know what they do. They are coroutines because the framework would
-send plain functions to a thread for each request.
+They are coroutines because the framework runs plain functions in a thread, for each request.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from masquerade.service.serving import Serving
 
 
 async def find_serving(http: Request) -> Serving:
-    """What the server of a request serves."""
+    """What the server serves."""
     serving: Serving = http.app.state.serving
     return serving
 
 
 async def read_persona(http: Request) -> str | None:
-    """The persona that the header `X-Persona` names; `PersonaConflict` if it is there twice and not the same."""
+    """The persona in the header `X-Persona`. Raises `PersonaConflict` if the header names two."""
     named = set(http.headers.getlist("X-Persona"))
     if len(named) > 1:
         raise PersonaConflict("the header X-Persona names several personas; give one", param="X-Persona")
@@ -30,10 +29,10 @@ async def read_persona(http: Request) -> str | None:
 
 
 async def find_job_service(http: Request) -> JobService:
-    """The store's jobs; `WorkedElsewhere` if another server has them."""
+    """The store's jobs. Raises `WorkedElsewhere` if another server runs them."""
     job_service: JobService | None = http.app.state.job_service
     if job_service is None:
-        raise WorkedElsewhere("another server works the jobs of this store; send builds there")
+        raise WorkedElsewhere("another server runs the jobs of this store; send builds there")
     return job_service
 
 

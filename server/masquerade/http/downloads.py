@@ -1,7 +1,4 @@
-"""Files as answers.
-
-Knows which ranges of a file can be asked for. Refuses to know what is in it.
-"""
+"""Files as responses, whole or in ranges."""
 
 from __future__ import annotations
 
@@ -11,22 +8,15 @@ from fastapi.responses import FileResponse
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from masquerade.errors import BadRequest, InvalidValue
+from masquerade.errors import InvalidValue, RangeNotSatisfiable
 from masquerade.http import errors
 
 
-class RangeNotSatisfiable(BadRequest):
-    """The file ends before the range begins."""
-
-    status = 416
-    code = "range_not_satisfiable"
-
-
 class Download(FileResponse):
-    """A file, or the part of it that the header `Range` asks for; a range that is none is refused as all else is."""
+    """A file, or the part that the header `Range` names. A bad range gets an error like all others."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the file or the error."""
         refusal: Message | None = None
 
         async def send_unless_refused(message: Message) -> None:
@@ -41,14 +31,16 @@ class Download(FileResponse):
             return
         size = Headers(raw=refusal["headers"]).get("content-range")
         if size is None:
-            await errors.respond(InvalidValue("this is no range of bytes", param="Range"))(scope, receive, send)
+            await errors.respond(InvalidValue("the header Range is not a range of bytes", param="Range"))(
+                scope, receive, send
+            )
             return
         error = RangeNotSatisfiable(f"the file has {size.rpartition('/')[2]} bytes", param="Range")
         await errors.respond(error, {"Content-Range": size})(scope, receive, send)
 
 
 def describe(example: str, text: str) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that answers with a file."""
+    """The `responses` of a route that returns a file."""
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}, "example": example}}
     return {
         200: {"description": text, "content": content},

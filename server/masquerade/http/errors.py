@@ -1,7 +1,4 @@
-"""Renders every failure as OpenAI's error body.
-
-Knows the one place where exceptions become HTTP. Refuses to let a stack trace or a path out.
-"""
+"""Renders every exception as OpenAI's error body, without stack traces and paths."""
 
 from __future__ import annotations
 
@@ -28,6 +25,7 @@ from masquerade.errors import (
     ContextTooLong,
     InvalidValue,
     MasqueradeError,
+    MethodNotAllowed,
     NotFound,
     NotReady,
     Overloaded,
@@ -51,8 +49,8 @@ _UNUSABLE = (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 _SQLITE_UNUSABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _SQLITE_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _FAILED = "the server failed; its log says why"
-MOST_WORDS = 1000  # characters of a message
-_RUN = re.compile(rf"(\S{{{GIVEN - 3}}})\S{{4,}}")  # what is longer than a word was given, and is cut
+MESSAGE_LIMIT = 1000  # characters
+_LONG_WORD = re.compile(rf"(\S{{{GIVEN - 3}}})\S{{4,}}")  # only values of clients are that long
 _UNION_MEMBERS = ("str", "list", "float", "int", "dict")
 
 _MASK_ERRORS: Mapping[type, type[MasqueradeError]] = {
@@ -67,7 +65,7 @@ _MASK_ERRORS: Mapping[type, type[MasqueradeError]] = {
 
 
 class Fault(BaseModel):
-    """What went wrong: `code` is for programs, `message` for people; `param` is the field at fault, if there is one."""
+    """One error: `code` is for programs, `message` for people; `param` is the field at fault, if there is one."""
 
     message: str
     type: str
@@ -76,7 +74,7 @@ class Fault(BaseModel):
 
 
 class Body(BaseModel):
-    """Every failure."""
+    """The body of every error."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -100,34 +98,24 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class MethodNotAllowed(BadRequest):
-    """The route exists, with another method."""
-
-    status = 405
-    code = "method_not_allowed"
-
-
 def install(app: FastAPI) -> None:
     """Route every exception of an app through `respond`."""
-    app.add_exception_handler(MasqueradeError, _on_known)
-    app.add_exception_handler(MaskError, _on_mask)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(OSError, _on_system)
-    app.add_exception_handler(sqlite3.OperationalError, _on_system)
-    app.add_exception_handler(ClientDisconnect, _on_gone)
-    app.add_exception_handler(Exception, _on_unknown)
+    app.add_exception_handler(RequestValidationError, _respond_invalid)
+    app.add_exception_handler(HTTPException, _respond_http)
+    app.add_exception_handler(ClientDisconnect, _respond_disconnected)
+    for kind in (MasqueradeError, MaskError, OSError, sqlite3.OperationalError, Exception):
+        app.add_exception_handler(kind, _respond_failure)
 
 
 def body(error: MasqueradeError) -> dict[str, Any]:
-    """The error as a client sees it; never long, whatever it repeats."""
-    message = _RUN.sub(r"\1...", str(error))
-    if len(message) > MOST_WORDS:
-        message = f"{message[:MOST_WORDS]}..."
+    """The error's body, with a message of at most `MESSAGE_LIMIT` characters."""
+    message = _LONG_WORD.sub(r"\1...", str(error))
+    if len(message) > MESSAGE_LIMIT:
+        message = f"{message[:MESSAGE_LIMIT]}..."
     return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def respond(error: MasqueradeError, headers: dict[str, str] | None = None) -> JSONResponse:
+def respond(error: MasqueradeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The error as a response."""
     headers = dict(headers or {})
     if isinstance(error, Overloaded | NotReady):
@@ -135,44 +123,44 @@ def respond(error: MasqueradeError, headers: dict[str, str] | None = None) -> JS
     if error.retry is not None:
         headers["x-should-retry"] = str(error.retry).lower()
     if isinstance(error, TooLarge | TimedOut):
-        headers["Connection"] = "close"  # nobody wants the rest of the body
+        headers["Connection"] = "close"  # the rest of the body is not read
     return JSONResponse(body(error), status_code=error.status, headers=headers)
 
 
-def translate(error: Exception) -> MasqueradeError:
-    """What is said about a failure after the status has been sent; of what nobody foresaw, the log has the rest."""
+def translate(error: Exception, where: str = "an answer that had begun") -> MasqueradeError:
+    """The error that clients get for an exception. Logs what only the operator can fix, after `where` it happened."""
     if isinstance(error, MasqueradeError):
         return error
     if isinstance(error, MaskError):
-        return _name_fault(error)
-    refusal = _name_refusal(getattr(error, "errno", None), getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    _log.error("an answer failed in its midst", exc_info=error)
-    return refusal or MasqueradeError(_FAILED)
+        kind = next(_MASK_ERRORS[base] for base in type(error).__mro__ if base in _MASK_ERRORS)
+        translated: MasqueradeError | None = kind(error.message)  # without the paths of `str(error)`
+    else:
+        translated = _translate_system(getattr(error, "errno", None), getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    if translated is None:
+        _log.error("%s failed", where, exc_info=error)
+        return MasqueradeError(_FAILED)
+    if translated.status >= 500:
+        _log.error("%s: %s", where, error)
+    return translated
 
 
-def _on_known(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, MasqueradeError)
-    if isinstance(error, ContextTooLong):  # the attempt is paid for like a prompt
-        request.state.entry.unanswered += error.tokens
-    return respond(error)
+def _translate_system(number: int | None, sqlite: int) -> MasqueradeError | None:
+    """The error for an errno, or for SQLite's primary result code."""
+    if number in _FULL or sqlite == sqlite3.SQLITE_FULL:
+        return StorageFull("the server has no room for this on its disk")
+    if number in _UNUSABLE or sqlite in _SQLITE_UNUSABLE:
+        return UnusableStore("the server's disk refuses this; its log says why")
+    return NotReady("another process holds the store's tables; try again") if sqlite in _SQLITE_BUSY else None
 
 
-def _on_mask(request: Request, error: Exception) -> JSONResponse:
-    """What the store says, without the paths it knows."""
-    assert isinstance(error, MaskError)
-    named = _name_fault(error)
-    if named.status >= 500:
-        _log.error("%s %s: %s", request.method, request.url.path, error)
-    return respond(named)
+def _respond_failure(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, ContextTooLong):  # a refused prompt is charged
+        request.state.record.extra_tokens += error.tokens
+    return respond(translate(error, f"{request.method} {request.url.path}"))
 
 
-def _name_fault(error: MaskError) -> MasqueradeError:
-    kind = next(_MASK_ERRORS[base] for base in type(error).__mro__ if base in _MASK_ERRORS)
-    return kind(error.message)
-
-
-def _on_invalid(_: Request, error: Exception) -> JSONResponse:
-    """A body that does not fit the schema: 400 with the fault, the path to it and what was given."""
+def _respond_invalid(_: Request, error: Exception) -> JSONResponse:
+    """400 for a body that does not fit the schema, with the fault, the path to it and the value."""
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
     field, fault = _path(faults[0]["loc"]), _choose(faults)
@@ -185,18 +173,18 @@ def _on_invalid(_: Request, error: Exception) -> JSONResponse:
         return respond(InvalidValue("the body must be a JSON object, with the header `Content-Type: application/json`"))
     if fault["type"] == "extra_forbidden":
         return respond(UnsupportedParameter(f"`{path}` is not supported", param=path))
-    return respond(InvalidValue(f"{path}: {_tell(fault)}", param=field))
+    return respond(InvalidValue(f"{path}: {_explain(fault)}", param=field))
 
 
 def _choose(faults: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The first fault; where a field may have one of several types, that of the type which was given."""
+    """The first fault; for a field of several types, the first that is not about the type."""
     first = _path(faults[0]["loc"])
     rivals = [fault for fault in faults if f"{_path(fault['loc'])}.".startswith(f"{first}.")]
     return next((fault for fault in rivals if not fault["type"].endswith("_type")), faults[0])
 
 
-def _tell(fault: Mapping[str, Any]) -> str:
-    """What is wrong, and what was given if that is short enough to be told."""
+def _explain(fault: Mapping[str, Any]) -> str:
+    """The fault, and the value that has it."""
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] in ("list_too_long", "too_long"):
         return f"it has {len(fault['input'])} items; the limit is {fault['ctx']['max_length']}"
@@ -205,8 +193,8 @@ def _tell(fault: Mapping[str, Any]) -> str:
     return f"{message}; given: {quote(fault['input'])}"
 
 
-def _on_http(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses."""
+def _respond_http(request: Request, error: Exception) -> JSONResponse:
+    """Errors of the framework itself."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
@@ -218,36 +206,13 @@ def _on_http(request: Request, error: Exception) -> JSONResponse:
     return respond(refused)
 
 
-def _on_system(request: Request, error: Exception) -> JSONResponse:
-    """What the operating system refuses: the disk can be mended by whoever is told of it."""
-    refusal = _name_refusal(getattr(error, "errno", None), getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    if refusal is None:
-        return _on_unknown(request, error)
-    _log.error("%s %s: %s", request.method, request.url.path, error)
-    return respond(refusal)
-
-
-def _name_refusal(number: int | None, sqlite: int) -> MasqueradeError | None:
-    """What an errno, or sqlite's primary result code, says about the store."""
-    if number in _FULL or sqlite == sqlite3.SQLITE_FULL:
-        return StorageFull("the server has no room for this on its disk")
-    if number in _UNUSABLE or sqlite in _SQLITE_UNUSABLE:
-        return UnusableStore("the server's disk refuses this; its log says why")
-    return NotReady("another process holds the store's tables; try again") if sqlite in _SQLITE_BUSY else None
-
-
-def _on_gone(*_: object) -> Response:
-    """Nobody reads this: the client went away before it had sent everything."""
+def _respond_disconnected(*_: object) -> Response:
+    """The client closed the connection before it had sent everything; the status is for the log."""
     return Response(status_code=499)
 
 
-def _on_unknown(request: Request, error: Exception) -> JSONResponse:
-    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return respond(MasqueradeError(_FAILED))
-
-
 def _methods(request: Request) -> list[str]:
-    """The methods with which the path of a request may be asked for; the framework names those of one route."""
+    """The methods of all routes with the path of a request; the framework names those of one route."""
     path, routes = request.scope["path"], iter_route_contexts(request.app.routes)
     return sorted({method for route in routes if route.path_regex.match(path) for method in route.methods or ()})
 

@@ -1,6 +1,6 @@
-"""How the server is: `GET /healthz` (the process lives), `GET /readyz` (it takes requests), `GET /metrics`.
+"""`GET /healthz` (the process runs), `GET /readyz` (the engine takes requests) and `GET /metrics`.
 
-Both probes answer to HEAD as well, which load balancers ask with.
+Load balancers may probe with HEAD.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ router = APIRouter()
 
 
 class Health(Schema):
-    """All is well."""
+    """The state of the server."""
 
     model_config = show({"status": "ok"})
 
@@ -45,8 +45,8 @@ async def check_health() -> dict[str, str]:
 @router.get("/readyz", response_model=None, responses={200: {"model": Health}})
 async def check_readiness(serving: Served) -> dict[str, str]:
     """200 while the engine's thread takes requests, else 503."""
-    if problem := serving.engine.unready_reason:
-        raise NotReady(problem)
+    if reason := serving.engine.unready_reason:
+        raise NotReady(reason)
     return {"status": "ready"}
 
 

@@ -1,4 +1,4 @@
-"""What a request may be, whoever sends it: how large, how slow, from which pages."""
+"""Limits of requests: size, speed and origin."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from masquerade.http import errors
 # Routes that take files; each has a limit of its own.
 _UPLOADS = re.compile(r"/v1/(files|personas|personas/[^/]+/content)")
 _KINDS = ("requests", "tokens")
-_PATIENCE = 10  # times as long as one wait for a byte may a whole body take; a file gets more by its size
-LINGER_SECONDS, LINGER_BYTES = 5.0, 2**26  # for and up to which what is too much is read and thrown away
+_WHOLE_BODY = 10  # times `body_seconds` is the limit for a whole body; uploads get more by their size
+LINGER_SECONDS, LINGER_BYTES = 5.0, 2**26  # limits for discarding the rest of a refused body
 EXPOSED = (
     *("ETag", "Retry-After", "X-Persona-Generation", "x-request-id"),
     *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in _KINDS),
@@ -33,21 +33,21 @@ EXPOSED = (
 
 @dataclass(frozen=True)
 class Policy:
-    """What a server allows."""
+    """The limits of a server."""
 
-    loopback: bool = True  # it listens on loopback only
-    cors_origins: tuple[str, ...] = ()  # whose pages may use it, such as https://chat.example
-    body_bytes: int = 2**23  # of a body that is no file
+    loopback: bool = True  # whether the server listens on loopback only
+    cors_origins: tuple[str, ...] = ()  # origins of pages that may use it, such as https://chat.example
+    body_bytes: int = 2**23  # except for uploads
     header_bytes: int = 2**15
     headers: int = 100
     body_seconds: float = 30.0  # without a byte of a body
-    upload_rate: float = 2**15  # bytes a second that a file must arrive with, after what every body gets
-    wrong_key_seconds: float = 0.0  # before a request without a valid key is refused
+    upload_rate: float = 2**15  # bytes a second that extend the time for an upload
+    wrong_key_seconds: float = 0.0  # delay of the error for an invalid key
     answer_seconds: float = 600.0  # for all answers to a request
 
 
 class LimitsMiddleware:
-    """Refuses what is too large or too slow, before and while it is read."""
+    """Refuses requests that are too large or too slow, before and while it reads them."""
 
     def __init__(self, app: ASGIApp, policy: Policy) -> None:
         self._app = app
@@ -58,8 +58,8 @@ class LimitsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        line = _Line(receive, send)
-        receive, send = line.receive, line.send
+        connection = _LingeringConnection(receive, send)
+        receive, send = connection.receive, connection.send
         limit = None if _UPLOADS.fullmatch(scope["path"]) else self._policy.body_bytes
         try:
             self._check(scope, limit)
@@ -88,25 +88,25 @@ class LimitsMiddleware:
             raise _too_large(limit)
 
 
-class _Line:
-    """A connection that is not closed while the client still sends: what it has not read yet would be lost with it."""
+class _LingeringConnection:
+    """Discards the rest of a body before the connection closes. A client that still sends would lose the response."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
-        self._more = True
+        self._has_more = True
         self._closing = False
         self._received = 0
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self._more = message.get("more_body", False)
+        self._has_more = message.get("more_body", False)
         self._received += len(message.get("body", b""))
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._closing = Headers(raw=message["headers"]).get("connection") == "close"
-        elif self._closing and self._more and not message.get("more_body", False):
+        elif self._closing and self._has_more and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._drain(), LINGER_SECONDS)
@@ -114,14 +114,14 @@ class _Line:
         await self._send(message)
 
     async def _drain(self) -> None:
-        enough = self._received + LINGER_BYTES
-        while self._more and self._received < enough:
+        limit = self._received + LINGER_BYTES
+        while self._has_more and self._received < limit:
             await self.receive()
 
 
 class _Body:
-    """The body of a request on its way in. What is wrong with it is answered in place of whatever the application
-    makes of a body that ends early.
+    """The body of a request within its limits. The error of a body over a limit replaces the response of the
+    application to a body that ends early.
     """
 
     def __init__(self, receive: Receive, send: Send, limit: int | None, policy: Policy) -> None:
@@ -130,27 +130,27 @@ class _Body:
         self._rate = policy.upload_rate if limit is None else math.inf
         self._received = 0
         self._began: float | None = None
-        self._whole = False
+        self._complete = False
         self.answered = False
         self.refusal: MasqueradeError | None = None
 
     async def receive(self) -> Message:
-        if self._whole:
+        if self._complete:
             return await self._receive()
         now = asyncio.get_running_loop().time()
         self._began = now if self._began is None else self._began
-        patience = _PATIENCE * self._seconds + self._received / self._rate
+        allowed = _WHOLE_BODY * self._seconds + self._received / self._rate
         try:
-            async with asyncio.timeout_at(min(now + self._seconds, self._began + patience)):
+            async with asyncio.timeout_at(min(now + self._seconds, self._began + allowed)):
                 message = await self._receive()
         except TimeoutError:
             self.refusal = TimedOut(
-                f"nothing of the body arrived for {self._seconds:g} s, or not all of it within {patience:.0f} s: "
-                f"{self._received} bytes did"
+                f"the body stopped for {self._seconds:g} s, or took longer than {allowed:.0f} s; "
+                f"{self._received} bytes have arrived"
             )
             raise self.refusal from None
         self._received += len(message.get("body", b""))
-        self._whole = not message.get("more_body", False)
+        self._complete = not message.get("more_body", False)
         if self._limit is not None and self._received > self._limit:
             self.refusal = _too_large(self._limit)
             raise self.refusal
@@ -164,56 +164,56 @@ class _Body:
 
 
 class CorsMiddleware(CORSMiddleware):
-    """CORS, whose refusals are like all others."""
+    """CORS with errors in the server's own form."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """What a browser hears before it asks."""
-        answer = super().preflight_response(request_headers)
-        if answer.status_code < 400:
-            return answer
-        return errors.respond(OriginForbidden("pages of this origin may not use this server in this way"))
+        """The response to a preflight request."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        return errors.respond(OriginForbidden("pages of this origin may not send this request"))
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1, whose refusal of what is no HTTP is like all others, and which does not wait for a head for ever."""
+    """HTTP/1.1 with errors in the server's own form and a limit on the time for a head."""
 
-    head_seconds = 30.0  # from the first moment of a connection, or the first byte of a later request
+    head_seconds = 30.0  # from the start of a connection, or the first byte of a later request
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Somebody is there, and has so long to say what is wanted."""
+        """Start the time for the first head."""
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(self.head_seconds, self._hang_up)
+        self._deadline = self.loop.call_later(self.head_seconds, self._expire)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes: none but those that complete a head buy more time."""
+        """Only a complete head stops the clock."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._forget_deadline()
+            self._cancel_deadline()
         elif self._deadline is None:
-            self._deadline = self.loop.call_later(self.head_seconds, self._hang_up)
+            self._deadline = self.loop.call_later(self.head_seconds, self._expire)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """They left."""
-        self._forget_deadline()
+        """Stop the clock."""
+        self._cancel_deadline()
         super().connection_lost(exc)
 
-    def _forget_deadline(self) -> None:
+    def _cancel_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _hang_up(self) -> None:
+    def _expire(self) -> None:
         self._deadline = None
         if self.conn.their_state is h11.IDLE:
             self._refuse(TimedOut(f"the head of the request did not arrive within {self.head_seconds:g} s"))
 
     def send_400_response(self, msg: str) -> None:
-        """Say that this is no HTTP, or has far too many headers, and hang up."""
+        """Respond to bytes that are not HTTP, or to a head that h11 finds too large, and close."""
         self._refuse(BadRequest(msg))
 
     def _refuse(self, error: BadRequest) -> None:
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # it has had its answer, or is having it
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # a response has begun
             self.transport.close()
             return
         content = json.dumps(errors.body(error)).encode()

@@ -1,7 +1,4 @@
-"""How the log looks.
-
-Knows two formats of a line. Refuses to know what is logged.
-"""
+"""The two formats of the log: text and JSON."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ from datetime import UTC, datetime
 from typing import Literal
 
 Format = Literal["text", "json"]
-_TOLD = ("key", "persona", "code")  # of a request, in a line of text
+_SHOWN = ("key", "persona", "code")  # fields of a request that a line of text shows
 
 
-class Lines(logging.Formatter):
-    """One JSON object a line. What a record has in `fields` is in it."""
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """A line."""
+        """The line of a record."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -33,20 +30,20 @@ class Lines(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """For a person."""
+    """Lines for people."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        """The line before its exception."""
+        """The line without its exception."""
         fields = getattr(record, "fields", {})
-        more = "".join(f" {name}={fields[name]}" for name in _TOLD if fields.get(name))
+        more = "".join(f" {name}={fields[name]}" for name in _SHOWN if fields.get(name))
         return super().formatMessage(record) + more
 
 
 def configure(style: Format) -> None:
-    """Log to stderr from now on."""
+    """Send the log to stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines() if style == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -1,8 +1,4 @@
-"""The server in numbers, for Prometheus.
-
-Knows names, units and labels of what is measured; a label has few values whatever clients send. Refuses to know keys
-and content.
-"""
+"""Metrics for Prometheus. The number of values of each label is bounded, whatever clients send."""
 
 from __future__ import annotations
 
@@ -18,15 +14,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from masquerade import __version__
 from masquerade.service.serving import Serving
 
-PERSONAS = 20  # that have a label of their own
-BASE, OTHER = "_base", "_other"  # no persona can be called so
+PERSONAS = 20  # most personas with a label of their own
+BASE, OTHER = "_base", "_other"  # not valid as names of personas
 _FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _GAP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 5)
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Histograms(NamedTuple):
-    """Where the times of a persona's requests go; seconds."""
+    """The histograms of a persona's requests, in seconds."""
 
     first: Distribution
     gap: Distribution
@@ -34,9 +30,9 @@ class Histograms(NamedTuple):
 
 
 class Labels:
-    """Which personas have a label: those used most, up to a number; the rest share one.
+    """Gives a label each to the personas used most, up to a number; the others share one.
 
-    A newcomer takes the label of the least used only when it was used twice as often, so that labels do not flap.
+    A persona replaces the least used one only after twice as many uses, so that labels do not flap.
     """
 
     def __init__(self, most: int, drop: Callable[[str], None]) -> None:
@@ -46,7 +42,7 @@ class Labels:
         self._labelled: set[str] = set()
 
     def find(self, persona: str | None) -> str:
-        """The label of a persona that is used now; of the bare base for None."""
+        """Count a use and return the label; None is the base."""
         if persona is None:
             return BASE
         self._uses[persona] += 1
@@ -62,14 +58,14 @@ class Labels:
         return persona
 
     def current(self, persona: str | None) -> str:
-        """The label it has, which a use does not change."""
+        """The label without counting a use."""
         if persona is None:
             return BASE
         return persona if persona in self._labelled else OTHER
 
 
 class Metrics:
-    """Everything that is counted as requests go by, in a registry of its own. For one thread: the event loop's."""
+    """The counters of requests, in a registry of their own. For the event loop's thread only."""
 
     def __init__(self, serving: Serving, jobs: Callable[[], Mapping[str, int]]) -> None:
         self.registry = registry = CollectorRegistry(auto_describe=False)
@@ -82,9 +78,9 @@ class Metrics:
             return Distribution(f"masquerade_{name}", text, ("persona",), registry=registry, buckets=buckets)
 
         self.requests = total("requests", "HTTP requests.", "method", "route", "status")
-        self.errors = total("errors", "Failures, also those in the midst of a stream.", "code")
+        self.errors = total("errors", "Failures, also those within a stream.", "code")
         self.limited = total("rate_limited", "Requests refused by a key's limits.", "limit")
-        self._answers = total("answers", "Answers that came to an end.", "persona", "reason")
+        self._answers = total("answers", "Finished answers.", "persona", "reason")
         self._tokens = total("tokens", "Tokens: prompt, cached (of the prompt), completion.", "persona", "kind")
         self._first = distribution("first_token_seconds", "From a request to its first token.", _FIRST)
         self._gap = distribution("inter_token_seconds", "Between two tokens of an answer.", _GAP)
@@ -93,12 +89,12 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def times_of(self, persona: str | None) -> Histograms:
-        """The histograms of a persona that a request uses now."""
+        """The histograms of a request's persona; counts a use of its label."""
         label = self._labels.find(persona)
         return Histograms(self._first.labels(label), self._gap.labels(label), self._whole.labels(label))
 
     def count(self, persona: str | None, prompt: int, cached: int, completion: int, reasons: Sequence[str]) -> None:
-        """Enter the tokens of a request, and why its answers ended."""
+        """Add the tokens of a request and the finish reasons of its answers."""
         label = self._labels.current(persona)
         for kind, tokens in (("prompt", prompt), ("cached", cached), ("completion", completion)):
             self._tokens.labels(label, kind).inc(tokens)
@@ -115,34 +111,32 @@ class Metrics:
 
 
 class _State:
-    """What is read when it is asked for: the engine, its cache, the masks, the jobs."""
+    """Values read at each scrape: the engine, its cache, the masks, the jobs."""
 
     def __init__(self, serving: Serving, jobs: Callable[[], Mapping[str, int]]) -> None:
         self._serving = serving
         self._jobs = jobs
 
     def collect(self) -> Iterator[Metric]:
-        """All of it, now."""
+        """The present values."""
         serving, engine = self._serving, self._serving.engine
         info = {"version": __version__, "base": serving.base.name, "fingerprint": serving.base.fingerprint}
         yield InfoMetricFamily("masquerade", "What is served.", value=info | {"device": str(serving.base.device)})
         yield _gauge("ready", "1 while the engine takes requests.", float(engine.ready))
-        held = engine.occupancy
-        yield _gauge("queue_requests", "Requests that wait.", held.waiting)
-        yield _gauge("batch_requests", "Requests in the batch.", held.running)
+        occupancy = engine.occupancy
+        yield _gauge("queue_requests", "Requests in the queue.", occupancy.waiting)
+        yield _gauge("batch_requests", "Requests in the batch.", occupancy.running)
         yield _gauge("batch_capacity_requests", "Most requests in a batch.", engine.config.max_running)
-        yield _gauge("batch_personas", "Distinct masks worn in the batch.", held.masks)
-        blocks = {"held": held.blocks_used, "kept": held.blocks_cached, "blank": held.blocks_empty}
-        yield _gauges(
-            "kv_pages", "Pages of keys and values: held by requests, kept for others, blank.", "state", blocks
-        )
+        yield _gauge("batch_personas", "Distinct masks in the batch.", occupancy.masks)
+        blocks = {"held": occupancy.blocks_used, "kept": occupancy.blocks_cached, "blank": occupancy.blocks_empty}
+        yield _gauges("kv_pages", "Blocks of the KV cache: held by requests, kept for reuse, blank.", "state", blocks)
         counts = engine.counts
         yield _total("engine_steps", "Forward passes.", counts.steps)
         yield _total("engine_failures", "Forward passes that failed.", counts.failures)
-        yield _total("engine_preemptions", "Requests that gave their pages back to go on later.", counts.preemptions)
+        yield _total("engine_preemptions", "Requests whose blocks were taken for others.", counts.preemptions)
         yield _total("engine_sampled_tokens", "Tokens of answers.", counts.sampled)
         positions = {"computed": counts.computed, "cached": counts.cached}
-        yield _totals("engine_positions", "Positions that were computed, and found in the cache.", "source", positions)
+        yield _totals("engine_positions", "Positions computed, and found in the cache.", "source", positions)
         yield from self._collect_masks()
         yield _gauges("jobs", "Builds of this store.", "state", self._jobs())
 
@@ -150,19 +144,19 @@ class _State:
         residency = self._serving.residency
         loads, host = residency.loads, residency.host
         tiers = Counter({"device": 0, "loading": 0, "host": 0, "disk": 0})
-        tiers.update(residency.tier(generation.digest) for generation in self._serving.registry.names())
+        tiers.update(residency.tier(revision.digest) for revision in self._serving.registry.names())
         yield _gauges("personas", "Personas of the store, by where their masks are nearest.", "tier", tiers)
         nbytes = {"device": residency.nbytes, "host": host.nbytes}
         yield _gauges("mask_bytes", "Bytes of masks.", "tier", nbytes)
         yield _gauge("mask_waiting_requests", "Requests that wait for a mask.", residency.waiting)
-        asked = {"hit": loads.hits, "shared": loads.shared, "miss": loads.misses}
-        yield _totals("mask_requests", "Masks asked for: on the device, on their way, to be loaded.", "result", asked)
+        lookups = {"hit": loads.hits, "shared": loads.shared, "miss": loads.misses}
+        yield _totals("mask_requests", "Requests for masks: on the device, loading, to be loaded.", "result", lookups)
         sources = {"host": loads.from_host, "disk": loads.done + loads.failed - loads.from_host}
-        yield _totals("cold_loads", "Loads of masks onto the device that have ended.", "source", sources)
+        yield _totals("cold_loads", "Finished loads of masks onto the device.", "source", sources)
         yield _total("cold_load_failures", "Loads that failed.", loads.failed)
-        yield _total("cold_load_seconds", "Time of loads that ended well, without waiting for room.", loads.seconds)
+        yield _total("cold_load_seconds", "Time of successful loads, without waits for room.", loads.seconds)
         evictions = {"device": loads.evictions, "host": host.evictions}
-        yield _totals("mask_evictions", "Masks that had to go.", "tier", evictions)
+        yield _totals("mask_evictions", "Evicted masks.", "tier", evictions)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -1,8 +1,4 @@
-"""`/`: the playground, a page that uses the same interface as every other client.
-
-Knows where the page's files are and what a browser may do with them. Refuses to know what the page does: it has no
-routes of its own behind it.
-"""
+"""`/`: the files of the playground, a page that uses the API like any other client."""
 
 from __future__ import annotations
 
@@ -17,11 +13,11 @@ router = APIRouter(include_in_schema=False)
 
 _INSTALLED = Path(__file__).parent.parent / "web"
 FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[3] / "clients" / "web"
-_PARTS = {path.name: path for path in FOLDER.iterdir()}
+_FILES = {path.name: path for path in FOLDER.iterdir()}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-cache",  # ask each time: an upgraded server must not meet an old page
+    "Cache-Control": "no-cache",  # an old page must not run against an upgraded server
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -34,9 +30,9 @@ async def show_playground() -> Download:
 
 
 @router.get("/web/{name}")
-async def show_part(name: str) -> Download:
+async def show_file(name: str) -> Download:
     """A script, style or picture of the page."""
-    path = _PARTS.get(name)
+    path = _FILES.get(name)
     if path is None:
         raise NotFound(f"the playground has no file {name!r:.80}")
     return Download(path, headers=HEADERS)

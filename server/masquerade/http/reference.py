@@ -1,7 +1,6 @@
-"""The interface in words: `/docs`, and `docs/api.md` by `make docs`.
+"""Renders the OpenAPI description as `/docs` and, by `make docs`, as `docs/api.md`."""
 
-Knows how to read an OpenAPI description. The page needs no script and nothing from elsewhere. Refuses to know routes.
-"""
+# FastAPI's Swagger and Redoc pages load their scripts from a CDN, which offline servers and the page's CSP rule out.
 
 from __future__ import annotations
 
@@ -50,15 +49,15 @@ def _page(openapi: str) -> str:
 
 
 def write(openapi: Json) -> str:
-    """A description as Markdown: for each route what it does, takes and answers, with examples."""
+    """The Markdown of a description: for each route its purpose, parameters, body and response, with examples."""
     return "\n".join([_OPENING, *_contents(openapi), *_chapters(openapi)]).rstrip() + "\n"
 
 
-class Described(FastAPI):
-    """An application whose description has whole examples: the framework leaves out what is null in them."""
+class DocumentedAPI(FastAPI):
+    """An application whose OpenAPI examples keep their null fields; the framework drops them."""
 
     def openapi(self) -> dict[str, Any]:
-        """The description."""
+        """The OpenAPI description."""
         if not self.openapi_schema:
             openapi = super().openapi()
             for schema in openapi["components"]["schemas"].values():
@@ -68,7 +67,7 @@ class Described(FastAPI):
 
 
 def _restore_nulls(openapi: Json, schema: Json, value: Any) -> None:
-    """Put null where a field is required, may be null, and is not there."""
+    """Add null to an example for each required nullable field that it lacks."""
     for one in (_resolve(openapi, one) for one in schema.get("anyOf", (schema,))):
         if isinstance(value, list):
             for item in value:
@@ -134,7 +133,7 @@ def _describe(openapi: Json, content: Json) -> Iterator[str]:
 
 
 def find_example(openapi: Json, content: Json) -> Any:
-    """The example of a body, if it has one; that of a list is made of the example of what it lists."""
+    """The example of a body, or None; for a list, one made of the example of its items."""
     schema = _resolve(openapi, content.get("schema", {}))
     fields = schema.get("properties", {})
     example = content.get("example", schema.get("example"))

@@ -1,7 +1,4 @@
-"""One entry for every request: what metrics, log, audit and traces say about it.
-
-Knows times, names and numbers. Refuses to know content: an entry has no field that could hold any.
-"""
+"""One record of every request, for metrics, log, audit and traces. No field holds content of prompts or answers."""
 
 from __future__ import annotations
 
@@ -28,16 +25,16 @@ _log = logging.getLogger("masquerade.access")
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _AUDITED: frozenset[KeyScope] = frozenset({"build", "admin"})
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-_GONE = 499  # the client went away before it had an answer
+_DISCONNECTED = 499  # the client left before the response began
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens in and out."""
+    """The tokens of a request."""
 
     prompt: int
     completion: int
-    cached: int = 0  # of the prompt, those that needed no computing
+    cached: int = 0  # tokens of the prompt that were in the KV cache
 
     def render(self) -> dict[str, Any]:
         """OpenAI's usage object."""
@@ -51,7 +48,7 @@ class Usage:
 
 @dataclass
 class RequestRecord:
-    """What is known about a request so far. For one thread: the event loop's."""
+    """The facts about a request so far. For the event loop's thread only."""
 
     metrics: Metrics
     request_id: str
@@ -59,28 +56,28 @@ class RequestRecord:
     started: float = field(default_factory=time.perf_counter)
     route: str = "_other"
     status: int = 0
-    code: str | None = None  # of an error, before the answer or in its midst
+    code: str | None = None  # of an error, also of one within a stream
     key: Key | None = None
-    scope: KeyScope | None = None  # that the route needs
-    limited: str | None = None  # the limit that refused it
-    targets: list[str] = field(default_factory=list)  # what it acts on: personas, a file, a job
-    persona: str | None = None  # that answers
-    generation: str | None = None
+    scope: KeyScope | None = None  # of the route
+    limited: str | None = None  # the rate limit that refused it
+    targets: list[str] = field(default_factory=list)  # personas, files and jobs of the audit log
+    persona: str | None = None
+    digest: str | None = None  # of the persona's mask
     first_token: float | None = None  # seconds since the start
     reasons: list[str] = field(default_factory=list)  # why its answers ended
-    unanswered: int = 0  # tokens of texts that were only tokenised, or refused because they are too long
+    extra_tokens: int = 0  # charged without an answer: only tokenised, or too many
     closed: bool = False
     _usage: Callable[[], Usage] | None = None
     _times: Histograms | None = None
-    _last: dict[int, float] = field(default_factory=dict)  # when the last token of each answer came
+    _last: dict[int, float] = field(default_factory=dict)  # time of the last token, by answer
 
     def begin(self, resolved: ResolvedPersona, usage: Callable[[], Usage]) -> None:
-        """Tokens will be made for this request; `usage` tells how many there are whenever it is asked."""
-        self.persona, self.generation, self._usage = resolved.persona, resolved.generation, usage  # not the mask itself
+        """Before generation begins. `usage` returns the tokens so far."""
+        self.persona, self.digest, self._usage = resolved.persona, resolved.digest, usage  # not the mask itself
         self._times = self.metrics.times_of(resolved.persona)
 
-    def token(self, index: int, now: float) -> None:
-        """One more token of an answer, at a moment of `time.perf_counter`."""
+    def add_token(self, index: int, now: float) -> None:
+        """One more token of an answer, at the time `now` of `time.perf_counter`."""
         last = self._last.get(index)
         self._last[index] = now
         if self._times is None:
@@ -91,22 +88,22 @@ class RequestRecord:
             self.first_token = now - self.started
             self._times.first.observe(self.first_token)
 
-    def end(self, reason: str) -> None:
-        """One of its answers is complete."""
+    def end_answer(self, reason: str) -> None:
+        """One of the answers has finished."""
         self.reasons.append(reason)
 
     def fail(self, error: MasqueradeError) -> None:
-        """It failed when its status had been sent already."""
+        """An error after the status was sent."""
         self.code = error.code
 
     @property
     def tokens(self) -> int:
-        """Tokens that it has used, in and out, and those that it tried to use."""
+        """The tokens to charge."""
         usage = self._usage() if self._usage else None
-        return self.unanswered + (usage.prompt + usage.completion if usage else 0)
+        return self.extra_tokens + (usage.prompt + usage.completion if usage else 0)
 
     def close(self) -> dict[str, Any]:
-        """Enter it into the metrics; everything worth telling about it."""
+        """Update the metrics and return the fields of the log line."""
         seconds = time.perf_counter() - self.started
         metrics, usage = self.metrics, self._usage() if self._usage else None
         metrics.requests.labels(self.method, self.route, str(self.status)).inc()
@@ -114,7 +111,7 @@ class RequestRecord:
             metrics.errors.labels(self.code).inc()
         if self.limited:
             metrics.limited.labels(self.limited).inc()
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "request_id": self.request_id,
             "method": self.method,
             "route": self.route,
@@ -127,26 +124,26 @@ class RequestRecord:
             metrics.count(self.persona, usage.prompt, usage.cached, usage.completion, self.reasons)
             if self._times:
                 self._times.whole.observe(seconds)
-            told |= {
+            fields |= {
                 "persona": self.persona,
-                "generation": self.generation,
+                "generation": self.digest,
                 "prompt_tokens": usage.prompt,
                 "cached_tokens": usage.cached,
                 "completion_tokens": usage.completion,
                 "finish_reasons": self.reasons,
                 "first_token_seconds": self.first_token and round(self.first_token, 6),
             }
-        return told
+        return fields
 
     @property
     def is_action(self) -> bool:
-        """Whether it tried to change or take something that needs more than chatting."""
+        """Whether the audit log has this request: a change, or a read that needs the scope `admin`."""
         return self.scope in _AUDITED and (self.method != "GET" or self.scope == "admin")
 
 
 class RequestLogMiddleware:
-    """Opens an entry before everything else sees a request, and closes it when the end of the answer is to be sent, or
-    nobody is there to read it.
+    """Opens a record before the other middleware, and closes it before the end of the response is sent or when the
+    client disconnects.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, audit: Audit) -> None:
@@ -160,62 +157,64 @@ class RequestLogMiddleware:
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["entry"] = entry = RequestRecord(
+        state["record"] = record = RequestRecord(
             self._metrics,
             state.get("request_id", ""),
             scope["method"] if scope["method"] in _METHODS else "_other",
         )
 
-        async def send_noted(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             if message["type"] == "http.response.start":
-                entry.status = message["status"]
-            elif entry.status >= 400 and entry.code is None:
-                entry.code = _read_code(message.get("body", b""))
+                record.status = message["status"]
+            elif record.status >= 400 and record.code is None:
+                record.code = _read_code(message.get("body", b""))
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                await self._close(entry, scope)  # before the end is sent: whoever has an answer finds it in the books
+                await self._close(
+                    record, scope
+                )  # before the end is sent, so that a client finds its request in the logs
             await send(message)
 
         try:
-            await self._app(scope, receive, send_noted)
+            await self._app(scope, receive, send_and_record)
         except Exception:
-            entry.status, entry.code = entry.status or 500, entry.code or "internal_error"
+            record.status, record.code = record.status or 500, record.code or "internal_error"
             raise
         finally:
-            if not entry.closed:
-                await self._close(entry, scope)
+            if not record.closed:
+                await self._close(record, scope)
 
-    async def _close(self, entry: RequestRecord, scope: Scope) -> None:
-        entry.closed = True
-        entry.status = entry.status or _GONE
-        entry.route = getattr(scope.get("route"), "path", entry.route)
-        told = entry.close()
+    async def _close(self, record: RequestRecord, scope: Scope) -> None:
+        record.closed = True
+        record.status = record.status or _DISCONNECTED
+        record.route = getattr(scope.get("route"), "path", record.route)
+        fields = record.close()
         _log.log(
-            logging.DEBUG if entry.route in _PROBES else logging.INFO,
+            logging.DEBUG if record.route in _PROBES else logging.INFO,
             "%s %s %d in %.3f s",
-            entry.method,
-            entry.route,
-            entry.status,
-            told["seconds"],
-            extra={"fields": told},
+            record.method,
+            record.route,
+            record.status,
+            fields["seconds"],
+            extra={"fields": fields},
         )
         span = trace.get_current_span()
         if span.is_recording():
-            span.set_attributes({f"masquerade.{name}": value for name, value in told.items() if value is not None})
-        if entry.is_action:
-            await asyncio.shield(asyncio.to_thread(self._write, entry, scope))
+            span.set_attributes({f"masquerade.{name}": value for name, value in fields.items() if value is not None})
+        if record.is_action:
+            await asyncio.shield(asyncio.to_thread(self._write, record, scope))
 
-    def _write(self, entry: RequestRecord, scope: Scope) -> None:
+    def _write(self, record: RequestRecord, scope: Scope) -> None:
         self._audit.write(
-            key=entry.key.id if entry.key else None,
+            key=record.key.id if record.key else None,
             action=scope["route"].name,
-            target=" ".join(entry.targets or map(str, scope.get("path_params", {}).values())),
-            outcome=entry.code or ("done" if entry.status < 400 else str(entry.status)),
-            request_id=entry.request_id,
+            target=" ".join(record.targets or map(str, scope.get("path_params", {}).values())),
+            outcome=record.code or ("done" if record.status < 400 else str(record.status)),
+            request_id=record.request_id,
         )
 
 
 def _read_code(body: bytes) -> str | None:
-    """The code of an error as it was told to the client."""
+    """The code in the body of an error."""
     try:
         code = json.loads(body)["error"]["code"]
     except (ValueError, LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""What every wire object is built of: strict models, typed refusals, lists."""
+"""Building blocks of wire objects: strict models, typed errors, lists, server-sent events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
+        raise ValueError(f"character {error.start} is half of a surrogate pair, which is not text") from None
     return text
 
 
@@ -23,7 +23,7 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class Refusal(ValueError):
-    """Carries a typed error through pydantic, which wraps what validators raise."""
+    """Carries a typed error through pydantic, which wraps the exceptions of validators."""
 
     def __init__(self, error: MasqueradeError) -> None:
         super().__init__(str(error))
@@ -31,17 +31,17 @@ class Refusal(ValueError):
 
 
 class Schema(BaseModel):
-    """Strict types, and nothing changes after it was checked."""
+    """A strict and immutable model."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
 def refuse(fields: Any, table: Mapping[str, tuple[Any, ...]]) -> Any:
-    """The fields, unless one is there that must not be ignored."""
+    """Raise `UnsupportedParameter` for a field of `table` whose value is none of the neutral ones there."""
     if isinstance(fields, dict):
         for name, value in fields.items():
-            idle = table.get(name)
-            if idle is not None and value is not None and value not in idle:
+            neutral = table.get(name)
+            if neutral is not None and value is not None and value not in neutral:
                 raise Refusal(UnsupportedParameter(f"`{name}` is not supported", param=name))
     return fields
 
@@ -55,7 +55,7 @@ def show(example: dict[str, Any]) -> ConfigDict:
 
 
 class Page(Schema, Generic[T]):
-    """Some of a list; `has_more` says whether `after` its last one there are others."""
+    """Some of a list; `has_more` says whether more follow `after` the last one."""
 
     object: Literal["list"] = "list"
     data: list[T]
@@ -65,7 +65,7 @@ class Page(Schema, Generic[T]):
 
 
 class Deleted(Schema):
-    """What is no more."""
+    """A deleted object."""
 
     model_config = show({"id": "file-6ab1f0c2d3e4f5061728394a", "object": "file", "deleted": True})
 

@@ -47,9 +47,9 @@ class Answer(ABC):
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": resolved.model,
-            "system_fingerprint": f"{base.fingerprint[:8]}-{(resolved.generation or 'base')[:8]}",
+            "system_fingerprint": f"{base.fingerprint[:8]}-{(resolved.digest or 'base')[:8]}",
             "persona": resolved.persona,
-            "generation": resolved.generation,
+            "generation": resolved.digest,
             "gamma": resolved.gamma,
         }
         self._head = encode({"object": self.chunk_kind, **self._identity})[:-1]  # all chunks begin alike
@@ -57,7 +57,7 @@ class Answer(ABC):
     @property
     def headers(self) -> dict[str, str]:
         """Response headers that name what was served."""
-        return {"X-Persona-Generation": self._resolved.generation} if self._resolved.generation else {}
+        return {"X-Persona-Generation": self._resolved.digest} if self._resolved.digest else {}
 
     def whole(self, pieces: Sequence[ChoiceDelta], usage: Usage) -> Json:
         """The answer in one object."""

@@ -118,7 +118,7 @@ async def keep(job_service: JobService, caller: Caller, part: Any, param: str, *
     file = await asyncio.to_thread(
         job_service.uploads.receive, caller.owner, PURPOSE, name, part.file, tentative=tentative
     )
-    caller.entry.targets.append(file.id)
+    caller.record.targets.append(file.id)
     return file
 
 

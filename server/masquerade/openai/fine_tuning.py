@@ -286,7 +286,7 @@ _SETTINGS = tuple(field.name for field in fields(Recipe) if field.name in MaskRe
 
 
 def _create(serving: Serving, job_service: JobService, caller: Caller, asked: JobRequest, repeat: Repeat) -> JobObject:
-    serving.choose(asked.model, None, None)
+    serving.find_reference(asked.model, None, None)
     if asked.model != serving.base.name:
         raise UnsupportedParameter("a persona is built from the base, not from another persona", param="model")
     spec, job_id = _specify(serving, asked), draw_job_id()
@@ -295,12 +295,12 @@ def _create(serving: Serving, job_service: JobService, caller: Caller, asked: Jo
     job = job_service.table.find_repeated(caller.owner, spec, repeat)
     if job is None:
         for role, file_id in spec["files"].items():
-            _check_file(job_service, caller.owner, file_id, building.place(role))
+            _check_file(job_service, caller.owner, file_id, building.field_of(role))
         _check_names(serving, job_service, caller.owner, names, replace=asked.mask.replace)
         building.check(job_service, spec, names)
         job = job_service.table.add_job(caller.owner, spec, repeat, job_id)
         job_service.runner.wake()
-    caller.entry.targets.append(job.id)
+    caller.record.targets.append(job.id)
     return _describe(job_service, job)
 
 
@@ -461,14 +461,14 @@ async def _follow(job_service: JobService, caller: Caller, job_id: str) -> Async
             yield event
     except Exception as error:  # the status has been sent
         told = errors.translate(error)
-        caller.entry.fail(told)
+        caller.record.fail(told)
         yield sse(errors.body(told))
 
 
 async def _events(job_service: JobService, caller: Caller, job_id: str) -> AsyncIterator[str]:
     seen, spoken = 0, time.monotonic()
     while True:
-        if problem := caller.problem():
+        if problem := caller.key_error():
             raise problem
         job = await asyncio.to_thread(job_service.table.get_job, job_id)
         events = await asyncio.to_thread(job_service.table.list_events, job_id, seen)

@@ -64,7 +64,7 @@ def plan(
         for choice in range(count)
     ]
     generation = GenerationStream(serving, requests, caller, streams=bool(asked.stream))
-    caller.entry.begin(resolved, lambda: generation.usage)
+    caller.record.begin(resolved, lambda: generation.usage)
     return generation
 
 
@@ -107,7 +107,7 @@ class GenerationStream:
             self._requests.clear()
             raise
         self._heard = self._loop.time()
-        self._deadline = self._heard + self._caller.seconds
+        self._deadline = self._heard + self._caller.answer_seconds
         self._tick()
 
     def leave(self) -> None:
@@ -125,14 +125,14 @@ class GenerationStream:
     def fail(self, error: Exception) -> MasqueradeError:
         """An answer that has begun comes to this end."""
         told = errors.translate(error)
-        self._caller.entry.fail(told)
+        self._caller.record.fail(told)
         return told
 
     def _receive(self, index: int, event: Event) -> None:
         """Called on the engine's thread."""
         self._box.append((index, event, perf_counter()))
         if self._streams or isinstance(event, Finished):
-            self._notifier.ring(self._filled)
+            self._notifier.notify(self._filled)
 
     def _tick(self) -> None:
         """Notice that the time is up, or that nothing has come for a while; if not, look again when it may be so."""
@@ -146,7 +146,9 @@ class GenerationStream:
         self._timer = self._loop.call_at(min(self._deadline, self._heard + PING_SECONDS), self._tick)
 
     def _expire(self) -> None:
-        error = AnswerTimedOut(f"the answer was not finished within {self._caller.seconds:g} s, which is the limit")
+        error = AnswerTimedOut(
+            f"the answer was not finished within {self._caller.answer_seconds:g} s, which is the limit"
+        )
         self._box.append((0, Finished("error", error), perf_counter()))
         self._filled.set()
 
@@ -161,18 +163,18 @@ class GenerationStream:
             self._heard, self._silent = self._loop.time(), False
             await self._filled.wait()
             self._filled.clear()
-            failure = self._caller.problem()
+            failure = self._caller.key_error()
             pieces = []
             while self._box and not failure:
                 index, event, came = self._box.popleft()
                 reason: str | None = None
                 match event:
                     case Token():
-                        self._caller.entry.token(index, came)
+                        self._caller.record.add_token(index, came)
                         told[index].append(event)
                     case Finished("stop" | "length"):
                         reason, left = event.reason, left - 1
-                        self._caller.entry.end(reason)
+                        self._caller.record.end_answer(reason)
                     case Finished(_, error):
                         failure = error or NotReady("the server is stopping")
                 if event.text or reason:
@@ -181,7 +183,7 @@ class GenerationStream:
             if pieces or self._silent:
                 yield pieces
         if failure:
-            self._caller.entry.fail(failure)
+            self._caller.record.fail(failure)
             raise failure
 
 

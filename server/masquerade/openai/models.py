@@ -38,10 +38,10 @@ def _models(serving: Serving, caller: Caller) -> list[dict[str, Any]]:
 def _find(serving: Serving, caller: Caller, model: str) -> dict[str, Any]:
     """Who is not on the key's list is as good as not there."""
     try:
-        choice = serving.choose(model, None, None)
+        choice = serving.find_reference(model, None, None)
         if choice is None:
             return _base(serving)
-        reference = choice[0]
+        reference = choice.name
         if caller.sees(reference.partition("@")[0]):
             generation = serving.registry.resolve(reference)
             if serving.fits_base(generation):

@@ -85,7 +85,7 @@ async def tokenize(asked: TokenizeRequest, serving: Served, caller: Chatting, ht
     At most as many as the context has, or 65 536 where that is more. They count as the key's tokens.
     """
     if asked.model is not None:
-        caller.check_choice(serving.choose(asked.model, None, None))
+        caller.check_reference(serving.find_reference(asked.model, None, None))
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidValue("give `prompt` or `messages`, one of them", param="prompt")
     if asked.tools and asked.messages is None:
@@ -98,7 +98,7 @@ async def tokenize(asked: TokenizeRequest, serving: Served, caller: Chatting, ht
         (ids,) = await tokenise_texts(serving, caller, size, prompts, room, special=special)
     if len(ids) > room.tokens:
         raise too_long(room, f"this one has {len(ids)}", "prompt" if asked.messages is None else "messages", len(ids))
-    caller.entry.unanswered += len(ids)
+    caller.record.extra_tokens += len(ids)
 
     def answer() -> str:
         names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
@@ -112,7 +112,7 @@ async def tokenize(asked: TokenizeRequest, serving: Served, caller: Chatting, ht
 async def detokenize(asked: DetokenizeRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """The text of tokens, special ones included. At most as many as the context has, or 65 536 where that is more."""
     if asked.model is not None:
-        caller.check_choice(serving.choose(asked.model, None, None))
+        caller.check_reference(serving.find_reference(asked.model, None, None))
     most, count = counting_room(serving).tokens, len(asked.tokens)
     if count > most:
         raise InvalidValue(f"tokens has {count} token ids; the limit is {most}", param="tokens")

@@ -39,7 +39,7 @@ from masquerade.http import downloads
 from masquerade.http.access import Building, Caller, Chatting, Managing, ScopedRoute
 from masquerade.http.dependencies import Served
 from masquerade.http.downloads import Download
-from masquerade.http.pace import Pace
+from masquerade.http.throttle import Throttle
 from masquerade.http.wire import Deleted, Schema, Text, show
 from masquerade.personas.objects import PersonaDetails, PersonaDiff, PersonaList, PersonaObject
 from masquerade.service.serving import Serving
@@ -234,8 +234,8 @@ async def import_content(name: str, http: Request, serving: Served, expected: Ex
     upload = serving.store.quarantine() / f"upload-{secrets.token_hex(8)}"
     try:
         await _receive(http.stream(), upload, serving.largest_mask + HEADER_BYTES)
-        pace: Pace = http.app.state.imports
-        async with pace.turn():
+        throttle: Throttle = http.app.state.imports
+        async with throttle.turn():
             return await asyncio.to_thread(_publish, serving, caller, name, upload, expected)
     finally:
         upload.unlink(missing_ok=True)

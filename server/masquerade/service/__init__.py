@@ -1,1 +1,1 @@
-"""Everything that is served, without HTTP: names, builds, the bridge from the engine to the event loop."""
+"""Requests below HTTP: resolving personas, builds as jobs, the bridge from the engine to the event loop."""

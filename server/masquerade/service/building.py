@@ -1,7 +1,6 @@
-"""From a job to a persona: the builder's work, cut into steps for the jobs' runner.
+"""Builds as jobs: turns a job's spec into a builder, in steps for the job runner, and publishes the masks.
 
-Knows both sides: what a job's spec says and what a builder needs. Refuses to know HTTP and threads. The work uses the
-base that is being served; nothing of it is changed.
+A build runs on the served base and does not change it.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class JobNames:
-    """What a job publishes: the persona, and its opposite if that was asked for."""
+    """The personas that a job publishes: one, and its opposite if the request has one."""
 
     persona: str
     opposite: str | None
 
     @classmethod
     def of(cls, job_id: str, spec: Mapping[str, Any]) -> JobNames:
-        """The names that were asked for; a persona without one is called after its job."""
+        """The names of a spec; a persona without one gets its job's id."""
         return cls(spec["persona"] or f"persona-{job_id.removeprefix(ID)[:6]}", spec["opposite"])
 
     def fields(self) -> Iterator[tuple[str, str]]:
@@ -63,17 +62,17 @@ class JobNames:
 
 @dataclass(frozen=True)
 class Material:
-    """What a persona is built from, read."""
+    """The input of a build."""
 
     own: PersonaExamples
     contrast: PersonaExamples | None
     neutral: Sequence[Example]
-    script: CalibrationPrompts | None = None  # what the base still has to write for both of them
-    ignored: Sequence[str] = ()  # fields of a character card that nothing is made of
+    script: CalibrationPrompts | None = None  # for answers that the base has yet to generate
+    ignored: Sequence[str] = ()  # unused fields of a character card
 
 
 def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job) -> Work:
-    """The work of a job. Reads its files at once; raises what is wrong with them, and what its owner may not."""
+    """The work of a job. Reads its files first; raises their errors, and errors of its owner's rights."""
     sweep(serving, job_service)
     _check_owner(serving, keyring, job)
     base = job.spec["base"]
@@ -89,10 +88,10 @@ def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job)
 
 
 def check_rights(rights: Rights, registry: Registry, names: JobNames, *, replace: bool) -> None:
-    """Whether a job may publish its personas. Raises `ScopeMissing` and `PersonaForbidden`.
+    """Raises `ScopeMissing` and `PersonaForbidden` unless a job may publish its personas.
 
-    This is asked when a job is queued, and about its owner again before it begins and before anything is published. To
-    replace a persona is to manage it, which building does not include.
+    Routes call this when they queue a job. The owner's rights are checked again before the build and before publishing.
+    Replacing a persona is managing it, which needs the scope `admin`.
     """
     rights.check_scope("build")
     if replace:
@@ -103,10 +102,10 @@ def check_rights(rights: Rights, registry: Registry, names: JobNames, *, replace
 
 
 def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> None:
-    """Read the files of a spec as the build will.
+    """Check the files and the recipe of a spec before the job is queued.
 
-    Raises `BadDataset`, which names the lines, and `InvalidValue` for a recipe that makes no sense. Both name the
-    field of the job's request.
+    Raises `BadDataset`, which names the lines, and `InvalidValue` for a contradictory recipe. Both name the field of
+    the request.
     """
     material = gather(job_service, spec, names)
     if material.script is not None:
@@ -128,18 +127,18 @@ def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> 
                 f"the score {scores[0]!r} compares two personas; give contrast_file too", param="method.mask.score"
             )
         return
-    with _blaming("method.mask.contrast_file"):
+    with _about("method.mask.contrast_file"):
         check_contrast(material.own.examples, material.contrast.examples)
 
 
 def gather(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> Material:
-    """Read everything that a spec names, except what the base will write."""
+    """Read the files of a spec."""
 
     def read(role: str, side: Polarity = "own") -> list[Example]:
         return _read(job_service, spec, role, partial(read_examples, side=side)) or []
 
     def read_opposite(own_role: str, role: str) -> list[Example] | None:
-        """From a file of its own, or from the persona's where its lines have both sides."""
+        """From its own file, or from the persona's if its lines have both sides."""
         if role not in spec["files"] and _read(job_service, spec, own_role, holds_both_sides):
             role = own_role
         return read(role, "contrast") if role in spec["files"] else None
@@ -154,24 +153,24 @@ def gather(job_service: JobService, spec: Mapping[str, Any], names: JobNames) ->
         return Material(own(examples), None if answers is None else other(answers), neutral)
     card = _read(job_service, spec, "card", read_card)
     questions = _read(job_service, spec, "training", read_questions) or []
-    asked = sample_questions(questions, recipe.samples, recipe.seed)
+    sampled = sample_questions(questions, recipe.samples, recipe.seed)
     system = card.system if card else spec["prompt"]["system"]
-    script = CalibrationPrompts(system, asked, spec["prompt"]["contrast"], seed=recipe.seed)
+    script = CalibrationPrompts(system, sampled, spec["prompt"]["contrast"], seed=recipe.seed)
     return Material(own(card.examples if card else ()), other(()), neutral, script, card.ignored if card else ())
 
 
 def sweep(serving: Serving, job_service: JobService) -> None:
-    """Delete what ended jobs and killed writers left behind; what unfinished jobs have is kept, to go on from."""
+    """Delete the remains of finished jobs and killed writers. Unfinished jobs keep their scratch to continue."""
     with suppress(StoreBusy):
         clear_masks(serving.store.root)
     kept = {_folder(serving, job.id) for job in job_service.table.open_jobs()}
     for folder in (serving.store.root / "builds").glob("job-*"):
         if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)  # work that was cut off may be deleting it itself
+            shutil.rmtree(folder, ignore_errors=True)  # an interrupted build may be deleting it too
 
 
 def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, material: Material) -> Work:
-    """The first work item uses no model; `WorkItem` says which of the others do."""
+    """The first work item uses no model; `model_next` of each one says whether the next does."""
     own, contrast, folder = material.own, material.contrast, _folder(serving, job.id)
     scratch = Scratch(folder)
     try:
@@ -180,7 +179,7 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
         recipe = _recipe(job.spec)
         builder = Builder(serving.base, serving.manager, recipe, own, contrast, material.neutral, scratch)
         masks = yield from _steps(builder.run())
-    except (Exception, Cancelled):  # a server that stops closes the work instead, and the job goes on from the scratch
+    except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
@@ -200,38 +199,38 @@ def _steps(work: Generator[Progress, None, T]) -> Generator[WorkItem, None, T]:
 
 
 def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
-    """A key may have been revoked or narrowed since the job was queued."""
+    """Raise if the owner's key has been revoked or restricted since the job was queued."""
     try:
         rights = find_rights(job.owner, keyring)
         check_rights(rights, serving.registry, JobNames.of(job.id, job.spec), replace=job.spec["replace"])
     except (InvalidKey, Forbidden) as error:
         raise type(error)(
-            f"nothing was published, because the key of this job may not do it now: {error}", param=error.param
+            f"nothing was published, because the key of this job no longer permits it: {error}", param=error.param
         ) from error
 
 
 def _publish(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, masks: Sequence[Mask]) -> Outcome:
     _check_owner(serving, keyring, job)
-    made = []
+    published = []
     for mask in masks:
         name = mask.info.persona
         try:
-            generation = serving.registry.publish_built(mask, ANY if job.spec["replace"] else None)
+            revision = serving.registry.publish_built(mask, ANY if job.spec["replace"] else None)
             path = serving.store.path(mask.digest)
             file = job_service.uploads.adopt(job.owner, f"{name}.safetensors", path, mask.digest)
         except (MaskConflict, MaskExists) as error:
-            raise PersonaExists(f"the name {name!r} was taken while this was built: {error.message}") from error
+            raise PersonaExists(f"the name {name!r} was taken during the build: {error.message}") from error
         except OSError as error:
             raise BuildFailed(f"the mask was found but cannot be written: {error.strerror}") from error
         certificate = dict(mask.info.certificate)
-        made.append({"persona": name, "digest": generation.digest, "certificate": certificate, "file": file.id})
-    found_in = dict(masks[0].info.calibration)
-    tokens = found_in["tokens"] + (found_in["contrast"] or {}).get("tokens", 0)
-    return Outcome({"personas": made, "trained_tokens": tokens})
+        published.append({"persona": name, "digest": revision.digest, "certificate": certificate, "file": file.id})
+    calibration = dict(masks[0].info.calibration)
+    tokens = calibration["tokens"] + (calibration["contrast"] or {}).get("tokens", 0)
+    return Outcome({"personas": published, "trained_tokens": tokens})
 
 
 def _recipe(spec: Mapping[str, Any]) -> Recipe:
-    with _blaming("method.mask."):
+    with _about("method.mask."):
         return Recipe(**spec["recipe"])
 
 
@@ -240,24 +239,24 @@ def _folder(serving: Serving, job_id: str) -> Path:
 
 
 def _read(job_service: JobService, spec: Mapping[str, Any], role: str, read: Callable[[Path], T]) -> T | None:
-    """What is in the file of a role, if there is one. Errors name the file by its id, which is what its owner knows."""
+    """The content of the file of a role, or None without one. Errors name the file by its id instead of its path."""
     file_id = spec["files"].get(role)
     if file_id is None:
         return None
-    path, param = job_service.uploads.path(file_id), place(role)
+    path, param = job_service.uploads.path(file_id), field_of(role)
     try:
-        found = read(path)
+        content = read(path)
     except BadDataset as error:
         raise BadDataset(str(error).replace(str(path), file_id), param=param) from error
-    if isinstance(found, list) and len(found) > job_service.table.quotas.rows:
-        most = job_service.table.quotas.rows
-        raise QuotaExceeded(f"{file_id} has {len(found)} examples; the limit is {most}", param=param)
-    return found
+    limit = job_service.table.quotas.rows
+    if isinstance(content, list) and len(content) > limit:
+        raise QuotaExceeded(f"{file_id} has {len(content)} examples; the limit is {limit}", param=param)
+    return content
 
 
 @contextmanager
-def _blaming(param: str) -> Iterator[None]:
-    """Errors within are about a field of the request; one that ends in a dot is completed by the error's own."""
+def _about(param: str) -> Iterator[None]:
+    """Set the field of errors in the block to `param`, or put `param` before it if `param` ends in a dot."""
     try:
         yield
     except MasqueradeError as error:
@@ -265,6 +264,6 @@ def _blaming(param: str) -> Iterator[None]:
         raise
 
 
-def place(role: str) -> str:
-    """The field of a job's request that names the file of a role."""
+def field_of(role: str) -> str:
+    """The field of a job's request for the file of a role."""
     return f"{role}_file" if role in ("training", "validation") else f"method.mask.{role}_file"

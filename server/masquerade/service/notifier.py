@@ -1,7 +1,4 @@
-"""From the engine's thread to the event loop.
-
-Knows who was told something in a step, and wakes the loop once for all of them. Refuses to know what they were told.
-"""
+"""Wakes waiting coroutines from the engine's thread, with one call to the event loop per step."""
 
 from __future__ import annotations
 
@@ -13,30 +10,30 @@ from masquerade.engine import Engine
 
 
 class StepNotifier:
-    """Bells of the event loop, rung by the engine's thread."""
+    """Collects the events to set during a step of the engine, and sets them on the event loop after it."""
 
     def __init__(self) -> None:
-        self._due: set[asyncio.Event] = set()
+        self._pending: set[asyncio.Event] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def open(self, engine: Engine) -> None:
+    def bind(self, engine: Engine) -> None:
         """Deliver to the running loop after each step of an engine."""
         self._loop = asyncio.get_running_loop()
         engine.on_step = self._deliver
 
-    def ring(self, event: asyncio.Event) -> None:
-        """On the engine's thread: set an event of the loop's as soon as the step is over."""
-        self._due.add(event)
+    def notify(self, event: asyncio.Event) -> None:
+        """Set an event after the present step. For the engine's thread."""
+        self._pending.add(event)
 
     def _deliver(self) -> None:
-        if not self._due:
+        if not self._pending:
             return
-        due, self._due = self._due, set()
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        pending, self._pending = self._pending, set()
+        with suppress(RuntimeError):  # the loop is closed
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(_set, due)
+            self._loop.call_soon_threadsafe(_set_all, pending)
 
 
-def _set(bells: Iterable[asyncio.Event]) -> None:
-    for event in bells:
+def _set_all(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
         event.set()

@@ -1,48 +1,40 @@
-"""What the names of personas mean, read from the registry once in each of its states.
-
-Knows when the registry has changed, whoever changed it. Refuses to wait for it on the event loop.
-"""
+"""Resolves references to personas, with one read of the registry per reference and state of the registry."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import NamedTuple
 
 from maskstore import Registry, Revision
 
 
-class CachedRevision(NamedTuple):
-    """A generation, and the registry's word on its gamma, which counts before the mask's own."""
-
-    generation: Revision
-    gamma: float | None
-
-
 class RegistryCache:
-    """Remembers no more than the registry holds: a name that means nothing is looked up each time. For one thread: the
-    event loop's.
+    """The resolved references since the last change of the registry. Misses are not cached, so that the cache is never
+    larger than the registry. For the event loop's thread only.
     """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._watch = registry.watch()
         self._state: tuple[int, ...] | None = None
-        self._known: dict[str, CachedRevision] = {}  # in this state
+        self._resolved: dict[str, tuple[Revision, float | None]] = {}  # in this state
 
-    async def resolve(self, reference: str) -> CachedRevision:
-        """What a reference means now. Raises as `Registry.resolve` does."""
+    async def resolve(self, reference: str) -> tuple[Revision, float | None]:
+        """The revision, and the persona's gamma, which overrides the revision's unless it is None.
+
+        Reads in a thread. Raises as `Registry.resolve` does.
+        """
         state = self._watch.look()
         if state is None or state != self._state:
-            self._state, self._known = state, {}
-        known = self._known  # if the registry changes while it is read, nobody looks here again
-        if reference not in known:
-            known[reference] = await asyncio.to_thread(self._read, reference)
-        return known[reference]
+            self._state, self._resolved = state, {}
+        resolved = self._resolved  # a read that overlaps a change goes into the dictionary of the old state
+        if reference not in resolved:
+            resolved[reference] = await asyncio.to_thread(self._read, reference)
+        return resolved[reference]
 
     def close(self) -> None:
-        """Let go of the registry."""
+        """Close the connection to the registry."""
         self._watch.close()
 
-    def _read(self, reference: str) -> CachedRevision:
-        generation = self._registry.resolve(reference)
-        return CachedRevision(generation, self._registry.describe(generation.name).gamma)
+    def _read(self, reference: str) -> tuple[Revision, float | None]:
+        revision = self._registry.resolve(reference)
+        return revision, self._registry.describe(revision.name).gamma

@@ -1,4 +1,4 @@
-"""What a key may do with which personas: the one check of every route and of every job."""
+"""The rights of a key on personas, as routes and jobs check them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from masquerade.errors import InvalidKey, PersonaForbidden, ScopeMissing
 from masquerade.keys import Key, Keyring
 from masquerade.keys import Scope as KeyScope
 
-LOCAL = "local"  # the owner of everything while there are no keys
+LOCAL = "local"  # the owner of everything in a store without keys
 
 
 @dataclass(frozen=True)
 class Rights:
-    """What a key may do. Without a key, in a store that has none, all is allowed.
+    """The rights of a key. None, in a store without keys, has all rights.
 
-    A key's list of personas is checked in two ways. To use a persona (chat, tokens, descriptions) the name that was
-    asked for must be on the list, so an alias on the list lets its key use the persona behind it. Whatever yields or
-    changes a mask or a name manages the persona: the name is resolved, and the persona's own name must be on the list
-    too.
+    Two checks use the key's list of personas. To use a persona (chat, tokens, descriptions), the requested name must be
+    on the list: an alias on the list permits the use of its persona. To manage a persona (all that returns or changes a
+    mask or a name), the persona's own name must be on the list as well.
     """
 
     key: Key | None
@@ -29,46 +28,45 @@ class Rights:
         return self.key is None or self.key.may(scope)
 
     def sees(self, persona: str) -> bool:
-        """Whether a persona of this name is on the key's list."""
+        """Whether the key's list permits a name."""
         return self.key is None or self.key.allows(persona)
 
     def check_scope(self, scope: KeyScope, what: str = "this", param: str | None = None) -> None:
-        """Raises `ScopeMissing`, which names what needs the scope."""
+        """Raises `ScopeMissing`, whose message says that `what` needs the scope."""
         if not self.may(scope):
             raise ScopeMissing(f"{what} needs a key with the scope `{scope}`", param=param)
 
     def check_persona(self, reference: str, param: str | None = None) -> None:
-        """Whether a persona may be used. Raises `PersonaForbidden` for a name (`name`, `name@digest`, an alias) that is
-        not on the key's list.
+        """Raises `PersonaForbidden` unless the key may use a persona. `reference` is a name, `name@digest` or an alias.
 
-        Nothing is looked up: the refusal is the same whether or not there is such a persona.
+        The registry is not read: the error is the same whether or not the persona exists.
         """
         name = reference.partition("@")[0]
         if not self.sees(name):
             raise PersonaForbidden(f"this key may not use the name {name!r:.80}", param=param)
 
     def check_managed(self, reference: str, aliases: Mapping[str, str], param: str | None = None) -> str:
-        """Whether a persona may be managed; the reference with the persona's own name in place of an alias.
+        """Raises `PersonaForbidden` unless the key may manage a persona. Returns the reference without aliases.
 
-        Act on what this returns: an alias may mean another persona by the time it is resolved again. Raises
-        `PersonaForbidden` if the name that was asked for, or what it stands for, is not on the key's list.
+        Callers must use the returned reference: an alias may point to another persona later.
         """
         self.check_persona(reference, param)
         name, at, prefix = reference.partition("@")
         own = aliases.get(name, name)
         if not self.sees(own):
             raise PersonaForbidden(
-                f"this key may use the persona behind the alias {name!r:.80}, and no more", param=param
+                f"this key may use the persona behind the alias {name!r:.80}, but not manage it", param=param
             )
         return f"{own}{at}{prefix}"
 
 
 def find_rights(owner: str, keyring: Keyring) -> Rights:
-    """What the owner of a job may do now. Raises `InvalidKey` if its key opens nothing any more, and for a job that was
-    queued without a key by the time the store has keys.
+    """The present rights of a job's owner.
+
+    Raises `InvalidKey` for a key that is no longer valid, and for a job from before the store had keys.
     """
     if not len(keyring):
         return Rights(None)
     if owner == LOCAL:
-        raise InvalidKey("the job was queued without a key, and the server has keys by now")
+        raise InvalidKey("the job was queued without a key, and the server has keys now")
     return Rights(keyring.check(owner))

@@ -1,4 +1,4 @@
-"""What a server serves: one base, an engine over it, and the personas of its store. Knows no HTTP."""
+"""The served base with its engine and personas: finds, resolves and loads the persona of a request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from maskstore import InvalidName, MaskError, MaskInfo, MaskMismatch, MaskNotFound, Registry, Revision, Store
 from masquerade.engine import Engine, Phase
@@ -20,41 +20,48 @@ from masquerade.service.registry_cache import RegistryCache
 from masquerade.service.workers import Workers
 
 _log = logging.getLogger(__name__)
-PATIENCE = 120.0  # seconds that a request waits for its mask
+MASK_SECONDS = 120.0  # most seconds that a request waits for its mask
+
+
+class PersonaReference(NamedTuple):
+    """A persona as a request names it."""
+
+    name: str  # a name, `name@digest` or an alias
+    field: str  # the field of the request
 
 
 @dataclass(frozen=True)
 class ResolvedPersona:
-    """The persona a request wears, resolved; of the bare base all but `model` are empty."""
+    """The persona of a request, with its mask on the device. For the base, only `model` is set."""
 
-    model: str  # the id that the answer echoes
+    model: str  # the id in the response
     persona: str | None = None
-    generation: str | None = None  # the mask's digest
+    digest: str | None = None  # of the mask
     gamma: float | None = None
     phase: Phase = "all"
-    applied: AppliedMask | None = None
+    applied: AppliedMask | None = None  # None also for gamma 1
 
 
 class RequestCounts:
-    """How many requests wore a mask since the server started. Safe for several threads."""
+    """Requests by mask since the server started. Safe for several threads."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def count(self, digest: str) -> None:
-        """One more."""
+        """Count a request."""
         with self._lock:
             self._counts[digest] += 1
 
     def of(self, digest: str) -> int:
-        """Requests that wore the mask of a digest."""
+        """The requests with the mask of a digest."""
         return self._counts[digest]
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Everything that a request needs, loaded once."""
+    """Everything that requests share."""
 
     base: Base
     engine: Engine
@@ -68,33 +75,33 @@ class Serving:
     unreadable: set[str] = field(default_factory=set)  # digests that are logged
 
     @cached_property
-    def names(self) -> RegistryCache:
-        """What the names of its personas mean."""
+    def registry_cache(self) -> RegistryCache:
+        """The resolved references of requests."""
         return RegistryCache(self.registry)
 
     def personas(self) -> Iterator[Revision]:
         """The current revisions of this base's personas; those whose masks cannot be read are logged and left out."""
-        for generation in self.registry.names():
+        for revision in self.registry.names():
             try:
-                fits = self.fits_base(generation)
+                fits = self.fits_base(revision)
             except MaskError as error:
-                if generation.digest not in self.unreadable:
-                    self.unreadable.add(generation.digest)
-                    _log.warning("the mask of the persona %s cannot be read: %s", generation.name, error)
+                if revision.digest not in self.unreadable:
+                    self.unreadable.add(revision.digest)
+                    _log.warning("the mask of the persona %s cannot be read: %s", revision.name, error)
                 continue
-            self.unreadable.discard(generation.digest)
+            self.unreadable.discard(revision.digest)
             if fits:
-                yield generation
+                yield revision
 
-    def fits_base(self, generation: Revision) -> bool:
-        """Whether a generation's mask is for this base."""
-        return self.store.summary(generation.digest).base.fingerprint == self.base.fingerprint
+    def fits_base(self, revision: Revision) -> bool:
+        """Whether a revision's mask is for this base."""
+        return self.store.summary(revision.digest).base.fingerprint == self.base.fingerprint
 
-    def choose(self, model: str, persona: str | None, header: str | None) -> tuple[str, str] | None:
-        """Which persona a request names, as (reference, field that named it); None is the bare base.
+    def find_reference(self, model: str, persona: str | None, header: str | None) -> PersonaReference | None:
+        """The persona that a request names; None is the base.
 
-        `base:persona` in `model` and the field `persona` must agree; the header counts when both are silent. Raises
-        `ModelNotFound` and `PersonaConflict`.
+        `base:persona` in `model` and the field `persona` must agree; the header counts if neither names a persona.
+        Raises `ModelNotFound` and `PersonaConflict`.
         """
         suffix = self._suffix(model)
         if suffix is not None and persona is not None and suffix != persona:
@@ -104,93 +111,94 @@ class Serving:
                 param="persona",
             )
         if suffix is not None:
-            return suffix, "model"
+            return PersonaReference(suffix, "model")
         if persona is not None:
-            return persona, "persona"
-        return (header, "persona") if header else None
+            return PersonaReference(persona, "persona")
+        return PersonaReference(header, "persona") if header else None
 
     async def resolve_persona(
         self,
-        choice: tuple[str, str] | None,
+        reference: PersonaReference | None,
         gamma: float | None,
         phase: Phase | None,
-        gone: Callable[[], Awaitable[None]],
+        disconnected: Callable[[], Awaitable[None]],
     ) -> ResolvedPersona:
-        """Resolve a choice and have its mask on the device. While one mask is loaded, nobody else waits.
+        """Resolve a reference and wait until its mask is on the device. Other requests do not wait.
 
-        `gone` raises when the client goes away; a wait for the mask ends with that. Raises `ModelNotFound` or
-        `PersonaNotFound`, depending on the field that named the persona, and `InvalidValue` for a gamma or a phase
-        without a persona to apply it to; `MaskTooLarge` and `Overloaded` as the residency does.
+        `disconnected` raises when the client disconnects, which ends the wait. Raises `ModelNotFound` or
+        `PersonaNotFound`, depending on the field of the reference; `InvalidValue` for a gamma or a phase without a
+        persona; `MaskTooLarge` and `Overloaded` as the residency does.
         """
-        if choice is None:
+        if reference is None:
             for field, value in (("gamma", gamma), ("persona_phase", phase)):
                 if value is not None:
                     raise InvalidValue(f"`{field}` needs a persona, and the request names none", param=field)
             return ResolvedPersona(self.base.name)
-        reference, field = choice
         try:
-            generation, preferred = await self.names.resolve(reference)
-            worn = await self._fetch(generation.digest, gone)
+            revision, preferred = await self.registry_cache.resolve(reference.name)
+            mask = await self._load(revision.digest, disconnected)
         except TimeoutError as error:
             raise Overloaded(
-                f"the mask of {quote(reference)} has not got room on the device for {PATIENCE:.0f} s; try again later",
+                f"the device has had no room for the mask of {quote(reference.name)} for {MASK_SECONDS:.0f} s; "
+                "try again later",
                 retry_after=10,
             ) from error
         except (MaskNotFound, InvalidName, MaskMismatch) as error:
-            what = ModelNotFound if field == "model" else PersonaNotFound
-            raise what(
-                f"the base {self.base.name!r} has no persona {quote(reference)}: {error.message}; see GET /v1/models",
-                param=field,
+            kind = ModelNotFound if reference.field == "model" else PersonaNotFound
+            named = quote(reference.name)
+            raise kind(
+                f"the base {self.base.name!r} has no persona {named}: {error.message}; see GET /v1/models",
+                param=reference.field,
             ) from error
-        self.request_counts.count(generation.digest)
-        usual, usually = generation.defaults(self._look_up(generation.digest) or worn.info)
-        strength = next(value for value in (gamma, preferred, usual) if value is not None)
+        self.request_counts.count(revision.digest)
+        default_gamma, default_phase = revision.defaults(self._read_info(revision.digest) or mask.info)
+        gamma = next(value for value in (gamma, preferred, default_gamma) if value is not None)
         return ResolvedPersona(
-            model=f"{self.base.name}:{reference}",
-            persona=generation.name,
-            generation=generation.digest,
-            gamma=strength,
-            phase=phase or usually,
-            applied=AppliedMask(worn, strength) if strength < 1 else None,
+            model=f"{self.base.name}:{reference.name}",
+            persona=revision.name,
+            digest=revision.digest,
+            gamma=gamma,
+            phase=phase or default_phase,
+            applied=AppliedMask(mask, gamma) if gamma < 1 else None,
         )
 
-    def _look_up(self, digest: str) -> MaskInfo | None:
-        """What the kept copy of a mask says: a better one may have come since the mask was loaded. None if it cannot be
-        read; a mask that is on the device is served all the same.
+    def _read_info(self, digest: str) -> MaskInfo | None:
+        """The info in the mask's file, which may be newer than the loaded one. None if the file cannot be read, which
+        does not stop a loaded mask.
         """
         try:
             return self.store.summary(digest).info
         except MaskError:
             return None
 
-    async def _fetch(self, digest: str, gone: Callable[[], Awaitable[None]]) -> ResidentMask:
-        """A mask on the device; without a turn of the event loop if it is there. Raises `TimeoutError`."""
-        asked = self.residency.request(digest)
-        if asked.done():
-            return asked.result()
-        there, left = asyncio.wrap_future(asked), asyncio.ensure_future(gone())
-        either: set[asyncio.Future[Any]] = {there, left}
+    async def _load(self, digest: str, disconnected: Callable[[], Awaitable[None]]) -> ResidentMask:
+        """A mask on the device, without yielding to the event loop if it is there. Raises `TimeoutError`."""
+        request = self.residency.request(digest)
+        if request.done():
+            return request.result()
+        loaded, left = asyncio.wrap_future(request), asyncio.ensure_future(disconnected())
+        either: set[asyncio.Future[Any]] = {loaded, left}
         try:
-            await asyncio.wait(either, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=MASK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if left.done():
                 await left
-            if there.done():
-                return there.result()
-            if worn := self.residency.find(digest):
-                return worn
+            if loaded.done():
+                return loaded.result()
+            if mask := self.residency.find(digest):
+                return mask
             raise TimeoutError
         finally:
-            there.cancel()
+            loaded.cancel()
             left.cancel()
 
     @property
     def largest_mask(self) -> int:
-        """Bytes of the tensors of a bitmap mask over every maskable Linear: no mask of this base needs more."""
+        """The upper bound for a mask of this base: bytes of the tensors of a bitmap mask over every maskable Linear."""
         linears = find_targets(self.base.model).values()
         return sum(linear.out_features * 8 * -(-linear.in_features // 64) for linear in linears)
 
     def _suffix(self, model: str) -> str | None:
-        """The persona in a model id: the whole id is tried first, then what follows its last colon."""
+        """The persona in the model id `base:persona`; None for the base's own id. Raises `ModelNotFound`."""
         if model == self.base.name:
             return None
         name, colon, suffix = model.rpartition(":")
