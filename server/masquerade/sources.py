@@ -68,9 +68,7 @@ def find_model(name: str) -> ModelFiles:
     try:
         return ModelFiles(name, Path(snapshot_download(name, allow_patterns=_FILES)))
     except (OSError, HFValidationError) as error:
-        raise UnusableModel(
-            f"{name!r} is not a local folder and could not be downloaded from the hub: {error}"
-        ) from error
+        raise UnusableModel(f"{name!r} is not a local folder and could not be downloaded: {error}") from error
 
 
 def _find_in_folder(folder: Path) -> Path:

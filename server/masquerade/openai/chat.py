@@ -28,10 +28,12 @@ router = APIRouter(route_class=ScopedRoute)
 @router.post("/v1/chat/completions", responses=either(ChatCompletion, CHAT_CHUNK), openapi_extra=PERSONA_HEADER)
 async def complete_chat(asked: ChatRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Answer a chat as a persona. See the README for the fields beyond OpenAI's."""
-    choice = serving.find_reference(asked.model, asked.persona, await read_persona(http))
-    caller.check_reference(choice)
+    reference = serving.find_reference(asked.model, asked.persona, await read_persona(http))
+    caller.check_reference(reference)
     tokenizer, size = serving.base.tokenizer, len(await http.body())
-    resolved = await serving.resolve_persona(choice, asked.gamma, asked.persona_phase, partial(departure, http.receive))
+    resolved = await serving.resolve_persona(
+        reference, asked.gamma, asked.persona_phase, partial(departure, http.receive)
+    )
     toolbox = open_toolbox(asked, find_dialect(tokenizer), tokenizer) if asked.tools else None
     tools = asked.tools if toolbox else None
     prompt = await tokenise_chat(serving, caller, size, asked.messages, tools, context_room(serving))

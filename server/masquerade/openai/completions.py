@@ -26,10 +26,12 @@ router = APIRouter(route_class=ScopedRoute)
 @router.post("/v1/completions", responses=either(TextCompletion, TEXT_CHUNK), openapi_extra=PERSONA_HEADER)
 async def complete_text(asked: CompletionRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Go on with each prompt, as a persona."""
-    choice = serving.find_reference(asked.model, asked.persona, await read_persona(http))
-    caller.check_reference(choice)
+    reference = serving.find_reference(asked.model, asked.persona, await read_persona(http))
+    caller.check_reference(reference)
     size = len(await http.body())
-    resolved = await serving.resolve_persona(choice, asked.gamma, asked.persona_phase, partial(departure, http.receive))
+    resolved = await serving.resolve_persona(
+        reference, asked.gamma, asked.persona_phase, partial(departure, http.receive)
+    )
     prompts = await tokenise_texts(serving, caller, size, asked.prompts(), context_room(serving))
     try:
         generation = plan(serving, resolved, asked, caller, prompts)

@@ -61,7 +61,7 @@ class JobNames:
 
 
 @dataclass(frozen=True)
-class Material:
+class BuildInput:
     """The input of a build."""
 
     own: PersonaExamples
@@ -81,10 +81,17 @@ def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job)
             f"the job is for the base {base['name']!r} ({base['fingerprint'][:8]}); the server now serves "
             f"{serving.base.name!r} ({serving.base.fingerprint[:8]})"
         )
+<<<<<<< HEAD
     material = gather(job_service, job.spec, JobNames.of(job.id, job.spec))
     if material.ignored:
         job_service.table.add_event(job.id, "warn", f"of the character card, {', '.join(material.ignored)} are ignored")
     return _work(serving, keyring, job_service, job, material)
+=======
+    build_input = read_input(job_service, job.spec, JobNames.of(job.id, job.spec))
+    if build_input.ignored:
+        job_service.table.tell(job.id, "warn", f"of the character card, {', '.join(build_input.ignored)} are ignored")
+    return _work(serving, keyring, job_service, job, build_input)
+>>>>>>> 0326af5 (Build input and persona references by their names)
 
 
 def check_rights(rights: Rights, registry: Registry, names: JobNames, *, replace: bool) -> None:
@@ -107,10 +114,10 @@ def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> 
     Raises `BadDataset`, which names the lines, and `InvalidValue` for a contradictory recipe. Both name the field of
     the request.
     """
-    material = gather(job_service, spec, names)
-    if material.script is not None:
+    build_input = read_input(job_service, spec, names)
+    if build_input.script is not None:
         return
-    if material.contrast is None:
+    if build_input.contrast is None:
         named = {
             "contrast_name": spec["opposite"],
             "contrast_validation_file": spec["files"].get("contrast_validation"),
@@ -128,10 +135,10 @@ def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> 
             )
         return
     with _about("method.mask.contrast_file"):
-        check_contrast(material.own.examples, material.contrast.examples)
+        check_contrast(build_input.own.examples, build_input.contrast.examples)
 
 
-def gather(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> Material:
+def read_input(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> BuildInput:
     """Read the files of a spec."""
 
     def read(role: str, side: Polarity = "own") -> list[Example]:
@@ -150,13 +157,18 @@ def gather(job_service: JobService, spec: Mapping[str, Any], names: JobNames) ->
     other = partial(PersonaExamples, names.opposite or "", validation=held_contrast)
     if spec["prompt"] is None:
         examples, answers = read("training"), read_opposite("training", "contrast")
-        return Material(own(examples), None if answers is None else other(answers), neutral)
+        return BuildInput(own(examples), None if answers is None else other(answers), neutral)
     card = _read(job_service, spec, "card", read_card)
     questions = _read(job_service, spec, "training", read_questions) or []
     sampled = sample_questions(questions, recipe.samples, recipe.seed)
     system = card.system if card else spec["prompt"]["system"]
+<<<<<<< HEAD
     script = CalibrationPrompts(system, sampled, spec["prompt"]["contrast"], seed=recipe.seed)
     return Material(own(card.examples if card else ()), other(()), neutral, script, card.ignored if card else ())
+=======
+    script = Script(system, sampled, spec["prompt"]["contrast"], seed=recipe.seed)
+    return BuildInput(own(card.examples if card else ()), other(()), neutral, script, card.ignored if card else ())
+>>>>>>> 0326af5 (Build input and persona references by their names)
 
 
 def sweep(serving: Serving, job_service: JobService) -> None:
@@ -169,15 +181,20 @@ def sweep(serving: Serving, job_service: JobService) -> None:
             shutil.rmtree(folder, ignore_errors=True)  # an interrupted build may be deleting it too
 
 
-def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, material: Material) -> Work:
+def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, build_input: BuildInput) -> Work:
     """The first work item uses no model; `model_next` of each one says whether the next does."""
-    own, contrast, folder = material.own, material.contrast, _folder(serving, job.id)
+    own, contrast, folder = build_input.own, build_input.contrast, _folder(serving, job.id)
     scratch = Scratch(folder)
     try:
+<<<<<<< HEAD
         if material.script is not None and contrast is not None:
             own, contrast = yield from _steps(add_generated(serving.base, material.script, own, contrast, scratch))
+=======
+        if build_input.script is not None and contrast is not None:
+            own, contrast = yield from _steps(perform(serving.base, build_input.script, own, contrast, scratch))
+>>>>>>> 0326af5 (Build input and persona references by their names)
         recipe = _recipe(job.spec)
-        builder = Builder(serving.base, serving.manager, recipe, own, contrast, material.neutral, scratch)
+        builder = Builder(serving.base, serving.manager, recipe, own, contrast, build_input.neutral, scratch)
         masks = yield from _steps(builder.run())
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         shutil.rmtree(folder, ignore_errors=True)
