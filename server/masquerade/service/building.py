@@ -81,17 +81,10 @@ def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job)
             f"the job is for the base {base['name']!r} ({base['fingerprint'][:8]}); the server now serves "
             f"{serving.base.name!r} ({serving.base.fingerprint[:8]})"
         )
-<<<<<<< HEAD
-    material = gather(job_service, job.spec, JobNames.of(job.id, job.spec))
-    if material.ignored:
-        job_service.table.add_event(job.id, "warn", f"of the character card, {', '.join(material.ignored)} are ignored")
-    return _work(serving, keyring, job_service, job, material)
-=======
     build_input = read_input(job_service, job.spec, JobNames.of(job.id, job.spec))
     if build_input.ignored:
-        job_service.table.tell(job.id, "warn", f"of the character card, {', '.join(build_input.ignored)} are ignored")
+        job_service.table.add_event(job.id, "warn", f"of the character card, {', '.join(build_input.ignored)} are ignored")
     return _work(serving, keyring, job_service, job, build_input)
->>>>>>> 0326af5 (Build input and persona references by their names)
 
 
 def check_rights(rights: Rights, registry: Registry, names: JobNames, *, replace: bool) -> None:
@@ -162,13 +155,8 @@ def read_input(job_service: JobService, spec: Mapping[str, Any], names: JobNames
     questions = _read(job_service, spec, "training", read_questions) or []
     sampled = sample_questions(questions, recipe.samples, recipe.seed)
     system = card.system if card else spec["prompt"]["system"]
-<<<<<<< HEAD
     script = CalibrationPrompts(system, sampled, spec["prompt"]["contrast"], seed=recipe.seed)
-    return Material(own(card.examples if card else ()), other(()), neutral, script, card.ignored if card else ())
-=======
-    script = Script(system, sampled, spec["prompt"]["contrast"], seed=recipe.seed)
     return BuildInput(own(card.examples if card else ()), other(()), neutral, script, card.ignored if card else ())
->>>>>>> 0326af5 (Build input and persona references by their names)
 
 
 def sweep(serving: Serving, job_service: JobService) -> None:
@@ -186,13 +174,8 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     own, contrast, folder = build_input.own, build_input.contrast, _folder(serving, job.id)
     scratch = Scratch(folder)
     try:
-<<<<<<< HEAD
-        if material.script is not None and contrast is not None:
-            own, contrast = yield from _steps(add_generated(serving.base, material.script, own, contrast, scratch))
-=======
         if build_input.script is not None and contrast is not None:
-            own, contrast = yield from _steps(perform(serving.base, build_input.script, own, contrast, scratch))
->>>>>>> 0326af5 (Build input and persona references by their names)
+            own, contrast = yield from _steps(add_generated(serving.base, build_input.script, own, contrast, scratch))
         recipe = _recipe(job.spec)
         builder = Builder(serving.base, serving.manager, recipe, own, contrast, build_input.neutral, scratch)
         masks = yield from _steps(builder.run())
