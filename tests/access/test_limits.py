@@ -1,4 +1,4 @@
-"""What is refused whoever asks: pages from elsewhere, what is too large, too slow or too often. All in one form."""
+"""Limits for all clients: other origins, and requests that are too large, too slow or too many. One form of error."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_who_sent_half_a_body_is_hung_up_on(http: httpx.Client) -> None:
     "pieces", [(), (b"GET /healthz HTTP/1.1\r\nHost: a\r\n",), (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", b"GET")]
 )
 def test_a_head_that_stops_arriving(http: httpx.Client, pieces: tuple[bytes, ...], monkeypatch: Any) -> None:
-    """Also after an earlier request on the same connection; until then, whoever is half there holds the connection."""
+    """Also after an earlier request on the same connection; until then an unfinished request keeps the connection."""
     monkeypatch.setattr(Protocol, "head_seconds", 0.5)
     with socket.create_connection((http.base_url.host, http.base_url.port or 80), timeout=60) as wire:
         for piece in pieces:

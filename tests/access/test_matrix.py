@@ -60,7 +60,7 @@ DECISIONS: dict[tuple[str, str], Decision] = {
     ("PUT", "/v1/aliases/{alias}"): "admin",
 }
 NOBODY = (None, "wrong", "unknown", "expired", "revoked")
-# What is asked is well formed and about what is not there, so that whoever may ask changes nothing.
+# The requests are well formed and name what does not exist, so that permitted ones change nothing.
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "ghost", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "ghost", "prompt": "hi"},

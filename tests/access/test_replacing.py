@@ -53,7 +53,7 @@ class World:
         return self.http.post(JOBS, json=body_of(self.http, self.serving, name, **mask), headers=headers)
 
     def job(self, job_id: str) -> Job:
-        """Whoever asks: a key that was revoked sees nothing."""
+        """With any route: a revoked key sees nothing."""
         return JobTable(self.store / "jobs" / "jobs.sqlite").get_job(job_id)
 
     def wait(self, job_id: str, *states: str) -> Job:
@@ -108,7 +108,7 @@ def manager(tiny_folder: Path, tmp_path: Path) -> Iterator[World]:
 
 
 def alter(world: World, **columns: Any) -> None:
-    """Change what a key may; no command does so, but whoever has the file."""
+    """Change the rights of a key in the file; no command does so."""
     assert world.key is not None
     with closing(sqlite3.connect(Keys(world.store).path)) as db, db:
         for column, value in columns.items():

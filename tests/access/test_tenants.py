@@ -96,7 +96,7 @@ def test_the_models_route_and_expressions_do_not_tell_either(keyed: Keyed) -> No
 
 
 def test_the_name_that_is_asked_for_decides(keyed: Keyed) -> None:
-    """An alias is a name like any other: whoever may make one says with it who may use what it stands for."""
+    """An alias is a name like any other: it lets keys with that name on their list use its persona."""
     registry = keyed.serving.registry
     registry.alias("npc-king", "royal")
     registry.alias("boss", "npc-bob")

@@ -1,1 +1,1 @@
-"""What every request passes, whatever it asks: access, limits, the request log, errors, metrics, health."""
+"""The parts of HTTP that all routes share: access, limits, request log, errors, metrics, health, documentation."""

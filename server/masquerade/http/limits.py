@@ -70,10 +70,10 @@ class LimitsMiddleware:
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
-            if body.refusal is None:
+            if body.error is None:
                 raise
-        if body.refusal is not None and not body.answered:
-            await errors.respond(body.refusal)(scope, receive, send)
+        if body.error is not None and not body.response_started:
+            await errors.respond(body.error)(scope, receive, send)
 
     def _check(self, scope: Scope, limit: int | None) -> None:
         headers = scope["headers"]
@@ -131,8 +131,8 @@ class _Body:
         self._received = 0
         self._began: float | None = None
         self._complete = False
-        self.answered = False
-        self.refusal: MasqueradeError | None = None
+        self.response_started = False
+        self.error: MasqueradeError | None = None
 
     async def receive(self) -> Message:
         if self._complete:
@@ -144,22 +144,22 @@ class _Body:
             async with asyncio.timeout_at(min(now + self._seconds, self._began + allowed)):
                 message = await self._receive()
         except TimeoutError:
-            self.refusal = TimedOut(
+            self.error = TimedOut(
                 f"the body stopped for {self._seconds:g} s, or took longer than {allowed:.0f} s; "
                 f"{self._received} bytes have arrived"
             )
-            raise self.refusal from None
+            raise self.error from None
         self._received += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._limit is not None and self._received > self._limit:
-            self.refusal = _too_large(self._limit)
-            raise self.refusal
+            self.error = _too_large(self._limit)
+            raise self.error
         return message
 
     async def send(self, message: Message) -> None:
-        if self.refusal is not None and not self.answered:
+        if self.error is not None and not self.response_started:
             return
-        self.answered = True
+        self.response_started = True
         await self._send(message)
 
 

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client import Counter as Total
-from prometheus_client import Histogram as Distribution
+import prometheus_client
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from masquerade import __version__
@@ -24,9 +23,9 @@ _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 class Histograms(NamedTuple):
     """The histograms of a persona's requests, in seconds."""
 
-    first: Distribution
-    gap: Distribution
-    whole: Distribution
+    first: Histogram
+    gap: Histogram
+    whole: Histogram
 
 
 class Labels:
@@ -71,20 +70,20 @@ class Metrics:
         self.registry = registry = CollectorRegistry(auto_describe=False)
         self._labels = Labels(PERSONAS, self._forget)
 
-        def total(name: str, text: str, *labels: str) -> Total:
-            return Total(f"masquerade_{name}", text, labels, registry=registry)
+        def counter(name: str, text: str, *labels: str) -> prometheus_client.Counter:
+            return prometheus_client.Counter(f"masquerade_{name}", text, labels, registry=registry)
 
-        def distribution(name: str, text: str, buckets: Sequence[float]) -> Distribution:
-            return Distribution(f"masquerade_{name}", text, ("persona",), registry=registry, buckets=buckets)
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"masquerade_{name}", text, ("persona",), registry=registry, buckets=buckets)
 
-        self.requests = total("requests", "HTTP requests.", "method", "route", "status")
-        self.errors = total("errors", "Failures, also those within a stream.", "code")
-        self.limited = total("rate_limited", "Requests refused by a key's limits.", "limit")
-        self._answers = total("answers", "Finished answers.", "persona", "reason")
-        self._tokens = total("tokens", "Tokens: prompt, cached (of the prompt), completion.", "persona", "kind")
-        self._first = distribution("first_token_seconds", "From a request to its first token.", _FIRST)
-        self._gap = distribution("inter_token_seconds", "Between two tokens of an answer.", _GAP)
-        self._whole = distribution("answer_seconds", "From a request to the end of its answers.", _WHOLE)
+        self.requests = counter("requests", "HTTP requests.", "method", "route", "status")
+        self.errors = counter("errors", "Failures, also those within a stream.", "code")
+        self.limited = counter("rate_limited", "Requests refused by a key's limits.", "limit")
+        self._answers = counter("answers", "Finished answers.", "persona", "reason")
+        self._tokens = counter("tokens", "Tokens: prompt, cached (of the prompt), completion.", "persona", "kind")
+        self._first = histogram("first_token_seconds", "From a request to its first token.", _FIRST)
+        self._gap = histogram("inter_token_seconds", "Between two tokens of an answer.", _GAP)
+        self._whole = histogram("answer_seconds", "From a request to the end of its answers.", _WHOLE)
         registry.register(_State(serving, jobs))
         ProcessCollector(registry=registry)
 
@@ -131,12 +130,12 @@ class _State:
         blocks = {"held": occupancy.blocks_used, "kept": occupancy.blocks_cached, "blank": occupancy.blocks_empty}
         yield _gauges("kv_pages", "Blocks of the KV cache: held by requests, kept for reuse, blank.", "state", blocks)
         counts = engine.counts
-        yield _total("engine_steps", "Forward passes.", counts.steps)
-        yield _total("engine_failures", "Forward passes that failed.", counts.failures)
-        yield _total("engine_preemptions", "Requests whose blocks were taken for others.", counts.preemptions)
-        yield _total("engine_sampled_tokens", "Tokens of answers.", counts.sampled)
+        yield _counter("engine_steps", "Forward passes.", counts.steps)
+        yield _counter("engine_failures", "Forward passes that failed.", counts.failures)
+        yield _counter("engine_preemptions", "Requests whose blocks were taken for others.", counts.preemptions)
+        yield _counter("engine_sampled_tokens", "Tokens of answers.", counts.sampled)
         positions = {"computed": counts.computed, "cached": counts.cached}
-        yield _totals("engine_positions", "Positions computed, and found in the cache.", "source", positions)
+        yield _counters("engine_positions", "Positions computed, and found in the cache.", "source", positions)
         yield from self._collect_masks()
         yield _gauges("jobs", "Builds of this store.", "state", self._jobs())
 
@@ -150,13 +149,13 @@ class _State:
         yield _gauges("mask_bytes", "Bytes of masks.", "tier", nbytes)
         yield _gauge("mask_waiting_requests", "Requests that wait for a mask.", residency.waiting)
         lookups = {"hit": loads.hits, "shared": loads.shared, "miss": loads.misses}
-        yield _totals("mask_requests", "Requests for masks: on the device, loading, to be loaded.", "result", lookups)
+        yield _counters("mask_requests", "Requests for masks: on the device, loading, to be loaded.", "result", lookups)
         sources = {"host": loads.from_host, "disk": loads.done + loads.failed - loads.from_host}
-        yield _totals("cold_loads", "Finished loads of masks onto the device.", "source", sources)
-        yield _total("cold_load_failures", "Loads that failed.", loads.failed)
-        yield _total("cold_load_seconds", "Time of successful loads, without waits for room.", loads.seconds)
+        yield _counters("cold_loads", "Finished loads of masks onto the device.", "source", sources)
+        yield _counter("cold_load_failures", "Loads that failed.", loads.failed)
+        yield _counter("cold_load_seconds", "Time of successful loads, without waits for room.", loads.seconds)
         evictions = {"device": loads.evictions, "host": host.evictions}
-        yield _totals("mask_evictions", "Evicted masks.", "tier", evictions)
+        yield _counters("mask_evictions", "Evicted masks.", "tier", evictions)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
@@ -170,11 +169,11 @@ def _gauges(name: str, text: str, label: str, values: Mapping[str, float]) -> Me
     return family
 
 
-def _total(name: str, text: str, value: float) -> Metric:
+def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(f"masquerade_{name}", text, value=value)
 
 
-def _totals(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+def _counters(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
     family = CounterMetricFamily(f"masquerade_{name}", text, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)

@@ -34,7 +34,7 @@ pre { background: #8881; padding: .8rem; overflow-x: auto } code { font-size: .9
 
 
 @router.get("/docs")
-def show_manual(http: Request) -> HTMLResponse:
+def show_reference(http: Request) -> HTMLResponse:
     """The interface as a page."""
     app: FastAPI = http.app
     policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
@@ -50,7 +50,7 @@ def _page(openapi: str) -> str:
 
 def write(openapi: Json) -> str:
     """The Markdown of a description: for each route its purpose, parameters, body and response, with examples."""
-    return "\n".join([_OPENING, *_contents(openapi), *_chapters(openapi)]).rstrip() + "\n"
+    return "\n".join([_OPENING, *_table_of_contents(openapi), *_operation_sections(openapi)]).rstrip() + "\n"
 
 
 class DocumentedAPI(FastAPI):
@@ -90,15 +90,15 @@ def _operations(openapi: Json) -> Iterator[tuple[str, str, Json]]:
             yield method.upper(), path, operation
 
 
-def _contents(openapi: Json) -> Iterator[str]:
+def _table_of_contents(openapi: Json) -> Iterator[str]:
     yield "| route | |\n|---|---|"
     for method, path, operation in _operations(openapi):
-        yield f"| `{method} {path}` | {_words(operation).split('. ')[0].rstrip('.')} |"
+        yield f"| `{method} {path}` | {_description(operation).split('. ')[0].rstrip('.')} |"
 
 
-def _chapters(openapi: Json) -> Iterator[str]:
+def _operation_sections(openapi: Json) -> Iterator[str]:
     for method, path, operation in _operations(openapi):
-        yield f"\n## `{method} {path}`\n\n{_words(operation)}"
+        yield f"\n## `{method} {path}`\n\n{_description(operation)}"
         if parameters := [one for one in operation.get("parameters", ()) if not one["name"].startswith("x-stainless")]:
             yield "\n| parameter | in | type | |\n|---|---|---|---|"
             for one in parameters:
@@ -107,10 +107,10 @@ def _chapters(openapi: Json) -> Iterator[str]:
         for kind, content in operation.get("requestBody", {}).get("content", {}).items():
             yield f"\nBody, `{kind}`:\n"
             yield from _describe(openapi, content)
-        for status, answer in operation["responses"].items():
+        for status, response in operation["responses"].items():
             if not status.startswith("2"):
                 continue
-            contents = answer.get("content", {})
+            contents = response.get("content", {})
             for kind, content in contents.items():
                 yield f"\nAnswer {status}, `{kind}`:\n"
                 yield from _describe(openapi, content)
@@ -151,7 +151,7 @@ def _resolve(openapi: Json, schema: Json) -> Json:
 
 
 def _type(openapi: Json, schema: Json) -> str:
-    """A type in a few words."""
+    """A short description of a type."""
     if "$ref" in schema:
         resolved = _resolve(openapi, schema)
         return "object" if "properties" in resolved else _type(openapi, resolved)
@@ -159,18 +159,18 @@ def _type(openapi: Json, schema: Json) -> str:
         return f"`{json.dumps(schema['const'])}`"
     if "enum" in schema:
         return " \\| ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
-    for several in ("anyOf", "oneOf"):
-        if several in schema:
-            return " or ".join(dict.fromkeys(_type(openapi, one) for one in schema[several]))
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            return " or ".join(dict.fromkeys(_type(openapi, one) for one in schema[union]))
     if schema.get("type") == "array":
         return f"array of {_type(openapi, schema.get('items', {}))}"
-    least = schema.get("minimum", schema.get("exclusiveMinimum"))
-    most = schema.get("maximum", schema.get("exclusiveMaximum"))
-    reach = f" from {least:g}" if least is not None else ""
-    reach += f" to {most:g}" if most is not None else ""
-    return f"{schema.get('type', 'any')}{reach}"
+    minimum = schema.get("minimum", schema.get("exclusiveMinimum"))
+    maximum = schema.get("maximum", schema.get("exclusiveMaximum"))
+    limits = f" from {minimum:g}" if minimum is not None else ""
+    limits += f" to {maximum:g}" if maximum is not None else ""
+    return f"{schema.get('type', 'any')}{limits}"
 
 
-def _words(operation: Json) -> str:
-    words: str = " ".join(operation.get("description", operation.get("summary", "")).split())
-    return words
+def _description(operation: Json) -> str:
+    text: str = " ".join(operation.get("description", operation.get("summary", "")).split())
+    return text
