@@ -114,8 +114,8 @@ Managing = Annotated[Caller, Depends(Needs("admin"))]
 class AuthMiddleware:
     """Once the store has keys, requires a valid one before the body is read, except for the paths in `OPEN`.
 
-    Without keys every client may use the server, except browsers for pages of other origins. `Origin` gives them away;
-    after DNS rebinding to loopback, `Host` does.
+    Without keys every client may use the server, except browsers for pages of other origins: `Origin` shows those, and
+    after DNS rebinding to loopback `Host` does.
     """
 
     def __init__(self, app: ASGIApp, keyring: Keyring, rates: Rates, policy: Policy) -> None:

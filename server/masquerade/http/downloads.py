@@ -17,26 +17,25 @@ class Download(FileResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the file or the error."""
-        refusal: Message | None = None
+        failed_start: Message | None = None
 
-        async def send_unless_refused(message: Message) -> None:
-            nonlocal refusal
+        async def send_unless_failed(message: Message) -> None:
+            nonlocal failed_start
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                refusal = message
-            if refusal is None:
+                failed_start = message
+            if failed_start is None:
                 await send(message)
 
-        await super().__call__(scope, receive, send_unless_refused)
-        if refusal is None:
+        await super().__call__(scope, receive, send_unless_failed)
+        if failed_start is None:
             return
-        size = Headers(raw=refusal["headers"]).get("content-range")
+        size = Headers(raw=failed_start["headers"]).get("content-range")
         if size is None:
-            await errors.respond(InvalidValue("the header Range is not a range of bytes", param="Range"))(
-                scope, receive, send
-            )
-            return
-        error = RangeNotSatisfiable(f"the file has {size.rpartition('/')[2]} bytes", param="Range")
-        await errors.respond(error, {"Content-Range": size})(scope, receive, send)
+            response = errors.respond(InvalidValue("the header Range is not a range of bytes", param="Range"))
+        else:
+            error = RangeNotSatisfiable(f"the file has {size.rpartition('/')[2]} bytes", param="Range")
+            response = errors.respond(error, {"Content-Range": size})
+        await response(scope, receive, send)
 
 
 def describe(example: str, text: str) -> dict[int | str, dict[str, Any]]:

@@ -83,7 +83,8 @@ def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job)
         )
     build_input = read_input(job_service, job.spec, JobNames.of(job.id, job.spec))
     if build_input.ignored:
-        job_service.table.add_event(job.id, "warn", f"of the character card, {', '.join(build_input.ignored)} are ignored")
+        unused = ", ".join(build_input.ignored)
+        job_service.table.add_event(job.id, "warn", f"of the character card, {unused} are ignored")
     return _work(serving, keyring, job_service, job, build_input)
 
 
@@ -111,24 +112,26 @@ def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> 
     if build_input.script is not None:
         return
     if build_input.contrast is None:
-        named = {
-            "contrast_name": spec["opposite"],
-            "contrast_validation_file": spec["files"].get("contrast_validation"),
-        }
-        for param, value in named.items():
-            if value is not None:
-                raise InvalidValue(
-                    f"{param} needs a contrast_file, or a training file whose lines have both sides",
-                    param=f"method.mask.{param}",
-                )
-        scores = [plan.score for plan in _recipe(spec).plans(contrast=False)]
-        if any(SCORES[score].contrastive for score in scores):
-            raise InvalidValue(
-                f"the score {scores[0]!r} compares two personas; give contrast_file too", param="method.mask.score"
-            )
+        _check_without_contrast(spec)
         return
     with _about("method.mask.contrast_file"):
         check_contrast(build_input.own.examples, build_input.contrast.examples)
+
+
+def _check_without_contrast(spec: Mapping[str, Any]) -> None:
+    """Raise for fields that need a contrast."""
+    needing = {"contrast_name": spec["opposite"], "contrast_validation_file": spec["files"].get("contrast_validation")}
+    for param, value in needing.items():
+        if value is not None:
+            raise InvalidValue(
+                f"{param} needs a contrast_file, or a training file whose lines have both sides",
+                param=f"method.mask.{param}",
+            )
+    scores = [plan.score for plan in _recipe(spec).plans(contrast=False)]
+    if any(SCORES[score].contrastive for score in scores):
+        raise InvalidValue(
+            f"the score {scores[0]!r} compares two personas; give contrast_file too", param="method.mask.score"
+        )
 
 
 def read_input(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> BuildInput:
@@ -170,15 +173,15 @@ def sweep(serving: Serving, job_service: JobService) -> None:
 
 
 def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, build_input: BuildInput) -> Work:
-    """The first work item uses no model; `model_next` of each one says whether the next does."""
+    """Build and publish. The first work item uses no model; `model_next` of each one says whether the next does."""
     own, contrast, folder = build_input.own, build_input.contrast, _folder(serving, job.id)
     scratch = Scratch(folder)
     try:
         if build_input.script is not None and contrast is not None:
-            own, contrast = yield from _steps(add_generated(serving.base, build_input.script, own, contrast, scratch))
+            own, contrast = yield from _work_items(add_generated(serving.base, build_input.script, own, contrast, scratch))
         recipe = _recipe(job.spec)
         builder = Builder(serving.base, serving.manager, recipe, own, contrast, build_input.neutral, scratch)
-        masks = yield from _steps(builder.run())
+        masks = yield from _work_items(builder.run())
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -188,7 +191,8 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     return partial(_publish, serving, keyring, job_service, job, masks)
 
 
-def _steps(work: Generator[Progress, None, T]) -> Generator[WorkItem, None, T]:
+def _work_items(work: Generator[Progress, None, T]) -> Generator[WorkItem, None, T]:
+    """Progress of the builder as work items; returns the builder's result."""
     while True:
         try:
             step = next(work)
