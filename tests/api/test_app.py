@@ -21,7 +21,7 @@ def test_a_failure_that_nobody_foresaw_is_answered_and_the_connection_lives(
     http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = CHAT | {"model": serving.base.name}
-    monkeypatch.setattr(Serving, "choose", lambda *_: 1 / 0)
+    monkeypatch.setattr(Serving, "find_reference", lambda *_: 1 / 0)
     for _ in range(3):  # the same connection, again and again
         answer = http.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine"})
         assert answer.status_code == 500
