@@ -178,7 +178,9 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     scratch = Scratch(folder)
     try:
         if build_input.script is not None and contrast is not None:
-            own, contrast = yield from _work_items(add_generated(serving.base, build_input.script, own, contrast, scratch))
+            own, contrast = yield from _work_items(
+                add_generated(serving.base, build_input.script, own, contrast, scratch)
+            )
         recipe = _recipe(job.spec)
         builder = Builder(serving.base, serving.manager, recipe, own, contrast, build_input.neutral, scratch)
         masks = yield from _work_items(builder.run())
