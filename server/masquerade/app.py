@@ -27,7 +27,7 @@ from masquerade.http.throttle import Throttle
 from masquerade.jobs import JobService
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
 from masquerade.openai import chat, completions, files, fine_tuning, models, tokens
-from masquerade.personas import routes
+from masquerade.personas import build, routes
 from masquerade.service import building
 from masquerade.service.serving import Serving
 
@@ -41,7 +41,7 @@ _ROUTERS = (
     routes.aliases,
     files.router,
     fine_tuning.router,
-    fine_tuning.one_shot,
+    build.router,
     health.router,
     playground.router,
     reference.router,

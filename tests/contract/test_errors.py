@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from masquerade.openai.schemas import MOST_MESSAGES
+from masquerade.openai.messages import MAX_MESSAGES
 from tests.contract.asking import CHAT, PARTY, Api, Json, body, error_of
 
 USER = {"role": "user", "content": "Hi."}
@@ -73,7 +73,7 @@ def test_two_different_personas_are_a_conflict(api: Api) -> None:
         ({"messages": None}, "messages"),
         ({"messages": "Hi."}, "messages"),
         ({"messages": ["Hi."]}, "messages.0"),
-        ({"messages": [USER] * (MOST_MESSAGES + 1)}, "messages"),
+        ({"messages": [USER] * (MAX_MESSAGES + 1)}, "messages"),
         ({"messages": [{"role": "pirate", "content": "Hi."}]}, "messages.0.role"),
         ({"messages": [USER, {"role": 7, "content": "Hi."}]}, "messages.1.role"),
         ({"messages": [{"content": "Hi."}]}, "messages.0.role"),

@@ -30,20 +30,11 @@ _DISCONNECTED = 499  # the client left before the response began
 
 @dataclass(frozen=True)
 class Usage:
-    """The tokens of a request."""
+    """Numbers of tokens; `UsageObject` is their form on the wire."""
 
     prompt: int
     completion: int
     cached: int = 0  # tokens of the prompt that were in the KV cache
-
-    def render(self) -> dict[str, Any]:
-        """OpenAI's usage object."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
 
 
 @dataclass

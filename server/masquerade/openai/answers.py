@@ -1,6 +1,7 @@
-"""Answers as clients read them: chats and completions, whole and in chunks.
+"""Writes chat completions and text completions, in one piece and in chunks.
 
-Knows OpenAI's objects. Refuses to know where the text comes from.
+`objects.py` defines these objects as pydantic models. This is the hot path, so it writes their JSON by hand: a chunk
+for each token must cost as little as possible. `tests/contract/test_objects.py` validates what it writes.
 """
 
 from __future__ import annotations
@@ -17,33 +18,34 @@ from masquerade.engine import Token, token_bytes
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode
 from masquerade.model import Base, CallStart, ResponsePart, ToolCallParser
-from masquerade.openai.tools import Toolbox
+from masquerade.openai.objects import UsageObject
+from masquerade.openai.tools import ToolSet
 from masquerade.service.serving import ResolvedPersona
 
 Json = dict[str, Any]
 
 
 @dataclass
-class ChoiceDelta:
-    """A piece of one of the answers to a request: what is new of it, and in the last piece why it ended."""
+class OutputDelta:
+    """New output of one answer; the last delta of an answer has the finish reason."""
 
     index: int
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    reason: str | None = None
+    finish_reason: str | None = None
 
 
 class Answer(ABC):
-    """One answer's identity, echoed by every object about it, and how it is written."""
+    """The answer to one request: the fields that all its objects share, and how they are written."""
 
-    prefix: ClassVar[str]  # of its id
-    whole_kind: ClassVar[str]
-    chunk_kind: ClassVar[str]
+    prefix: ClassVar[str]  # of the id
+    object_type: ClassVar[str]
+    chunk_type: ClassVar[str]
 
     def __init__(self, base: Base, resolved: ResolvedPersona) -> None:
         self._tokenizer = base.tokenizer
-        self._resolved = replace(resolved, applied=None)  # a slow reader must not hold a mask
-        self._identity: Json = {
+        self._resolved = replace(resolved, applied=None)  # a slow client must not keep a mask on the device
+        self._shared: Json = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": resolved.model,
@@ -52,71 +54,71 @@ class Answer(ABC):
             "generation": resolved.digest,
             "gamma": resolved.gamma,
         }
-        self._head = encode({"object": self.chunk_kind, **self._identity})[:-1]  # all chunks begin alike
+        self._chunk_start = encode({"object": self.chunk_type, **self._shared})[:-1]  # without the closing brace
 
     @property
     def headers(self) -> dict[str, str]:
-        """Response headers that name what was served."""
+        """Response headers that name the revision of the persona."""
         return {"X-Persona-Generation": self._resolved.digest} if self._resolved.digest else {}
 
-    def whole(self, pieces: Sequence[ChoiceDelta], usage: Usage) -> Json:
+    def body(self, deltas: Sequence[OutputDelta], usage: Usage) -> Json:
         """The answer in one object."""
-        choices: dict[int, list[ChoiceDelta]] = {}
-        for piece in pieces:
-            choices.setdefault(piece.index, []).append(piece)
-        rendered = [self._render_whole(index, choices[index]) for index in sorted(choices)]
-        return {"object": self.whole_kind, **self._identity, "choices": rendered, "usage": usage.render()}
+        by_choice: dict[int, list[OutputDelta]] = {}
+        for delta in deltas:
+            by_choice.setdefault(delta.index, []).append(delta)
+        choices = [self._render_choice(index, by_choice[index]) for index in sorted(by_choice)]
+        return {"object": self.object_type, **self._shared, "choices": choices, "usage": _render_usage(usage)}
 
-    def opening(self, index: int) -> str:  # noqa: ARG002 - for those who need it
-        """What is sent before everything else of a choice."""
+    def first_chunk(self, index: int) -> str:  # noqa: ARG002 - for subclasses
+        """The event before the output of a choice; empty for none."""
         return ""
 
-    def chunks(self, piece: ChoiceDelta) -> str:
-        """The events of a piece."""
-        return "".join(map(self._chunk, self._render_pieces(piece)))
+    def chunks(self, delta: OutputDelta) -> str:
+        """The events of a delta."""
+        return "".join(map(self._chunk, self._render_delta(delta)))
 
     def usage_chunk(self, usage: Usage) -> str:
-        """The last chunk of a stream that was asked for its usage."""
-        return f'data: {self._head},"choices":[],"usage":{encode(usage.render())}}}\n\n'
+        """The last event of a stream with `include_usage`."""
+        return f'data: {self._chunk_start},"choices":[],"usage":{encode(_render_usage(usage))}}}\n\n'
 
     def _chunk(self, choice: str) -> str:
-        return f'data: {self._head},"choices":[{choice}],"usage":null}}\n\n'
+        return f'data: {self._chunk_start},"choices":[{choice}],"usage":null}}\n\n'
 
-    def _spell(self, token: int) -> bytes:
+    def _token_bytes(self, token: int) -> bytes:
         return token_bytes(self._tokenizer, token)
 
     @abstractmethod
-    def _render_whole(self, index: int, pieces: Sequence[ChoiceDelta]) -> Json:
-        """A choice of the whole answer."""
+    def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
+        """A choice of the answer in one piece."""
 
     @abstractmethod
-    def _render_pieces(self, piece: ChoiceDelta) -> Sequence[str]:
-        """The choices of the chunks that a piece becomes, as JSON."""
+    def _render_delta(self, delta: OutputDelta) -> Sequence[str]:
+        """The choices of the chunks of a delta, as JSON; a chunk has one choice."""
 
 
 class ChatAnswer(Answer):
-    """A chat completion. Where tools are offered, calls of them are told from talk."""
+    """A chat completion. With tools, calls are parsed out of the text."""
 
-    prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, object_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, base: Base, resolved: ResolvedPersona, toolbox: Toolbox | None = None) -> None:
+    def __init__(self, base: Base, resolved: ResolvedPersona, tool_set: ToolSet | None = None) -> None:
         super().__init__(base, resolved)
-        self._toolbox = toolbox
-        self._readers: dict[int, ToolCallParser] = {}
-        self._calls = Counter[int]()  # opened, by choice
+        self._tool_set = tool_set
+        self._parsers: dict[int, ToolCallParser] = {}  # by choice
+        self._num_calls = Counter[int]()  # by choice
 
-    def opening(self, index: int) -> str:
-        """The role."""
-        return self._chunk(_delta(index, '{"role":"assistant","content":""}'))
+    def first_chunk(self, index: int) -> str:
+        """The chunk with the role."""
+        return self._chunk(_chunk_choice(index, '{"role":"assistant","content":""}'))
 
-    def _render_whole(self, index: int, pieces: Sequence[ChoiceDelta]) -> Json:
+    def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
         text, calls = "", list[Json]()
-        for piece in pieces:
-            for part in self._read(piece):
+        for delta in deltas:
+            for part in self._parse(delta):
                 if isinstance(part, str):
                     text += part
                 elif isinstance(part, CallStart):
-                    self._calls[index] += 1
+                    self._num_calls[index] += 1
                     calls.append(_call(part.name))
                 else:
                     calls[-1]["function"]["arguments"] += part.text
@@ -126,119 +128,124 @@ class ChatAnswer(Answer):
         return {
             "index": index,
             "message": message,
-            "finish_reason": self._reason(pieces[-1]),
-            "logprobs": self._logprobs([token for piece in pieces for token in piece.tokens]),
+            "finish_reason": self._finish_reason(deltas[-1]),
+            "logprobs": self._logprobs([token for delta in deltas for token in delta.tokens]),
         }
 
-    def _render_pieces(self, piece: ChoiceDelta) -> Sequence[str]:
-        deltas = [self._render_part(piece.index, part) for part in self._read(piece)]
-        logprobs = self._logprobs(piece.tokens)
-        if logprobs and not deltas:
-            deltas = [_say("")]
-        choices = [_delta(piece.index, delta) for delta in deltas]
+    def _render_delta(self, delta: OutputDelta) -> Sequence[str]:
+        index, logprobs = delta.index, self._logprobs(delta.tokens)
+        messages = [self._render_part(index, part) for part in self._parse(delta)]
+        if logprobs and not messages:
+            messages = [_content("")]
+        choices = [_chunk_choice(index, message) for message in messages]
         if logprobs:
-            choices[0] = _delta(piece.index, deltas[0], logprobs=encode(logprobs))
-        if piece.reason:
-            choices.append(_delta(piece.index, "{}", encode(self._reason(piece))))
+            choices[0] = _chunk_choice(index, messages[0], logprobs=encode(logprobs))
+        if delta.finish_reason:
+            choices.append(_chunk_choice(index, "{}", encode(self._finish_reason(delta))))
         return choices
 
-    def _read(self, piece: ChoiceDelta) -> Sequence[ResponsePart]:
-        """What a piece means."""
-        if self._toolbox is None:
-            return [piece.text] if piece.text else []
-        reader = self._readers.get(piece.index)
-        if reader is None:
-            reader = self._readers[piece.index] = self._toolbox.make_reader()
-        parts = reader.push(piece.text, triggered=any(token.id in self._toolbox.marks for token in piece.tokens))
-        if piece.reason:
-            parts += reader.flush()
-        if self._toolbox.forced:  # words are what was cut off of a call
+    def _parse(self, delta: OutputDelta) -> Sequence[ResponsePart]:
+        """The content and the calls in a delta."""
+        tools = self._tool_set
+        if tools is None:
+            return [delta.text] if delta.text else []
+        parser = self._parsers.get(delta.index)
+        if parser is None:
+            parser = self._parsers[delta.index] = tools.make_parser()
+        parts = parser.push(delta.text, triggered=any(token.id in tools.trigger_ids for token in delta.tokens))
+        if delta.finish_reason:
+            parts += parser.flush()
+        if tools.required:  # content can only be a truncated call
             parts = [part for part in parts if not isinstance(part, str)]
         return parts
 
     def _render_part(self, index: int, part: ResponsePart) -> str:
         if isinstance(part, str):
-            return _say(part)
+            return _content(part)
         if isinstance(part, CallStart):
-            self._calls[index] += 1
+            self._num_calls[index] += 1
         call = _call(part.name) if isinstance(part, CallStart) else {"function": {"arguments": part.text}}
-        return encode({"tool_calls": [{"index": self._calls[index] - 1, **call}]})
+        return encode({"tool_calls": [{"index": self._num_calls[index] - 1, **call}]})
 
-    def _reason(self, last: ChoiceDelta) -> str | None:
-        return "tool_calls" if last.reason == "stop" and self._calls[last.index] else last.reason
+    def _finish_reason(self, last: OutputDelta) -> str | None:
+        return "tool_calls" if last.finish_reason == "stop" and self._num_calls[last.index] else last.finish_reason
 
     def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
-        """OpenAI's log probabilities, if the tokens have any."""
+        """The log probabilities of the tokens; None if the request did not ask for them."""
         if not tokens or tokens[0].logprob is None:
             return None
         content = [
             {
-                **self._entry(token.id, token.logprob),
-                "top_logprobs": [self._entry(other, logprob) for other, logprob in token.top],
+                **self._logprob(token.id, token.logprob),
+                "top_logprobs": [self._logprob(other, logprob) for other, logprob in token.top],
             }
             for token in tokens
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float | None) -> Json:
-        spelled = self._spell(token)
-        return {"token": spelled.decode(errors="replace"), "logprob": logprob, "bytes": list(spelled)}
+    def _logprob(self, token: int, logprob: float | None) -> Json:
+        content = self._token_bytes(token)
+        return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
 
 
 class CompletionAnswer(Answer):
-    """A completion of a text. Its chunks are small completions."""
+    """A text completion. Its chunks are text completions too."""
 
-    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, base: Base, resolved: ResolvedPersona) -> None:
         super().__init__(base, resolved)
-        self._lengths: dict[int, int] = {}  # characters of the tokens so far, by choice
+        self._lengths: dict[int, int] = {}  # in characters so far, by choice
 
-    def _render_whole(self, index: int, pieces: Sequence[ChoiceDelta]) -> Json:
-        text = "".join(piece.text for piece in pieces)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        return self._render(ChoiceDelta(index, text, tokens, pieces[-1].reason))
+    def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
+        text = "".join(delta.text for delta in deltas)
+        tokens = [token for delta in deltas for token in delta.tokens]
+        return self._render(OutputDelta(index, text, tokens, deltas[-1].finish_reason))
 
-    def _render_pieces(self, piece: ChoiceDelta) -> Sequence[str]:
-        return [encode(self._render(piece))]
+    def _render_delta(self, delta: OutputDelta) -> Sequence[str]:
+        return [encode(self._render(delta))]
 
-    def _render(self, piece: ChoiceDelta) -> Json:
+    def _render(self, delta: OutputDelta) -> Json:
         return {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": self._logprobs(piece.index, piece.tokens),
-            "finish_reason": piece.reason,
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": self._logprobs(delta.index, delta.tokens),
+            "finish_reason": delta.finish_reason,
         }
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> Json | None:
         if not tokens or tokens[0].logprob is None:
             return None
-        names = [self._name(token.id) for token in tokens]
-        place, offsets = self._lengths.get(index, 0), list[int]()
-        for name in names:
-            offsets.append(place)
-            place += len(name)
-        self._lengths[index] = place
+        texts = [self._token_text(token.id) for token in tokens]
+        offset, offsets = self._lengths.get(index, 0), list[int]()
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        self._lengths[index] = offset
         return {
-            "tokens": names,
+            "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self._name(other): logprob for other, logprob in token.top} | {name: token.logprob}
-                for name, token in zip(names, tokens, strict=True)
+                {self._token_text(other): logprob for other, logprob in token.top} | {text: token.logprob}
+                for text, token in zip(texts, tokens, strict=True)
             ],
             "text_offset": offsets,
         }
 
-    def _name(self, token: int) -> str:
-        return self._spell(token).decode(errors="replace")
+    def _token_text(self, token: int) -> str:
+        return self._token_bytes(token).decode(errors="replace")
 
 
-def _delta(index: int, delta: str, reason: str = "null", logprobs: str = "null") -> str:
-    """A choice of a chunk, of parts that are JSON already."""
-    return f'{{"index":{index},"delta":{delta},"finish_reason":{reason},"logprobs":{logprobs}}}'
+def _render_usage(usage: Usage) -> Json:
+    return UsageObject.of(usage).model_dump()
 
 
-def _say(text: str) -> str:
+def _chunk_choice(index: int, delta: str, finish_reason: str = "null", logprobs: str = "null") -> str:
+    """The choice of a chunk; `delta`, `finish_reason` and `logprobs` are JSON."""
+    return f'{{"index":{index},"delta":{delta},"finish_reason":{finish_reason},"logprobs":{logprobs}}}'
+
+
+def _content(text: str) -> str:
     return f'{{"content":{encode(text)}}}'
 
 

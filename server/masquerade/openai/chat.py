@@ -1,7 +1,4 @@
-"""`POST /v1/chat/completions`.
-
-Knows how a chat becomes a prompt and what its answer may be. Refuses to know how the answer is made and sent.
-"""
+"""`POST /v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -16,31 +13,34 @@ from masquerade.http.access import Chatting, ScopedRoute
 from masquerade.http.dependencies import PERSONA_HEADER, Served, read_persona
 from masquerade.model import find_dialect
 from masquerade.openai.answers import ChatAnswer
-from masquerade.openai.generation import departure, plan, respond
+from masquerade.openai.generation import respond, wait_for_disconnect
 from masquerade.openai.objects import CHAT_CHUNK, ChatCompletion, either
 from masquerade.openai.prompts import context_room, tokenise_chat
 from masquerade.openai.schemas import ChatRequest
-from masquerade.openai.tools import open_toolbox
+from masquerade.openai.tools import select_tools
 
 router = APIRouter(route_class=ScopedRoute)
 
 
 @router.post("/v1/chat/completions", responses=either(ChatCompletion, CHAT_CHUNK), openapi_extra=PERSONA_HEADER)
-async def complete_chat(asked: ChatRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
+async def complete_chat(request: ChatRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Answer a chat as a persona. See the README for the fields beyond OpenAI's."""
-    reference = serving.find_reference(asked.model, asked.persona, await read_persona(http))
+    reference = serving.find_reference(request.model, request.persona, await read_persona(http))
     caller.check_reference(reference)
     tokenizer, size = serving.base.tokenizer, len(await http.body())
-    resolved = await serving.resolve_persona(
-        reference, asked.gamma, asked.persona_phase, partial(departure, http.receive)
-    )
-    toolbox = open_toolbox(asked, find_dialect(tokenizer), tokenizer) if asked.tools else None
-    tools = asked.tools if toolbox else None
-    prompt = await tokenise_chat(serving, caller, size, asked.messages, tools, context_room(serving))
-    form = toolbox.form(asked.wanted) if toolbox else AnswerFormat([asked.wanted]) if asked.wanted else None
+    gone = partial(wait_for_disconnect, http.receive)
+    resolved = await serving.resolve_persona(reference, request.gamma, request.persona_phase, gone)
+    tool_set = select_tools(request, find_dialect(tokenizer), tokenizer) if request.tools else None
+    tools = request.tools if tool_set else None
+    prompt = await tokenise_chat(serving, caller, size, request.messages, tools, context_room(serving))
+    json_format = request.json_format
+    if tool_set:
+        answer_format = tool_set.answer_format(json_format)
+    else:
+        answer_format = AnswerFormat([json_format]) if json_format else None
     grammars = None
-    if form:
-        compile_form = partial(serving.engine.grammars.compile, form, asked.n or 1)
-        grammars = await serving.workers.run(caller.owner, size, compile_form)
-    generation = plan(serving, resolved, asked, caller, [prompt], grammars)
-    return await respond(generation, ChatAnswer(serving.base, resolved, toolbox), asked, http.receive)
+    if answer_format:
+        compile_format = partial(serving.engine.grammars.compile, answer_format, request.n or 1)
+        grammars = await serving.workers.run(caller.owner, size, compile_format)
+    answer = ChatAnswer(serving.base, resolved, tool_set)
+    return await respond(serving, resolved, request, caller, [prompt], answer, http.receive, grammars)

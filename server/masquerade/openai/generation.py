@@ -1,8 +1,4 @@
-"""Answers in the making, seen from the event loop: the same for chats and for completions.
-
-Knows how the engine's events become a stream or a whole, and what happens when the client goes away. Refuses to know
-what an answer looks like.
-"""
+"""Runs a request on the engine and sends what it generates, as a stream or in one piece."""
 
 from __future__ import annotations
 
@@ -23,75 +19,96 @@ from masquerade.http import errors
 from masquerade.http.access import Caller
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import sse
-from masquerade.openai.answers import Answer, ChoiceDelta
+from masquerade.openai.answers import Answer, OutputDelta
 from masquerade.openai.prompts import CONTEXT
 from masquerade.openai.schemas import GenerationRequest
 from masquerade.service.serving import ResolvedPersona, Serving
 
-PING_SECONDS = 10.0  # silence after which a stream says that it is alive
+PING_SECONDS = 10.0  # of silence, after which a stream sends a comment
 
-_STREAMING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+Receive = Callable[[], Awaitable[Message]]
 
 
-def plan(
+async def respond(
     serving: Serving,
     resolved: ResolvedPersona,
-    asked: GenerationRequest,
+    request: GenerationRequest,
     caller: Caller,
     prompts: Sequence[list[int]],
+    answer: Answer,
+    receive: Receive,
     grammars: Sequence[Grammar] | None = None,
-) -> GenerationStream:
-    """The requests to the engine that answer what was asked: for each prompt so many choices as are wanted.
+) -> Response:
+    """Generate `n` choices for each prompt, and answer with a stream or in one piece.
 
-    Raises `ContextTooLong` for a prompt that leaves no room for an answer.
+    Raises every error of the request before the first byte is sent: `ContextTooLong` for a prompt that leaves no room
+    for an answer, and those of `Engine.submit`.
     """
-    base, count = serving.base, asked.n or 1
-    requests = [
+    requests = _engine_requests(serving, resolved, request, caller, prompts, grammars)
+    outputs = OutputCollector(serving, requests, caller, streams=bool(request.stream))
+    caller.record.begin(resolved, lambda: outputs.usage)
+    outputs.start()
+    if request.stream:
+        events = _stream(outputs, answer, request.wants_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={**_STREAM_HEADERS, **answer.headers})
+    return await _respond_whole(outputs, answer, receive)
+
+
+def _engine_requests(
+    serving: Serving,
+    resolved: ResolvedPersona,
+    request: GenerationRequest,
+    caller: Caller,
+    prompts: Sequence[list[int]],
+    grammars: Sequence[Grammar] | None,
+) -> list[partial[Request]]:
+    """The engine's requests, one for each choice of each prompt; only `emit` is left to set."""
+    base = serving.base
+    return [
         partial(
             Request,
             prompt=prompt,
-            max_tokens=asked.limit() or _rest(base.context, len(prompt)),
+            max_tokens=request.max_new_tokens() or _remaining_context(base.context, len(prompt)),
             applied=resolved.applied,
             phase=resolved.phase,
-            sampling=asked.sampling(choice),
+            sampling=request.sampling(choice),
             ends=base.ends,
-            min_tokens=asked.min_tokens or 0,
-            text=AnswerText(base.tokenizer, asked.stops()),
+            min_tokens=request.min_tokens or 0,
+            text=AnswerText(base.tokenizer, request.stops()),
             grammar=grammars[choice] if grammars else None,
             owner=caller.owner,
         )
         for prompt in prompts
-        for choice in range(count)
+        for choice in range(request.n or 1)
     ]
-    generation = GenerationStream(serving, requests, caller, streams=bool(asked.stream))
-    caller.record.begin(resolved, lambda: generation.usage)
-    return generation
 
 
-class GenerationStream:
-    """The answers to one request of a client."""
+class OutputCollector:
+    """Collects the outputs of the engine's requests that answer one HTTP request. For one event loop."""
 
     def __init__(
         self, serving: Serving, requests: Sequence[partial[Request]], caller: Caller, *, streams: bool
     ) -> None:
         self._engine, self._notifier = serving.engine, serving.notifier
         self._caller = caller
-        self._streams = streams  # else nobody is told before an answer has ended
+        self._streams = streams  # otherwise only the end of an answer wakes the event loop
         self._loop = asyncio.get_running_loop()
-        self._box: deque[tuple[int, Event, float]] = deque()  # what came for which answer, and when
-        self._filled = asyncio.Event()
-        self._silent = False
-        self.left = False  # nobody waits any more
+        self._queue: deque[tuple[int, Event, float]] = deque()  # (index of the answer, event, time of arrival)
+        self._changed = asyncio.Event()
+        self._ping_due = False
+        self.disconnected = False
         self._requests = [make(emit=partial(self._receive, index)) for index, make in enumerate(requests)]
 
     @property
     def count(self) -> int:
-        """How many answers there will be."""
+        """The number of answers."""
         return len(self._requests)
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far; a prompt counts once, however many answers it gets."""
+        """Tokens so far; a prompt with several choices counts once."""
         prompts = {id(request.prompt): request for request in reversed(self._requests)}.values()
         return Usage(
             sum(len(request.prompt) for request in prompts),
@@ -100,152 +117,135 @@ class GenerationStream:
         )
 
     def start(self) -> None:
-        """Submit to the engine; raises its refusals, after which there is nothing to pay for and no mask is held."""
+        """Submit to the engine. If that raises, no tokens are counted and no mask stays referenced."""
         try:
             self._engine.submit(*self._requests)
         except MasqueradeError:
             self._requests.clear()
             raise
-        self._heard = self._loop.time()
-        self._deadline = self._heard + self._caller.answer_seconds
-        self._tick()
+        self._last_output = self._loop.time()
+        self._deadline = self._last_output + self._caller.answer_seconds
+        self._check_time()
 
-    def leave(self) -> None:
-        """Nobody waits for what is still to come: `pieces` ends."""
-        self.left = True
-        self._filled.set()
+    def disconnect(self) -> None:
+        """End `deltas`, because the client has disconnected."""
+        self.disconnected = True
+        self._changed.set()
 
     def cancel(self) -> None:
-        """Free the places in the batch. Harmless after the end."""
+        """Cancel what the engine still runs. Has no effect after the end."""
         self._timer.cancel()
         for request in self._requests:
             if not request.finished:
                 self._engine.cancel(request)
 
-    def fail(self, error: Exception) -> MasqueradeError:
-        """An answer that has begun comes to this end."""
-        told = errors.translate(error)
-        self._caller.record.fail(told)
-        return told
+    def fail(self, failure: Exception) -> MasqueradeError:
+        """The error to send for a failure; it is logged with the request."""
+        error = errors.translate(failure)
+        self._caller.record.fail(error)
+        return error
 
     def _receive(self, index: int, event: Event) -> None:
         """Called on the engine's thread."""
-        self._box.append((index, event, perf_counter()))
+        self._queue.append((index, event, perf_counter()))
         if self._streams or isinstance(event, Finished):
-            self._notifier.notify(self._filled)
+            self._notifier.notify(self._changed)
 
-    def _tick(self) -> None:
-        """Notice that the time is up, or that nothing has come for a while; if not, look again when it may be so."""
+    def _check_time(self) -> None:
+        """Handle the deadline and pings, and schedule the next check."""
         now = self._loop.time()
         if now >= self._deadline:
-            self._expire()
+            limit = f"{self._caller.answer_seconds:g} s"
+            error = AnswerTimedOut(f"the answer was not finished within {limit}, which is the limit")
+            self._queue.append((0, Finished("error", error), perf_counter()))
+            self._changed.set()
             return
-        if now >= self._heard + PING_SECONDS:
-            self._heard, self._silent = now, True
-            self._filled.set()
-        self._timer = self._loop.call_at(min(self._deadline, self._heard + PING_SECONDS), self._tick)
+        if now >= self._last_output + PING_SECONDS:
+            self._last_output, self._ping_due = now, True
+            self._changed.set()
+        self._timer = self._loop.call_at(min(self._deadline, self._last_output + PING_SECONDS), self._check_time)
 
-    def _expire(self) -> None:
-        error = AnswerTimedOut(
-            f"the answer was not finished within {self._caller.answer_seconds:g} s, which is the limit"
-        )
-        self._box.append((0, Finished("error", error), perf_counter()))
-        self._filled.set()
+    async def deltas(self) -> AsyncIterator[list[OutputDelta]]:
+        """New output, in order; the last delta of each answer has the finish reason.
 
-    async def pieces(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """What is new since the last time, in order; the last piece of each answer has the reason.
-
-        An empty list says that nothing has come for a while. Raises what ended an answer early.
+        An empty list means that a ping is due. Raises the error that ended an answer early.
         """
-        told: list[list[Token]] = [[] for _ in self._requests]  # tokens whose text was held back
-        left, failure = self.count, None
-        while left and not failure and not self.left:
-            self._heard, self._silent = self._loop.time(), False
-            await self._filled.wait()
-            self._filled.clear()
+        pending: list[list[Token]] = [[] for _ in self._requests]  # tokens without text of their own yet
+        unfinished, failure = self.count, None
+        while unfinished and not failure and not self.disconnected:
+            self._last_output, self._ping_due = self._loop.time(), False
+            await self._changed.wait()
+            self._changed.clear()
             failure = self._caller.key_error()
-            pieces = []
-            while self._box and not failure:
-                index, event, came = self._box.popleft()
-                reason: str | None = None
+            deltas = []
+            while self._queue and not failure:
+                index, event, arrived = self._queue.popleft()
+                finish_reason: str | None = None
                 match event:
                     case Token():
-                        self._caller.record.add_token(index, came)
-                        told[index].append(event)
+                        self._caller.record.add_token(index, arrived)
+                        pending[index].append(event)
                     case Finished("stop" | "length"):
-                        reason, left = event.reason, left - 1
-                        self._caller.record.end_answer(reason)
+                        finish_reason, unfinished = event.reason, unfinished - 1
+                        self._caller.record.end_answer(finish_reason)
                     case Finished(_, error):
                         failure = error or NotReady("the server is stopping")
-                if event.text or reason:
-                    pieces.append(ChoiceDelta(index, event.text, told[index], reason))
-                    told[index] = []
-            if pieces or self._silent:
-                yield pieces
+                if event.text or finish_reason:
+                    deltas.append(OutputDelta(index, event.text, pending[index], finish_reason))
+                    pending[index] = []
+            if deltas or self._ping_due:
+                yield deltas
         if failure:
             self._caller.record.fail(failure)
             raise failure
 
 
-Receive = Callable[[], Awaitable[Message]]
-
-
-async def respond(generation: GenerationStream, answer: Answer, asked: GenerationRequest, receive: Receive) -> Response:
-    """Start, and answer as it was asked. Every refusal comes before the first byte."""
-    generation.start()
-    if asked.stream:
-        events = _stream(generation, answer, asked.wants_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={**_STREAMING, **answer.headers})
-    return await _whole(generation, answer, receive)
-
-
-async def _whole(generation: GenerationStream, answer: Answer, receive: Receive) -> Response:
-    """The answers in one piece; the client's going away cancels them."""
-    watch = asyncio.create_task(_watch(receive, generation))
+async def _respond_whole(outputs: OutputCollector, answer: Answer, receive: Receive) -> Response:
+    """The answers in one piece; a disconnect of the client cancels them."""
+    watch = asyncio.create_task(_watch(receive, outputs))
     try:
-        pieces = [piece async for pieces in generation.pieces() for piece in pieces]
+        deltas = [delta async for deltas in outputs.deltas() for delta in deltas]
     finally:
-        generation.cancel()
+        outputs.cancel()
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
-    if generation.left:
+    if outputs.disconnected:
         return Response(status_code=499)  # nobody reads it
-    return JSONResponse(answer.whole(pieces, generation.usage), headers=answer.headers)
+    return JSONResponse(answer.body(deltas, outputs.usage), headers=answer.headers)
 
 
-async def departure(receive: Receive) -> None:
-    """Raises `ClientDisconnect` when the client goes away. To be called when the body has been read."""
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Raises `ClientDisconnect` when the client disconnects. Call it after the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
     raise ClientDisconnect
 
 
-async def _watch(receive: Receive, generation: GenerationStream) -> None:
-    """The client's going away ends a generation."""
+async def _watch(receive: Receive, outputs: OutputCollector) -> None:
     try:
-        await departure(receive)
+        await wait_for_disconnect(receive)
     except ClientDisconnect:
-        generation.leave()
+        outputs.disconnect()
 
 
-async def _stream(generation: GenerationStream, answer: Answer, wants_usage: bool) -> AsyncIterator[str]:
-    """Chunks; the server's framework closes the iterator when the client goes away."""
+async def _stream(outputs: OutputCollector, answer: Answer, wants_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events; the framework closes the iterator when the client disconnects."""
     try:
-        yield "".join(map(answer.opening, range(generation.count)))
-        async for pieces in generation.pieces():
-            yield "".join(map(answer.chunks, pieces)) if pieces else ": ping\n\n"
+        yield "".join(map(answer.first_chunk, range(outputs.count)))
+        async for deltas in outputs.deltas():
+            yield "".join(map(answer.chunks, deltas)) if deltas else ": ping\n\n"
         if wants_usage:
-            yield answer.usage_chunk(generation.usage)
+            yield answer.usage_chunk(outputs.usage)
         yield sse("[DONE]")
-    except Exception as error:  # the status has been sent
-        yield sse(errors.body(generation.fail(error)))
+    except Exception as failure:  # the status has been sent
+        yield sse(errors.body(outputs.fail(failure)))
     finally:
-        generation.cancel()
+        outputs.cancel()
 
 
-def _rest(context: int, prompt: int) -> int:
-    """What an answer without a limit may take: the rest of the context."""
+def _remaining_context(context: int, prompt: int) -> int:
+    """Tokens of the context that a prompt leaves. Raises `ContextTooLong` if it leaves none."""
     if prompt >= context:
         raise ContextTooLong(
             f"{CONTEXT.format(context)} However, your messages resulted in {prompt} tokens, which leaves no room for "

@@ -1,7 +1,7 @@
-"""What chats, completions and lists of models look like, for the description of the interface.
+"""Objects of responses on OpenAI's routes, with the fields of personas, and an example of each.
 
-Knows OpenAI's objects, what personas add to them, and an example of each. Nothing is checked against them while the
-server serves; the tests check that what it sends fits.
+The route, its OpenAPI description and docs/api.md use the same model. Completions and their chunks are written by hand
+(`answers.py` says why); the tests validate them against these models.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
+from masquerade.http.builds import JobProgress
+from masquerade.http.request_log import Usage
 from masquerade.http.wire import Schema, show
-from masquerade.jobs import State
 
 _DIGEST = "9f2c1a7be05d4c3f8a6e1b2d3c4f5a69788796a5b4c3d2e1f0a1b2c3d4e5f607"
-_SAID = {
+_SHARED = {
     "id": "chatcmpl-5e0b2d5f1c7a4a0f9d3c8b7a6e5d4c3b",
     "created": 1795341600,
     "model": "demo:introvert",
@@ -42,7 +43,7 @@ _MODEL = {
 
 
 class WireObject(BaseModel):
-    """An object of an answer."""
+    """An object of a response."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,22 +53,32 @@ def _show(example: dict[str, Any]) -> ConfigDict:
 
 
 class CachedTokens(WireObject):
-    """Tokens of the prompt that needed no computing."""
+    """Tokens of the prompt whose keys and values were in the cache."""
 
     cached_tokens: int
 
 
 class UsageObject(WireObject):
-    """Tokens in and out."""
+    """Numbers of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
 
+    @classmethod
+    def of(cls, usage: Usage) -> UsageObject:
+        """The object of a request's usage."""
+        return cls(
+            prompt_tokens=usage.prompt,
+            completion_tokens=usage.completion,
+            total_tokens=usage.prompt + usage.completion,
+            prompt_tokens_details=CachedTokens(cached_tokens=usage.cached),
+        )
+
 
 class CompletionBase(WireObject):
-    """What every object of an answer has: `persona`, `generation` and `gamma` are null for the bare base."""
+    """The fields that all objects of an answer share; `persona`, `generation` and `gamma` are null for the base."""
 
     id: str
     created: int
@@ -111,7 +122,7 @@ class TopLogprobObject(WireObject):
 
 
 class TokenLogprobObject(TopLogprobObject):
-    """A token of the answer, and the likeliest in its place."""
+    """A token of the answer, and the likeliest tokens at its position."""
 
     top_logprobs: list[TopLogprobObject]
 
@@ -124,7 +135,7 @@ class LogprobsObject(WireObject):
 
 
 class ChatChoice(WireObject):
-    """One of the answers."""
+    """A choice."""
 
     index: int
     message: MessageObject
@@ -133,12 +144,12 @@ class ChatChoice(WireObject):
 
 
 class ChatCompletion(CompletionBase):
-    """An answer in one piece."""
+    """A chat completion in one piece."""
 
     model_config = _show(
         {
             "object": "chat.completion",
-            **_SAID,
+            **_SHARED,
             "choices": [
                 {
                     "index": 0,
@@ -156,6 +167,47 @@ class ChatCompletion(CompletionBase):
     usage: UsageObject
 
 
+class FunctionDelta(WireObject):
+    """Part of a function call."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(WireObject):
+    """Part of a call: the first one of a call has its id and name, the others only more of the arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionDelta
+
+
+class MessageDelta(WireObject):
+    """Part of a message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallDelta] = []
+
+
+class ChunkChoice(WireObject):
+    """A choice of a chunk; `finish_reason` is null until the last one."""
+
+    index: int
+    delta: MessageDelta
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    logprobs: LogprobsObject | None
+
+
+class ChatCompletionChunk(CompletionBase):
+    """A chunk of a streamed chat completion; `usage` is in the last one, if it was requested."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChunkChoice]
+    usage: UsageObject | None
+
+
 class OlderLogprobs(WireObject):
     """Log probabilities in the form of `/v1/completions`."""
 
@@ -166,7 +218,7 @@ class OlderLogprobs(WireObject):
 
 
 class TextChoice(WireObject):
-    """One of the texts."""
+    """A choice; in a chunk, `finish_reason` is null until the last one."""
 
     index: int
     text: str
@@ -175,12 +227,12 @@ class TextChoice(WireObject):
 
 
 class TextCompletion(CompletionBase):
-    """Texts that went on."""
+    """A text completion in one piece."""
 
     model_config = _show(
         {
             "object": "text_completion",
-            **_SAID,
+            **_SHARED,
             "id": "cmpl-5e0b2d5f1c7a4a0f9d3c8b7a6e5d4c3b",
             "choices": [{"index": 0, "text": " a calm hour.", "logprobs": None, "finish_reason": "stop"}],
             "usage": _USAGE,
@@ -192,8 +244,16 @@ class TextCompletion(CompletionBase):
     usage: UsageObject
 
 
+class TextCompletionChunk(CompletionBase):
+    """A chunk of a streamed text completion; `usage` is in the last one, if it was requested."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+    usage: UsageObject | None
+
+
 class ModelObject(WireObject):
-    """The base (`parent` null), or a persona of it with its generation."""
+    """The base (`parent` is null), or one of its personas with its generation."""
 
     model_config = _show(_MODEL)
 
@@ -216,7 +276,7 @@ class ModelList(WireObject):
 
 
 def stream_of(item: str, example: dict[str, Any]) -> dict[str, Any]:
-    """The description of server-sent events: what each of them carries, in a word and as an example."""
+    """The OpenAPI description of server-sent events, with an example of their data."""
     data = {"type": "string", "description": f"{item} as JSON; `[DONE]` in the last event"}
     event = {"type": "object", "required": ["data"], "properties": {"data": data}}
     text = f"data: {json.dumps(example)}\n\ndata: [DONE]\n\n"
@@ -224,7 +284,7 @@ def stream_of(item: str, example: dict[str, Any]) -> dict[str, Any]:
 
 
 def either(whole: type[WireObject], chunk: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that answers in one piece or, with `stream`, in server-sent events."""
+    """The OpenAPI `responses` of a route that answers in one piece or, with `stream`, in server-sent events."""
     headers = {
         "X-Persona-Generation": {"description": "The mask's digest.", "schema": {"type": "string"}, "required": False}
     }
@@ -232,7 +292,7 @@ def either(whole: type[WireObject], chunk: dict[str, Any]) -> dict[int | str, di
         200: {
             "model": whole,
             "description": "The answer; with `stream`, in chunks.",
-            "content": stream_of("A chunk", {**_SAID, **chunk}),
+            "content": stream_of("A chunk", {**_SHARED, **chunk}),
             "headers": headers,
         }
     }
@@ -274,92 +334,6 @@ class FileObject(Schema):
     status: Literal["processed"] = "processed"
 
 
-class JobFault(Schema):
-    """Why a job failed; `param` is the field of its request that is at fault, where there is one."""
-
-    code: str
-    message: str
-    param: str | None
-
-
-class JobProgress(Schema):
-    """How far the current stage of a job is; `total_steps` is null where it cannot be known beforehand."""
-
-    stage: str
-    step: int
-    total_steps: int | None
-
-    @field_validator("total_steps", mode="before")
-    @classmethod
-    def _unknown(cls, total: int | None) -> int | None:
-        """Jobs of earlier versions have 0 where the total is not known."""
-        return total or None
-
-
-class BuiltPersona(Schema):
-    """A persona that a job has made."""
-
-    persona: str
-    digest: str
-    certificate: dict[str, Any]
-    file: str | None = None
-
-
-_JOB_EXAMPLE: dict[str, Any] = {
-    "id": "ftjob-0f1e2d3c4b5a69788796a5b4",
-    "object": "fine_tuning.job",
-    "created_at": 1795341600,
-    "started_at": 1795341601,
-    "finished_at": None,
-    "estimated_finish": 1795341640,
-    "model": "demo",
-    "fine_tuned_model": None,
-    "organization_id": "masquerade",
-    "result_files": [],
-    "status": "running",
-    "training_file": "file-6ab1f0c2d3e4f5061728394a",
-    "validation_file": None,
-    "hyperparameters": {},
-    "method": {"type": "mask", "mask": {"score": "attribution", "contrast_file": "file-94a82715f6e0d3c4b5a60718"}},
-    "seed": 0,
-    "error": None,
-    "trained_tokens": None,
-    "metadata": {},
-    "persona": "gloomy",
-    "progress": {"stage": "backward", "step": 12, "total_steps": 96},
-    "personas": [],
-}
-
-
-class JobObject(Schema):
-    """OpenAI's job, with the name of its `persona`, its `progress` and the `personas` it has made."""
-
-    model_config = show(_JOB_EXAMPLE)
-
-    id: str
-    object: Literal["fine_tuning.job"] = "fine_tuning.job"
-    created_at: int
-    started_at: int | None
-    finished_at: int | None
-    estimated_finish: int | None  # by the duration of the last jobs
-    model: str
-    fine_tuned_model: str | None
-    organization_id: Literal["masquerade"] = "masquerade"
-    result_files: list[str]  # the masks
-    status: State
-    training_file: str
-    validation_file: str | None
-    hyperparameters: dict[str, Any]
-    method: dict[str, Any] | None  # as it was asked for; litellm reads no other than OpenAI's
-    seed: int
-    error: JobFault | None
-    trained_tokens: int | None  # of the examples that the masks were found in
-    metadata: dict[str, str]
-    persona: str  # the name that was asked for, or made; whether or not the job has come to that
-    progress: JobProgress | None  # of a job that runs
-    personas: list[BuiltPersona]
-
-
 EVENT: dict[str, Any] = {
     "id": "ftevent-42",
     "object": "fine_tuning.job.event",
@@ -372,7 +346,7 @@ EVENT: dict[str, Any] = {
 
 
 class EventObject(Schema):
-    """Something that happened to a job."""
+    """An event of a job."""
 
     model_config = show(EVENT)
 
@@ -386,7 +360,7 @@ class EventObject(Schema):
 
 
 class CheckpointObject(Schema):
-    """A persona that a finished job has made, by its generation."""
+    """A persona of a finished job, by its generation."""
 
     model_config = show(
         {

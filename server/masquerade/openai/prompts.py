@@ -1,52 +1,51 @@
-"""From what a request says to the token ids of its prompts, off the event loop and within the room there is."""
+"""Tokenises the prompts of requests, off the event loop and within the context."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TypeVar
 
 from masquerade.http.access import Caller
 from masquerade.model import Room, check_bytes, encode, render_chat, too_long
-from masquerade.openai.schemas import Message, Tool
+from masquerade.openai.messages import Message, Tool
 from masquerade.service.serving import Serving
 
 T = TypeVar("T")
-SHORT = 2048  # bytes of a body whose texts are tokenised at once: handing them over would take as long
-LEAST_ROOM = 2**16  # tokens that are counted for whoever asks, however short the context is
-PROMPTS_ROOM = 4  # times as many in all prompts of a request
+INLINE_BYTES = 2048  # up to this size of the body, a thread would cost more than tokenising at once
+MIN_COUNTED = 2**16  # tokens that `/tokenize` counts, however short the context is
+PROMPTS_FACTOR = 4  # all prompts of a request may have this many times the tokens of one
 
 CONTEXT = "This model's maximum context length is {} tokens."
 
 
 def context_room(serving: Serving) -> Room:
-    """The model's context, in OpenAI's words."""
+    """The limit of the model's context, with OpenAI's message."""
     return Room(serving.base.context, CONTEXT.format(serving.base.context))
 
 
 def counting_room(serving: Serving) -> Room:
-    """What is tokenised only to be looked at: the context, and at least `LEAST_ROOM`."""
-    most = max(serving.base.context, LEAST_ROOM)
-    return Room(most, f"A text of up to {most} tokens is tokenised.")
+    """The limit of `/tokenize`: the context, and at least `MIN_COUNTED`."""
+    limit = max(serving.base.context, MIN_COUNTED)
+    return Room(limit, f"A text of up to {limit} tokens is tokenised.")
 
 
 async def tokenise_chat(
     serving: Serving, caller: Caller, size: int, messages: Sequence[Message], tools: Sequence[Tool] | None, room: Room
 ) -> list[int]:
-    """Token ids of a chat out of a body of `size` bytes.
+    """The token ids of a chat, from a body of `size` bytes.
 
-    Raises `ContextTooLong` for a chat that is far longer than the room, by the bytes of its messages before anything
-    else, and `Overloaded` if too much waits to be tokenised.
+    Raises `ContextTooLong` for a chat that is far longer than the room, before tokenising if the bytes of its messages
+    show that, and `Overloaded` if too many texts wait to be tokenised.
     """
     tokenizer = serving.base.tokenizer
     check_bytes(tokenizer, (text for message in messages for text in message.texts()), room, "messages")
 
     def render() -> list[int]:
         plain = [message.plain() for message in messages]
-        offered = [tool.model_dump(exclude_none=True) for tool in tools or ()]
-        return render_chat(tokenizer, plain, offered, room)
+        functions = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+        return render_chat(tokenizer, plain, functions, room)
 
-    return await work(serving, caller, size, render)
+    return await run_off_loop(serving, caller, size, render)
 
 
 async def tokenise_texts(
@@ -58,12 +57,12 @@ async def tokenise_texts(
     *,
     special: bool = True,
 ) -> list[list[int]]:
-    """Token ids of prompts out of a body of `size` bytes, `special` with what the tokenizer puts before every text.
+    """The token ids of prompts, from a body of `size` bytes; `special` adds the tokenizer's special tokens.
 
     Raises `ContextTooLong` as `tokenise_chat` does, for one prompt or for all of them together.
     """
     tokenizer = serving.base.tokenizer
-    total = PROMPTS_ROOM * max(room.tokens, LEAST_ROOM)
+    total = PROMPTS_FACTOR * max(room.tokens, MIN_COUNTED)
     for prompt in prompts:
         if isinstance(prompt, str):
             check_bytes(tokenizer, [prompt], room, "prompt")
@@ -71,19 +70,19 @@ async def tokenise_texts(
             raise too_long(room, f"the prompt has {len(prompt)} tokens", "prompt", len(prompt))
 
     def encode_all() -> list[list[int]]:
-        found, tokens = [], 0
+        encoded, tokens = [], 0
         for prompt in prompts:
             ids = prompt if isinstance(prompt, list) else encode(tokenizer, prompt, room, "prompt", special=special)
-            found.append(ids)
+            encoded.append(ids)
             tokens += len(ids)
             if tokens > total:
                 together = Room(total, f"The prompts of a request may have {total} tokens together.")
-                raise too_long(together, f"the first {len(found)} of {len(prompts)} have {tokens}", "prompt", tokens)
-        return found
+                raise too_long(together, f"the first {len(encoded)} of {len(prompts)} have {tokens}", "prompt", tokens)
+        return encoded
 
-    return await work(serving, caller, size, encode_all)
+    return await run_off_loop(serving, caller, size, encode_all)
 
 
-async def work(serving: Serving, caller: Caller, size: int, job: Callable[[], T]) -> T:
-    """The outcome of a job on the texts of a body: of a small one at once, of others when it is the caller's turn."""
-    return job() if size <= SHORT else await serving.workers.run(caller.owner, size, partial(job))
+async def run_off_loop(serving: Serving, caller: Caller, size: int, work: Callable[[], T]) -> T:
+    """The result of work on the texts of a body of `size` bytes, in a thread unless the body is small."""
+    return work() if size <= INLINE_BYTES else await serving.workers.run(caller.owner, size, work)

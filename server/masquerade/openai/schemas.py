@@ -1,29 +1,23 @@
-"""Requests as clients write them.
-
-Knows field names, types and ranges, and which fields must not be ignored. Refuses to act on them.
-"""
+"""Bodies of OpenAI's requests: names, types and ranges of the fields."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from masquerade.engine import MAX_LOGPROBS, JsonFormat, Phase, SamplingParams
 from masquerade.errors import InvalidValue, UnsupportedParameter, quote
-from masquerade.http.bodies import NotJson, Size, check_size, count, parse
+from masquerade.http.builds import MaskMethod, Method, Seed, make_build_request
 from masquerade.http.wire import Refusal, Schema, Text, refuse
 from masquerade.openai import unsupported
+from masquerade.openai.messages import Messages, NamedTool, Tools
+from masquerade.service.build_requests import BuildRequest
 
-MOST_CHOICES = 16  # answers to one prompt
-MOST_PROMPTS = 64  # in one request for completions
-MOST_MESSAGES = 2048  # in one chat
-MOST_TOOLS = 128
-MOST_CALLS = 2048  # that were made in one chat
-MOST_STOPS = 4
-MOST_BIASES = 4096  # tokens with a bias
+MAX_CHOICES = 16  # answers to one prompt
+MAX_PROMPTS = 64  # in one request for completions
+MAX_STOPS = 4
+MAX_BIASES = 4096  # tokens with a bias
 
 _CHAT: dict[str, Any] = {
     "model": "demo",
@@ -38,14 +32,12 @@ TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON has no other ke
 Id = Annotated[int, Field(ge=0, lt=10**9)]
 Ids = Annotated[list[Id], Field(fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-
-
-_OF_REQUESTS = ("persona", "gamma", "persona_phase")
+Label = Annotated[Text, Field(max_length=64)]
+Remark = Annotated[Text, Field(max_length=512)]
 
 
 def at_most(limit: int) -> BeforeValidator:
-    """Refuses an object with more fields before they are looked at: the faults of each would be collected."""
+    """Limits the fields of an object, before pydantic validates each and collects an error for each."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > limit:
@@ -55,165 +47,14 @@ def at_most(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class TextPart(Schema):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Function(Schema):
-    """A function that the model may call. Without `parameters` it has none."""
-
-    name: FunctionName
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Schema):
-    """Something that the model may use: a function."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionReference(Schema):
-    """A function by its name."""
-
-    name: FunctionName
-
-
-class NamedTool(Schema):
-    """The tool that must be used."""
-
-    type: Literal["function"]
-    function: FunctionReference
-
-
-class CalledFunction(Schema):
-    """What was called; `arguments` is JSON as text."""
-
-    name: Text
-    arguments: Text
-
-    @cached_property
-    def value(self) -> Any:
-        """The arguments as an object, unless they are no JSON. Raises `InvalidValue` as `bodies.parse` does."""
-        try:
-            return parse(self.arguments, "the text in `arguments`", "arguments")
-        except NotJson:
-            return self.arguments
-
-
-class ToolCall(Schema):
-    """A call that the model made."""
-
-    id: Text
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates want it: the arguments are an object, unless they are no JSON."""
-        called = {"name": self.function.name, "arguments": self.function.value}
-        return {"id": self.id, "type": self.type, "function": called}
-
-
-class Message(Schema):
-    """One message of a chat. `content` may be null in an assistant's message with `tool_calls` only."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
-        named = next((name for name in _OF_REQUESTS if isinstance(fields, dict) and fields.get(name) is not None), None)
-        if named:
-            raise Refusal(
-                UnsupportedParameter(
-                    f"a message cannot have `{named}`: a request has one persona, which hears the whole history; send "
-                    "the history again with another `persona` to change it",
-                    param=named,
-                )
-            )
-        parts = fields.get("content") if isinstance(fields, dict) else None
-        for number, part in enumerate(parts if isinstance(parts, list) else ()):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                param = f"content.{number}.type"
-                raise Refusal(UnsupportedParameter(f"parts of the type {kind!r:.40} are not supported", param=param))
-        return refuse(fields, unsupported.MESSAGE)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise Refusal(InvalidValue("a message needs `content`, a string or a list of parts", param="content"))
-        if self.tool_calls and self.role != "assistant":
-            raise Refusal(InvalidValue("only an assistant's message has `tool_calls`", param="tool_calls"))
-        if self.role == "tool" and self.tool_call_id is None:
-            raise Refusal(InvalidValue("a tool's message needs `tool_call_id`", param="tool_call_id"))
-        return self
-
-    def texts(self) -> Iterator[str]:
-        """All that it says, piece by piece."""
-        if isinstance(self.content, str):
-            yield self.content
-        else:
-            yield from (part.text for part in self.content or ())
-        for call in self.tool_calls or ():
-            yield from (call.function.name, call.function.arguments)
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates want it: text only, calls as objects, and `developer` is `system`."""
-        text = self.content or ""
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        if self.tool_calls:
-            message["tool_calls"] = [call.plain() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
-
-
-def _check_arguments(messages: list[Message]) -> list[Message]:
-    """Refuse arguments of calls that are too many values, together, or nested too deeply."""
-    calls = [
-        (f"{number}.tool_calls.{place}", call.function)
-        for number, message in enumerate(messages)
-        for place, call in enumerate(message.tool_calls or ())
-    ]
-    if len(calls) > MOST_CALLS:
-        raise ValueError(f"they have {len(calls)} `tool_calls`; the limit is {MOST_CALLS}")
-    size = Size(0, 0, 0)
-    for place, function in calls:
-        try:
-            size = size.plus(count(function.arguments))
-            check_size(size, "what the calls have in `arguments`, together,", None)
-            function.value  # noqa: B018 - it is read here once, and kept
-        except InvalidValue as error:
-            error.param = f"{place}.function.arguments"
-            raise Refusal(error) from None
-    return messages
-
-
-Messages = Annotated[
-    list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES), AfterValidator(_check_arguments)
-]
-Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)]
-
-
 class StreamOptions(Schema):
-    """What a stream carries beside the answer."""
+    """Extras of a streamed answer."""
 
     include_usage: bool = False
 
 
 class JsonSchema(Schema):
-    """The form that an answer must have."""
+    """The JSON schema of an answer."""
 
     model_config = ConfigDict(strict=True, frozen=True, protected_namespaces=())
 
@@ -230,14 +71,14 @@ class PlainFormat(Schema):
 
 
 class SchemaFormat(Schema):
-    """JSON that fits a schema."""
+    """JSON of a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
 class GenerationRequest(Schema):
-    """What requests for chats and for completions have in common. Unknown fields are ignored, null is the default."""
+    """The fields of chats and of completions alike. Unknown fields are ignored; null is the default."""
 
     model: Text = Field(examples=["demo", "demo:introvert"])
     persona: Text | None = None
@@ -250,22 +91,22 @@ class GenerationRequest(Schema):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], at_most(MOST_BIASES)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], at_most(MAX_BIASES)] | None = None
     seed: int | None = None
-    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @property
-    def reported(self) -> int | None:
-        """How many of the likeliest tokens are reported with each token; None if no log probability is."""
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are returned with each token; None for no log probabilities."""
         raise NotImplementedError
 
     def sampling(self, choice: int = 0) -> SamplingParams:
-        """How the tokens of one of the choices are chosen; OpenAI's defaults. A seed counts on with the choices."""
+        """The sampling parameters of a choice, with OpenAI's defaults; choice i has the seed plus i."""
         return SamplingParams(
             temperature=0.0 if self.top_p == 0 else 1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p or 1.0,
@@ -276,15 +117,15 @@ class GenerationRequest(Schema):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            logprobs=self.reported,
+            logprobs=self.num_logprobs,
         )
 
     def stops(self) -> list[str]:
         """Strings that end the answer."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    def limit(self) -> int | None:
-        """Most tokens of the answer."""
+    def max_new_tokens(self) -> int | None:
+        """The limit of the answer in tokens; None for the rest of the context."""
         return self.max_tokens
 
     @property
@@ -334,17 +175,17 @@ class ChatRequest(GenerationRequest):
         return self
 
     @property
-    def reported(self) -> int | None:
-        """As asked by two fields."""
+    def num_logprobs(self) -> int | None:
+        """As `logprobs` and `top_logprobs` say."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def limit(self) -> int | None:
-        """The newer name wins."""
+    def max_new_tokens(self) -> int | None:
+        """`max_completion_tokens`, or its older name `max_tokens`."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def wanted(self) -> JsonFormat | None:
-        """The JSON that the answer must be, if it must be JSON."""
+    def json_format(self) -> JsonFormat | None:
+        """The JSON format that the answer must have; None for text."""
         if self.response_format is None or self.response_format.type == "text":
             return None
         if isinstance(self.response_format, SchemaFormat):
@@ -352,7 +193,7 @@ class ChatRequest(GenerationRequest):
         return JsonFormat({"type": "object"})
 
 
-_SOME_PROMPTS = Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)
+_PROMPTS = Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)
 
 
 class CompletionRequest(GenerationRequest):
@@ -362,11 +203,9 @@ class CompletionRequest(GenerationRequest):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], _PROMPTS]
         | Annotated[Ids, Field(min_length=1)]
-        | Annotated[
-            list[Annotated[Ids, Field(min_length=1)]], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)
-        ]
+        | Annotated[list[Annotated[Ids, Field(min_length=1)]], _PROMPTS]
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -376,12 +215,12 @@ class CompletionRequest(GenerationRequest):
         return refuse(fields, unsupported.COMPLETIONS)
 
     @property
-    def reported(self) -> int | None:
-        """As asked by one field."""
+    def num_logprobs(self) -> int | None:
+        """As `logprobs` says."""
         return self.logprobs
 
-    def limit(self) -> int:
-        """OpenAI's default is short."""
+    def max_new_tokens(self) -> int:
+        """`max_tokens`, or OpenAI's default of 16."""
         return self.max_tokens or 16
 
     def prompts(self) -> list[str | list[int]]:
@@ -389,3 +228,51 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
+
+
+class JobRequest(Schema):
+    """`POST /v1/fine_tuning/jobs`. `suffix` is the persona's name; without it one is made, such as `persona-0f1e2d`."""
+
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "example": {
+                "model": "demo",
+                "training_file": "file-6ab1f0c2d3e4f5061728394a",
+                "suffix": "gloomy",
+                "method": {"type": "mask", "mask": {"contrast_file": "file-94a82715f6e0d3c4b5a60718"}},
+            }
+        },
+    )
+
+    model: Text
+    training_file: Text
+    suffix: Text | None = None
+    method: Method | None = None  # without it, with the builder's defaults
+    validation_file: Text | None = None
+    seed: Seed | None = None
+    metadata: Annotated[dict[Label, Remark], Field(max_length=16), at_most(16)] | None = None
+    # OpenAI's; a mask has its own, in `method`
+    hyperparameters: Annotated[dict[str, Literal["auto"]], at_most(16)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        names = fields if isinstance(fields, dict) else ()
+        misplaced = next((name for name in names if name in MaskMethod.model_fields), None)
+        if misplaced is not None:
+            raise Refusal(UnsupportedParameter(f"`{misplaced}` belongs in `method.mask`", param=misplaced))
+        return refuse(fields, {"integrations": ([],), "name": ()})
+
+    def build_request(self) -> BuildRequest:
+        """The build that is requested."""
+        return make_build_request(
+            self.model,
+            self.method,
+            persona=self.suffix,
+            training_file=self.training_file,
+            validation_file=self.validation_file,
+            seed=self.seed,
+            metadata=self.metadata,
+        )

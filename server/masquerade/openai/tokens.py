@@ -1,7 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`, in the form of vLLM's.
-
-Knows what a text or a chat is in tokens. Refuses to generate.
-"""
+"""`POST /tokenize` and `POST /detokenize`, as vLLM has them."""
 
 from __future__ import annotations
 
@@ -17,8 +14,9 @@ from masquerade.http.dependencies import Served
 from masquerade.http.wire import Schema, Text, refuse
 from masquerade.model import too_long
 from masquerade.openai import unsupported
-from masquerade.openai.prompts import counting_room, tokenise_chat, tokenise_texts, work
-from masquerade.openai.schemas import Ids, Messages, Tools
+from masquerade.openai.messages import Messages, Tools
+from masquerade.openai.prompts import counting_room, run_off_loop, tokenise_chat, tokenise_texts
+from masquerade.openai.schemas import Ids
 
 router = APIRouter(route_class=ScopedRoute)
 
@@ -32,7 +30,7 @@ class TokenizeRequest(Schema):
     prompt: Text | None = None
     messages: Messages | None = None
     tools: Tools | None = None
-    add_special_tokens: bool = True  # of a prompt; a chat has those of its template
+    add_special_tokens: bool = True  # for a prompt; the template adds those of a chat
     return_token_strs: bool | None = None
 
     @model_validator(mode="before")
@@ -42,7 +40,7 @@ class TokenizeRequest(Schema):
 
 
 class Tokenized(Schema):
-    """Token ids; `token_strs` only if they were asked for."""
+    """Token ids; `token_strs` only with `return_token_strs`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -79,53 +77,51 @@ class Detokenized(Schema):
 
 
 @router.post("/tokenize", response_model=Tokenized)
-async def tokenize(asked: TokenizeRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
+async def tokenize(request: TokenizeRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """The tokens of a text, or of a chat as the model gets it.
 
-    At most as many as the context has, or 65 536 where that is more. They count as the key's tokens.
+    The limit is the context, or 65 536 tokens if that is more. They count as the key's tokens.
     """
-    if asked.model is not None:
-        caller.check_reference(serving.find_reference(asked.model, None, None))
-    if (asked.prompt is None) == (asked.messages is None):
+    if request.model is not None:
+        caller.check_reference(serving.find_reference(request.model, None, None))
+    if (request.prompt is None) == (request.messages is None):
         raise InvalidValue("give `prompt` or `messages`, one of them", param="prompt")
-    if asked.tools and asked.messages is None:
-        raise InvalidValue("`tools` are offered in a chat: they need `messages`", param="tools")
+    if request.tools and request.messages is None:
+        raise InvalidValue("`tools` belong to a chat: they need `messages`", param="tools")
     tokenizer, room, size = serving.base.tokenizer, counting_room(serving), len(await http.body())
-    if asked.messages is not None:
-        ids = await tokenise_chat(serving, caller, size, asked.messages, asked.tools, room)
+    if request.messages is not None:
+        ids = await tokenise_chat(serving, caller, size, request.messages, request.tools, room)
     else:
-        prompts, special = [asked.prompt or ""], asked.add_special_tokens
+        prompts, special = [request.prompt or ""], request.add_special_tokens
         (ids,) = await tokenise_texts(serving, caller, size, prompts, room, special=special)
     if len(ids) > room.tokens:
-        raise too_long(room, f"this one has {len(ids)}", "prompt" if asked.messages is None else "messages", len(ids))
+        raise too_long(room, f"this one has {len(ids)}", "prompt" if request.messages is None else "messages", len(ids))
     caller.record.extra_tokens += len(ids)
 
-    def answer() -> str:
-        names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
-        told = Tokenized(count=len(ids), max_model_len=serving.base.context, tokens=ids, token_strs=names)
-        return told.model_dump_json()
+    def render() -> str:
+        texts = tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None
+        return Tokenized(
+            count=len(ids), max_model_len=serving.base.context, tokens=ids, token_strs=texts
+        ).model_dump_json()
 
-    return Response(await work(serving, caller, size, answer), media_type="application/json")
+    return Response(await run_off_loop(serving, caller, size, render), media_type="application/json")
 
 
 @router.post("/detokenize", response_model=Detokenized)
-async def detokenize(asked: DetokenizeRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
-    """The text of tokens, special ones included. At most as many as the context has, or 65 536 where that is more."""
-    if asked.model is not None:
-        caller.check_reference(serving.find_reference(asked.model, None, None))
-    most, count = counting_room(serving).tokens, len(asked.tokens)
-    if count > most:
-        raise InvalidValue(f"tokens has {count} token ids; the limit is {most}", param="tokens")
-    strange = next((token for token in asked.tokens if token >= serving.base.vocabulary), None)
-    if strange is not None:
-        raise InvalidValue(
-            f"token id {strange} is outside of the vocabulary of {serving.base.vocabulary}", param="tokens"
-        )
+async def detokenize(request: DetokenizeRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
+    """The text of tokens, with special ones. The limit is the context, or 65 536 tokens if that is more."""
+    if request.model is not None:
+        caller.check_reference(serving.find_reference(request.model, None, None))
+    limit, count = counting_room(serving).tokens, len(request.tokens)
+    if count > limit:
+        raise InvalidValue(f"tokens has {count} token ids; the limit is {limit}", param="tokens")
+    vocabulary = serving.base.vocabulary
+    unknown = next((token for token in request.tokens if token >= vocabulary), None)
+    if unknown is not None:
+        raise InvalidValue(f"token id {unknown} is outside of the vocabulary of {vocabulary}", param="tokens")
 
-    def answer() -> str:
-        return Detokenized(prompt=serving.base.tokenizer.decode(asked.tokens)).model_dump_json()
+    def render() -> str:
+        return Detokenized(prompt=serving.base.tokenizer.decode(request.tokens)).model_dump_json()
 
-    return Response(
-        await work(serving, caller, len(await http.body()), answer),
-        media_type="application/json",
-    )
+    content = await run_off_loop(serving, caller, len(await http.body()), render)
+    return Response(content, media_type="application/json")

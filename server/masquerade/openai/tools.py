@@ -1,7 +1,4 @@
-"""The tools of a chat: which may be called, how often, and in which form the answer then is.
-
-Knows OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`. Refuses to know how a model family writes calls.
-"""
+"""The tools of a chat: `tools`, `tool_choice` and `parallel_tool_calls`, and the answer format that they require."""
 
 from __future__ import annotations
 
@@ -11,58 +8,59 @@ from typing import Any
 
 from masquerade.engine import AnswerFormat, JsonFormat
 from masquerade.model import Dialect, ToolCallParser
-from masquerade.openai.schemas import ChatRequest, Function, NamedTool
+from masquerade.openai.messages import Function, NamedTool
+from masquerade.openai.schemas import ChatRequest
 
-MOST_CALLS = 16  # in one answer
+MAX_CALLS = 16  # in one answer
 
-_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
-class Toolbox:
-    """The functions that one request offers."""
+class ToolSet:
+    """The functions that the model may call in the answer to one request."""
 
     dialect: Dialect
     functions: Sequence[Function]
-    most: int  # calls in an answer
-    forced: bool  # the answer must be calls
-    marks: frozenset[int]  # special tokens that announce a call
+    max_calls: int  # in one answer
+    required: bool  # the answer must be calls
+    trigger_ids: frozenset[int]  # special tokens that begin a call
 
-    def make_reader(self) -> ToolCallParser:
-        """Finds the calls in one answer."""
-        return ToolCallParser(self.dialect, {function.name for function in self.functions}, self.most)
+    def make_parser(self) -> ToolCallParser:
+        """A parser of the calls in one answer."""
+        return ToolCallParser(self.dialect, {function.name for function in self.functions}, self.max_calls)
 
-    def form(self, wanted: JsonFormat | None) -> AnswerFormat | None:
-        """What the answer must be; `wanted` is the JSON that it must be if it is no call.
+    def answer_format(self, json_format: JsonFormat | None) -> AnswerFormat | None:
+        """The format of the answer, given the format that an answer without calls must have; None for free text.
 
-        A forced call always fits its function. One that the model chooses to make is held to it where the function is
-        `strict`, or where the rest of the answer has a form, too.
+        The arguments of a required call always match the schema of its function. Those of an optional call match it
+        if the function is `strict`, or if `json_format` is given.
         """
-        held = self.forced or wanted is not None
-        if not held and not any(function.strict for function in self.functions):
+        constrained = self.required or json_format is not None
+        if not constrained and not any(function.strict for function in self.functions):
             return None
-        frames = []
+        calls = []
         for number, function in enumerate(self.functions):
-            schema: dict[str, Any] = function.parameters or _NOTHING
-            if not held and not function.strict:
+            schema: dict[str, Any] = function.parameters or _NO_PARAMETERS
+            if not constrained and not function.strict:
                 schema = {"type": "object"}
-            frames.append(JsonFormat(schema, f"tools.{number}.function.parameters", *self.dialect.frame(function.name)))
-        if not held:
-            return AnswerFormat(frames, free_text=True, trigger=self.dialect.begin)
-        most = 1 if self.dialect.single_call else self.most
-        return AnswerFormat(frames, most, self.dialect.space, None if self.forced else wanted)
+            calls.append(JsonFormat(schema, f"tools.{number}.function.parameters", *self.dialect.frame(function.name)))
+        if not constrained:
+            return AnswerFormat(calls, free_text=True, trigger=self.dialect.begin)
+        max_count = 1 if self.dialect.single_call else self.max_calls
+        return AnswerFormat(calls, max_count, self.dialect.space, None if self.required else json_format)
 
 
-def open_toolbox(asked: ChatRequest, dialect: Dialect, tokenizer: Any) -> Toolbox | None:
-    """The tools of a request; none if it has none, or may use none."""
-    if not asked.tools or asked.tool_choice == "none":
+def select_tools(request: ChatRequest, dialect: Dialect, tokenizer: Any) -> ToolSet | None:
+    """The tools that the model may call; None if there are none, or `tool_choice` is `none`."""
+    if not request.tools or request.tool_choice == "none":
         return None
-    functions = [tool.function for tool in asked.tools]
-    if isinstance(asked.tool_choice, NamedTool):
-        functions = [function for function in functions if function.name == asked.tool_choice.function.name]
-    forced = asked.tool_choice not in (None, "auto")
-    named = isinstance(asked.tool_choice, NamedTool)
-    most = 1 if named or asked.parallel_tool_calls is False else MOST_CALLS
+    functions = [tool.function for tool in request.tools]
+    named = isinstance(request.tool_choice, NamedTool)
+    if isinstance(request.tool_choice, NamedTool):
+        functions = [function for function in functions if function.name == request.tool_choice.function.name]
+    max_calls = 1 if named or request.parallel_tool_calls is False else MAX_CALLS
+    required = request.tool_choice not in (None, "auto")
     added = tokenizer.added_tokens_decoder
-    marks = frozenset(token for token, known in added.items() if known.special and known.content in dialect.triggers)
-    return Toolbox(dialect, functions, most, forced, marks)
+    triggers = frozenset(token for token, known in added.items() if known.special and known.content in dialect.triggers)
+    return ToolSet(dialect, functions, max_calls, required, triggers)

@@ -1,7 +1,6 @@
-"""Fields of requests, OpenAI's and other servers', that would change the answer and are not implemented.
+"""Fields of OpenAI's and other servers' requests that would change the answer and are not implemented.
 
-Knows their names, and the values with which they ask for nothing: those are no fault. Refuses to know what is
-implemented. A field that is in no table is harmless and ignored.
+Each has the values that change nothing, which are accepted. A field in no table is ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 Table = Mapping[str, tuple[Any, ...]]
 
 GENERATION: Table = {
-    # which weights answer; `gamma` and `persona_phase` are this server's names
+    # which weights are used; this server's fields are `gamma` and `persona_phase`
     "adapter": (),
     "adapter_id": (),
     "lora": ([],),
@@ -20,11 +19,11 @@ GENERATION: Table = {
     "phase": (),
     "steering": (),
     "strength": (),
-    # what the model hears
+    # the prompt
     "prompt_embeds": (),
     "truncate": (),
     "truncate_prompt_tokens": (),
-    # which tokens may come
+    # which tokens are allowed
     "allowed_token_ids": (),
     "bad_words": ([],),
     "ebnf": (),
@@ -38,7 +37,7 @@ GENERATION: Table = {
     "regex": (),
     "structural_tag": (),
     "structured_outputs": (),
-    # how they are drawn
+    # how tokens are sampled
     "best_of": (1,),
     "custom_logit_processor": (),
     "do_sample": (True,),
@@ -64,7 +63,7 @@ GENERATION: Table = {
     "use_beam_search": (False,),
     "watermark": (False,),
     "xtc_probability": (0,),
-    # where they end
+    # where the answer ends
     "ignore_eos": (False,),
     "max_length": (),
     "max_new_tokens": (),
@@ -75,7 +74,7 @@ GENERATION: Table = {
     "stop_regex": ([],),
     "stop_sequences": ([],),
     "stop_token_ids": ([],),
-    # how they are shown
+    # how the answer is shown
     "include_stop_str_in_output": (False,),
     "no_stop_trim": (False,),
     "prompt_logprobs": (0,),

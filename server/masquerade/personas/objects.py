@@ -1,7 +1,4 @@
-"""What the routes of files, jobs and personas answer with.
-
-Knows OpenAI's objects and the project's own, and an example of each. Refuses to know where the facts come from.
-"""
+"""Objects of responses on the routes of personas, with an example of each."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from masquerade.http.wire import Schema, show
 
 
 class RevisionObject(Schema):
-    """A generation of a persona: the digest of its mask, and its number."""
+    """A revision of a persona: the digest of its mask (`generation`), and its number."""
 
     generation: str
     number: int
@@ -37,7 +34,7 @@ _PERSONA_EXAMPLE: dict[str, Any] = {
 
 
 class PersonaObject(RevisionObject):
-    """A persona: its current generation, defaults, size, residency and how many requests wore it."""
+    """A persona: its current generation, defaults, size, residency and the number of requests that used it."""
 
     model_config = show(_PERSONA_EXAMPLE)
 
@@ -55,7 +52,7 @@ class PersonaObject(RevisionObject):
 
 
 class SignatureObject(Schema):
-    """The signature in a mask's file: the public key, what it covers, whether it fits (null: it cannot be checked),
+    """The signature in a mask's file: the public key, what it covers, whether it is valid (null: it cannot be checked),
     and the label of the key if the server trusts it.
     """
 
@@ -75,10 +72,10 @@ class MeasurementObject(Schema):
 
 
 class PersonaDetails(PersonaObject):
-    """... with its notes, its history (the newest first), how it was built, its certificate and its signature.
+    """A persona with its notes, its history (the newest first), how it was built, its certificate and its signature.
 
     `certificate_source` is `measured` for a certificate of this server, and `claimed` for one that came with the file:
-    then its `passed` is null, and what the maker says about it is in `claimed`. It is null if there is no certificate.
+    then its `passed` is null, and the result that the file states is in `claimed`. It is null without a certificate.
     """
 
     model_config = show(
@@ -116,7 +113,7 @@ class PersonaList(Schema):
 
 
 class OverlapObject(Schema):
-    """Two masks over some weights: how many there are, pruned by a, by b, by both; `jaccard` is both / either, and
+    """Two masks over `size` weights: the numbers pruned by a, by b and by both; `jaccard` is both / either, and
     `differing` the share of the weights on which they disagree.
     """
 
@@ -132,7 +129,7 @@ _OVERLAP = {"size": 3145728, "a": 9437, "b": 9437, "both": 120, "jaccard": 0.006
 
 
 class PersonaDiff(Schema):
-    """Two generations compared, by their digests: in all, by layer, by part (attention, mlp, other), by Linear."""
+    """Two revisions compared, by their digests: in total, by layer, by part (attention, mlp, other), by Linear."""
 
     model_config = show(
         {

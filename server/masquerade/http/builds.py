@@ -1,0 +1,237 @@
+"""Wire objects of builds, for both routes that queue one: the mask method of a request, and the job object."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, Header
+from pydantic import ConfigDict, Field, field_validator
+
+from masquerade.http.wire import Schema, Text, show
+from masquerade.jobs import Job, JobService, Repeat, State
+from masquerade.pruning import Recipe
+from masquerade.service.build_requests import BuildRequest
+from masquerade.service.building import JobNames
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class MaskRecipe(Schema):
+    """How a mask is made; what is absent is the builder's default.
+
+    With a `system_prompt` the base writes the examples itself: it answers the questions of the training file under the
+    prompt, and for contrast under `contrast_prompt`, or none.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    score: Text | None = None
+    rho: float | Literal["auto"] | None = None
+    group: Text | None = None
+    scope: Text | None = None
+    phi: Text | None = None
+    tokens: Text | None = None
+    gamma: float | None = None
+    phase: Text | None = None
+    neutral_budget: float | None = None
+    own_budget: float | None = None
+    effect: float | None = None
+    samples: Annotated[int, Field(lt=2**31)] | None = None
+    force: bool | None = None
+    system_prompt: Text | None = None
+    contrast_prompt: Text | None = None
+    contrast_name: Text | None = None  # publish the opposite too, under this name
+    replace: bool = False  # make a new generation of a persona that exists
+
+
+class MaskMethod(MaskRecipe):
+    """A recipe, and ids of `/v1/files`."""
+
+    contrast_file: Text | None = None  # how the opposite talks; by default the training file, if it has both sides
+    contrast_validation_file: Text | None = None
+    neutral_file: Text | None = None
+    card_file: Text | None = None  # a character card, JSON or PNG, in place of a system prompt
+
+
+class Method(Schema, extra="forbid"):
+    """`{"type": "mask", "mask": {...}}`."""
+
+    type: Literal["mask"]
+    mask: MaskMethod = MaskMethod()
+
+
+_SETTINGS = tuple(field.name for field in fields(Recipe) if field.name in MaskRecipe.model_fields)
+
+
+def make_build_request(
+    model: str,
+    method: Method | None,
+    *,
+    persona: str | None,
+    training_file: str,
+    validation_file: str | None,
+    seed: int | None,
+    metadata: Mapping[str, str] | None = None,
+) -> BuildRequest:
+    """The request for a build; without a method, with the builder's defaults."""
+    mask = method.mask if method else MaskMethod()
+    files = {
+        "training": training_file,
+        "validation": validation_file,
+        "contrast": mask.contrast_file,
+        "contrast_validation": mask.contrast_validation_file,
+        "neutral": mask.neutral_file,
+        "card": mask.card_file,
+    }
+    recipe = {name: getattr(mask, name) for name in _SETTINGS}
+    return BuildRequest(
+        model=model,
+        files={role: file for role, file in files.items() if file is not None},
+        persona=persona,
+        opposite=mask.contrast_name,
+        replace=mask.replace,
+        system_prompt=mask.system_prompt,
+        contrast_prompt=mask.contrast_prompt,
+        recipe={name: value for name, value in recipe.items() if value is not None},
+        seed=seed or 0,
+        metadata=metadata or {},
+        method=method.model_dump(exclude_none=True) if method else None,
+    )
+
+
+def read_repeat(
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    x_stainless_retry_count: Annotated[str | None, Header()] = None,
+) -> Repeat:
+    """Whether the request may repeat an earlier one: by its key, or by the retry count of OpenAI's SDK."""
+    return Repeat(idempotency_key or None, x_stainless_retry_count not in (None, "0"))
+
+
+RepeatHeaders = Annotated[Repeat, Depends(read_repeat)]
+
+
+class JobFault(Schema):
+    """Why a job failed; `param` is the field of its request that is at fault, where there is one."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class JobProgress(Schema):
+    """How far the current stage of a job is; `total_steps` is null where it cannot be known beforehand."""
+
+    stage: str
+    step: int
+    total_steps: int | None
+
+    @field_validator("total_steps", mode="before")
+    @classmethod
+    def _unknown(cls, total: int | None) -> int | None:
+        """Jobs of earlier versions have 0 where the total is not known."""
+        return total or None
+
+
+class BuiltPersona(Schema):
+    """A persona that a job has made."""
+
+    persona: str
+    digest: str
+    certificate: dict[str, Any]
+    file: str | None = None
+
+
+_JOB_EXAMPLE: dict[str, Any] = {
+    "id": "ftjob-0f1e2d3c4b5a69788796a5b4",
+    "object": "fine_tuning.job",
+    "created_at": 1795341600,
+    "started_at": 1795341601,
+    "finished_at": None,
+    "estimated_finish": 1795341640,
+    "model": "demo",
+    "fine_tuned_model": None,
+    "organization_id": "masquerade",
+    "result_files": [],
+    "status": "running",
+    "training_file": "file-6ab1f0c2d3e4f5061728394a",
+    "validation_file": None,
+    "hyperparameters": {},
+    "method": {"type": "mask", "mask": {"score": "attribution", "contrast_file": "file-94a82715f6e0d3c4b5a60718"}},
+    "seed": 0,
+    "error": None,
+    "trained_tokens": None,
+    "metadata": {},
+    "persona": "gloomy",
+    "progress": {"stage": "backward", "step": 12, "total_steps": 96},
+    "personas": [],
+}
+
+
+class JobObject(Schema):
+    """OpenAI's job, with the name of its `persona`, its `progress` and the `personas` it has made."""
+
+    model_config = show(_JOB_EXAMPLE)
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    estimated_finish: int | None  # by the duration of the last jobs
+    model: str
+    fine_tuned_model: str | None
+    organization_id: Literal["masquerade"] = "masquerade"
+    result_files: list[str]  # the masks
+    status: State
+    training_file: str
+    validation_file: str | None
+    hyperparameters: dict[str, Any]
+    method: dict[str, Any] | None  # as it was asked for; litellm reads no other than OpenAI's
+    seed: int
+    error: JobFault | None
+    trained_tokens: int | None  # of the examples that the masks were found in
+    metadata: dict[str, str]
+    persona: str  # the name that was asked for, or made; whether or not the job has come to that
+    progress: JobProgress | None  # of a job that runs
+    personas: list[BuiltPersona]
+
+
+def describe_job(job_service: JobService, job: Job) -> JobObject:
+    """The job object of a job as it is now."""
+    spec, result = job.spec, job.result or {}
+    personas = result.get("personas", [])
+    return JobObject.model_validate(
+        {
+            "id": job.id,
+            "created_at": int(job.created_at),
+            "started_at": int(job.started_at) if job.started_at else None,
+            "finished_at": int(job.finished_at) if job.finished_at else None,
+            "estimated_finish": _estimate_finish(job_service, job),
+            "model": spec["base"]["name"],
+            "fine_tuned_model": f"{spec['base']['name']}:{personas[0]['persona']}" if personas else None,
+            "result_files": [persona["file"] for persona in personas],
+            "status": job.state,
+            "training_file": spec["files"]["training"],
+            "validation_file": spec["files"].get("validation"),
+            "hyperparameters": {},
+            "method": spec["method"],
+            "seed": spec["seed"],
+            "error": job.error,
+            "trained_tokens": result.get("trained_tokens"),
+            "metadata": spec["metadata"],
+            "persona": JobNames.of(job.id, spec).persona,
+            "progress": job_service.table.progress(job.id) if job.state == "running" else None,
+            "personas": personas,
+        }
+    )
+
+
+def _estimate_finish(job_service: JobService, job: Job) -> int | None:
+    """When a running job will end, by the duration of the last jobs; None if unknown, or if that time has passed."""
+    if job.state != "running" or job.started_at is None or (typical := job_service.table.typical_seconds()) is None:
+        return None
+    end = job.started_at + typical
+    return int(end) + 1 if end > time.time() else None
