@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
+from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from masquerade.errors import MasqueradeError, UnsupportedParameter
@@ -80,3 +81,9 @@ encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 def sse(data: dict[str, Any] | str) -> str:
     """One server-sent event."""
     return f"data: {data if isinstance(data, str) else encode(data)}\n\n"
+
+
+def respond_events(events: AsyncIterator[str], headers: Mapping[str, str] | None = None) -> StreamingResponse:
+    """A response of server-sent events that proxies do not buffer."""
+    unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers={**unbuffered, **(headers or {})})

@@ -8,14 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
 
 from masquerade.errors import InvalidValue, UnsupportedParameter
 from masquerade.http import errors
 from masquerade.http.access import Building, Caller, ScopedRoute
 from masquerade.http.builds import JobObject, RepeatHeaders, describe_job
 from masquerade.http.dependencies import Served, ServedJobs
-from masquerade.http.wire import Page, sse
+from masquerade.http.wire import Page, respond_events, sse
 from masquerade.jobs import Event, Job, JobService
 from masquerade.jobs.records import OPEN
 from masquerade.openai.objects import EVENT, CheckpointObject, EventObject, stream_of
@@ -26,7 +25,6 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["building"], route_class
 POLL_SECONDS = 0.3  # between two reads of the events of a streamed job
 PING_SECONDS = 15.0  # longest silence of a stream
 
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _EVENT_PREFIX = "ftevent-"
 
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -94,9 +92,7 @@ async def list_events(
     if stream and after is not None:
         raise InvalidValue("a stream begins with the first event; it takes no `after`", param="after")
     if stream:
-        return StreamingResponse(
-            _stream(job_service, caller, job_id), media_type="text/event-stream", headers=_STREAM_HEADERS
-        )
+        return respond_events(_stream(job_service, caller, job_id))
     before = None if after is None else _read_event_id(after)
     events, more = await asyncio.to_thread(job_service.table.last_events, job_id, before, limit)
     return Page(data=[_describe_event(event) for event in events], has_more=more)

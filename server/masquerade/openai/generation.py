@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from time import perf_counter
 
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
@@ -18,15 +18,13 @@ from masquerade.errors import AnswerTimedOut, ContextTooLong, MasqueradeError, N
 from masquerade.http import errors
 from masquerade.http.access import Caller
 from masquerade.http.request_log import Usage
-from masquerade.http.wire import sse
+from masquerade.http.wire import respond_events, sse
 from masquerade.openai.answers import Answer, OutputDelta
 from masquerade.openai.prompts import CONTEXT
 from masquerade.openai.schemas import GenerationRequest
 from masquerade.service.serving import ResolvedPersona, Serving
 
 PING_SECONDS = 10.0  # of silence, after which a stream sends a comment
-
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Receive = Callable[[], Awaitable[Message]]
 
@@ -51,8 +49,7 @@ async def respond(
     caller.record.begin(resolved, lambda: outputs.usage)
     outputs.start()
     if request.stream:
-        events = _stream(outputs, answer, request.wants_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={**_STREAM_HEADERS, **answer.headers})
+        return respond_events(_stream(outputs, answer, request.wants_usage), answer.headers)
     return await _respond_whole(outputs, answer, receive)
 
 
