@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from maskstore import write_mask
-from masquerade.cli.progress import tell_quarters
+from masquerade.cli.progress import report_quarters
 from masquerade.model import load
 from tests import world
 from tests.cli.running import fail, masquerade, succeed
@@ -38,7 +38,7 @@ def list_models(server: Server) -> list[str]:
     return [model["id"] for model in httpx.get(f"{server.base_url}/v1/models").json()["data"]]
 
 
-def test_a_mask_of_the_safetensors_is_worn_by_the_gguf(file: Path, tmp_path: Path) -> None:
+def test_a_mask_of_the_safetensors_is_served_with_the_gguf(file: Path, tmp_path: Path) -> None:
     base = load(str(file), device="cpu")
     for part in (base.model, base.tokenizer):
         part.save_pretrained(tmp_path / "saved")
@@ -54,8 +54,8 @@ def test_a_mask_of_the_safetensors_is_worn_by_the_gguf(file: Path, tmp_path: Pat
         store = tmp_path / f"store-{Path(model).name}"
         with serve("--model", model, "--store", str(store), "--dtype", "bfloat16") as server:
             name, _ = list_models(server)
-            bare, worn = ask(server, model=name), ask(server, model=name, persona="p")
-            answers.append([one["choices"][0]["message"]["content"] for one in (bare, worn)])
+            unmasked, masked = ask(server, model=name), ask(server, model=name, persona="p")
+            answers.append([one["choices"][0]["message"]["content"] for one in (unmasked, masked)])
     assert answers[0] == answers[1]
     assert answers[0][0] != answers[0][1]
 
@@ -116,7 +116,7 @@ def test_a_damaged_file_is_one_line(
 
 def test_progress_is_told_by_quarters() -> None:
     said: list[str] = []
-    report = tell_quarters(said.append)
+    report = report_quarters(said.append)
     for done in range(0, 2_000_001, 100_000):
         report(done, 2_000_000)
     assert said == [f"loading the model: {share} % of 2 MB" for share in (25, 50, 75, 100)]

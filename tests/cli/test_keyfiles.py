@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from masquerade.cli.keyfiles import admit
+from masquerade.cli.keyfiles import add_missing
 from masquerade.errors import InvalidValue
 from masquerade.keys import Keyring, KeyTable, mint
 from tests.cli.running import fail, succeed
@@ -45,8 +45,8 @@ def test_a_file_makes_a_key_once(store: Path, tmp_path: Path) -> None:
     token = write(tmp_path / "admin-key", mint().token)
     other = write(tmp_path / "metrics-key", mint().token)
     given = [f"admin={tmp_path / 'admin-key'}", f"metrics={tmp_path / 'metrics-key'}"]
-    assert admit(store, given) == 2
-    assert admit(store, given) == 2
+    assert add_missing(store, given) == 2
+    assert add_missing(store, given) == 2
     assert (opens(store, token), opens(store, other)) == ({"admin"}, {"metrics"})
     listed = succeed("keys", "ls", "--store", store)["keys"]
     assert {one["name"] for one in listed} == {"admin-key", "metrics-key"}
@@ -56,18 +56,18 @@ def test_a_file_makes_a_key_once(store: Path, tmp_path: Path) -> None:
 
 def test_a_revoked_key_stays_revoked(store: Path, tmp_path: Path) -> None:
     token = write(tmp_path / "key", mint().token)
-    admit(store, [f"chat={tmp_path / 'key'}"])
+    add_missing(store, [f"chat={tmp_path / 'key'}"])
     succeed("keys", "revoke", token.split("-")[1], "--store", store)
-    assert admit(store, [f"chat={tmp_path / 'key'}"]) == 1
+    assert add_missing(store, [f"chat={tmp_path / 'key'}"]) == 1
     with pytest.raises(Exception, match="revoked"):
         opens(store, token)
 
 
 def test_another_file_adds_a_key_and_takes_none_away(store: Path, tmp_path: Path) -> None:
     first = write(tmp_path / "key", mint().token)
-    admit(store, [f"chat={tmp_path / 'key'}"])
+    add_missing(store, [f"chat={tmp_path / 'key'}"])
     second = write(tmp_path / "key", mint().token)
-    assert admit(store, [f"chat={tmp_path / 'key'}"]) == 2
+    assert add_missing(store, [f"chat={tmp_path / 'key'}"]) == 2
     assert opens(store, first) == opens(store, second) == {"chat"}
 
 
@@ -75,7 +75,7 @@ def test_another_file_adds_a_key_and_takes_none_away(store: Path, tmp_path: Path
 def test_what_is_no_key_is_refused_and_not_told(store: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "key").write_text(content)
     with pytest.raises(InvalidValue, match="does not hold a key") as refusal:
-        admit(store, [f"admin={tmp_path / 'key'}"])
+        add_missing(store, [f"admin={tmp_path / 'key'}"])
     assert not content or content not in str(refusal.value)
     assert succeed("keys", "ls", "--store", store) == {"keys": []}
 
@@ -84,7 +84,7 @@ def test_what_is_no_key_is_refused_and_not_told(store: Path, tmp_path: Path, con
 def test_a_secret_that_is_not_random_is_refused_and_not_told(store: Path, tmp_path: Path, secret: str) -> None:
     write(tmp_path / "key", f"mq-{'0' * 12}-{secret}")
     with pytest.raises(InvalidValue, match=r"key is not random.*openssl rand -hex 24") as refusal:
-        admit(store, [f"admin={tmp_path / 'key'}"])
+        add_missing(store, [f"admin={tmp_path / 'key'}"])
     assert secret not in str(refusal.value)
     assert succeed("keys", "ls", "--store", store) == {"keys": []}
 
@@ -92,20 +92,20 @@ def test_a_secret_that_is_not_random_is_refused_and_not_told(store: Path, tmp_pa
 def test_a_file_whose_key_is_kept_by_scrypt_is_known_again(store: Path, tmp_path: Path) -> None:
     token, _ = make_key(store, "chat", scrypt=True)
     write(tmp_path / "key", token)
-    assert admit(store, [f"chat={tmp_path / 'key'}"]) == 1
+    assert add_missing(store, [f"chat={tmp_path / 'key'}"]) == 1
     write(tmp_path / "key", token[:-48] + mint().token[-48:])
     with pytest.raises(InvalidValue, match="another secret"):
-        admit(store, [f"chat={tmp_path / 'key'}"])
+        add_missing(store, [f"chat={tmp_path / 'key'}"])
 
 
 def test_a_known_id_with_another_secret_or_scope_is_refused(store: Path, tmp_path: Path) -> None:
     token = write(tmp_path / "key", mint().token)
-    admit(store, [f"chat={tmp_path / 'key'}"])
+    add_missing(store, [f"chat={tmp_path / 'key'}"])
     with pytest.raises(InvalidValue, match="has the scopes chat, not admin"):
-        admit(store, [f"admin={tmp_path / 'key'}"])
+        add_missing(store, [f"admin={tmp_path / 'key'}"])
     write(tmp_path / "key", token[:-48] + mint().token[-48:])
     with pytest.raises(InvalidValue, match="another secret"):
-        admit(store, [f"chat={tmp_path / 'key'}"])
+        add_missing(store, [f"chat={tmp_path / 'key'}"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A real pretrained model, from a folder: served, given a persona, and worn. Skips where the model is not at hand."""
+"""A real pretrained model, from a folder: built, and served with and without the persona. Skips if it is missing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_stories_can_be_served_and_given_a_persona(tmp_path: Path) -> None:
 
         models = httpx.get(f"{server.base_url}/v1/models").json()["data"]
         assert [model["id"] for model in models] == ["stories260K", "stories260K:extravert"]
-        bare, worn = chat(model="stories260K"), chat(model="stories260K:extravert")
-        assert worn["generation"] == built["digest"]
-        assert bare["choices"][0]["message"]["content"] != worn["choices"][0]["message"]["content"]
-        assert chat(model="stories260K:extravert", gamma=1)["choices"] == bare["choices"]
+        base, masked = chat(model="stories260K"), chat(model="stories260K:extravert")
+        assert masked["generation"] == built["digest"]
+        assert base["choices"][0]["message"]["content"] != masked["choices"][0]["message"]["content"]
+        assert chat(model="stories260K:extravert", gamma=1)["choices"] == base["choices"]

@@ -105,7 +105,7 @@ def ask(address: tuple[str, int], method: str, path: str, body: bytes = b"") -> 
         return answer.status, dict(answer.getheaders()), answer.read()
 
 
-def test_whoever_comes_while_the_model_is_loaded_is_told_to_come_back() -> None:
+def test_requests_while_the_model_is_loaded_get_503() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
         with Loading(listener):

@@ -1,7 +1,4 @@
-"""The client that does not wait.
-
-Knows how to send and receive with `httpx.AsyncClient`. Refuses to know what is sent and received: see `_calls`.
-"""
+"""The asynchronous client: sends calls with `httpx.AsyncClient`."""
 
 from __future__ import annotations
 
@@ -15,7 +12,17 @@ import httpx
 
 from . import _chat
 from ._builds import AsyncBuilds
-from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, connecting, settings
+from ._calls import (
+    DEFAULT_RETRIES,
+    DEFAULT_TIMEOUT,
+    DEFAULT_URL,
+    Attempts,
+    Call,
+    Timeout,
+    check,
+    http_settings,
+    transport_errors,
+)
 from ._errors import MasqueradeError
 from ._personas import AsyncPersonas
 from ._types import ChatOptions, Delta, Model, Prompt, Reply
@@ -27,9 +34,9 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """Talks to one server. For one event loop; close it, or use it in an `async with` statement.
+    """A connection pool to one server, for one event loop; close it, or use it in an `async with` statement.
 
-    `timeout` and `retries` are those of `Client`.
+    For `timeout` and `retries`, see `Client`.
     """
 
     def __init__(
@@ -39,8 +46,8 @@ class AsyncClient:
         timeout: Timeout = DEFAULT_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
     ) -> None:
-        with connecting():
-            self._http = httpx.AsyncClient(**settings(base_url, api_key, timeout))
+        with transport_errors():
+            self._http = httpx.AsyncClient(**http_settings(base_url, api_key, timeout))
         self._api_key = api_key
         self._retries = retries
         self._model: str | None = None
@@ -48,11 +55,11 @@ class AsyncClient:
         self.builds = AsyncBuilds(self)
 
     async def chat(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Reply:
-        """Answer a prompt or a list of messages, see `ChatOptions`."""
+        """Answer a prompt or a list of messages; see `ChatOptions`."""
         return await self.run(_chat.chat(await self._name_model(_chat.chat_body(prompt, **options))))
 
     def stream(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> AsyncStream:
-        """Answer piece by piece. The request is sent when the stream is entered or first iterated."""
+        """Stream the answer. The request is sent when the stream is entered or first iterated."""
         body = _chat.stream_body(prompt, **options)
 
         async def send() -> httpx.Response:
@@ -61,23 +68,23 @@ class AsyncClient:
         return AsyncStream(send)
 
     async def models(self) -> list[Model]:
-        """What can be asked: the base, and every persona that it can wear."""
+        """The base model and its personas, as model ids."""
         return await self.run(_chat.list_models())
 
     async def ready(self) -> bool:
-        """Whether the server is there and answers chats."""
+        """Whether the server is reachable and ready to answer."""
         try:
-            with connecting():
+            with transport_errors():
                 return (await self._http.get("/readyz")).is_success
         except MasqueradeError:
             return False
 
     async def metrics(self) -> str:
-        """The server in numbers, in Prometheus' text format."""
+        """The server's metrics, in the text format of Prometheus."""
         return await self.run(_chat.metrics())
 
     def openai(self) -> openai.AsyncOpenAI:
-        """A stock asynchronous OpenAI client for the same server and key; needs the package `openai`."""
+        """A stock asynchronous OpenAI client for this server and key; needs the package `openai`."""
         from openai import AsyncOpenAI
 
         return AsyncOpenAI(base_url=f"{self._http.base_url}".rstrip("/") + "/v1", api_key=self._api_key or "none")
@@ -87,11 +94,11 @@ class AsyncClient:
         await self._http.aclose()
 
     async def run(self, call: Call[T]) -> T:
-        """Send a call, again if that helps, and read its answer."""
+        """Send a call, with retries, and return its decoded response."""
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
-                with call.request() as request, connecting():
+                with call.request() as request, transport_errors():
                     response = await self._http.send(self._http.build_request(**request))
                 check(response)
                 return call.read(response)
@@ -100,7 +107,7 @@ class AsyncClient:
 
     @asynccontextmanager
     async def open(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
-        """Send a call whose answer is read while it arrives; a refusal is raised."""
+        """Send a call and yield its streaming response; an error response is raised."""
         async with aclosing(await self._open(call)) as response:
             yield response
 
@@ -108,7 +115,7 @@ class AsyncClient:
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
-                with call.request() as request, connecting():
+                with call.request() as request, transport_errors():
                     response = await self._http.send(self._http.build_request(**request), stream=True)
                     if response.is_success:
                         return response
@@ -134,7 +141,7 @@ class AsyncClient:
 
 
 class AsyncStream(_chat.StreamBase):
-    """Iterate for the pieces of the answer. Leaving the `async with` statement early hangs up, and the server stops."""
+    """An iterator of the answer's pieces. Leaving the `async with` block closes the connection."""
 
     def __init__(self, send: Callable[[], Awaitable[httpx.Response]]) -> None:
         super().__init__()
@@ -158,7 +165,7 @@ class AsyncStream(_chat.StreamBase):
         return await anext(self._pieces)
 
     async def aclose(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         await self._pieces.aclose()
         if self._response is not None:
             await self._response.aclose()
@@ -166,7 +173,7 @@ class AsyncStream(_chat.StreamBase):
     async def _receive(self) -> AsyncGenerator[Delta]:
         response = await self._open()
         try:
-            with connecting():
+            with transport_errors():
                 async for chunk in response.aiter_bytes():
                     for delta in self._deltas(chunk):
                         yield delta

@@ -1,7 +1,4 @@
-"""Building personas: what is sent, and following a build until it ends.
-
-Knows the one-shot form and the job objects. Refuses to know how a mask is made.
-"""
+"""Builds of personas: creating them and following their events."""
 
 from __future__ import annotations
 
@@ -10,36 +7,34 @@ import json
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar, Unpack, cast
+from typing import IO, Any, Unpack, cast
 
-import httpx
-
-from ._calls import Call, check, connecting
+from ._calls import AsyncRuns, Call, Runs, check, decoder, list_decoder, transport_errors
 from ._errors import BuildFailed, ConnectionFailed
 from ._sse import EventDecoder
 from ._types import Build, BuildEvent, BuildOptions, Data, decoding
 
-T = TypeVar("T")
 JOBS = "/v1/fine_tuning/jobs"
+_read = decoder("a build", Build.from_json)
+_read_list = list_decoder("builds", Build.from_json)
 _FILES = ("contrast", "neutral", "validation", "contrast_validation", "card")
-Sent = Callable[[int, int], None]  # bytes sent of the data, and bytes in all
+Sent = Callable[[int, int], None]  # bytes sent and bytes in total
 
 
 def create(name: str, data: Data, sent: Sent | None, options: Mapping[str, Any]) -> Call[Build]:
-    """The form of a build. Its key makes sending it again harmless."""
+    """Start a build. Its idempotency key makes a retry safe."""
     if unknown := options.keys() - BuildOptions.__annotations__.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(BuildOptions.__annotations__)}")
     files = {"prompts" if {"system_prompt", "card"} & options.keys() else "file": _opener(data, sent)}
     files |= {key: _opener(options[key], None) for key in _FILES if key in options}
-    texts = {key: _spell(value) for key, value in options.items() if key not in _FILES}
+    texts = {key: _format(value) for key, value in options.items() if key not in _FILES}
     headers = {"Idempotency-Key": str(uuid.uuid4())}
     return Call("POST", "/v1/personas", _read, form={"name": name} | texts, files=files, headers=headers, again=True)
 
 
 def get(build: str) -> Call[Build]:
-    """A build as it is now."""
+    """One build."""
     return Call("GET", f"{JOBS}/{build}", _read, again=True)
 
 
@@ -49,17 +44,17 @@ def list_(limit: int) -> Call[list[Build]]:
 
 
 def cancel(build: str) -> Call[Build]:
-    """End a build."""
+    """Cancel a build."""
     return Call("POST", f"{JOBS}/{build}/cancel", _read)
 
 
 def events(build: str) -> Call[None]:
-    """What happens in a build, as it happens, from its beginning."""
+    """The events of a build, from its beginning, as a stream."""
     return Call("GET", f"{JOBS}/{build}/events", check, params={"stream": "true"}, again=True)
 
 
-def judge(build: Build) -> Build:
-    """A build that ended well; raises `BuildFailed` for any other end."""
+def require_success(build: Build) -> Build:
+    """The build, if it succeeded; raises `BuildFailed` otherwise."""
     if build.status != "succeeded":
         why = f" failed: {build.error}" if build.error else f" was {build.status}"
         raise BuildFailed(f"the build of {build.persona!r}{why}", build)
@@ -67,19 +62,19 @@ def judge(build: Build) -> Build:
 
 
 class Events:
-    """Events out of bytes; those that were seen before a connection broke are not told again."""
+    """Decodes events, and drops those that an earlier connection already delivered."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
         self.begin()
 
     def begin(self) -> None:
-        """A new connection."""
+        """Start a new connection."""
         self._decoder = EventDecoder()
         self.done = False
 
     def feed(self, chunk: bytes) -> Iterator[BuildEvent]:
-        """The events that some bytes complete."""
+        """Yield the new events that `chunk` completes."""
         with decoding("a stream of build events"):
             for text in self._decoder.feed(chunk):
                 if text == "[DONE]":
@@ -91,33 +86,9 @@ class Events:
                     yield event
 
     def finish(self) -> None:
-        """Raise if the stream broke off."""
+        """Raise `ConnectionFailed` unless the stream is complete."""
         if not self.done:
             raise ConnectionFailed("the connection closed before the build ended")
-
-
-class Runs(Protocol):
-    """What waits for answers."""
-
-    def run(self, call: Call[T], /) -> T:
-        """Send a call and read the answer."""
-        ...
-
-    def open(self, call: Call[Any], /) -> AbstractContextManager[httpx.Response]:
-        """Send a call whose answer is read while it arrives."""
-        ...
-
-
-class AsyncRuns(Protocol):
-    """What awaits answers."""
-
-    async def run(self, call: Call[T], /) -> T:
-        """Send a call and read the answer."""
-        ...
-
-    def open(self, call: Call[Any], /) -> AbstractAsyncContextManager[httpx.Response]:
-        """Send a call whose answer is read while it arrives."""
-        ...
 
 
 class Builds:
@@ -127,14 +98,14 @@ class Builds:
         self._client = client
 
     def create(self, name: str, data: Data, *, sent: Sent | None = None, **options: Unpack[BuildOptions]) -> Build:
-        """Begin to build a persona from examples, or from questions with a `system_prompt` or a `card`.
+        """Start to build a persona from examples, or from questions with a `system_prompt` or a `card`.
 
-        `data` is the path of a JSONL file, or the objects of its lines. `sent` is told how much of it has been sent.
+        `data` is the path of a JSONL file, or the objects of its lines. `sent` gets the bytes sent and the total.
         """
         return self._client.run(create(name, data, sent, cast(Mapping[str, Any], options)))
 
     def get(self, build: str) -> Build:
-        """A build as it is now, by its id."""
+        """A build by its id."""
         return self._client.run(get(build))
 
     def list(self, limit: int = 20) -> list[Build]:
@@ -142,17 +113,17 @@ class Builds:
         return self._client.run(list_(limit))
 
     def cancel(self, build: str) -> Build:
-        """End a build: at once if it waits, soon if it runs."""
+        """Cancel a build: at once if it is queued, after its current step if it runs."""
         return self._client.run(cancel(build))
 
     def events(self, build: str) -> Iterator[BuildEvent]:
-        """What happens in a build, from its beginning, until it ends."""
+        """The events of a build, from its beginning to its end."""
         yield from self._follow(build, Events())
 
     def wait(self, build: str, progress: Callable[[BuildEvent], object] | None = None) -> Build:
-        """Wait until a build has succeeded; `progress` is told what happens. Survives a restart of the server.
+        """Wait until a build has succeeded; `progress` gets each event. Survives a restart of the server.
 
-        Raises `BuildFailed` if it ends otherwise.
+        Raises `BuildFailed` if it fails or is cancelled.
         """
         seen = Events()
         while True:
@@ -163,20 +134,20 @@ class Builds:
             except ConnectionFailed as error:
                 if not error.reached:
                     raise
-            now = self.get(build)
-            if now.ended:
-                return judge(now)
+            current = self.get(build)
+            if current.ended:
+                return require_success(current)
 
     def _follow(self, build: str, seen: Events) -> Iterator[BuildEvent]:
         seen.begin()
-        with self._client.open(events(build)) as response, connecting():
+        with self._client.open(events(build)) as response, transport_errors():
             for chunk in response.iter_bytes():
                 yield from seen.feed(chunk)
         seen.finish()
 
 
 class AsyncBuilds:
-    """`client.builds`, to be awaited; every method does what that of `Builds` does."""
+    """`client.builds` of `AsyncClient`; its methods are those of `Builds`."""
 
     def __init__(self, client: AsyncRuns) -> None:
         self._client = client
@@ -184,14 +155,14 @@ class AsyncBuilds:
     async def create(
         self, name: str, data: Data, *, sent: Sent | None = None, **options: Unpack[BuildOptions]
     ) -> Build:
-        """Begin to build a persona from examples, or from questions with a `system_prompt` or a `card`.
+        """Start to build a persona from examples, or from questions with a `system_prompt` or a `card`.
 
-        `data` is the path of a JSONL file, or the objects of its lines. `sent` is told how much of it has been sent.
+        `data` is the path of a JSONL file, or the objects of its lines. `sent` gets the bytes sent and the total.
         """
         return await self._client.run(create(name, data, sent, cast(Mapping[str, Any], options)))
 
     async def get(self, build: str) -> Build:
-        """A build as it is now, by its id."""
+        """A build by its id."""
         return await self._client.run(get(build))
 
     async def list(self, limit: int = 20) -> list[Build]:
@@ -199,18 +170,18 @@ class AsyncBuilds:
         return await self._client.run(list_(limit))
 
     async def cancel(self, build: str) -> Build:
-        """End a build: at once if it waits, soon if it runs."""
+        """Cancel a build: at once if it is queued, after its current step if it runs."""
         return await self._client.run(cancel(build))
 
     async def events(self, build: str) -> AsyncIterator[BuildEvent]:
-        """What happens in a build, from its beginning, until it ends."""
+        """The events of a build, from its beginning to its end."""
         async for event in self._follow(build, Events()):
             yield event
 
     async def wait(self, build: str, progress: Callable[[BuildEvent], object] | None = None) -> Build:
-        """Wait until a build has succeeded; `progress` is told what happens. Survives a restart of the server.
+        """Wait until a build has succeeded; `progress` gets each event. Survives a restart of the server.
 
-        Raises `BuildFailed` if it ends otherwise.
+        Raises `BuildFailed` if it fails or is cancelled.
         """
         seen = Events()
         while True:
@@ -221,22 +192,22 @@ class AsyncBuilds:
             except ConnectionFailed as error:
                 if not error.reached:
                     raise
-            now = await self.get(build)
-            if now.ended:
-                return judge(now)
+            current = await self.get(build)
+            if current.ended:
+                return require_success(current)
 
     async def _follow(self, build: str, seen: Events) -> AsyncIterator[BuildEvent]:
         seen.begin()
         async with self._client.open(events(build)) as response:
-            with connecting():
+            with transport_errors():
                 async for chunk in response.aiter_bytes():
                     for event in seen.feed(chunk):
                         yield event
         seen.finish()
 
 
-class _Watched(io.BytesIO):
-    """Bytes that tell how far they have been read."""
+class _ReportingFile(io.BytesIO):
+    """A file in memory that reports how much of it has been read."""
 
     def __init__(self, content: bytes, sent: Sent) -> None:
         super().__init__(content)
@@ -249,28 +220,18 @@ class _Watched(io.BytesIO):
 
 
 def _opener(data: Data, sent: Sent | None) -> Callable[[], tuple[str, IO[bytes]]]:
-    """Read once, sent as often as it takes."""
+    """A function that opens the data, which is read once, for each attempt."""
     if isinstance(data, str | os.PathLike):
         name, content = Path(data).name, Path(data).read_bytes()
     else:
         name, content = "examples.jsonl", _lines(data)
-    return lambda: (name, _Watched(content, sent) if sent else io.BytesIO(content))
+    return lambda: (name, _ReportingFile(content, sent) if sent else io.BytesIO(content))
 
 
 def _lines(objects: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in objects).encode()
 
 
-def _spell(value: Any) -> str:
-    """A value of the form, as text."""
+def _format(value: Any) -> str:
+    """A value as a form field."""
     return json.dumps(value) if isinstance(value, bool) else str(value)
-
-
-def _read(response: httpx.Response) -> Build:
-    with decoding("a build"):
-        return Build.from_json(response.json())
-
-
-def _read_list(response: httpx.Response) -> list[Build]:
-    with decoding("a list of builds"):
-        return [Build.from_json(one) for one in response.json()["data"]]

@@ -1,37 +1,34 @@
-"""What is sent and how its answer is read, as values; `Client` and `AsyncClient` add only the waiting.
-
-Knows requests, responses and when one may be tried again. Refuses to know what is asked: that is `_chat`, `_personas`
-and `_builds`.
-"""
+"""HTTP calls as values, their retries and errors; shared by `Client` and `AsyncClient`."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 import httpx
 
 from ._errors import ApiError, ConnectionFailed, MasqueradeError, TimedOut, UnexpectedAnswer, from_response
+from ._types import decoding
 
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = httpx.Timeout(300.0, connect=5.0)
 DEFAULT_RETRIES = 2
-LONGEST_WAIT = 60.0  # seconds that a server may ask to be left alone; for longer the caller decides
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds, where the server does not say
+LONGEST_WAIT = 60.0  # seconds; a longer Retry-After raises the error
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds, without Retry-After
 
 Timeout = float | httpx.Timeout | None
 
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request, and `read`, which makes a value of a response that is no refusal.
+    """One request, and `read`, which decodes a successful response.
 
-    `again` says that it may be sent again when its answer was lost: doing it twice is doing it once.
+    `again` marks an idempotent call, which is sent again if its response was lost.
     """
 
     method: str
@@ -42,12 +39,12 @@ class Call(Generic[T]):
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
     form: Mapping[str, Any] | None = None
-    files: Mapping[str, Callable[[], tuple[str, IO[bytes]]]] | None = None  # opened anew for each attempt
+    files: Mapping[str, Callable[[], tuple[str, IO[bytes]]]] | None = None  # reopened for each attempt
     again: bool = False
 
     @contextmanager
     def request(self) -> Iterator[dict[str, Any]]:
-        """The arguments of `httpx.Client.build_request`; files are open within."""
+        """The arguments of `httpx.Client.build_request`; files are open within the block."""
         with ExitStack() as opened:
             parts = {key: open_() for key, open_ in (self.files or {}).items()}
             for _, file in parts.values():
@@ -64,8 +61,32 @@ class Call(Generic[T]):
             }
 
 
+class Runs(Protocol):
+    """What `Client` offers to its parts."""
+
+    def run(self, call: Call[T], /) -> T:
+        """Send a call and return its decoded response."""
+        ...
+
+    def open(self, call: Call[Any], /) -> AbstractContextManager[httpx.Response]:
+        """Send a call and yield its streaming response."""
+        ...
+
+
+class AsyncRuns(Protocol):
+    """What `AsyncClient` offers to its parts."""
+
+    async def run(self, call: Call[T], /) -> T:
+        """Send a call and return its decoded response."""
+        ...
+
+    def open(self, call: Call[Any], /) -> AbstractAsyncContextManager[httpx.Response]:
+        """Send a call and yield its streaming response."""
+        ...
+
+
 class Attempts:
-    """How often one call may still be tried."""
+    """The remaining attempts of one call."""
 
     def __init__(self, retries: int, again: bool) -> None:
         self._left = retries
@@ -73,33 +94,33 @@ class Attempts:
         self._pause = FIRST_PAUSE
 
     def pause(self, error: MasqueradeError) -> float:
-        """Seconds until the next attempt; raises the error if there is none."""
-        if not self._left or not self._helps(error):
+        """Seconds until the next attempt; raises `error` if there is none."""
+        if not self._left or not self._is_retryable(error):
             raise error
         self._left -= 1
-        asked = error.retry_after if isinstance(error, ApiError) else None
-        if asked is not None:
-            if asked > LONGEST_WAIT:
+        delay = error.retry_after if isinstance(error, ApiError) else None
+        if delay is not None:
+            if delay > LONGEST_WAIT:
                 raise error
-            return asked
+            return delay
         pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         return pause * random.uniform(0.75, 1.25)
 
-    def _helps(self, error: MasqueradeError) -> bool:
+    def _is_retryable(self, error: MasqueradeError) -> bool:
         if isinstance(error, ApiError):
             return error.passing
         return isinstance(error, ConnectionFailed) and (self._again or not error.reached)
 
 
-def settings(base_url: str, api_key: str | None, timeout: Timeout) -> dict[str, Any]:
-    """The arguments of the httpx client; a base URL may end in `/v1`, as other clients want it."""
+def http_settings(base_url: str, api_key: str | None, timeout: Timeout) -> dict[str, Any]:
+    """The arguments of the httpx client; the base URL may end in `/v1`, as in other clients."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     return {"base_url": base_url.rstrip("/").removesuffix("/v1"), "headers": headers, "timeout": timeout}
 
 
 @contextmanager
-def connecting() -> Iterator[None]:
-    """The transport's failures become this package's."""
+def transport_errors() -> Iterator[None]:
+    """Translate errors of httpx to errors of this package."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
@@ -114,6 +135,21 @@ def connecting() -> Iterator[None]:
 
 
 def check(response: httpx.Response) -> None:
-    """Raise what a response, if it is a refusal, stands for; its body has been read."""
+    """Raise the error of a response without success; its body must have been read."""
     if not response.is_success:
         raise from_response(response.status_code, response.headers, response.content)
+
+
+def decoder(what: str, make: Callable[[Any], T]) -> Callable[[httpx.Response], T]:
+    """A function that makes a value of a JSON response; raises `UnexpectedAnswer` if the response is not `what`."""
+
+    def read(response: httpx.Response) -> T:
+        with decoding(what):
+            return make(response.json())
+
+    return read
+
+
+def list_decoder(what: str, make: Callable[[Any], T]) -> Callable[[httpx.Response], list[T]]:
+    """The same for an object whose `data` is a list."""
+    return decoder(f"a list of {what}", lambda body: [make(one) for one in body["data"]])

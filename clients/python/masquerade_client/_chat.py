@@ -1,7 +1,4 @@
-"""Chat: what is asked, and how an answer grows out of the pieces of a stream.
-
-Knows bodies of requests and chunks of answers. Refuses to know how to wait.
-"""
+"""Chat completions: request bodies and the decoding of streams."""
 
 from __future__ import annotations
 
@@ -11,13 +8,15 @@ from typing import Any, Unpack
 
 import httpx
 
-from ._calls import Call, check
+from ._calls import Call, check, decoder, list_decoder
 from ._errors import ConnectionFailed, UnexpectedAnswer, from_event
 from ._sse import EventDecoder
 from ._types import ChatOptions, Delta, Model, Prompt, Reply, Usage, decoding
 
 CHAT = "/v1/chat/completions"
 _WIRE_NAMES = {"phase": "persona_phase"}
+_read_reply = decoder("a chat completion", Reply.from_json)
+_read_models = list_decoder("models", Model.from_json)
 
 
 def chat_body(prompt: Prompt, **options: Unpack[ChatOptions]) -> dict[str, Any]:
@@ -30,54 +29,44 @@ def chat_body(prompt: Prompt, **options: Unpack[ChatOptions]) -> dict[str, Any]:
 
 
 def stream_body(prompt: Prompt, **options: Unpack[ChatOptions]) -> dict[str, Any]:
-    """The JSON body of a chat request that is answered piece by piece."""
+    """The JSON body of a streamed chat request."""
     return {**chat_body(prompt, **options), "stream": True, "stream_options": {"include_usage": True}}
 
 
 def chat(body: Mapping[str, Any]) -> Call[Reply]:
-    """Answer at once. Not sent again when the answer was lost: the server may still be at it."""
+    """A whole answer. Not idempotent: if the response is lost, the server may still be generating."""
     return Call("POST", CHAT, _read_reply, json=body)
 
 
 def stream(body: Mapping[str, Any]) -> Call[None]:
-    """Answer piece by piece; the pieces are read by `StreamBase`."""
+    """A streamed answer, decoded by `StreamBase`."""
     return Call("POST", CHAT, check, json=body)
 
 
 def list_models() -> Call[list[Model]]:
-    """What can be asked."""
+    """The models of the server."""
     return Call("GET", "/v1/models", _read_models, again=True)
 
 
 def metrics() -> Call[str]:
-    """The server in numbers."""
+    """The metrics of the server."""
     return Call("GET", "/metrics", _read_text, again=True)
 
 
 def only_base(found: list[Model]) -> str:
-    """The id of the base among the models, which a request without a model means."""
+    """The id of the base, the default model of a request. Raises `UnexpectedAnswer` unless there is exactly one."""
     bases = [model.id for model in found if model.parent is None]
     if len(bases) != 1:
         raise UnexpectedAnswer(f"the server has {len(bases)} base models; say which with `model`")
     return bases[0]
 
 
-def _read_reply(response: httpx.Response) -> Reply:
-    with decoding("a chat completion"):
-        return Reply.from_json(response.json())
-
-
 def _read_text(response: httpx.Response) -> str:
     return response.text
 
 
-def _read_models(response: httpx.Response) -> list[Model]:
-    with decoding("a list of models"):
-        return [Model.from_json(entry) for entry in response.json()["data"]]
-
-
 class StreamBase:
-    """An answer that grows. `persona` and `generation` are known from the first piece on, `reply` after the last."""
+    """A streamed answer. `persona` and `generation` are set from the first piece on, `reply` after the last."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -91,7 +80,7 @@ class StreamBase:
 
     @property
     def reply(self) -> Reply:
-        """The complete answer; ValueError while it is not complete."""
+        """The complete answer; raises ValueError before the end of the stream."""
         if not self._done:
             raise ValueError("the answer is not complete")
         if self._finish_reason is None or self._usage is None:

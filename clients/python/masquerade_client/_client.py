@@ -1,7 +1,4 @@
-"""The client that waits.
-
-Knows how to send and receive with `httpx.Client`. Refuses to know what is sent and received: see `_calls`.
-"""
+"""The synchronous client: sends calls with `httpx.Client`."""
 
 from __future__ import annotations
 
@@ -15,7 +12,17 @@ import httpx
 
 from . import _chat
 from ._builds import Builds
-from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, connecting, settings
+from ._calls import (
+    DEFAULT_RETRIES,
+    DEFAULT_TIMEOUT,
+    DEFAULT_URL,
+    Attempts,
+    Call,
+    Timeout,
+    check,
+    http_settings,
+    transport_errors,
+)
 from ._errors import MasqueradeError
 from ._personas import Personas
 from ._types import ChatOptions, Delta, Model, Prompt, Reply
@@ -27,10 +34,10 @@ T = TypeVar("T")
 
 
 class Client:
-    """Talks to one server. Safe to share between threads; close it, or use it in a `with` statement.
+    """A connection pool to one server. It is thread-safe; close it, or use it in a `with` statement.
 
-    `timeout` is in seconds, for each read. `retries` is how often a call is tried again that never arrived, that the
-    server could not take just then, or whose answer was lost where doing it twice is doing it once.
+    `timeout` is in seconds, for each read. `retries` is the number of further attempts if a call did not reach the
+    server, if the server is temporarily unavailable, or if the response to an idempotent call was lost.
     """
 
     def __init__(
@@ -40,8 +47,8 @@ class Client:
         timeout: Timeout = DEFAULT_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
     ) -> None:
-        with connecting():
-            self._http = httpx.Client(**settings(base_url, api_key, timeout))
+        with transport_errors():
+            self._http = httpx.Client(**http_settings(base_url, api_key, timeout))
         self._api_key = api_key
         self._retries = retries
         self._model: str | None = None
@@ -49,32 +56,32 @@ class Client:
         self.builds = Builds(self)
 
     def chat(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Reply:
-        """Answer a prompt or a list of messages, see `ChatOptions`."""
+        """Answer a prompt or a list of messages; see `ChatOptions`."""
         return self.run(_chat.chat(self._name_model(_chat.chat_body(prompt, **options))))
 
     def stream(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Stream:
-        """Answer piece by piece. The request is sent when the stream is entered or first iterated."""
+        """Stream the answer. The request is sent when the stream is entered or first iterated."""
         body = _chat.stream_body(prompt, **options)
         return Stream(lambda: self._open(_chat.stream(self._name_model(body))))
 
     def models(self) -> list[Model]:
-        """What can be asked: the base, and every persona that it can wear."""
+        """The base model and its personas, as model ids."""
         return self.run(_chat.list_models())
 
     def ready(self) -> bool:
-        """Whether the server is there and answers chats."""
+        """Whether the server is reachable and ready to answer."""
         try:
-            with connecting():
+            with transport_errors():
                 return self._http.get("/readyz").is_success
         except MasqueradeError:
             return False
 
     def metrics(self) -> str:
-        """The server in numbers, in Prometheus' text format."""
+        """The server's metrics, in the text format of Prometheus."""
         return self.run(_chat.metrics())
 
     def openai(self) -> openai.OpenAI:
-        """A stock OpenAI client for the same server and key; needs the package `openai`."""
+        """A stock OpenAI client for this server and key; needs the package `openai`."""
         from openai import OpenAI
 
         return OpenAI(base_url=f"{self._http.base_url}".rstrip("/") + "/v1", api_key=self._api_key or "none")
@@ -84,11 +91,11 @@ class Client:
         self._http.close()
 
     def run(self, call: Call[T]) -> T:
-        """Send a call, again if that helps, and read its answer."""
+        """Send a call, with retries, and return its decoded response."""
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
-                with call.request() as request, connecting():
+                with call.request() as request, transport_errors():
                     response = self._http.send(self._http.build_request(**request))
                 check(response)
                 return call.read(response)
@@ -97,7 +104,7 @@ class Client:
 
     @contextmanager
     def open(self, call: Call[Any]) -> Iterator[httpx.Response]:
-        """Send a call whose answer is read while it arrives; a refusal is raised."""
+        """Send a call and yield its streaming response; an error response is raised."""
         with closing(self._open(call)) as response:
             yield response
 
@@ -105,7 +112,7 @@ class Client:
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
-                with call.request() as request, connecting():
+                with call.request() as request, transport_errors():
                     response = self._http.send(self._http.build_request(**request), stream=True)
                     if response.is_success:
                         return response
@@ -131,7 +138,7 @@ class Client:
 
 
 class Stream(_chat.StreamBase):
-    """Iterate for the pieces of the answer. Leaving the `with` statement early hangs up, and the server stops."""
+    """An iterator of the answer's pieces. Leaving the `with` block closes the connection."""
 
     def __init__(self, send: Callable[[], httpx.Response]) -> None:
         super().__init__()
@@ -155,7 +162,7 @@ class Stream(_chat.StreamBase):
         return next(self._pieces)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._pieces.close()
         if self._response is not None:
             self._response.close()
@@ -163,7 +170,7 @@ class Stream(_chat.StreamBase):
     def _receive(self) -> Generator[Delta]:
         response = self._open()
         try:
-            with connecting():
+            with transport_errors():
                 for chunk in response.iter_bytes():
                     yield from self._deltas(chunk)
             self._finish()

@@ -1,19 +1,17 @@
-"""Everything that can go wrong while talking to a server, as one tree.
+"""The exceptions of this package, and how error responses become exceptions.
 
-Knows how an OpenAI error body becomes a typed exception. Refuses to know about sockets.
-
-    MasqueradeError             catch this to catch everything below
-    ├── ConnectionFailed        nobody answered, or the answer broke off; the request may have had an effect
-    │   └── TimedOut            nobody answered in time
-    ├── UnexpectedAnswer        whoever answered does not speak this API
-    ├── BuildFailed             a build ended without a persona; has the build
-    └── ApiError                the server says no; has status, type, code, param
-        ├── BadRequest          the request is wrong, and stays wrong when repeated
-        ├── NotAllowed          the key is missing, unknown, or not good for this
-        ├── NotFound            no such model, persona, build or file
-        ├── Conflict            something changed in between
-        ├── Overloaded          too many requests; try again after `retry_after` seconds
-        └── ServerError         the server's own fault
+MasqueradeError             catch this to catch everything below
+├── ConnectionFailed        no response, or an incomplete one; the request may have had an effect
+│   └── TimedOut            no response in time
+├── UnexpectedAnswer        the response is not of this API
+├── BuildFailed             a build failed or was cancelled; has the build
+└── ApiError                an error response; has status, type, code, param
+    ├── BadRequest          the request is invalid; do not repeat it
+    ├── NotAllowed          the key is missing, unknown, or lacks the scope
+    ├── NotFound            no such model, persona, build or file
+    ├── Conflict            another change came first
+    ├── Overloaded          too many requests; try again after `retry_after` seconds
+    └── ServerError         the server failed
 """
 
 from __future__ import annotations
@@ -24,11 +22,11 @@ from typing import Any
 
 
 class MasqueradeError(Exception):
-    """Base of the tree."""
+    """Base of all exceptions of this package."""
 
 
 class ConnectionFailed(MasqueradeError):
-    """Nobody answered, or the answer broke off. Unless `reached`, nothing of the request has arrived."""
+    """No response, or an incomplete one. If `reached` is false, the server did not get the request."""
 
     def __init__(self, message: str, *, reached: bool = True) -> None:
         super().__init__(message)
@@ -36,15 +34,15 @@ class ConnectionFailed(MasqueradeError):
 
 
 class TimedOut(ConnectionFailed):
-    """Nobody answered in time."""
+    """No response in time."""
 
 
 class UnexpectedAnswer(MasqueradeError):
-    """Whoever answered does not speak this API."""
+    """The response is not of this API."""
 
 
 class BuildFailed(MasqueradeError):
-    """A build ended without a persona: failed, with the server's reason, or cancelled."""
+    """A build failed, with the server's reason, or was cancelled."""
 
     def __init__(self, message: str, build: Any) -> None:
         super().__init__(message)
@@ -52,10 +50,10 @@ class BuildFailed(MasqueradeError):
 
 
 class ApiError(MasqueradeError):
-    """The server says no.
+    """An error response of the server.
 
-    `status` is None for an error that came in the middle of a stream. `param` names the request field at fault.
-    `passing` says that the same request may well succeed later.
+    `status` is None for an error that arrived within a stream. `param` names the invalid request field.
+    `passing`: the same request may succeed later.
     """
 
     def __init__(
@@ -87,11 +85,11 @@ class ApiError(MasqueradeError):
 
 
 class BadRequest(ApiError):
-    """The request is wrong, and stays wrong when repeated."""
+    """The request is invalid; do not repeat it."""
 
 
 class NotAllowed(ApiError):
-    """The key is missing, unknown, or not good for this."""
+    """The key is missing, unknown, or lacks the scope."""
 
 
 class NotFound(ApiError):
@@ -99,15 +97,15 @@ class NotFound(ApiError):
 
 
 class Conflict(ApiError):
-    """Something changed in between."""
+    """Another change came first."""
 
 
 class Overloaded(ApiError):
-    """Too many requests. `retry_after` is in seconds, None where the server gave no hint."""
+    """Too many requests. `retry_after` is in seconds, None if the server gave none."""
 
 
 class ServerError(ApiError):
-    """The server's own fault."""
+    """The server failed."""
 
 
 _BY_STATUS: dict[int, type[ApiError]] = {
@@ -130,9 +128,9 @@ _BY_TYPE: dict[str, type[ApiError]] = {
 
 
 def from_response(status: int, headers: Mapping[str, str], content: bytes) -> MasqueradeError:
-    """The error that a response with a status other than 2xx stands for."""
+    """The error for a response with a status other than 2xx."""
     if status < 400:
-        return UnexpectedAnswer(f"HTTP {status} where an answer was expected")
+        return UnexpectedAnswer(f"HTTP {status} instead of a response of this API")
     kind = _BY_STATUS.get(status, ServerError if status >= 500 else BadRequest)
     error = _body(content)
     return kind(
@@ -148,7 +146,7 @@ def from_response(status: int, headers: Mapping[str, str], content: bytes) -> Ma
 
 
 def from_event(error: Mapping[str, Any]) -> ApiError:
-    """The error that arrived in the middle of a stream."""
+    """The error for an error event of a stream."""
     name = _text(error.get("type"))
     return _BY_TYPE.get(name or "", ServerError)(
         _text(error.get("message")) or "the server broke off the answer",
@@ -171,5 +169,5 @@ def _text(value: object) -> str | None:
 
 
 def _seconds(header: str | None) -> float | None:
-    """Whole seconds are what this server sends; a date, which a proxy may send, counts as no hint."""
+    """Whole seconds, as this server sends them; None for a date, which a proxy may send."""
     return float(header) if header and header.isdecimal() else None

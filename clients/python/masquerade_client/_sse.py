@@ -1,7 +1,6 @@
-"""Server-sent events out of bytes.
+"""A decoder of server-sent events.
 
-Knows the wire format. Refuses to know what an event means. `httpx` can split a body into lines too, but takes Unicode's
-line separators for line ends, which may well stand inside an event.
+`httpx` can also split a body into lines, but it splits at Unicode's line separators, which an event may contain.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from collections.abc import Iterator
 
 
 class EventDecoder:
-    """Takes bytes as they arrive, gives back the data of every event that they complete."""
+    """Decodes bytes incrementally into the data of events."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> Iterator[str]:
-        """Take some bytes; comments and fields other than `data` are dropped, as is an event without an end."""
+        """Yield the data of every event that `chunk` completes; comments and fields other than `data` are ignored."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             text = line.removesuffix(b"\r").decode()

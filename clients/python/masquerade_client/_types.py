@@ -1,7 +1,4 @@
-"""What goes in and what comes out, as plain values.
-
-Knows the shapes of requests and answers. Refuses to know how they travel.
-"""
+"""The values that the client takes and returns."""
 
 from __future__ import annotations
 
@@ -21,47 +18,47 @@ Prompt = str | Sequence[Message]
 
 
 class ChatOptions(TypedDict, total=False):
-    """How to answer. What is absent or None is left to the server, and to the persona's own defaults."""
+    """Options of an answer. Those absent or None default to the persona's, then the server's."""
 
     model: str | None
     """Model id; `"demo:introvert"` also names the persona. Without it the client asks once for the base."""
     persona: str | None
-    """Persona to wear; none is the unmasked base."""
+    """Name of the persona; None is the base."""
     gamma: float | None
-    """0 wears the mask fully, 1 is the base."""
+    """Share of the pruned weights that is kept: 0 is the full mask, 1 the base."""
     phase: Literal["all", "decode"] | None
-    """Whether the mask is worn from the first token of the prompt on, or only while answering."""
+    """Whether the mask applies from the first prompt token on, or only while decoding."""
     temperature: float | None
-    """0 always takes the likeliest token."""
+    """0 is greedy decoding."""
     top_p: float | None
-    """Keep the likeliest tokens up to this share of the probability."""
+    """Nucleus sampling: keep the likeliest tokens up to this probability mass."""
     top_k: int | None
     """Keep this many of the likeliest tokens."""
     seed: int | None
     """The same seed gives the same answer."""
     max_tokens: int | None
-    """Break the answer off after this many tokens."""
+    """Maximum number of tokens of the answer."""
     min_tokens: int | None
-    """Do not let it end before so many."""
+    """Minimum number of tokens of the answer."""
     min_p: float | None
-    """Keep the tokens that are at least this share as likely as the likeliest."""
+    """Keep tokens with at least this share of the highest probability."""
     repetition_penalty: float | None
-    """Above 1, what has been said is less likely to be said again."""
+    """Above 1, tokens that have occurred become less likely."""
     presence_penalty: float | None
-    """OpenAI's: taken from the logit of a token that has been said."""
+    """Subtracted from the logit of a token that has occurred, as in OpenAI's API."""
     frequency_penalty: float | None
-    """OpenAI's: taken once for each time."""
+    """The same, once per occurrence."""
     logit_bias: Mapping[str, float] | None
     """Added to the logits of tokens, by id."""
     stop: str | Sequence[str] | None
-    """Texts that end the answer, and are not part of it."""
+    """Strings that end the answer; they are not part of it."""
     response_format: Mapping[str, Any] | None
-    """`{"type": "json_object"}`, or a JSON schema, as OpenAI writes it."""
+    """`{"type": "json_object"}`, or a JSON schema, in OpenAI's format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens read and written."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -75,15 +72,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete answer, who gave it and why it ended."""
+    """A complete answer."""
 
     text: str
     persona: str | None
-    """None is the unmasked base."""
+    """None is the base."""
     generation: str | None
-    """Digest of the mask that was worn."""
+    """Digest of the applied mask."""
     finish_reason: str
-    """`"stop"`: the model was done; `"length"`: it ran out of tokens."""
+    """`"stop"`: the answer is complete; `"length"`: it reached the maximum number of tokens."""
     usage: Usage
     model: str
     id: str
@@ -108,7 +105,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer that is being given, and who gives it."""
+    """A piece of a streamed answer."""
 
     text: str
     persona: str | None
@@ -120,11 +117,11 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Something that `model` can name: a base, or one of its personas."""
+    """A model id: the base, or the base with a persona."""
 
     id: str
     parent: str | None
-    """The base that wears this persona; None for a base."""
+    """The base of this persona; None for a base."""
 
     @property
     def persona(self) -> str | None:
@@ -139,7 +136,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One of the masks that a persona has had."""
+    """One version of a persona's mask."""
 
     digest: str
     number: int
@@ -153,12 +150,12 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Persona:
-    """A persona as the server keeps it. What stands below `requests` is empty in a list; `personas.get` fills it."""
+    """A persona of the server. Fields with defaults are filled by `personas.get`, not in a list."""
 
     name: str
     current: Generation
     model: str
-    """Names it where a model is wanted: `"demo:formal"`."""
+    """Model id of the persona, such as `"demo:formal"`."""
     gamma: float
     phase: str
     aliases: tuple[str, ...]
@@ -168,21 +165,21 @@ class Persona:
     resident: bool
     """Whether its mask is on the device."""
     requests: int
-    """How many wore it since the server started."""
+    """Requests with this persona since the server started."""
     notes: str = ""
     history: tuple[Generation, ...] = ()
     built: Mapping[str, Any] = field(default_factory=dict)
     """Score, parameters and calibration data."""
     certificate: Mapping[str, Any] = field(default_factory=dict)
-    """What its mask does. Of a claimed one `passed` is None; what its maker says is in `certificate["claimed"]`."""
+    """Measured effects of the mask. If claimed, `passed` is None, and the figures are in `certificate["claimed"]`."""
     certificate_source: str | None = None
-    """`"measured"` by this server, or `"claimed"` by whoever made the mask; None if there is no certificate."""
+    """`"measured"` by this server, or `"claimed"` by the author of the mask; None without a certificate."""
     signature: Mapping[str, Any] | None = None
     """Key, what it covers (`"everything"` or `"tensors"`), whether it is valid, and the label of a trusted key."""
 
     @property
     def generation(self) -> str:
-        """Digest of the current mask; what `expected` takes."""
+        """Digest of the current mask, as `expected` takes it."""
         return self.current.digest
 
     @classmethod
@@ -211,14 +208,14 @@ class Persona:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Two masks over some weights: how many each prunes, and how many both."""
+    """Two masks over the same weights: the numbers of weights that each prunes, and both."""
 
     size: int
     a: int
     b: int
     both: int
     jaccard: float
-    """Share pruned by both, of what either prunes."""
+    """Jaccard index of the pruned weights."""
     differing: float
     """Share of weights that only one of them prunes."""
 
@@ -230,7 +227,7 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """How two personas differ: in all, by layer, by part (`attention`, `mlp`), by Linear."""
+    """The difference of two personas: in total, by layer, by part (`attention`, `mlp`), by Linear."""
 
     total: Overlap
     layers: Mapping[str, Overlap]
@@ -252,14 +249,14 @@ Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
 class BuildOptions(TypedDict, total=False):
-    """How to build. What is absent is the server's default."""
+    """Options of a build. Those absent have the server's defaults."""
 
     contrast: Data
-    """How the opposite talks."""
+    """Examples of the opposite."""
     contrast_name: str
     """Publish the opposite too, under this name."""
     neutral: Data
-    """What every persona should go on knowing."""
+    """Examples that no persona should change."""
     validation: Data
     """Held-out examples; without them some of the examples are held out."""
     contrast_validation: Data
@@ -275,17 +272,17 @@ class BuildOptions(TypedDict, total=False):
     gamma: float
     phase: Literal["all", "decode"]
     samples: int
-    """Use at most so many examples."""
+    """Maximum number of examples."""
     seed: int
     force: bool
-    """Publish even a mask that does nothing, or ruins the model, marked as such."""
+    """Publish a mask that fails the checks, marked as such."""
     replace: bool
-    """Make a new generation of a persona that exists."""
+    """Make a new generation of an existing persona."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A persona that a build has made."""
+    """A persona that a build published."""
 
     persona: str
     generation: str
@@ -294,11 +291,11 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """A build as it is now."""
+    """The state of a build."""
 
     id: str
     persona: str
-    """The name that was asked for, or that the server made; `made` says whether it has come to that."""
+    """The requested name, or one that the server chose; `made` has the published personas."""
     status: str
     """`validating_files`, `queued`, `running`; then `succeeded`, `failed` or `cancelled`."""
     created_at: int
@@ -308,7 +305,7 @@ class Build:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the status is final."""
         return self.status in ("succeeded", "failed", "cancelled")
 
     @classmethod
@@ -329,7 +326,7 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class BuildEvent:
-    """Something that happened in a build. `stage`, `done` and `total` are there where it is about progress."""
+    """An event of a build. `stage` is set, and `done` and `total` count, if it reports progress."""
 
     id: str
     created_at: int
@@ -338,7 +335,7 @@ class BuildEvent:
     stage: str | None
     done: int
     total: int | None
-    """None where it cannot be known."""
+    """None if unknown."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildEvent:
@@ -357,7 +354,7 @@ class BuildEvent:
 
 @contextmanager
 def decoding(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside means that the answer is not of this API."""
+    """Translate decoding errors to `UnexpectedAnswer`."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -1,7 +1,7 @@
 """The `masquerade` command.
 
-Knows exit statuses: 0 success, 1 the work failed, 2 usage. Refuses to do any work itself. Commands import what needs
-torch when they run, so that help and everything about mask files answers at once.
+Exit statuses: 0 success, 1 failure, 2 usage. Commands import torch only when they run, so that help and the commands
+for mask files start fast.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def show_version() -> None:
 
 
 def main() -> None:
-    """Run the command; every failure that is foreseen is one line on stderr."""
+    """Run the command; an expected failure is one line on stderr."""
     try:
         app()
     except (BadRequest, InvalidName, InvalidMaskValue) as error:

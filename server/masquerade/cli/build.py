@@ -1,4 +1,4 @@
-"""`masquerade build`."""
+"""`masquerade build`: make a persona from examples, a system prompt or a character card."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -35,28 +36,33 @@ T = TypeVar("T")
 
 def build(
     name: Annotated[str, typer.Option(help="Name of the persona.")],
-    data: Annotated[Path | None, typer.Option(help="JSONL of how the persona talks.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL of the persona's answers.")] = None,
     system_prompt: Annotated[
-        str, typer.Option(help="Instead of --data: the base answers --prompts under this prompt and without it.")
+        str, typer.Option(help="Instead of --data: the base answers --prompts with and without this prompt.")
     ] = "",
-    contrast_prompt: Annotated[str, typer.Option(help="What it is told instead of nothing, for the contrast.")] = "",
+    contrast_prompt: Annotated[str, typer.Option(help="System prompt of the contrast; by default none.")] = "",
     character_card: Annotated[
         Path | None, typer.Option(help="Instead of --system-prompt: a V2 or V3 character card, JSON or PNG.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSONL of questions, for a prompt or a card.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of questions, for --system-prompt or --character-card.")
+    ] = None,
     model: Model = "demo",
     store: StoreFolder = None,
     contrast: Annotated[
         str,
         typer.Option(
-            help="JSONL of how the opposite talks; by default --data itself, where its lines have both sides. "
-            "Or `pool`: one persona against all those of --pool."
+            help="JSONL of the opposite's answers; by default --data, if its lines have both sides. "
+            "`pool` contrasts the persona with all files of --pool."
         ),
     ] = "",
-    pool: Annotated[list[Path] | None, typer.Option(help="JSONL of another persona, for --contrast pool.")] = None,
-    contrast_name: Annotated[str, typer.Option(help="Build the opposite too, under this name.")] = "",
+    pool: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSONL of another persona, for --contrast pool; can be repeated."),
+    ] = None,
+    contrast_name: Annotated[str, typer.Option(help="Also build the opposite persona, under this name.")] = "",
     validation: Annotated[
-        Path | None, typer.Option(help="Held-out JSONL of the persona, to choose and judge by.")
+        Path | None, typer.Option(help="Held-out JSONL of the persona, for selection and the certificate.")
     ] = None,
     contrast_validation: Annotated[
         Path | None, typer.Option(help="Held-out JSONL of the opposite; by default --validation, if it has both sides.")
@@ -64,26 +70,33 @@ def build(
     neutral: Annotated[
         Path | None, typer.Option(help="JSONL that no persona should change; by default the base answers questions.")
     ] = None,
-    score: Annotated[str, typer.Option(help="What ranks the weights; `auto` compares the best.")] = "auto",
-    rho: Annotated[str, typer.Option(help="Share of weights pruned, or `auto`: the most within the budgets.")] = "auto",
+    score: Annotated[str, typer.Option(help="How weights are ranked; `auto` compares the best scores.")] = "auto",
+    rho: Annotated[
+        str, typer.Option(help="Share of weights to prune; `auto` is the most within the budgets.")
+    ] = "auto",
     group: Annotated[str | None, typer.Option(help="Compare weights within a row or a layer.")] = None,
     scope: Annotated[str | None, typer.Option(help="Linears to mask: all, mlp, attention or outputs.")] = None,
-    phi: Annotated[str, typer.Option(help="Of contrastive-wanda: relu or softplus.")] = "relu",
-    tokens: Annotated[Literal["response", "all"], typer.Option(help="Which tokens of the data count.")] = "response",
-    gamma: Annotated[float, typer.Option(help="Default gamma of the persona: 0 is the hard mask.")] = 0.0,
+    phi: Annotated[str, typer.Option(help="For contrastive-wanda: relu or softplus.")] = "relu",
+    tokens: Annotated[Literal["response", "all"], typer.Option(help="Tokens of the data that count.")] = "response",
+    gamma: Annotated[float, typer.Option(help="Default gamma of the persona; 0 applies the full mask.")] = 0.0,
     phase: Annotated[
-        Literal["auto", "all", "decode"], typer.Option(help="Default phase; `auto` is decode if that is as good.")
+        Literal["auto", "all", "decode"],
+        typer.Option(help="Default phase; `auto` selects decode if it works as well as all."),
     ] = "auto",
-    neutral_budget: Annotated[float, typer.Option(help="Most that neutral perplexity may be multiplied with.")] = 1.02,
-    own_budget: Annotated[float, typer.Option(help="Most that the persona's own perplexity may be.")] = 1.05,
-    effect: Annotated[float, typer.Option(help="Share of flipped prompts that is enough.")] = 0.95,
-    samples: Annotated[int | None, typer.Option(help="Most examples of a side.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    neutral_budget: Annotated[
+        float, typer.Option(help="Maximum perplexity on neutral text, relative to the base.")
+    ] = 1.02,
+    own_budget: Annotated[
+        float, typer.Option(help="Maximum perplexity on the persona's own text, relative to the base.")
+    ] = 1.05,
+    effect: Annotated[float, typer.Option(help="Share of flipped prompts that is sufficient.")] = 0.95,
+    samples: Annotated[int | None, typer.Option(help="Maximum number of examples per side.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     force: Annotated[
-        bool, typer.Option("--force", help="Publish a mask that would be refused, marked as such.")
+        bool, typer.Option("--force", help="Publish a mask that fails the checks, and mark it as such.")
     ] = False,
     scratch: Annotated[
-        Path | None, typer.Option(help="Where unfinished work lies, to go on after a kill; by default in the store.")
+        Path | None, typer.Option(help="Folder of intermediate results, to resume a build; by default in the store.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write each mask to FOLDER/<name>.safetensors.")] = None,
     device: Device = "auto",
@@ -91,10 +104,9 @@ def build(
     quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find a persona in a model, from examples of how it talks, and publish it."""
-    from masquerade.evaluate.splits import mix
+    """Build a persona from examples of its answers, and publish it."""
     from masquerade.model import load
-    from masquerade.pruning import PersonaExamples, Recipe, Scratch
+    from masquerade.pruning import Recipe, Scratch
 
     recipe = Recipe(
         score=score,
@@ -112,54 +124,117 @@ def build(
         seed=seed,
         force=force,
     )
-    told = bool(system_prompt or character_card)
-    for wrong, words in (
-        (
-            [bool(data), bool(system_prompt), bool(character_card)].count(True) != 1,
-            "give one of --data, --system-prompt and --character-card",
-        ),
-        (
-            told and (prompts is None or contrast),
-            "a system prompt or a card needs --prompts, and has its contrast in --contrast-prompt",
-        ),
-        (
-            not told and (prompts or contrast_prompt),
-            "--prompts and --contrast-prompt need --system-prompt or --character-card",
-        ),
-        (
-            bool(pool) != (contrast == POOL),
-            "--contrast pool and --pool FILE, once for each other persona, need each other",
-        ),
-    ):
-        if wrong:
-            raise InvalidValue(words)
-    for persona in filter(None, (name, contrast_name)):
-        check_name(persona)
-    if data and not contrast and _holds_both_sides(data):
-        contrast = str(data)
-    if validation and contrast and not contrast_validation and _holds_both_sides(validation):
-        contrast_validation = validation
-    if contrast_name and not (contrast or contrast_prompt):
-        raise InvalidValue("--contrast-name needs --contrast or --contrast-prompt: how the opposite talks")
-    if contrast_validation and not (contrast or told):
-        raise InvalidValue("--contrast-validation needs --contrast")
-    script, card = _read_script(system_prompt, contrast_prompt, character_card, prompts, recipe)
-    own = PersonaExamples(name, card.examples if card else _read(data), _read(validation))
-    answers = mix([_read(file) for file in pool]) if pool else _read(Path(contrast) if contrast else None, "contrast")
-    other = (
-        PersonaExamples(contrast_name, answers, _read(contrast_validation, "contrast")) if script or contrast else None
+    sources = BuildSources(
+        name=name,
+        data=data,
+        system_prompt=system_prompt,
+        contrast_prompt=contrast_prompt,
+        character_card=character_card,
+        prompts=prompts,
+        contrast=contrast,
+        pool=pool or (),
+        contrast_name=contrast_name,
+        validation=validation,
+        contrast_validation=contrast_validation,
+        neutral=neutral,
     )
-    quiet = _read(neutral)
+    _check(sources)
+    build_input = _read_input(_complete(sources), recipe)
     with follow_loading() as progress:
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
-    folder = (scratch or personas.root / "builds") / _identify(base.fingerprint, recipe, script, own, other, quiet)
-    masks = _watch(_work(base, recipe, script, own, other, quiet, Scratch(folder)))
+    folder = (scratch or personas.root / "builds") / build_input.identify(base, recipe)
+    masks = _show_progress(_find_masks(base, recipe, build_input, Scratch(folder)))
     report = _publish(masks, personas, registry, out)
     if as_json:
         print(json.dumps({"personas": report}))
     else:
         _print(report)
+
+
+@dataclass(frozen=True)
+class BuildSources:
+    """The files and prompts of a build, as given on the command line."""
+
+    name: str
+    data: Path | None
+    system_prompt: str
+    contrast_prompt: str
+    character_card: Path | None
+    prompts: Path | None
+    contrast: str
+    pool: Sequence[Path]
+    contrast_name: str
+    validation: Path | None
+    contrast_validation: Path | None
+    neutral: Path | None
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the base writes the examples, under a system prompt or a card."""
+        return bool(self.system_prompt or self.character_card)
+
+
+@dataclass(frozen=True)
+class BuildInput:
+    """The examples of a build, and the script for those that the base is still to write."""
+
+    script: CalibrationPrompts | None
+    own: PersonaExamples
+    other: PersonaExamples | None
+    neutral: Sequence[Example]
+
+    def identify(self, base: Base, recipe: Recipe) -> str:
+        """A name that is equal for equal builds, so that a build can resume after a kill."""
+        work = base.fingerprint, recipe, self.script, self.own, self.other, self.neutral
+        return hashlib.sha256(repr((__version__, work)).encode()).hexdigest()[:16]
+
+
+def _check(sources: BuildSources) -> None:
+    """Raise `InvalidValue` for options that exclude or need each other, and for invalid names."""
+    origins = [bool(sources.data), bool(sources.system_prompt), bool(sources.character_card)]
+    if origins.count(True) != 1:
+        raise InvalidValue("give one of --data, --system-prompt and --character-card")
+    if sources.prompted and (sources.prompts is None or sources.contrast):
+        raise InvalidValue("a system prompt or a card needs --prompts, and has its contrast in --contrast-prompt")
+    if not sources.prompted and (sources.prompts or sources.contrast_prompt):
+        raise InvalidValue("--prompts and --contrast-prompt need --system-prompt or --character-card")
+    if bool(sources.pool) != (sources.contrast == POOL):
+        raise InvalidValue("--contrast pool and --pool FILE, once for each other persona, need each other")
+    for persona in filter(None, (sources.name, sources.contrast_name)):
+        check_name(persona)
+
+
+def _complete(sources: BuildSources) -> BuildSources:
+    """Use a file as its own contrast if its lines have both sides; raise `InvalidValue` if a contrast is missing."""
+    from masquerade.evaluate.dataset import holds_both_sides
+
+    contrast, held_out = sources.contrast, sources.contrast_validation
+    if sources.data and not contrast and holds_both_sides(sources.data):
+        contrast = str(sources.data)
+    if sources.validation and contrast and not held_out and holds_both_sides(sources.validation):
+        held_out = sources.validation
+    if sources.contrast_name and not (contrast or sources.contrast_prompt):
+        raise InvalidValue("--contrast-name needs --contrast or --contrast-prompt: how the opposite talks")
+    if held_out and not (contrast or sources.prompted):
+        raise InvalidValue("--contrast-validation needs --contrast")
+    return replace(sources, contrast=contrast, contrast_validation=held_out)
+
+
+def _read_input(sources: BuildSources, recipe: Recipe) -> BuildInput:
+    from masquerade.evaluate.splits import mix
+    from masquerade.pruning import PersonaExamples
+
+    script, card = _read_script(sources, recipe)
+    own = PersonaExamples(sources.name, card.examples if card else _read(sources.data), _read(sources.validation))
+    other = None
+    if script or sources.contrast:
+        if sources.pool:
+            answers = mix([_read(file) for file in sources.pool])
+        else:
+            answers = _read(Path(sources.contrast) if sources.contrast else None, "contrast")
+        other = PersonaExamples(sources.contrast_name, answers, _read(sources.contrast_validation, "contrast"))
+    return BuildInput(script, own, other, _read(sources.neutral))
 
 
 def _read(path: Path | None, side: Literal["own", "contrast"] = "own") -> list[Example]:
@@ -168,49 +243,35 @@ def _read(path: Path | None, side: Literal["own", "contrast"] = "own") -> list[E
     return read_examples(path, side) if path else []
 
 
-def _holds_both_sides(path: Path) -> bool:
-    from masquerade.evaluate.dataset import holds_both_sides
-
-    return holds_both_sides(path)
-
-
-def _read_script(
-    system: str, contrast: str, path: Path | None, prompts: Path | None, recipe: Recipe
-) -> tuple[CalibrationPrompts | None, Card | None]:
-    """What is to be written for a system prompt or a card. What of a card is not used is said."""
+def _read_script(sources: BuildSources, recipe: Recipe) -> tuple[CalibrationPrompts | None, Card | None]:
+    """The script for a system prompt or a card, and the card. Prints which fields of a card are ignored."""
     from masquerade.evaluate.dataset import read_questions
     from masquerade.pruning.cards import read_card
     from masquerade.pruning.prompts import CalibrationPrompts, sample_questions
 
-    if prompts is None:  # examples are given
+    if sources.prompts is None:
         return None, None
-    card = read_card(path) if path else None
+    card = read_card(sources.character_card) if sources.character_card else None
     if card and card.ignored:
         print(f"of the card of {card.name!r}, {', '.join(card.ignored)} are ignored", file=sys.stderr)
-    questions = sample_questions(read_questions(prompts), recipe.samples, recipe.seed)
-    return CalibrationPrompts(card.system if card else system, questions, contrast, seed=recipe.seed), card
+    questions = sample_questions(read_questions(sources.prompts), recipe.samples, recipe.seed)
+    system = card.system if card else sources.system_prompt
+    return CalibrationPrompts(system, questions, sources.contrast_prompt, seed=recipe.seed), card
 
 
-def _work(
-    base: Base,
-    recipe: Recipe,
-    script: CalibrationPrompts | None,
-    own: PersonaExamples,
-    other: PersonaExamples | None,
-    neutral: Sequence[Example],
-    scratch: Scratch,
-) -> Work[list[Mask]]:
-    """Have the base write what a script asks for, and find the masks; a build that was killed goes on."""
+def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, scratch: Scratch) -> Work[list[Mask]]:
+    """Let the base write what a script requires, then find the masks; resumes from `scratch`."""
     from masquerade.model import MaskManager
     from masquerade.pruning import Builder
     from masquerade.pruning.prompts import add_generated
 
     manager = MaskManager.attach(base.model)
+    own, other = build_input.own, build_input.other
     try:
-        if script and other:
-            own, other = yield from add_generated(base, script, own, other, scratch)
-        return (yield from Builder(base, manager, recipe, own, other, neutral, scratch).run())
-    except MasqueradeError:  # there is nothing to go on with
+        if build_input.script and other:
+            own, other = yield from add_generated(base, build_input.script, own, other, scratch)
+        return (yield from Builder(base, manager, recipe, own, other, build_input.neutral, scratch).run())
+    except MasqueradeError:  # a build that failed cannot resume
         scratch.close()
         raise
 
@@ -224,29 +285,24 @@ def _parse_rho(text: str) -> float | Literal["auto"]:
         raise InvalidValue(f"rho is {text!r}; it must be a number or `auto`", param="rho") from None
 
 
-def _identify(*work: object) -> str:
-    """The same for the same work, so that it is found again after a kill."""
-    return hashlib.sha256(repr((__version__, work)).encode()).hexdigest()[:16]
-
-
 def _publish(masks: Sequence[Mask], store: Store, registry: Registry, out: Path | None) -> list[dict[str, Any]]:
     report = []
     try:
         for mask in masks:
-            generation = registry.publish_built(mask)
+            revision = registry.publish_built(mask)
             path = store.path(mask.digest)
             if out:
                 out.mkdir(parents=True, exist_ok=True)
                 write_mask(mask, out / f"{mask.info.persona}.safetensors")
-            report.append(_describe(mask) | {"generation": generation.number, "file": str(path)})
+            report.append(_describe(mask) | {"generation": revision.number, "file": str(path)})
     except OSError as error:
         folder = error.filename or store.root
         raise BuildFailed(f"the masks were found but cannot be written to {folder}: {error.strerror}") from error
     return report
 
 
-def _watch(work: Work[T]) -> T:
-    """Run the work, one bar a stage on stderr."""
+def _show_progress(work: Work[T]) -> T:
+    """Run the work, with a progress bar for each stage on stderr."""
     with Bars(console=Console(file=sys.stderr)) as bars:
         stages: dict[str, Any] = {}
         while True:
@@ -288,5 +344,5 @@ def _print(report: list[dict[str, Any]]) -> None:
     table.add_row("changed answers", *(_describe_answers(row["certificate"]) for row in report))
     Console().print(table)
     for row in report:
-        told = row["certificate"]
-        print(f"{row['persona']}: {'; '.join((told['choice']['why'], told['phase']['why'], *told['remarks']))}")
+        found = row["certificate"]
+        print(f"{row['persona']}: {'; '.join((found['choice']['why'], found['phase']['why'], *found['remarks']))}")

@@ -1,9 +1,11 @@
-"""The configuration file, and `masquerade config`: where each option's value comes from.
+"""The configuration file and `masquerade config`: the value of each option, and its source.
 
-Knows one TOML file: a section for each command with its options, and above the sections what is for every command that
-has the option. A flag counts before the environment, that before the file, and that before the default. Refuses to know
-what an option means.
+The TOML file has a section per command; options above the sections apply to every command that has them. Precedence:
+command line, environment, file, default.
 """
+
+# click merges these sources itself and reports which one a value came from; pydantic-settings would need a second
+# definition of every option, as a model's field.
 
 from __future__ import annotations
 
@@ -26,23 +28,23 @@ from masquerade.errors import InvalidValue
 
 FILE = "masquerade.toml"
 FLAG = "--config"
-Names = tuple[str, ...]  # of a command, from the outermost group on
-Tree = dict[str, Any]  # commands and options, by the names that Python calls them
+Names = tuple[str, ...]  # path of a command, outermost group first
+Tree = dict[str, Any]  # click's default map: commands and options, by their Python names
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
         FLAG,
         envvar="MASQUERADE_CONFIG",
-        help=f"A TOML file with options, [serve] port = 9000; by default {FILE} here, or in the user's config folder.",
+        help=f"TOML file of options, [serve] port = 9000; by default {FILE} here or in the user's config folder.",
     ),
 ]
 
-app = typer.Typer(help="Where options get their values from.", no_args_is_help=True)
+app = typer.Typer(help="Show the values of options and their sources.", no_args_is_help=True)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An option of a command, its value, and who said so."""
+    """An option of a command, its value, and the source of the value."""
 
     command: str
     option: str
@@ -60,7 +62,7 @@ def read_config(context: typer.Context, config: ConfigFile = None) -> None:
 
 
 def find_file() -> Path | None:
-    """The file that counts where none is named: of the working directory, else of the user's config folder."""
+    """The default file: in the working directory, else in the user's config folder."""
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "masquerade"
     return next((path for path in (Path(FILE), folder / FILE) if path.is_file()), None)
 
@@ -68,10 +70,10 @@ def find_file() -> Path | None:
 @app.command("show")
 def show_config(
     context: typer.Context,
-    command: Annotated[str, typer.Argument(help="Only this one: `serve`, `masks ls`.")] = "",
+    command: Annotated[str, typer.Argument(help="Only this command, such as `serve` or `masks ls`.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Say what each option is when no flag is given, and where that comes from."""
+    """Show the value of each option without flags, and its source."""
     settings = [one for one in collect(context) if command in ("", one.command)]
     if not settings:
         raise InvalidValue(f"there is no command {command!r:.80} with options")
@@ -87,19 +89,19 @@ def show_config(
 
 
 def collect(context: typer.Context) -> Iterator[Setting]:
-    """The settings of every command, as they are without flags. Raises `InvalidValue` for what cannot be read."""
+    """The settings of every command without flags. Raises `InvalidValue` for a value of the wrong type."""
     root = context.find_root()
     for path, command in _commands(_group(root)):
-        settled = root
+        scope = root
         for part in path:
-            settled = typer.Context(command, info_name=part, parent=settled)
+            scope = typer.Context(command, info_name=part, parent=scope)
         for option in _options(command).values():
-            given, source = option.consume_value(settled, {})
-            value = given if given is None else option.process_value(settled, given)
-            yield Setting(" ".join(path), option.opts[0], value, _tell(option, source.name, settled))
+            given, source = option.consume_value(scope, {})
+            value = given if given is None else option.process_value(scope, given)
+            yield Setting(" ".join(path), option.opts[0], value, _name_source(option, source.name, scope))
 
 
-def _tell(option: TyperOption, source: str, context: Any) -> str:
+def _name_source(option: TyperOption, source: str, context: Any) -> str:
     if source == "ENVIRONMENT":
         return (
             option.envvar if isinstance(option.envvar, str) else f"{context.auto_envvar_prefix}_{option.name}".upper()
@@ -110,7 +112,7 @@ def _tell(option: TyperOption, source: str, context: Any) -> str:
 
 
 def _load(path: Path, root: TyperGroup) -> Tree:
-    """The file as click's default map. Raises `InvalidValue` with file, section and key, and what may be meant."""
+    """The file as click's default map. Raises `InvalidValue`, which names file, section and key, and suggests a key."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -119,17 +121,17 @@ def _load(path: Path, root: TyperGroup) -> Tree:
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     every = {key for _, command in _commands(root) for key in _options(command)}
     for key in common:
-        if _spell(key) not in every:
-            raise InvalidValue(f"{path}: there is no option {key!r}{_guess(_spell(key), every)}")
-    return _fill(path, root, sections, {_spell(key): value for key, value in common.items()}, ())
+        if _normalise(key) not in every:
+            raise InvalidValue(f"{path}: there is no option {key!r}{_suggest(_normalise(key), every)}")
+    return _fill(path, root, sections, {_normalise(key): value for key, value in common.items()}, ())
 
 
 def _fill(path: Path, group: TyperGroup, sections: Mapping[str, Any], common: Mapping[str, Any], above: Names) -> Tree:
-    """A group's part of the map: for each command the common values it has options for, then its own section's."""
+    """A group's part of the map: for each command the common values that it accepts, then its section."""
     for key in sections:
         if key not in group.commands:
             section = f"[{'.'.join((*above, key))}]"
-            raise InvalidValue(f"{path}: there is no command for the section {section}{_guess(key, group.commands)}")
+            raise InvalidValue(f"{path}: there is no command for the section {section}{_suggest(key, group.commands)}")
     tree: Tree = {}
     for name, command in group.commands.items():
         own, where = sections.get(name, {}), (*above, name)
@@ -141,28 +143,28 @@ def _fill(path: Path, group: TyperGroup, sections: Mapping[str, Any], common: Ma
         options = _options(command)
         given = {key: value for key, value in common.items() if key in options}
         for key, value in own.items():
-            if _spell(key) not in options:
-                guess = _guess(_spell(key), options)
+            if _normalise(key) not in options:
+                guess = _suggest(_normalise(key), options)
                 raise InvalidValue(f"{path}: [{'.'.join(where)}] has no option {key!r}{guess}")
-            given[_spell(key)] = value
+            given[_normalise(key)] = value
         tree[name] = {str(options[key].name): _check(path, where, key, given[key], command) for key in given}
     return tree
 
 
 def _check(path: Path, where: Names, key: str, value: Any, command: Any) -> Any:
-    """The value, if the option takes it; else it is refused here, where the file can be named."""
+    """The value, as click expects it. Raises `InvalidValue`, which names the file, if the option does not accept it."""
     option = _options(command)[key]
     bad = f"{path}: [{'.'.join(where)}] {key} is {value!r:.80}"
     if option.multiple != isinstance(value, list):
         raise InvalidValue(f"{bad}; it must be {'a list' if option.multiple else 'one value'}")
     if isinstance(value, dict) or option.is_flag != isinstance(value, bool):
         raise InvalidValue(f"{bad}; it must be {'true or false' if option.is_flag else 'a string or a number'}")
-    spoken = [str(one) for one in value] if option.multiple else value if option.is_flag else str(value)
+    converted = [str(one) for one in value] if option.multiple else value if option.is_flag else str(value)
     try:
-        option.process_value(typer.Context(command), spoken)
+        option.process_value(typer.Context(command), converted)
     except typer.BadParameter as error:
         raise InvalidValue(f"{bad}: {error.message}") from None
-    return spoken
+    return converted
 
 
 def _commands(group: TyperGroup, above: Names = ()) -> Iterator[tuple[Names, TyperCommand]]:
@@ -174,9 +176,9 @@ def _commands(group: TyperGroup, above: Names = ()) -> Iterator[tuple[Names, Typ
 
 
 def _options(command: Any) -> dict[str, TyperOption]:
-    """A command's options by how they are spelled, without dashes; `--help` is none."""
+    """A command's options by their names without leading dashes, except `--help`."""
     found = (parameter for parameter in command.params if isinstance(parameter, TyperOption))
-    return {_spell(option.opts[0].lstrip("-")): option for option in found}
+    return {_normalise(option.opts[0].lstrip("-")): option for option in found}
 
 
 def _group(context: Any) -> TyperGroup:
@@ -185,17 +187,17 @@ def _group(context: Any) -> TyperGroup:
     return command
 
 
-def _spell(key: str) -> str:
+def _normalise(key: str) -> str:
     return key.replace("_", "-")
 
 
-def _guess(key: str, known: Mapping[str, Any] | set[str]) -> str:
+def _suggest(key: str, known: Mapping[str, Any] | set[str]) -> str:
     near = difflib.get_close_matches(key, known, 1)
     return f"; is {near[0]!r} meant?" if near else f"; there are {', '.join(sorted(known))}" if len(known) < 12 else ""
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """A value that JSON can represent."""
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

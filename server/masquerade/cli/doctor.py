@@ -1,6 +1,6 @@
-"""`masquerade doctor`: what this machine, this installation and a store are like, to paste into a bug report.
+"""`masquerade doctor`: the machine, the installation and a store, in a form for bug reports.
 
-Knows where to look. Refuses to change anything, to tell a secret, and to name the user's home folder.
+It changes nothing, and prints neither secrets nor the path of the home folder.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ def examine(
     context: typer.Context,
     model: Model = "demo",
     store: StoreFolder = None,
-    verify: Annotated[bool, typer.Option(help="Read every mask of the store in full.")] = True,
+    verify: Annotated[bool, typer.Option(help="Verify every mask of the store in full.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say what there is, in a form to paste into a bug report; exit status 1 if something is wrong."""
-    ills: list[str] = []
+    """Describe the machine, the installation and a store for a bug report; exit status 1 if something is wrong."""
+    problems: list[str] = []
     report = {
         "masquerade": {"version": __version__, "python": sys.version.split()[0], "system": _describe_system()},
         "packages": {name: version for name in (*PACKAGES, *EXTRAS) if (version := _find_version(name))},
         "hardware": _describe_hardware(),
         "kernels": _describe_kernels(),
         "configuration": _describe_configuration(context),
-        "store": _describe_store(store, model, verify, ills),
-        "space": _describe_space(store, model, ills),
+        "store": _describe_store(store, model, verify, problems),
+        "space": _describe_space(store, model, problems),
     }
     report = _hide_home(report)
-    ills = _hide_home(ills)
+    problems = _hide_home(problems)
     if as_json:
-        print(json.dumps(report | {"wrong": ills}))
+        print(json.dumps(report | {"wrong": problems}))
     else:
         for title, facts in report.items():
-            print(f"{title}\n" + "".join(f"  {key}: {_say(value)}\n" for key, value in facts.items()), end="")
-        print("\n".join(f"wrong: {ill}" for ill in ills) or "nothing is wrong")
-    if ills:
+            print(f"{title}\n" + "".join(f"  {key}: {_format(value)}\n" for key, value in facts.items()), end="")
+        print("\n".join(f"wrong: {problem}" for problem in problems) or "nothing is wrong")
+    if problems:
         raise typer.Exit(1)
 
 
@@ -84,16 +84,16 @@ def _find_version(package: str) -> str | None:
 def _describe_hardware() -> Facts:
     import torch
 
-    told = Path("/proc/cpuinfo")
-    cpuinfo = told.read_text() if told.exists() else ""
+    file = Path("/proc/cpuinfo")
+    cpuinfo = file.read_text() if file.exists() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    had = set(flags[1].split()) if flags else set()
+    present = set(flags[1].split()) if flags else set()
     affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts: Facts = {
         "processor": name[1] if name else platform.processor() or platform.machine(),
         "cores": f"{os.cpu_count()}, of which this process may use {affine}; torch uses {torch.get_num_threads()}",
-        "instructions": " ".join(flag for flag in FLAGS if flag in had) or "not known",
+        "instructions": " ".join(flag for flag in FLAGS if flag in present) or "not known",
         "memory": _describe_memory(),
     }
     if not torch.cuda.is_available():
@@ -110,18 +110,18 @@ def _describe_hardware() -> Facts:
 
 
 def _describe_memory() -> str:
-    known = Path("/proc/meminfo")
-    if not known.exists():
+    file = Path("/proc/meminfo")
+    if not file.exists():
         return "not known"
-    kib = {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB", known.read_text(), re.MULTILINE)}
+    kib = {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB", file.read_text(), re.MULTILINE)}
     text = f"{_bytes(1024 * kib['MemAvailable'])} of {_bytes(1024 * kib['MemTotal'])} available"
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    most = limit.read_text().strip() if limit.exists() else "max"
-    return text if most == "max" else f"{text}; the container may use {_bytes(int(most))}"
+    maximum = limit.read_text().strip() if limit.exists() else "max"
+    return text if maximum == "max" else f"{text}; the container may use {_bytes(int(maximum))}"
 
 
 def _describe_kernels() -> Facts:
-    """Which backend serves a plain Linear, for each way of writing a mask, on each device there is."""
+    """The backend for a plain Linear, per mask encoding, dtype and available device."""
     import torch
     from torch import nn
 
@@ -142,26 +142,26 @@ def _describe_kernels() -> Facts:
 
 def _describe_configuration(context: typer.Context) -> Facts:
     file = context.find_root().obj
-    told = [one for one in config.collect(context) if one.source != "default"]
+    settings = [one for one in config.collect(context) if one.source != "default"]
     return {"file": str(file) if file else "none"} | {
-        f"{one.command} {one.option}": f"{one.value} (from {one.source})" for one in told
+        f"{one.command} {one.option}": f"{one.value} (from {one.source})" for one in settings
     }
 
 
-def _describe_store(store: Path | None, model: str, verify: bool, ills: list[str]) -> Facts:
+def _describe_store(store: Path | None, model: str, verify: bool, problems: list[str]) -> Facts:
     try:
         root = find_store(store, model)
     except (MasqueradeError, MaskError, OSError) as error:
-        ills.append(str(error))
-        return {"folder": "not found, for want of a model"}
+        problems.append(str(error))
+        return {"folder": "unknown, because the model was not found"}
     facts: Facts = {"folder": str(root)}
     if not root.is_dir():
-        return facts | {"state": "none yet; the first command that needs it makes it"}
+        return facts | {"state": "none yet; the first command that needs it creates it"}
     try:
         files = ("registry.sqlite", "keys.sqlite", "jobs/jobs.sqlite")
         versions = {name: _read_schema(root / name) for name in files if (root / name).exists()}
         facts["schemas"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or "none"
-        facts |= _check_masks(root, ills) if verify else {"masks": "not looked at"}
+        facts |= _check_masks(root, problems) if verify else {"masks": "not verified"}
         if "keys.sqlite" in versions:
             states = Counter(key.problem(time.time()) or "valid" for key in KeyTable(root).all())
             facts["keys"] = _count(states)
@@ -169,7 +169,7 @@ def _describe_store(store: Path | None, model: str, verify: bool, ills: list[str
             with closing(_open(root / "jobs" / "jobs.sqlite")) as db:
                 facts["jobs"] = _count(dict(db.execute("select state, count(*) from job group by state").fetchall()))
     except (MasqueradeError, MaskError, OSError, sqlite3.Error) as error:
-        ills.append(f"the store: {error}")
+        problems.append(f"the store: {error}")
     return facts
 
 
@@ -183,15 +183,15 @@ def _read_schema(path: Path) -> int:
     return version
 
 
-def _check_masks(root: Path, ills: list[str]) -> Facts:
+def _check_masks(root: Path, problems: list[str]) -> Facts:
     found: Checkup = fsck(root)
-    ills += [f"the store: {one.kind}: {one.subject} {one.message}" for one in found.findings]
+    problems += [f"the store: {one.kind}: {one.subject} {one.message}" for one in found.findings]
     nbytes = sum(path.stat().st_size for path in (root / "masks").glob("*/*.safetensors"))
     health = "clean" if found.clean else f"{len(found.findings)} findings; see `masquerade masks fsck`"
     return {"masks": f"{found.masks}, {_bytes(nbytes)}, {health}", "leftovers": len(found.leftovers)}
 
 
-def _describe_space(store: Path | None, model: str, ills: list[str]) -> Facts:
+def _describe_space(store: Path | None, model: str, problems: list[str]) -> Facts:
     facts: Facts = {}
     try:
         places = {"store": find_store(store, model)}
@@ -203,9 +203,9 @@ def _describe_space(store: Path | None, model: str, ills: list[str]) -> Facts:
         writable = os.access(there, os.W_OK)
         facts[name] = f"{_bytes(free)} free, {'writable' if writable else 'not writable'}"
         if name == "store" and not writable:
-            ills.append(f"the store: {there} cannot be written by user {os.getuid()}")
+            problems.append(f"the store: {there} cannot be written by user {os.getuid()}")
         if name == "store" and free < LEAST_BYTES:
-            ills.append(f"the store: {_bytes(free)} are free, and less than {_bytes(LEAST_BYTES)} is too little")
+            problems.append(f"the store: {_bytes(free)} are free, and less than {_bytes(LEAST_BYTES)} is too little")
     return facts
 
 
@@ -221,12 +221,12 @@ def _bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _say(value: Any) -> str:
+def _format(value: Any) -> str:
     return "yes" if value is True else "no" if value is False else str(value)
 
 
 def _hide_home(thing: Any) -> Any:
-    """The same with `~` for the home folder wherever it is named."""
+    """A copy with the path of the home folder replaced by `~`."""
     if isinstance(thing, dict):
         return {key: _hide_home(value) for key, value in thing.items()}
     if isinstance(thing, list):

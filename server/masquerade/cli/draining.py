@@ -1,7 +1,6 @@
-"""A server that lets answers end before it goes.
+"""A uvicorn server that completes running answers before it exits.
 
-Knows signals and their order. Refuses to know what is drained. While that goes on the server still listens, so that
-whoever comes is told to come back later, and a load balancer sees it in `/readyz`.
+It keeps listening while it drains: new requests get 503, and a load balancer sees the state in `/readyz`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class DrainingServer(uvicorn.Server):
-    """Stops at the first signal once `drain` has returned, and at the second one at once."""
+    """Stops after `drain` has returned on the first signal, and immediately on the second."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
         super().__init__(config)
@@ -25,15 +24,15 @@ class DrainingServer(uvicorn.Server):
         self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by the signal."""
+        """Handle SIGINT and SIGTERM."""
         if self._draining or not self.started:
             super().handle_exit(sig, frame)
             return
         self._draining = True
-        Thread(target=self._leave, args=(sig, frame), name="drain", daemon=True).start()
+        Thread(target=self._drain_and_exit, args=(sig, frame), name="drain", daemon=True).start()
 
-    def _leave(self, sig: int, frame: FrameType | None) -> None:
-        _log.info("no new requests are taken; those that have begun may end")
+    def _drain_and_exit(self, sig: int, frame: FrameType | None) -> None:
+        _log.info("draining: no new requests are accepted; running ones may complete")
         try:
             self._drain()
         finally:

@@ -1,4 +1,4 @@
-"""`masquerade eval`."""
+"""`masquerade eval`: measure a mask beside controls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLUMNS = ("preferred", "margin_shift", "flip", "hit", "own_ratio", "neutral_rat
 
 def evaluate(
     persona: Annotated[str, typer.Option(help="Name of the persona, or name@digest.")],
-    data: Annotated[Path, typer.Option(help="Held-out JSONL of how the persona talks.")],
+    data: Annotated[Path, typer.Option(help="Held-out JSONL of the persona's answers.")],
     contrast: Annotated[
         Path | None,
         typer.Option(
@@ -37,23 +37,25 @@ def evaluate(
     baselines: Annotated[
         str,
         typer.Option(
-            help="Controls to measure beside it, or an empty text: none, random, bias, prompt, retrieval, steering, "
+            help="Controls to compare with, or an empty string: none, random, bias, prompt, retrieval, steering, "
             "lora, lora-contrastive."
         ),
     ] = "none,random,bias",
     train: Annotated[
-        Path | None, typer.Option(help="What controls learn from; by default the first half of --data.")
+        Path | None, typer.Option(help="Training data of the controls; by default the first half of --data.")
     ] = None,
-    contrast_train: Annotated[Path | None, typer.Option(help="The same of the opposite.")] = None,
-    system_prompt: Annotated[str, typer.Option(help="For the baseline `prompt`: asks for the persona.")] = "",
-    contrast_prompt: Annotated[str, typer.Option(help="For its opposite; by default --system-prompt of nobody.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Repeat what is drawn.")] = 1,
-    generate: Annotated[bool, typer.Option("--generate", help="Also let them answer, and judge the answers.")] = False,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the generated answers; 0 is greedy.")] = 0.0,
+    contrast_train: Annotated[Path | None, typer.Option(help="Training data of the opposite.")] = None,
+    system_prompt: Annotated[str, typer.Option(help="For the baseline `prompt`: the persona's system prompt.")] = "",
+    contrast_prompt: Annotated[str, typer.Option(help="For the baseline `prompt`: the opposite's system prompt.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for random controls.")] = 1,
+    generate: Annotated[bool, typer.Option("--generate", help="Also generate answers, and judge them.")] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of the generated answers; 0 is greedy.")] = 0.0,
     judge: Annotated[str, typer.Option(help="`bigram`, or the base URL of an OpenAI-compatible endpoint.")] = "bigram",
-    judge_model: Annotated[str, typer.Option(help="The model that the endpoint judges with.")] = "",
-    layers: Annotated[bool, typer.Option("--layers", help="Also compare what every layer represents (CKA).")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write the layers as a PNG; with --layers.")] = None,
+    judge_model: Annotated[str, typer.Option(help="Model id at the endpoint.")] = "",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also compare the activations of every layer (CKA).")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the layers as PNG; needs --layers.")] = None,
     model: Model = "demo",
     store: StoreFolder = None,
     device: Device = "auto",
@@ -61,7 +63,7 @@ def evaluate(
     quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what a persona's mask does, beside the controls it must beat."""
+    """Measure the effect and the cost of a persona's mask, and of controls."""
     from masquerade.evaluate.baselines import BASELINES
     from masquerade.evaluate.dataset import encode, encode_fitting, holds_both_sides, read_examples
     from masquerade.evaluate.generation import GenerationParams
@@ -87,7 +89,7 @@ def evaluate(
     quiet = read_examples(neutral) if neutral else []
     with follow_loading() as progress:
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
-    # prompts that leave no room for an answer are left out, the same ones on both sides
+    # prompts that leave no room for an answer are skipped, on both sides
     own, other, own_train, other_train = ([one for one, _ in encode_fitting(base, side)] for side in (*sides, *learned))
     personas, registry = open_store(store, base.name, base.fingerprint)
     mask = personas.open(registry.resolve(persona).digest, base=base.fingerprint)
@@ -116,7 +118,7 @@ def evaluate(
 
 
 def _pair(data: Path, contrast: Path) -> tuple[list[Example], list[Example]]:
-    """Both sides, if they answer the same prompts."""
+    """The examples of both sides. Raises `BadDataset` unless they answer the same prompts, line by line."""
     from masquerade.evaluate.dataset import read_examples
 
     own, other = read_examples(data), read_examples(contrast, "contrast")
@@ -164,7 +166,7 @@ def _print(report: Mapping[str, Any]) -> None:
 
 
 def _tabulate(layers: Mapping[str, Any]) -> Table:
-    """What `analyse` found, a row a layer."""
+    """The result of `analyse`, one row per layer."""
     similar, differing = layers["cka"], layers.get("differing", {}).get("layers", {})
     table = Table("layer", *(f"CKA with {name}" for name in similar), *(["differing"] if differing else []))
     for number, values in enumerate(zip(*similar.values(), strict=True)):

@@ -1,4 +1,4 @@
-"""Keys that a deployment brings along: files with a token each, from a secret of Docker or Kubernetes."""
+"""Keys from files with one token each, such as secrets of Docker or Kubernetes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from masquerade.errors import InvalidValue
 from masquerade.keys import Audit, Key, KeyTable, Scope, is_scrypt, looks_random, matches, matches_scrypt, seal, split
 
 _log = logging.getLogger(__name__)
-_BYTES = 1024  # beyond them a file holds no token
+_BYTES = 1024  # maximum size of a token's file
 
 
-def admit(root: Path, given: Sequence[str]) -> int:
-    """Make the token in each file a key of the store, unless the store knows it; `given` are `scope=path`.
+def add_missing(root: Path, files: Sequence[str]) -> int:
+    """Add the key in each file (`scope=path`) to the store, unless its id is there; return the number of all keys.
 
-    Returns how many keys there ever were. A key is known by its id: one that was revoked stays so, and none goes
-    because its file did. Raises `InvalidValue` if a file holds no token, a new one whose secret was not drawn at
-    random, or that of a known id with another secret.
+    A revoked key stays revoked, and a key stays valid when its file is removed. Raises `InvalidValue` if a file has
+    no valid token, if a new secret is not random, or if the store has another secret or scope for the id.
     """
     table = KeyTable(root)
-    for one in given:
-        scope, path = _parse(one)
+    for option in files:
+        scope, path = _parse(option)
         key_id, secret = _read(path)
         known = {key.id: (key, kept) for key, kept in table.all().items()}
         if key_id not in known:
@@ -37,7 +36,9 @@ def admit(root: Path, given: Sequence[str]) -> int:
             continue
         key, kept = known[key_id]
         if not (matches_scrypt if is_scrypt(kept) else matches)(secret, kept):
-            raise InvalidValue(f"{path} has another secret for the key {key_id} than the store; draw both anew")
+            raise InvalidValue(
+                f"{path} has another secret for the key {key_id} than the store; make a new key with a new id"
+            )
         if key.scopes != {scope}:
             raise InvalidValue(f"the key {key_id} of {path} has the scopes {' '.join(sorted(key.scopes))}, not {scope}")
         if problem := key.problem(time.time()):
@@ -55,7 +56,7 @@ def _parse(given: str) -> tuple[Scope, Path]:
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """Id and secret. Raises `InvalidValue` and `OSError`, neither with what the file holds."""
+    """Id and secret. Raises `InvalidValue` or `OSError`; neither message contains the file's content."""
     with path.open("rb") as file:
         text = file.read(_BYTES).decode(errors="replace").strip()
     parts = split(text)

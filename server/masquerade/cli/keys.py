@@ -1,4 +1,4 @@
-"""`masquerade keys`: who may use a store's personas over HTTP. Never imports torch."""
+"""`masquerade keys`: manage API keys, without importing torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from masquerade.keys import Audit, Key, KeyTable, Scope, mint
 
 app = typer.Typer(help="Make, list and revoke the keys of a store.", no_args_is_help=True)
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_PATTERN = re.compile(r"[a-z0-9._*?\[\]!-]{1,64}")  # what a name may have, and fnmatch's wildcards
+_PATTERN = re.compile(r"[a-z0-9._*?\[\]!-]{1,64}")  # characters of names, and the wildcards of fnmatch
 
 
 @app.command("add")
@@ -29,22 +29,22 @@ def add_key(
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="chat (default), build (and chat), admin (everything) or metrics (only /metrics); may be repeated."
+            help="chat (default), build (includes chat), admin (all) or metrics (only /metrics); can be repeated."
         ),
     ] = None,
     personas: Annotated[
         list[str] | None,
-        typer.Option(help='Names the key may use and build, such as "npc-*"; may be repeated. By default all.'),
+        typer.Option(help='Personas that the key can use and build, such as "npc-*"; can be repeated. By default all.'),
     ] = None,
-    rpm: Annotated[int | None, typer.Option(min=1, help="Requests a minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(min=1, help="Tokens a minute, of prompts and answers.")] = None,
-    expires: Annotated[str | None, typer.Option(help="30d, 12h, or a date: 2027-01-31 (its start, UTC).")] = None,
-    name: Annotated[str, typer.Option(help="Whose it is, for `keys ls`.")] = "",
+    rpm: Annotated[int | None, typer.Option(min=1, help="Requests per minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(min=1, help="Tokens per minute, of prompts and answers.")] = None,
+    expires: Annotated[str | None, typer.Option(help="30d, 12h, or a date such as 2027-01-31 (00:00 UTC).")] = None,
+    name: Annotated[str, typer.Option(help="Label of the key in `keys ls`.")] = "",
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key. It is printed once, on stdout, and cannot be shown again; a server that runs knows it at once."""
+    """Create a key and print it on stdout. It cannot be shown again. A running server accepts it at once."""
     scopes = frozenset(_check_scope(one) for one in scope or ["chat"])
     patterns = tuple(_check_pattern(one) for one in personas or ["*"])
     now = time.time()
@@ -63,35 +63,35 @@ def add_key(
 
 @app.command("ls")
 def list_keys(model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """List every key there ever was; never a secret."""
+    """List all keys, including revoked and expired ones, without secrets."""
     keys = [*KeyTable(find_store(store, model)).all()]
     if as_json:
         print(json.dumps({"keys": [_describe(key) for key in keys]}))
         return
     table = Columns("id", "name", "state", "scopes", "personas", "a minute", "expires")
     for key in keys:
-        told = _describe(key)
+        row = _describe(key)
         limits = [f"{value} {what}" for value, what in ((key.rpm, "requests"), (key.tpm, "tokens")) if value]
         table.add_row(
             key.id,
             key.name,
-            told["state"],
-            " ".join(told["scopes"]),
+            row["state"],
+            " ".join(row["scopes"]),
             " ".join(key.personas),
             ", ".join(limits) or "-",
-            told["expires_at"] or "never",
+            row["expires_at"] or "never",
         )
     Console().print(table)
 
 
 @app.command("revoke")
 def revoke_key(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id: what follows `mq-`, up to the dash.")],
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id: the 12 digits after `mq-`.")],
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """End a key for good. A server that runs refuses it within a second, and ends the answers to it that have begun."""
+    """Revoke a key permanently. A running server rejects it within a second, and aborts its running answers."""
     root = find_store(store, model)
     key = KeyTable(root).revoke(key_id)
     _note(root, "revoke_key", key)
@@ -133,12 +133,12 @@ def _check_scope(scope: str) -> Scope:
 
 def _check_pattern(pattern: str) -> str:
     if not _PATTERN.fullmatch(pattern):
-        raise InvalidValue(f"{pattern!r:.80} is no pattern of persona names, such as `npc-*`")
+        raise InvalidValue(f"{pattern!r:.80} is not a pattern of persona names, such as `npc-*`")
     return pattern
 
 
 def _parse_end(text: str, now: float) -> float:
-    """A moment, as unix seconds: so many minutes, hours, days or weeks from now, or a date."""
+    """Unix seconds of a date, or of a number of minutes, hours, days or weeks from `now`."""
     if found := re.fullmatch(r"([1-9][0-9]{0,5})([mhdw])", text):
         return now + int(found[1]) * _SECONDS[found[2]]
     try:
@@ -147,5 +147,5 @@ def _parse_end(text: str, now: float) -> float:
         raise InvalidValue(f"{text!r:.40} is neither a time such as 30d or 12h nor a date such as 2027-01-31") from None
     moment = (end if end.tzinfo else end.replace(tzinfo=UTC)).timestamp()
     if moment <= now:
-        raise InvalidValue(f"{text} has passed already")
+        raise InvalidValue(f"{text} is in the past")
     return moment

@@ -1,7 +1,4 @@
-"""Who answers while the model is loaded.
-
-Knows two answers: the process lives, and it takes no requests yet. Refuses to know what is loaded.
-"""
+"""The HTTP server that answers while the model is loaded."""
 
 from __future__ import annotations
 
@@ -14,20 +11,20 @@ from types import TracebackType
 from masquerade.errors import NotReady
 
 _BODY_LIMIT = 2**20
-_ALIVE = b'{"status":"ok"}'
-_NOT_YET = json.dumps(
+_OK = b'{"status":"ok"}'
+_UNAVAILABLE = json.dumps(
     {"error": {"message": "the model is being loaded", "type": NotReady.type, "param": None, "code": NotReady.code}}
 ).encode()
 
 
 class Loading:
-    """While the block runs, whoever connects is told to come back: 503, but 200 for `/healthz`.
+    """Within the block, `/healthz` gets 200 and every other request 503 with `Retry-After`.
 
-    The socket is only lent: what nobody has answered when the block ends waits in it for the next server.
+    The socket stays open: connections not yet accepted when the block ends are left to the next server.
     """
 
     def __init__(self, listener: socket.socket) -> None:
-        self._server = ThreadingHTTPServer(("", 0), _Answer, bind_and_activate=False)
+        self._server = ThreadingHTTPServer(("", 0), _Handler, bind_and_activate=False)
         self._server.socket.close()
         self._server.socket = listener
         self._server.daemon_threads = True
@@ -44,21 +41,23 @@ class Loading:
         self._thread.join()
 
 
-class _Answer(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 5.0
 
     def answer(self) -> None:
-        alive = self.path.partition("?")[0] == "/healthz"
-        body = _ALIVE if alive else _NOT_YET
+        live = self.path.partition("?")[0] == "/healthz"
+        body = _OK if live else _UNAVAILABLE
         length = self.headers.get("Content-Length", "0")
         if length.isdecimal():
-            self.rfile.read(min(int(length), _BODY_LIMIT))  # a client that still sends would not see the answer
-        self.send_response(200 if alive else NotReady.status)
+            self.rfile.read(
+                min(int(length), _BODY_LIMIT)
+            )  # a client reads the response only after it has sent its body
+        self.send_response(200 if live else NotReady.status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Connection", "close")
-        if not alive:
+        if not live:
             self.send_header("Retry-After", str(NotReady.retry_after))
         self.end_headers()
         if self.command != "HEAD":
@@ -67,8 +66,8 @@ class _Answer(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer  # noqa: N815 - http.server's names
 
     def version_string(self) -> str:
-        """Nothing that a stranger needs to know."""
+        """Omit the versions of Python and http.server."""
         return "masquerade"
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Probes are no news."""
+        """Do not log probes."""

@@ -12,31 +12,31 @@ Model = Annotated[
 ]
 StoreFolder = Annotated[
     Path | None,
-    typer.Option("--store", help="Folder of the personas; by default one a model in the user's data folder."),
+    typer.Option("--store", help="Folder of the personas; by default one per model in the user's data folder."),
 ]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device of the model.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(
-        help="Weights' type; `auto` is float32 on a CPU and the checkpoint's own on a GPU, for GGUF bfloat16 on both."
+        help="Data type of the weights; `auto` is float32 on a CPU, the checkpoint's own on a GPU, bfloat16 for GGUF."
     ),
 ]
 Quantization = Annotated[
     Literal["int8", "nf4"] | None,
-    typer.Option(help="Keep the weights of attention and MLP in 8 or 4 bits (needs the extra `quantization`)."),
+    typer.Option(help="Quantise the weights of attention and MLP to 8 or 4 bits (needs the extra `quantization`)."),
 ]
 RequireSigned = Annotated[
     bool,
     typer.Option(
         "--require-signed",
-        help="Only masks whose tensors and metadata are signed by a trusted key (see `masks trust`).",
+        help="Accept only masks whose tensors and metadata are signed by a trusted key (see `masks trust`).",
     ),
 ]
 AcceptTensorSignatures = Annotated[
     bool,
     typer.Option(
         "--accept-tensor-signatures",
-        help="With --require-signed: signatures of version 1 will do. They leave gamma, phase and name open.",
+        help="With --require-signed: also accept signatures of version 1, which do not cover gamma, phase and name.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only one JSON object on stdout.")]

@@ -1,4 +1,4 @@
-"""How a command says on stderr how far the model is loaded."""
+"""Progress of loading a model, on stderr."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def follow_loading() -> Iterator[Report]:
-    """A bar that goes away where stderr is a terminal, and lines elsewhere."""
+    """Yield a callback that draws a transient progress bar on a terminal, and prints lines elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield tell_quarters(partial(print, file=sys.stderr, flush=True))
+        yield report_quarters(partial(print, file=sys.stderr, flush=True))
         return
     columns = TextColumn("loading the model"), BarColumn(), DownloadColumn()
     with Progress(*columns, console=console, transient=True) as bar:
@@ -28,14 +28,14 @@ def follow_loading() -> Iterator[Report]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def tell_quarters(say: Callable[[str], None]) -> Report:
-    """Say each quarter that is done."""
-    told = 0
+def report_quarters(write: Callable[[str], None]) -> Report:
+    """A callback that writes a line each time another quarter is loaded."""
+    reported = 0
 
     def report(done: int, total: int) -> None:
-        nonlocal told
-        if (quarter := 4 * done // total) > told:
-            told = quarter
-            say(f"loading the model: {25 * quarter} % of {total / 1e6:.0f} MB")
+        nonlocal reported
+        if (quarter := 4 * done // total) > reported:
+            reported = quarter
+            write(f"loading the model: {25 * quarter} % of {total / 1e6:.0f} MB")
 
     return report

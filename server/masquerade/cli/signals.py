@@ -1,7 +1,4 @@
-"""What signals do to a server before and after uvicorn hears them.
-
-Knows SIGTERM and SIGHUP. Refuses to know how answers end: that is `draining`.
-"""
+"""Handlers of SIGTERM and SIGHUP. While uvicorn runs, it handles SIGTERM itself; see `draining`."""
 
 from __future__ import annotations
 
@@ -14,21 +11,21 @@ from threading import Thread
 _log = logging.getLogger(__name__)
 
 
-def end_when_told() -> None:
-    """SIGTERM ends the process with status 0 from now on: while a model is loaded, and once a server has drained.
+def exit_on_sigterm() -> None:
+    """Make SIGTERM exit the process with status 0, while the model is loaded and after a server has drained.
 
-    Without a handler the kernel keeps SIGTERM from the first process of a container.
+    Without a handler the kernel ignores SIGTERM for process 1 of a container.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
-def reread_when_told(reread: Callable[[], None]) -> None:
-    """SIGHUP calls `reread` from now on, on a thread of its own; if that fails, the log says so and nothing ends."""
+def run_on_sighup(action: Callable[[], None]) -> None:
+    """Make SIGHUP run `action` on a new thread. A failure is logged and has no other effect."""
 
     def attempt() -> None:
         try:
-            reread()
+            action()
         except Exception as error:
             _log.error("SIGHUP changed nothing: %s", error)
 
-    signal.signal(signal.SIGHUP, lambda *_: Thread(target=attempt, name="reread", daemon=True).start())
+    signal.signal(signal.SIGHUP, lambda *_: Thread(target=attempt, name="sighup", daemon=True).start())

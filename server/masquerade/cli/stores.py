@@ -1,8 +1,4 @@
-"""Where a command keeps personas.
-
-Knows the default place, one store a base, whether it can be used, and the personas that come with the demo model.
-Refuses to know what is in a mask.
-"""
+"""The folder of a store: its default path, whether it is usable, and the demo's personas in a new one."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from masquerade.jobs import table as jobs
 from masquerade.keys import table as keys
 from masquerade.sources import find_model
 
-LEAST_BYTES = 2**24  # below so much free space nothing is started that writes
+LEAST_BYTES = 2**24  # of free space, without which no command that writes starts
 _SCHEMAS = {
     "registry.sqlite": database.SCHEMA,
     keys.FILE: keys.VERSION,
@@ -30,7 +26,7 @@ _SCHEMAS = {
 
 
 def find_store(root: Path | None, model: str) -> Path:
-    """The folder of a store, by default of the model's own one; it need not exist yet."""
+    """The folder of the store, by default the model's; it may not exist yet."""
     if root:
         return root
     files = find_model(model)
@@ -38,7 +34,7 @@ def find_store(root: Path | None, model: str) -> Path:
 
 
 def check_store(root: Path) -> None:
-    """Make the folder of a store and see that it can be used, before anything slow is done.
+    """Create the folder of a store if needed, and check that it is usable, before the model is loaded.
 
     Raises `UnusableStore`, or `StorageFull` where less than `LEAST_BYTES` are free.
     """
@@ -81,9 +77,9 @@ def open_store(
     require_signed: bool = False,
     accept_tensors: bool = False,
 ) -> tuple[Store, Registry]:
-    """The store of a folder, or the default one of a base; what it requires of signatures is as `Store` says.
+    """Open the store in `root`, by default the base's own; the requirements on signatures are those of `Store`.
 
-    A store that is new gets the demo's personas if the base is the demo model.
+    If the base is the demo model, a new store gets the demo's personas.
     """
     root = root or _default(base_name, base_fingerprint)
     new = not (root / "registry.sqlite").exists()

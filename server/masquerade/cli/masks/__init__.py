@@ -1,4 +1,4 @@
-"""`masquerade masks`. Only `certify` needs a model; nothing here imports torch before that runs."""
+"""`masquerade masks`: inspect, transfer and name masks. Only `certify` imports torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from masquerade.cli.masks import certificates, files, names, upkeep, views
 
-app = typer.Typer(help="Look at masks, move, name and keep them.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, transfer, name and maintain masks.", no_args_is_help=True)
 _COMMANDS: dict[str, Callable[..., None]] = {
     "ls": views.list_masks,
     "show": views.show_mask,

@@ -1,4 +1,4 @@
-"""Measuring a mask that exists: `certify`."""
+"""`masks certify`: measure an existing mask."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 def certify(
     persona: Persona,
-    data: Annotated[Path, typer.Option(help="Held-out JSONL of how the persona talks.")],
+    data: Annotated[Path, typer.Option(help="Held-out JSONL of the persona's answers.")],
     contrast: Annotated[
         Path | None,
         typer.Option(help="The opposite's answers to the same prompts; by default --data, if it has both sides."),
     ] = None,
     neutral: Annotated[
-        Path | None, typer.Option(help="JSONL that the persona should not change; by default the base writes it.")
+        Path | None, typer.Option(help="JSONL that the persona should not change; by default the base generates it.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the intervals.")] = 0,
     model: Model = "demo",
     store: StoreFolder = None,
     device: Device = "auto",
@@ -40,7 +40,7 @@ def certify(
     quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a persona's certificate anew, here, and keep it beside the mask, whose file stays as it is."""
+    """Measure a persona's certificate on this machine, and store it beside the unchanged mask file."""
     from masquerade.evaluate.dataset import holds_both_sides, read_examples
     from masquerade.evaluate.metrics import finish
     from masquerade.model import MaskManager, load
@@ -56,26 +56,26 @@ def certify(
     with follow_loading() as progress:
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     _, registry = open_store(store, base.name, base.fingerprint)
-    generation = registry.resolve(persona)
-    served, phase = _serve(registry, generation, base.fingerprint)
+    revision = registry.resolve(persona)
+    served, phase = _serve(registry, revision, base.fingerprint)
     manager = MaskManager.attach(base.model)
     opposite = _find_opposite(registry, served)
     certificate, measured_on = finish(measure(base, manager, served, phase, held, opposite, seed))
-    measurement = Measurement(generation.digest, certificate, served.gamma, phase, measured_on, now())
+    measurement = Measurement(revision.digest, certificate, served.gamma, phase, measured_on, now())
     registry.record(measurement)
     if as_json:
-        print(json.dumps(identify(generation) | asdict(measurement) | {"certificate_source": "measured"}))
+        print(json.dumps(identify(revision) | asdict(measurement) | {"certificate_source": "measured"}))
     else:
-        _print(generation, measurement)
+        _print(revision, measurement)
 
 
-def _serve(registry: Registry, generation: Revision, fingerprint: str) -> tuple[ServedMask, Phase]:
-    """A generation as requests get it that name neither gamma nor phase."""
+def _serve(registry: Registry, revision: Revision, fingerprint: str) -> tuple[ServedMask, Phase]:
+    """The mask of a revision with its default gamma, and its default phase."""
     from masquerade.pruning.measurement import ServedMask
 
-    mask = registry.store.open(generation.digest, base=fingerprint)
-    gamma, phase = generation.defaults(mask.info)
-    preferred = registry.describe(generation.name).gamma
+    mask = registry.store.open(revision.digest, base=fingerprint)
+    gamma, phase = revision.defaults(mask.info)
+    preferred = registry.describe(revision.name).gamma
     return ServedMask(mask, gamma if preferred is None else preferred), phase
 
 
@@ -90,13 +90,13 @@ def _find_opposite(registry: Registry, served: ServedMask) -> ServedMask | None:
         return None
 
 
-def _print(generation: Revision, measurement: Measurement) -> None:
+def _print(revision: Revision, measurement: Measurement) -> None:
     certificate = measurement.certificate
-    table = Table("", generation.name)
+    table = Table("", revision.name)
     for name in ("flip", "margin_shift", "own_ratio", "neutral_ratio", "kl", "pairs", "passed"):
         if name in certificate:
             interval = certificate["intervals"].get(name)
             table.add_row(name, f"{certificate[name]}" + (f" {interval}" if interval else ""))
     Console().print(table)
     for line in (*certificate["reasons"], *certificate["remarks"]):
-        print(f"{generation.name}: {line}")
+        print(f"{revision.name}: {line}")

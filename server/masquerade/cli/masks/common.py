@@ -1,4 +1,4 @@
-"""What the commands about masks share: which store, and how a result is printed."""
+"""What the commands for masks share: opening the registry and printing a result."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from maskstore import Mask, MaskReader, Registry, Revision
 from masquerade.cli.stores import open_store
 from masquerade.sources import find_model
 
-Persona = Annotated[str, typer.Argument(help="A persona, one of its aliases, or name@digest for an older generation.")]
+Persona = Annotated[str, typer.Argument(help="A persona, an alias, or name@digest for an older revision.")]
 Expected = Annotated[
-    str | None, typer.Option("--expect", help="Fail unless this digest is current now; `none`: the name must be new.")
+    str | None, typer.Option("--expect", help="Fail unless this digest is current; `none`: unless the name is new.")
 ]
 
 
 def open_registry(
     model: str, store: Path | None, *, require_signed: bool = False, accept_tensors: bool = False
 ) -> Registry:
-    """The registry of a store, by default of the model's own one."""
+    """The registry of a store, by default the model's."""
     files = find_model(model)
     return open_store(
         store, files.name, files.fingerprint(), require_signed=require_signed, accept_tensors=accept_tensors
@@ -32,7 +32,7 @@ def open_registry(
 
 
 def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:
-    """Print one JSON object, or what a person wants to read."""
+    """Print one JSON object, or a text or table."""
     if as_json:
         print(json.dumps(result))
     elif isinstance(text, str):
@@ -42,7 +42,7 @@ def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:
 
 
 def summarise(mask: Mask | MaskReader) -> dict[str, Any]:
-    """What a line about a mask says."""
+    """The main fields of a mask, as JSON."""
     return {
         "persona": mask.info.persona,
         "digest": mask.digest,
@@ -51,11 +51,11 @@ def summarise(mask: Mask | MaskReader) -> dict[str, Any]:
     }
 
 
-def identify(generation: Revision) -> dict[str, Any]:
-    """A generation as JSON."""
+def identify(revision: Revision) -> dict[str, Any]:
+    """A revision as JSON."""
     return {
-        "persona": generation.name,
-        "digest": generation.digest,
-        "generation": generation.number,
-        "created_at": generation.created_at,
+        "persona": revision.name,
+        "digest": revision.digest,
+        "generation": revision.number,
+        "created_at": revision.created_at,
     }

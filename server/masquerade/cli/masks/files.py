@@ -1,4 +1,4 @@
-"""Masks that come and go as files, and masks made of others: `export`, `import`, `compose`."""
+"""Masks as files, and masks composed of others: `export`, `import`, `compose`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from masquerade.sources import find_model
 
 def write_file(
     persona: Persona,
-    file: Annotated[Path, typer.Argument(help="Where to, such as NAME.safetensors.")],
+    file: Annotated[Path, typer.Argument(help="Path of the new file, such as NAME.safetensors.")],
     against: Annotated[
-        str | None, typer.Option(help="Write the difference to this persona instead, where that is smaller.")
+        str | None, typer.Option(help="Write the difference to this persona instead, if that is smaller.")
     ] = None,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a persona's mask as one file."""
+    """Write a persona's mask to a file."""
     registry = open_registry(model, store)
     parent = registry.resolve(against).digest if against else None
     done = export_mask(registry.store, registry.resolve(persona).digest, file, parent)
@@ -33,8 +33,8 @@ def write_file(
 
 
 def read_file(
-    file: Annotated[Path, typer.Argument(help="A mask, whole or a difference to one that is here.")],
-    name: Annotated[str | None, typer.Option(help="Publish as; by default the name that the file says.")] = None,
+    file: Annotated[Path, typer.Argument(help="A mask file, or a difference to a mask in the store.")],
+    name: Annotated[str | None, typer.Option(help="Name of the persona; by default the name in the file.")] = None,
     expect: Expected = None,
     require_signed: RequireSigned = False,
     accept_tensor_signatures: AcceptTensorSignatures = False,
@@ -42,32 +42,32 @@ def read_file(
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Verify a mask file in quarantine, keep it, and publish it."""
+    """Verify a mask file, add it to the store, and publish it."""
     registry = open_registry(model, store, require_signed=require_signed, accept_tensors=accept_tensor_signatures)
     mask = import_mask(registry.store, file, find_model(model).fingerprint())
-    generation = registry.publish(name or mask.info.persona, mask.digest, parse_expected(expect))
-    say(as_json, identify(generation), f"{generation.name}: generation {generation.number}, {generation.digest}")
+    revision = registry.publish(name or mask.info.persona, mask.digest, parse_expected(expect))
+    say(as_json, identify(revision), f"{revision.name}: generation {revision.number}, {revision.digest}")
 
 
 def compose_mask(
     words: Annotated[list[str], typer.Argument(metavar='NAME = "EXPRESSION"', help="Such as: quiet = 'a | b - c'")],
     expect: Expected = None,
-    force: Annotated[bool, typer.Option("--force", help="Publish even a mask that prunes nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Publish a mask even if it prunes nothing.")] = False,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a persona of others: | prunes what either prunes, & what both do, - what only the first does, ~ the rest."""
+    """Compose a persona of others: | is the union of what they prune, & intersection, - difference, ~ complement."""
     name, equals, expression = " ".join(words).partition("=")
     if not equals:
         raise InvalidMaskValue(f"{' '.join(words)!r:.80} is no NAME = EXPRESSION")
     registry = open_registry(model, store)
-    generation = compose_persona(registry, name.strip(), expression.strip(), parse_expected(expect), force)
-    say(as_json, identify(generation), f"{generation.name}: generation {generation.number}, {generation.digest}")
+    revision = compose_persona(registry, name.strip(), expression.strip(), parse_expected(expect), force)
+    say(as_json, identify(revision), f"{revision.name}: generation {revision.number}, {revision.digest}")
 
 
 def parse_expected(digest: str | None) -> str | Anything | None:
-    """The registry's idea of what must be current: anything, nothing, or a digest."""
+    """The value of --expect as the registry takes it: ANY, None (a new name), or a digest."""
     if digest is None:
         return ANY
     return None if digest == "none" else digest

@@ -1,4 +1,4 @@
-"""What personas are called and what is kept of them: `set`, `rename`, `alias`, `rollback`, `pin`, `rm`, `trim`."""
+"""Names, defaults and revisions of personas: `set`, `rename`, `alias`, `rollback`, `pin`, `unpin`, `rm`, `trim`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from masquerade.cli.options import AsJson, Model, StoreFolder
 
 def set_defaults(
     persona: Persona,
-    gamma: Annotated[float | None, typer.Option(help="Gamma of requests that name none.")] = None,
-    mask_gamma: Annotated[
-        bool, typer.Option("--mask-gamma", help="Leave the default gamma to the mask again.")
-    ] = False,
+    gamma: Annotated[float | None, typer.Option(help="Gamma of requests that do not set one.")] = None,
+    mask_gamma: Annotated[bool, typer.Option("--mask-gamma", help="Reset the default gamma to the mask's.")] = False,
     note: Annotated[str | None, typer.Option(help="Free text about the persona.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="Add a tag; may be repeated.")] = None,
-    untag: Annotated[list[str] | None, typer.Option(help="Take a tag away; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Add a tag; can be repeated.")] = None,
+    untag: Annotated[list[str] | None, typer.Option(help="Remove a tag; can be repeated.")] = None,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set a persona's default gamma, note and tags; what is not named stays."""
+    """Set a persona's default gamma, note and tags; options not given change nothing."""
     registry = open_registry(model, store)
     if mask_gamma or gamma is not None:
         registry.set_gamma(persona, None if mask_gamma else gamma)
@@ -40,13 +38,13 @@ def set_defaults(
 
 
 def rename(persona: str, new: str, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """Give a persona, with its history, aliases and tags, another name."""
-    generation = open_registry(model, store).rename(persona, new)
-    say(as_json, identify(generation), f"{persona} is now {new}")
+    """Rename a persona, with its history, aliases and tags."""
+    revision = open_registry(model, store).rename(persona, new)
+    say(as_json, identify(revision), f"{persona} is now {new}")
 
 
 def alias(alias: str, persona: str, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """Let another name mean a persona, whatever is current there."""
+    """Make an alias of a persona, which follows its current revision."""
     registry = open_registry(model, store)
     registry.alias(alias, persona)
     say(as_json, asdict(registry.describe(persona)), f"{alias} means {persona}")
@@ -54,31 +52,31 @@ def alias(alias: str, persona: str, model: Model = "demo", store: StoreFolder = 
 
 def roll_back(
     persona: Persona,
-    to: Annotated[str | None, typer.Option(help="Number or digest of a generation; by default the one before.")] = None,
+    to: Annotated[str | None, typer.Option(help="Number or digest of a revision; by default the previous one.")] = None,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an older generation current again."""
+    """Make an older revision current again."""
     target = int(to) if to and to.isdigit() and len(to) < 8 else to
-    generation = open_registry(model, store).rollback(persona, target)
-    say(as_json, identify(generation), f"{generation.name}: generation {generation.number} is current")
+    revision = open_registry(model, store).rollback(persona, target)
+    say(as_json, identify(revision), f"{revision.name}: generation {revision.number} is current")
 
 
 def pin(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """Keep a generation's mask, whatever happens to its name."""
+    """Exclude a revision's mask from `masks gc`, even if its name is removed."""
     registry = open_registry(model, store)
-    generation = registry.resolve(persona)
-    registry.pin(generation.digest)
-    say(as_json, identify(generation), f"{generation.digest[:8]} is pinned")
+    revision = registry.resolve(persona)
+    registry.pin(revision.digest)
+    say(as_json, identify(revision), f"{revision.digest[:8]} is pinned")
 
 
 def unpin(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """Let go of a pinned mask."""
+    """Undo `masks pin`."""
     registry = open_registry(model, store)
-    generation = registry.resolve(persona)
-    registry.unpin(generation.digest)
-    say(as_json, identify(generation), f"{generation.digest[:8]} is not pinned any more")
+    revision = registry.resolve(persona)
+    registry.unpin(revision.digest)
+    say(as_json, identify(revision), f"{revision.digest[:8]} is not pinned any more")
 
 
 def remove(
@@ -87,19 +85,19 @@ def remove(
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Forget a persona. Its masks stay until `masks gc`."""
+    """Remove a persona or an alias. Its masks stay until `masks gc`."""
     open_registry(model, store).remove(persona)
     say(as_json, {"removed": persona}, f"{persona} is forgotten; `masks gc` frees what nothing refers to")
 
 
 def trim(
     persona: Persona,
-    keep: Annotated[int, typer.Option(min=1, help="How many of the newest generations stay.")] = 10,
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest revisions to keep.")] = 10,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Forget a persona's old generations, never the current one."""
-    forgotten = open_registry(model, store).trim(persona, keep)
-    text = f"{persona}: {len(forgotten)} generations are forgotten; `masks gc` frees what nothing refers to"
-    say(as_json, {"forgotten": [identify(generation) for generation in forgotten]}, text)
+    """Remove a persona's old revisions from its history, never the current one."""
+    removed = open_registry(model, store).trim(persona, keep)
+    text = f"{persona}: {len(removed)} generations are forgotten; `masks gc` frees what nothing refers to"
+    say(as_json, {"forgotten": [identify(revision) for revision in removed]}, text)

@@ -1,4 +1,4 @@
-"""Keeping a store in order and knowing who made what: `gc`, `fsck`, `keygen`, `sign`, `trust`, `distrust`."""
+"""Maintenance of a store and signatures: `gc`, `fsck`, `keygen`, `sign`, `trust`, `distrust`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ KeyFile = Annotated[Path, typer.Option("--key", help="File of the private key.")
 
 
 def collect(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
-    grace: Annotated[float, typer.Option(help="Seconds in which a mask may still be about to get a name.")] = GRACE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed.")] = False,
+    grace: Annotated[float, typer.Option(help="Minimum age of a removed mask, in seconds.")] = GRACE,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
@@ -33,12 +33,14 @@ def collect(
 
 
 def check(
-    repair: Annotated[bool, typer.Option("--repair", help="Set damage aside and rebuild what can be rebuilt.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move damaged files aside and rebuild what can be rebuilt.")
+    ] = False,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Verify every mask and every reference of a store; exit status 1 if anything is wrong and was not repaired."""
+    """Verify every mask and every reference of a store; exit status 1 if damage remains unrepaired."""
     found = fsck(open_registry(model, store).store.root if store is None else store, repair=repair)
     table = Table("damage", "what", "message", "done about it")
     for finding in found.findings:
@@ -49,10 +51,10 @@ def check(
 
 
 def make_key(
-    file: Annotated[Path, typer.Argument(help="Where the private key goes; nobody else can read it.")],
+    file: Annotated[Path, typer.Argument(help="Path of the private key, created readable for its owner only.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make an ed25519 key to sign masks with, and print its public half."""
+    """Create an ed25519 key for signing masks, and print the public key."""
     private, public = signing.generate()
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as out:
@@ -63,28 +65,28 @@ def make_key(
 def sign_mask(
     persona: Persona, key: KeyFile, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False
 ) -> None:
-    """Sign a persona's mask: the base, what is pruned, and all that its file says about it."""
+    """Sign a persona's mask: base, tensors and metadata."""
     registry = open_registry(model, store)
-    generation = registry.resolve(persona)
-    registry.store.replace(signing.sign(registry.store.open(generation.digest), key.read_text().strip()))
-    say(as_json, identify(generation), f"{generation.digest[:8]} is signed")
+    revision = registry.resolve(persona)
+    registry.store.replace(signing.sign(registry.store.open(revision.digest), key.read_text().strip()))
+    say(as_json, identify(revision), f"{revision.digest[:8]} is signed")
 
 
 def trust(
-    label: Annotated[str, typer.Argument(help="What to call whose key it is.")],
+    label: Annotated[str, typer.Argument(help="Label of the key.")],
     public: Annotated[str, typer.Argument(help="The public key, 64 hex digits.")],
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trust a key: with --require-signed, only masks that a trusted key signed are served and imported."""
+    """Trust a key: with --require-signed, only masks signed by a trusted key are served and imported."""
     keys = open_registry(model, store).store.keys
     keys.trust(public, label)
     say(as_json, {"trusted": keys.trusted()}, f"{label} is trusted")
 
 
 def distrust(label: str, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """Do not trust a key any more."""
+    """Remove a trusted key."""
     keys = open_registry(model, store).store.keys
     keys.distrust(label)
     say(as_json, {"trusted": keys.trusted()}, f"{label} is not trusted any more")

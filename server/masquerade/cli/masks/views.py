@@ -1,4 +1,4 @@
-"""Looking at masks: `ls`, `show`, `verify`, `diff`."""
+"""Views of masks: `ls`, `show`, `verify`, `diff`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from masquerade.sources import find_model
 def list_masks(
     model: Model = "demo",
     store: StoreFolder = None,
-    tag: Annotated[str | None, typer.Option(help="Only personas that bear this tag.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Only personas with this tag.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the personas of a store."""
@@ -41,11 +41,11 @@ def list_masks(
 
 
 def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """Show all that is said about a persona's mask, and its history."""
+    """Show the metadata of a persona's mask, and its history."""
     registry = open_registry(model, store)
-    generation = registry.resolve(persona)
-    mask = registry.store.open(generation.digest)
-    known = registry.describe(generation.name)
+    revision = registry.resolve(persona)
+    mask = registry.store.open(revision.digest)
+    known = registry.describe(revision.name)
     certificate = registry.certificate(mask.digest, mask.info)
     info = asdict(mask.info) | {
         "certificate": dict(certificate.figures),
@@ -53,10 +53,10 @@ def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None
         "measurement": certificate.measurement and asdict(certificate.measurement),
     }
     details = (
-        _measure(mask, registry.store.keys.trusted()) | info | identify(generation) | {"made_at": info["created_at"]}
+        _measure(mask, registry.store.keys.trusted()) | info | identify(revision) | {"made_at": info["created_at"]}
     )
     details |= {"aliases": known.aliases, "tags": known.tags, "notes": known.notes, "default_gamma": known.gamma}
-    details["history"] = [identify(past) for past in registry.history(generation.name)]
+    details["history"] = [identify(past) for past in registry.history(revision.name)]
     if as_json:
         print(json.dumps(details))
     else:
@@ -64,17 +64,17 @@ def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None
 
 
 def verify_mask(
-    file: Annotated[Path, typer.Argument(help="A .safetensors mask.")],
-    model: Annotated[str | None, typer.Option(help="Also check that the mask is for this base.")] = None,
+    file: Annotated[Path, typer.Argument(help="A .safetensors mask file.")],
+    model: Annotated[str | None, typer.Option(help="Also check that the mask belongs to this base.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of a mask file, and that its signature fits; exit status 1 says what is wrong with it."""
+    """Verify a mask file and its signature; exit status 1 if it is damaged."""
     mask = read_mask(file, base=find_model(model).fingerprint() if model else None)
     signature = signing.examine(mask, {})
     if signature and signature.valid is False:
         raise SignatureError(f"the signature by {signature.key} does not fit", path=file)
     text = f"{file}: good; {mask.info.persona}, {mask.pruned} pruned in {len(mask.targets)} Linears, {mask.digest}"
-    say(as_json, _measure(mask), f"{text}; {_word(signature)}")
+    say(as_json, _measure(mask), f"{text}; {_describe_signature(signature)}")
 
 
 def compare_masks(
@@ -82,10 +82,10 @@ def compare_masks(
     b: Annotated[str, typer.Argument(help="Another one.")],
     model: Model = "demo",
     store: StoreFolder = None,
-    picture: Annotated[Path | None, typer.Option("--plot", help="Also draw a heat map, as a PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Also write a heat map as PNG.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two masks: Jaccard and differing share, in all, in attention and MLP, and for each layer."""
+    """Compare two masks: Jaccard index and differing share, in total, per part and per layer."""
     registry = open_registry(model, store)
     difference = diff(*(_find(registry, one) for one in (a, b)))
     if picture:
@@ -104,7 +104,7 @@ def _measure(mask: Mask, trusted: Mapping[str, str] = MappingProxyType({})) -> d
     return summarise(mask) | sizes | {"signature": signature and asdict(signature)}
 
 
-def _word(signature: signing.Signature | None) -> str:
+def _describe_signature(signature: signing.Signature | None) -> str:
     if signature is None:
         return "not signed"
     covers = {"everything": "tensors and metadata", "tensors": "tensors only"}[signature.covers]
