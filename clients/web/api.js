@@ -1,13 +1,13 @@
-// Talks to the server. Knows keys, errors and server-sent events; refuses to know what is shown.
+// Requests to the server: keys, errors and server-sent events.
 
-const KEY = "masquerade-key"; // in the tab's own storage, which ends with the tab
+const KEY = "masquerade-key"; // in sessionStorage, which ends with the tab
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
   set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
 };
 
-/** What the server refused, or the connection did not survive (`status` 0). */
+/** An error response, or a lost connection (`status` 0). */
 export class Failure extends Error {
   constructor(message, { status = 0, code = null, param = null } = {}) {
     super(message);
@@ -20,13 +20,13 @@ const lose = () => {
   throw new Failure(LOST);
 };
 
-/** The answer's JSON and entity tag, or a `Failure`. */
+/** Send a request; returns the response's JSON and entity tag, or throws a `Failure`. */
 export async function ask(method, path, body, headers = {}) {
   const response = await send(method, path, body, headers);
   return Object.assign(await read(response), { etag: response.headers.get("ETag") });
 }
 
-/** Keep what a path has as a file of this name. Not a link, because a link shows no key. */
+/** Download a path to a file of this name. A plain link could not send the key. */
 export async function download(path, name) {
   const response = await send("GET", path);
   const url = URL.createObjectURL(await response.blob().catch(lose));
@@ -34,7 +34,7 @@ export async function download(path, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
-/** The events of a stream, parsed, up to `[DONE]`. Ending early without it is a `Failure`, as is an error event. */
+/** Yield the parsed events of a stream up to `[DONE]`. An earlier end and an error event throw a `Failure`. */
 export async function* listen(method, path, body, signal) {
   const response = await send(method, path, body, {}, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -60,10 +60,10 @@ export async function* listen(method, path, body, signal) {
   }
 }
 
-/** Send a form with files, which may take long; `progress` gets the share that is sent. */
+/** Upload a form with files; `progress` gets the share that has been sent. */
 export function upload(path, form, progress) {
   return new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest(); // fetch does not tell how much is sent
+    const request = new XMLHttpRequest(); // fetch does not report upload progress
     const shown = key.get();
     request.open("POST", path);
     if (shown) request.setRequestHeader("Authorization", `Bearer ${shown}`);
@@ -97,7 +97,7 @@ async function read(response) {
   }
 }
 
-/** Raise what a refusal says. If it is about the key, another one is asked for, unless one was given meanwhile. */
+/** Throw the `Failure` of an error response. If the key is invalid, ask for another, unless it has changed meanwhile. */
 async function refuse(response, shown) {
   const { error } = await read(response);
   const failure = new Failure(error?.message ?? `The server said ${response.status}.`, { ...error, status: response.status });

@@ -1,4 +1,4 @@
-// Build a persona from dropped files, a system prompt or a character card, and watch it being built.
+// The build page: a persona from files, a system prompt or a character card, and the progress of its build.
 
 import { Failure, ask, listen, upload } from "./api.js";
 import { certificateOf } from "./certificate.js";
@@ -66,7 +66,7 @@ function form() {
     outcome, h("div", { class: "buttons" }, go));
 }
 
-/** A row of radio buttons; `changed` is told which one is chosen, at once and whenever that changes. */
+/** A row of radio buttons; `changed` is called with the selected one, at once and on every change. */
 function chooser(pairs, changed) {
   const chooser = { chosen: pairs[0][0] };
   const radio = ([value, text]) => h("label", {}, h("input", {
@@ -78,7 +78,7 @@ function chooser(pairs, changed) {
   return chooser;
 }
 
-/** Send what a build needs, then ask for it. */
+/** Upload the files of a build, then start it. */
 async function order(source, drops, fields, outcome) {
   const mask = { score: fields.score.value, rho: fields.rho.value === "auto" ? "auto" : Number(fields.rho.value), replace: fields.replace.checked };
   if (fields.opposite.value) mask.contrast_name = fields.opposite.value;
@@ -103,7 +103,7 @@ function need(drop, otherwise) {
   return drop.given;
 }
 
-/** Questions that were typed, as a file; or the file that was dropped. */
+/** The dropped file, or the typed questions as a file. */
 function asked(typed, drop) {
   const lines = typed.split("\n").map((line) => line.trim()).filter(Boolean);
   if (!lines.length) return need(drop, "Type some questions, or drop a file of them.");
@@ -121,7 +121,7 @@ async function send(file, outcome) {
   return sent;
 }
 
-/** A place for a file, which is looked at as it is dropped. `given` is the file, if it is good. */
+/** A drop zone for a file, which is checked when it is dropped. `given` is the file, if it is valid. */
 class Drop {
   constructor(label, hint, look = inspect, accept = ".jsonl,.json,.txt") {
     Object.assign(this, { file: null, given: null, look });
@@ -149,7 +149,7 @@ class Drop {
     this.found.replaceChildren();
     if (!file) return;
     const { lines, kinds, faults, more } = await this.look(file);
-    if (this.file !== file) return; // another one was dropped meanwhile
+    if (this.file !== file) return; // another file was dropped meanwhile
     const listed = [...kinds].map(([kind, count]) => `${count} × ${kind}`).join(", ");
     this.found.append(h("p", {}, `${file.name}, ${bytes(file.size)}: ${lines} ${lines === 1 ? "line" : "lines"}${listed ? ` (${listed})` : ""}`));
     if (!faults.length) this.given = file;
@@ -157,7 +157,7 @@ class Drop {
   }
 
   complain(faults, more) {
-    this.input.value = ""; // otherwise choosing the same file again, mended, would change nothing
+    this.input.value = ""; // otherwise selecting the same file again would fire no event
     const count = faults.length + more;
     const what = count === 1 ? "1 line is bad; mend or remove it" : `${count} lines are bad; mend or remove them`;
     this.found.append(h("p", { class: "error", role: "alert" }, `${what}, and drop the file again:`),
@@ -202,7 +202,7 @@ async function showJob(page, signal, id) {
   for (const made of job.personas ?? []) outcome.append(await introduce(made.persona));
 }
 
-/** A persona that was just made: try it, or read about it. It may be gone again, if the build is an old one. */
+/** Links to a new persona, with its certificate. If the build is old, the persona may have been removed. */
 async function introduce(name) {
   const persona = await ask("GET", `v1/personas/${encodeURIComponent(name)}`).catch((error) => error);
   if (persona instanceof Failure) return alarm(persona);
@@ -211,14 +211,14 @@ async function introduce(name) {
       h("a", { href: `#/personas/${encodeURIComponent(name)}` }, "Everything about it")), certificateOf(persona));
 }
 
-/** A bar for each stage of a build, with how far it is and how fast it goes. */
+/** A progress bar for each stage of a build, with its count and rate. */
 class Stages {
   constructor() {
     this.element = h("div", { class: "stages" });
     this.rows = new Map();
   }
 
-  /** `at` is when the server said so, in seconds: a page that is opened late is told everything at once. */
+  /** `at` is the event's time on the server, in seconds: a page opened late gets all events at once. */
   advance({ stage, step, total_steps: total }, at) {
     if (!this.rows.has(stage)) this.begin(stage, step, at);
     const row = this.rows.get(stage);
@@ -235,7 +235,7 @@ class Stages {
     this.element.append(h("div", {}, h("span", {}, stage), row.bar, row.told));
   }
 
-  /** All bars full; or, of what did not succeed, none that still moves. */
+  /** Fill all bars; after a failure, stop them. */
   end(succeeded) {
     for (const { bar } of this.rows.values()) {
       if (succeeded) fill(bar);

@@ -6,7 +6,7 @@ const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3
 const times = (value) => `× ${value.toFixed(3)}`;
 const share = (value) => percent(value, 0);
 
-/** The figures that count: name, how it is written, what it says, and what it means in full. */
+/** The main figures: name, format, label and explanation. */
 const FIGURES = [
   ["margin_shift", signed, "shift, nats a token", "How much likelier, a token, the persona's answers became than the opposite's."],
   ["flip", share, "of prompts flip", "The persona prefers its own answer, and the opposite (or the base) the other one."],
@@ -16,7 +16,7 @@ const FIGURES = [
 const APART = new Set([...FIGURES.map(([name]) => name), "preferred", "choice", "phases", "intervals", "passed", "forced",
   "verdict", "changed_answers", "reasons", "remarks", "pruned_share", "claimed"]);
 
-/** What is known about what a persona does, and who says so, the most telling first. */
+/** The certificate of a persona, with its source, main figures first. */
 export function certificateOf({ certificate, certificate_source: source, signature, built, generation, phase, gamma }) {
   const rest = Object.entries(certificate).filter(([name]) => !APART.has(name));
   return h("div", { class: "certificate" },
@@ -32,7 +32,7 @@ export function certificateOf({ certificate, certificate_source: source, signatu
     rest.length ? h("details", {}, h("summary", {}, "Everything else"), facts(rest.map(([name, value]) => [words(name), spell(value)]))) : null);
 }
 
-/** A certificate that came with the file: its figures are shown, and no verdict. */
+/** A certificate that came with the file: figures without a verdict. */
 function claim() {
   return h("div", { class: "notice" }, h("strong", {}, "Claimed, not measured here."),
     h("p", {}, "These figures are what the mask's maker says. "
@@ -86,7 +86,7 @@ function spokenPrompt({ calibration }) {
 
 const COLUMNS = [["flip", "flips", share], ["shift", "shift", signed], ["margin_shift", "shift", signed], ["neutral_ratio", "neutral", times], ["own_ratio", "own", times]];
 
-/** A table of measured rows, with the columns that any of them has. */
+/** A table of measurements, with the columns that occur in any row. */
 function measured(heads, rows) {
   const shown = COLUMNS.filter(([name]) => rows.some(([, row]) => typeof row[name] === "number"));
   const cell = (value, write) => h("td", { class: "number" }, typeof value === "number" ? write(value) : "–");

@@ -1,12 +1,12 @@
-// Chat with one persona, or with two to four side by side on the same prompt.
+// The chat page: one persona, or two to four side by side with the same prompts.
 
 import { Failure, ask, key, listen } from "./api.js";
 import { alarm, copier, field, h, labelled, select, short } from "./dom.js";
 import { certificateOf } from "./certificate.js";
 
-const MOST = 4;
+const MAX_COLUMNS = 4;
 const BASE = ""; // no persona
-const TOUCH = matchMedia("(hover: none)"); // where the focus brings up a keyboard that covers half the page
+const TOUCH = matchMedia("(hover: none)"); // where focus opens a keyboard on the screen
 
 export async function showChat(page, signal, wanted) {
   const [models, personas] = await Promise.all([ask("GET", "v1/models"), ask("GET", "v1/personas")]);
@@ -30,12 +30,12 @@ export async function showChat(page, signal, wanted) {
     update();
   }
   function update() {
-    more.disabled = columns.length === MOST;
+    more.disabled = columns.length === MAX_COLUMNS;
     for (const column of columns) column.closer.hidden = columns.length === 1;
     if (columns.length) table.style.setProperty("--count", columns.length);
   }
 
-  /** Have columns answer; Send and Stop follow what is under way. */
+  /** Let columns answer; Send and Stop are enabled accordingly. */
   async function answer(asked, text) {
     asking += asked.length;
     show();
@@ -75,7 +75,7 @@ export async function showChat(page, signal, wanted) {
   signal.addEventListener("abort", () => columns.forEach((one) => one.stop()));
 
   const names = (wanted ?? "").split(",").filter((name) => personas.data.some((one) => one.id === name));
-  for (const name of names.length ? names.slice(0, MOST) : [personas.data[0]?.id ?? BASE]) add(name);
+  for (const name of names.length ? names.slice(0, MAX_COLUMNS) : [personas.data[0]?.id ?? BASE]) add(name);
   page.classList.add("chat");
   page.append(h("h2", { class: "hidden" }, "Chat"), personas.data.length ? "" : nobody(), table, form);
   if (!TOUCH.matches) prompt.focus();
@@ -83,7 +83,7 @@ export async function showChat(page, signal, wanted) {
 
 const nobody = () => h("p", { class: "notice" }, "This server has no personas yet, only its base. ", h("a", { href: "#/build" }, "Build one"), ".");
 
-/** The first persona that no column wears yet; then the base. */
+/** The first persona that no column shows, else the base. */
 function next(personas, columns) {
   return personas.find((one) => columns.every((column) => column.persona.value !== one.id))?.id ?? BASE;
 }
@@ -111,14 +111,14 @@ function settings() {
   };
 }
 
-/** One conversation: a persona, a strength, and what was said. */
+/** One conversation: a persona, its gamma, and the messages. */
 class Column {
   constructor(base, personas, name, options, change) {
     Object.assign(this, { base, options, change, history: [], answering: null });
     const pairs = [[BASE, "no persona"], ...personas.map((one) => [one.id, one.id])];
     const defaults = new Map(personas.map((one) => [one.id, one.gamma]));
-    this.persona = select(pairs, name, { onchange: () => this.dress(defaults) });
-    this.gamma = h("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: () => this.tell() });
+    this.persona = select(pairs, name, { onchange: () => this.reset(defaults) });
+    this.gamma = h("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: () => this.showGamma() });
     this.shown = h("output", {});
     this.log = h("div", { class: "log", "data-empty": "Nothing has been said yet.", role: "log", "aria-label": "Conversation", tabindex: 0 });
     this.stats = h("p", { class: "stats" });
@@ -129,10 +129,10 @@ class Column {
       h("div", { class: "head" }, field("Persona", this.persona), this.closer),
       this.strength(),
       this.log, this.stats, this.certificate, this.code);
-    this.dress(defaults);
+    this.reset(defaults);
   }
 
-  /** The slider, between what its ends mean; what it is set to counts from the next answer. */
+  /** The slider of gamma, with labels at its ends; it applies from the next answer on. */
   strength() {
     this.gamma.id = `gamma-${++serial}`;
     this.gamma.setAttribute("aria-describedby", `${this.gamma.id}-hint`);
@@ -142,17 +142,17 @@ class Column {
       h("span", { class: "hidden", id: `${this.gamma.id}-hint` }, "0 is the whole persona, 1 the base; counts from the next answer."));
   }
 
-  dress(defaults) {
+  reset(defaults) {
     const name = this.persona.value;
     this.gamma.disabled = name === BASE;
     this.gamma.value = defaults.get(name) ?? 0;
     this.certificate.hidden = name === BASE;
     this.certificate.open = this.code.open = false;
     this.element.setAttribute("aria-label", name || "no persona");
-    this.tell();
+    this.showGamma();
   }
 
-  tell() {
+  showGamma() {
     this.shown.textContent = this.persona.value === BASE ? "" : Number(this.gamma.value).toFixed(2);
     if (this.code.open) this.quote();
   }
@@ -165,7 +165,7 @@ class Column {
 
   async say(text) {
     const kept = this.history.length;
-    for (const past of this.log.querySelectorAll(".notice button")) past.remove(); // only the last question can be asked again
+    for (const past of this.log.querySelectorAll(".notice button")) past.remove(); // only the last question can be repeated
     this.history.push({ role: "user", content: text });
     const question = h("p", { class: "question" }, text);
     const answer = h("p", { class: "answer", "aria-busy": "true" });
@@ -195,12 +195,12 @@ class Column {
     answer.removeAttribute("aria-busy");
     if (this.history.length <= kept) return; // cleared meanwhile
     if (answer.textContent) this.history.push({ role: "assistant", content: answer.textContent });
-    else this.history.length = kept; // as if it had not been asked
+    else this.history.length = kept; // remove the failed question
     this.report(started, first, last, usage, generation);
     if (this.code.open) this.quote();
   }
 
-  /** What went wrong, and a button that asks again as if it had not been asked. */
+  /** An error message, with a button that repeats the question. */
   failed(error, text, kept, said) {
     const again = h("button", {
       type: "button",
@@ -275,5 +275,5 @@ function asPython({ persona, gamma, ...body }) {
     `answer = client.chat.completions.create(\n${fields}${extra})\nprint(answer.choices[0].message.content)\n`;
 }
 
-/** JSON of what a body holds (texts, numbers, lists, objects) is Python too. */
+/** A Python literal; strings, numbers, lists and objects are written as in JSON. */
 const literal = (value) => JSON.stringify(value);

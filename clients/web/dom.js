@@ -1,6 +1,6 @@
-// Makes elements. Text only ever becomes text nodes: nothing that a server or a file says is parsed as HTML.
+// Creation of DOM elements. Text becomes text nodes only: no text of a server or a file is parsed as HTML.
 
-/** An element; `on…` properties are listeners, the others are attributes (true: present, false or null: absent). */
+/** An element. `on…` properties are listeners, the others attributes (true: present, false or null: absent). */
 export function h(tag, props = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
@@ -14,7 +14,7 @@ export function h(tag, props = {}, ...children) {
 
 let serial = 0;
 
-/** A label and its control, tied together. */
+/** A control with its label and an optional hint. */
 export function field(label, control, hint = null) {
   control.id ||= `field-${++serial}`;
   const note = hint && h("small", { id: `${control.id}-hint` }, hint);
@@ -22,13 +22,13 @@ export function field(label, control, hint = null) {
   return h("div", { class: "field" }, h("label", { for: control.id }, label), control, note);
 }
 
-/** A label for those who do not see that it needs none, and its control. */
+/** A control with a label for screen readers only. */
 export function labelled(label, control) {
   control.id ||= `field-${++serial}`;
   return h("div", {}, h("label", { for: control.id, class: "hidden" }, label), control);
 }
 
-/** A box and its label beside it. */
+/** A checkbox with its label. */
 export function check(label, control, hint) {
   const whole = field(label, control, hint);
   whole.classList.add("check");
@@ -41,7 +41,7 @@ export function select(pairs, chosen, props = {}) {
   return h("select", props, options);
 }
 
-/** A message that assistive technology reads out at once. */
+/** A message that screen readers announce at once. */
 export function alarm(error) {
   return h("p", { class: "error", role: "alert" }, error.message ?? String(error));
 }
@@ -52,7 +52,7 @@ export function facts(rows) {
   return h("table", { class: "facts" }, h("tbody", {}, body));
 }
 
-/** A button that copies what `text()` returns, and says so. */
+/** A button that copies the result of `text()`, and confirms it. */
 export function copier(label, text) {
   const button = h("button", {
     type: "button",

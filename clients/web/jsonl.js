@@ -1,5 +1,5 @@
-// Looks at a file before it is sent: how many lines, of which kinds, and the first lines that are bad.
-// The server checks again, and in full; this only saves the way there.
+// Checks of a file before its upload: number and kinds of lines, and the first invalid lines.
+// The server repeats them in full.
 
 const REPORTED = 20;
 const KINDS = {
@@ -15,13 +15,13 @@ const KINDS = {
 /** `{lines, kinds: Map(name -> count), faults: [[line number, what is wrong]], more}` of a file of examples. */
 export const inspect = (file) => look(file, judge);
 
-/** The same of a file of questions, whose answers, if it has any, do not matter. */
+/** The same for a file of questions, whose answers are ignored. */
 export const inspectQuestions = (file) => look(file, judgeQuestion);
 
-/** The same of a character card, as far as it can be told here; its only line is number 1. */
+/** The same for a character card, as far as it can be checked here; its only line is number 1. */
 export async function inspectCard(file) {
   const found = { lines: 1, kinds: new Map(), faults: [], more: 0 };
-  if (file.type === "image/png") return found; // the server looks into the picture
+  if (file.type === "image/png") return found; // the server reads the PNG's text
   try {
     const card = JSON.parse(await file.text());
     const { name } = card.data ?? card;

@@ -1,4 +1,4 @@
-// The shell: which page is shown, whether the server is there, and the key.
+// The frame of the pages: routing, the server's status, and the key.
 
 import { key } from "./api.js";
 import { showBuild } from "./build.js";
@@ -12,11 +12,11 @@ const ROUTES = [
   [/^#\/personas\/(.+)$/, "Persona", showPersona],
   [/^#\/build(?:\/(.+))?$/, "Build", showBuild],
 ];
-const CALM = 5000; // milliseconds between looks at the server
+const CALM = 5000; // milliseconds between checks of the server
 const WORRIED = 1000;
 
 const view = document.getElementById("view");
-let leaving = new AbortController(); // aborted when the page that is shown is left
+let leaving = new AbortController(); // aborted when the user leaves the page
 
 async function show(moved = false) {
   leaving.abort();
@@ -31,7 +31,7 @@ async function show(moved = false) {
   }
   const page = h("div", { class: "page" });
   view.replaceChildren(page);
-  if (moved) view.focus({ preventScroll: true }); // a screen reader goes on from here; a page may know a better place
+  if (moved) view.focus({ preventScroll: true }); // for screen readers; a page may move the focus on
   try {
     await render(page, signal, subject && decodeURIComponent(subject));
   } catch (error) {
@@ -60,7 +60,7 @@ async function watch() {
 const dialog = document.getElementById("ask-key");
 
 function askKey(why) {
-  if (dialog.open) return; // of several requests that were refused, one asks; what is being typed stays
+  if (dialog.open) return; // of several failed requests, only one opens the dialog
   document.getElementById("ask-key-why").textContent = why;
   document.getElementById("key-value").value = key.get();
   dialog.showModal();
@@ -69,13 +69,13 @@ function askKey(why) {
 dialog.addEventListener("close", () => {
   if (dialog.returnValue !== "use") return;
   key.set(document.getElementById("key-value").value.trim());
-  if (!view.querySelector(".question")) show(); // a conversation goes on; "Ask again" is there
+  if (!view.querySelector(".question")) show(); // a conversation stays, with its button "Ask again"
 });
 document.getElementById("key").addEventListener("click", () => askKey(""));
 document.addEventListener("key-wanted", (event) => askKey(event.detail));
 document.addEventListener("server-back", () => view.querySelector(".error") && !view.querySelector("[data-kept]") && show());
 document.getElementById("skip").addEventListener("click", () => view.focus());
 addEventListener("hashchange", show);
-for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault()); // beside its place, a file is not opened
+for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault()); // a file dropped elsewhere is not opened
 show();
 watch();

@@ -1,4 +1,4 @@
-// The personas: a list; and for one of them its certificate, what it prunes, how it differs from another, its history.
+// The pages of personas: the list, and one persona's certificate, pruning, differences and history.
 
 import { ask, download } from "./api.js";
 import { certificateOf } from "./certificate.js";
@@ -50,7 +50,7 @@ export async function showPersona(page, signal, name) {
 const path = (name) => `v1/personas/${encodeURIComponent(name)}`;
 const diff = (one, other) => ask("GET", `${path(one)}/diff/${encodeURIComponent(other)}`);
 
-/** What its keepers say of it, if they say anything. */
+/** The persona's notes, if any. */
 function about({ notes, tags, aliases }) {
   const said = [notes, aliases.length && `Also called ${aliases.join(", ")}.`, tags.length && `Tags: ${tags.join(", ")}.`].filter(Boolean);
   return said.length ? h("p", { class: "note" }, said.join(" ")) : "";
@@ -60,7 +60,7 @@ function card(title, ...content) {
   return h("section", { class: "card" }, h("h3", {}, title), ...content);
 }
 
-/** A place for what is still being asked for; what fails is told there. */
+/** A placeholder for content that is being loaded, or for its error. */
 function later(make) {
   const place = h("div", { "aria-live": "polite", "aria-busy": "true" }, h("p", { class: "note" }, "Reading…"));
   make().catch(alarm).then((content) => {
@@ -70,7 +70,7 @@ function later(make) {
   return place;
 }
 
-/** Layers down, Linears across, each as dark as its share. The shares are also read out, and shown on hovering. */
+/** A heat map: a row per layer, a column per Linear. The shares are also text for screen readers and tooltips. */
 function heatMap(diff, share, verb) {
   const cells = Object.entries(diff.modules).map(([name, part]) => [...place(name), share(part)]);
   const most = Math.max(...cells.map(([, , value]) => value), Number.MIN_VALUE);
@@ -118,7 +118,7 @@ function history(name, persona, asked) {
       type: "button",
       onclick: () => asked(async () => {
         await ask("POST", `${path(name)}/rollback`, { to: past.number }, { "If-Match": persona.etag });
-        dispatchEvent(new HashChangeEvent("hashchange")); // the page again, as it is now
+        dispatchEvent(new HashChangeEvent("hashchange")); // reload the page
       }),
     }, `Go back to no. ${past.number}`));
   return h("ul", { class: "history" }, persona.history.map(row));

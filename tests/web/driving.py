@@ -1,4 +1,4 @@
-"""How a user gets about in the playground. Knows its words; refuses to know what is expected of it."""
+"""The steps of a user in the playground."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 def launch(playwright: Playwright) -> Browser | None:
-    """Debian's Chromium, or whatever is like it; None where there is none."""
+    """Chromium or Chrome of the system; None if there is none."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         return None
@@ -44,13 +44,13 @@ def done(page: Page, number: int = 0) -> Locator:
     return stats
 
 
-def place(page: Page, label: str) -> Locator:
-    """Where a file is dropped."""
+def drop_zone(page: Page, label: str) -> Locator:
+    """The drop zone with this label."""
     return page.locator(".drop").filter(has_text=label)
 
 
 def choose(page: Page, label: str, path: Path) -> None:
-    place(page, label).locator("input").set_input_files(path)
+    drop_zone(page, label).locator("input").set_input_files(path)
 
 
 def fill_recipe(page: Page, name: str, folder: Path) -> None:
@@ -77,11 +77,11 @@ def fill_form(page: Page, server: Server, name: str, folder: Path, examples: int
     expect(page.locator(".found p")).to_have_count(3)
 
 
-def order(page: Page) -> None:
+def submit(page: Page) -> None:
     page.get_by_role("button", name="Build").click()
 
 
 def start_build(page: Page, server: Server, name: str, folder: Path) -> None:
     fill_form(page, server, name, folder)
-    order(page)
+    submit(page)
     expect(page.get_by_role("heading", name="Build", exact=True)).to_be_visible()

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from masquerade import demo
 from tests.serving import Server, serve
-from tests.web.driving import PATIENCE, column, done, fill_form, launch, order, say, visit
+from tests.web.driving import PATIENCE, column, done, fill_form, launch, say, submit, visit
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -83,7 +83,7 @@ def prepare(browser: Browser, server: Server) -> None:
         fill_form(page, server, "courteous", Path(folder), examples=200)
         page.get_by_label("Score").select_option("auto")
         page.get_by_label("Rho").fill("auto")
-        order(page)
+        submit(page)
         expect(page.get_by_role("link", name="Try it now")).to_be_visible(timeout=600_000)
     page.close()
 

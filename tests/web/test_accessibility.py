@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.serving import Server
-from tests.web.driving import PATIENCE, column, done, fill_form, order, visit
+from tests.web.driving import PATIENCE, column, done, fill_form, submit, visit
 
 PAGES = {
     "#/chat": ".column",
@@ -26,7 +26,7 @@ def job(browser: Browser, server: Server, tmp_path_factory: pytest.TempPathFacto
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
     fill_form(page, server, "seen", tmp_path_factory.mktemp("data"))
-    order(page)
+    submit(page)
     expect(page.get_by_role("link", name="Try it now")).to_be_visible()
     where = page.url.partition("#")[2]
     page.close()

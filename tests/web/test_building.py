@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 
 from masquerade import demo
 from tests.serving import Server
-from tests.web.driving import choose, column, done, fill_form, fill_recipe, order, place, say, start_build, visit
+from tests.web.driving import choose, column, done, drop_zone, fill_form, fill_recipe, say, start_build, submit, visit
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 QUESTIONS = [
@@ -40,7 +40,7 @@ def test_a_file_is_dropped_on_its_place(page: Page, server: Server) -> None:
         return files;
     }"""
     files = page.evaluate_handle(make)
-    target = place(page, "Answers in character")
+    target = drop_zone(page, "Answers in character")
     target.dispatch_event("dragover", {"dataTransfer": files})
     expect(target).to_have_class("drop over")
     target.dispatch_event("drop", {"dataTransfer": files})
@@ -55,19 +55,19 @@ def test_a_file_is_checked_as_it_is_dropped(page: Page, server: Server, tmp_path
     visit(page, server, "#/build")
     choose(page, "Answers in character", bad)
     expect(page.get_by_role("alert")).to_contain_text("3 lines are bad")
-    expect(place(page, "Answers in character")).to_contain_text("line 2: `completion` must be text")
+    expect(drop_zone(page, "Answers in character")).to_contain_text("line 2: `completion` must be text")
     page.get_by_label("Name", exact=True).fill("never")
-    order(page)
+    submit(page)
     expect(page.get_by_text("bad.jsonl is not good yet")).to_be_visible()
     bad.write_bytes(b'{"text": "\xff"}\n')
     choose(page, "Answers in character", bad)
-    expect(place(page, "Answers in character")).to_contain_text("line 1: not UTF-8 text")
+    expect(drop_zone(page, "Answers in character")).to_contain_text("line 1: not UTF-8 text")
     expect(page).to_have_title("Build · Masquerade")
 
 
 def test_a_refused_build_says_why(page: Page, server: Server, tmp_path: Path) -> None:
     fill_form(page, server, "formal", tmp_path)
-    order(page)
+    submit(page)
     expect(page.get_by_role("alert")).to_contain_text("there is a persona 'formal'")
 
 
@@ -90,10 +90,10 @@ def test_a_system_prompt_becomes_a_persona(page: Page, server: Server, tmp_path:
     expect(page.get_by_label("Answers in character")).to_be_hidden()
     page.get_by_label("System prompt", exact=True).fill("You are casual.")
     fill_recipe(page, "easygoing", tmp_path)
-    order(page)
+    submit(page)
     expect(page.get_by_role("alert")).to_have_text("Type some questions, or drop a file of them.")
     page.get_by_label("Questions", exact=True).fill("\n".join(QUESTIONS))
-    order(page)
+    submit(page)
     page.get_by_role("link", name="Everything about it").click()
     expect(page.get_by_role("row", name="System prompt")).to_contain_text("You are casual.")
 
@@ -106,14 +106,14 @@ def test_a_character_card_is_sent_with_its_questions(page: Page, server: Server,
     visit(page, server, "#/build")
     page.get_by_label("A character card").check()
     choose(page, "Character card", card)
-    expect(place(page, "Character card")).to_contain_text("it has no `name`")
+    expect(drop_zone(page, "Character card")).to_contain_text("it has no `name`")
     card.write_text(json.dumps({"spec": "chara_card_v2", "data": {"name": "Mira", "description": "You are casual."}}))
     choose(page, "Character card", card)
-    expect(place(page, "Character card")).to_contain_text("card of Mira")
+    expect(drop_zone(page, "Character card")).to_contain_text("card of Mira")
     choose(page, "Or a file of questions", questions)
-    expect(place(page, "Or a file of questions")).to_contain_text("40 × question")  # noqa: RUF001
+    expect(drop_zone(page, "Or a file of questions")).to_contain_text("40 × question")  # noqa: RUF001
     fill_recipe(page, "mira", tmp_path)
-    order(page)
+    submit(page)
     expect(page.get_by_role("heading", name="Build", exact=True)).to_be_visible()
     job = httpx.get(f"{server.base_url}/v1/fine_tuning/jobs/{page.url.rpartition('/')[2]}").json()
     for sent, file_id in ((card, job["method"]["mask"]["card_file"]), (questions, job["training_file"])):

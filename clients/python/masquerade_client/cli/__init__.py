@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run `masq`, or say what it lacks."""
+    """Run `masq`, or name the extra that is missing."""
     try:
         from masquerade_client.cli.app import run
     except ModuleNotFoundError as error:

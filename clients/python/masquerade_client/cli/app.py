@@ -33,16 +33,16 @@ def show_version(as_json: AsJson = False) -> None:
 
 
 def run() -> None:
-    """Run the command; every failure that is foreseen is one line on stderr."""
+    """Run the command; an expected failure is one line on stderr."""
     try:
         app()
     except BadRequest as error:
         _fail(error, 2)
     except ConnectionFailed as error:
-        _fail(f"{error}: is the server running, and is this where it is (--url, MASQUERADE_URL)?", 1)
+        _fail(f"{error}: is the server running at this address (--url, MASQUERADE_URL)?", 1)
     except MasqueradeError as error:
         _fail(error, 1)
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:  # the reader of a pipe closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`masq build`: send examples, watch the build, show the certificate."""
+"""`masq build`: upload examples, follow the build, print the certificate."""
 
 from __future__ import annotations
 
@@ -26,29 +26,33 @@ from masquerade_client import Build, BuildEvent, BuildOptions, Client
 from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, connect
 from masquerade_client.cli.personas import certificate
 
-Jsonl = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Examples, one JSON object a line.")]
+Jsonl = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Examples, one JSON object per line.")]
 
 
 def build(
     data: Jsonl,
     name: Annotated[str, typer.Option(help="Name of the persona.")],
-    contrast: Annotated[Path | None, typer.Option(exists=True, help="How the opposite talks.")] = None,
-    contrast_name: Annotated[str | None, typer.Option(help="Publish the opposite too, under this name.")] = None,
-    neutral: Annotated[Path | None, typer.Option(exists=True, help="What it should go on knowing.")] = None,
+    contrast: Annotated[Path | None, typer.Option(exists=True, help="Examples of the opposite.")] = None,
+    contrast_name: Annotated[str | None, typer.Option(help="Also publish the opposite, under this name.")] = None,
+    neutral: Annotated[
+        Path | None, typer.Option(exists=True, help="Examples that the persona should not change.")
+    ] = None,
     validation: Annotated[Path | None, typer.Option(exists=True, help="Held-out examples.")] = None,
     system_prompt: Annotated[
         str | None, typer.Option(help="The base answers the questions in DATA under this prompt.")
     ] = None,
-    contrast_prompt: Annotated[str | None, typer.Option(help="And for contrast under this one.")] = None,
-    card: Annotated[Path | None, typer.Option(exists=True, help="A character card in place of a prompt.")] = None,
-    score: Annotated[str | None, typer.Option(help="How weights are scored; the server's default compares.")] = None,
+    contrast_prompt: Annotated[str | None, typer.Option(help="System prompt of the contrast.")] = None,
+    card: Annotated[Path | None, typer.Option(exists=True, help="A character card instead of a system prompt.")] = None,
+    score: Annotated[
+        str | None, typer.Option(help="How weights are ranked; by default the server compares scores.")
+    ] = None,
     rho: Annotated[str | None, typer.Option(help="Share of weights to prune, or `auto`.")] = None,
     phase: Annotated[str | None, typer.Option(help="`all` or `decode`.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Use at most so many examples.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Publish even what does nothing or ruins the model.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Make a new generation of a persona.")] = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay until the build has ended.")] = True,
+    samples: Annotated[int | None, typer.Option(help="Maximum number of examples.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Publish a mask that fails the checks.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Make a new generation of an existing persona.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the build ends.")] = True,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,
@@ -73,24 +77,24 @@ def build(
     options = cast(BuildOptions, {option: value for option, value in given.items() if value is not None})
     with connect(url, key) as client, _bars() as bars:
         upload = bars.add_task("upload", total=data.stat().st_size)
-        begun = client.builds.create(
+        build = client.builds.create(
             name, data, sent=lambda done, size: bars.update(upload, completed=done, total=size), **options
         )
-        now = _follow(client, begun, bars) if wait else begun
-        made = [client.personas.get(one.persona) for one in now.made]
+        build = _follow(client, build, bars) if wait else build
+        made = [client.personas.get(one.persona) for one in build.made]
     if as_json:
-        print(json.dumps(asdict(now)))
+        print(json.dumps(asdict(build)))
     elif not wait:
-        print(now.id)
+        print(build.id)
     for persona in () if as_json else made:
         Console().print(certificate(persona))
 
 
 def _follow(client: Client, build: Build, bars: Progress) -> Build:
-    """One bar a stage, until the end; interrupted, the build is cancelled."""
+    """Show a bar for each stage until the build ends. Ctrl-C cancels the build."""
     stages: dict[str, TaskID] = {}
 
-    def tell(event: BuildEvent) -> None:
+    def show(event: BuildEvent) -> None:
         if event.stage is None:
             bars.console.print(event.message, markup=False, highlight=False)
             return
@@ -99,7 +103,7 @@ def _follow(client: Client, build: Build, bars: Progress) -> Build:
         bars.update(stages[event.stage], completed=event.done, total=event.total)
 
     try:
-        ended = client.builds.wait(build.id, tell)
+        ended = client.builds.wait(build.id, show)
     except KeyboardInterrupt:
         client.builds.cancel(build.id)
         bars.console.print(f"the build of {build.persona!r} was cancelled", markup=False, highlight=False)
@@ -110,10 +114,10 @@ def _follow(client: Client, build: Build, bars: Progress) -> Build:
 
 
 class Rate(ProgressColumn):
-    """Items a second."""
+    """Items per second."""
 
     def render(self, task: Task) -> Text:
-        """As text; nothing while it is not known."""
+        """The rate as text, empty while it is unknown."""
         return Text(f"{task.speed:,.1f}/s" if task.speed else "", style="dim")
 
 

@@ -1,7 +1,4 @@
-"""`masq chat`: one answer, or a conversation.
-
-Knows the terminal: lines, commands that begin with a slash, history. Refuses to know how answers come about.
-"""
+"""`masq chat`: one answer, or a conversation with slash commands and a history."""
 
 from __future__ import annotations
 
@@ -34,21 +31,21 @@ from masquerade_client.cli.options import (
 )
 
 HELP = """\
-/persona NAME    wear another persona; without a name, none
-/gamma X         0 wears it fully, 1 is the base; without a number, the persona's own
-/compare A B     ask the last question of two to four personas side by side
+/persona NAME    use another persona; without a name, the base
+/gamma X         0 applies the full mask, 1 is the base; without a number, the persona's default
+/compare A B     answer the last question with two to four personas side by side
 /retry           answer the last question again
-/clear           begin anew
+/clear           start a new conversation
 /help  /quit
-A line that ends with a backslash goes on in the next one; Ctrl-C breaks an answer off, Ctrl-D leaves."""
+A backslash at the end of a line continues it; Ctrl-C interrupts an answer, Ctrl-D quits."""
 
 
 def chat(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to say; without it, a conversation, or what is piped in.")
+        str | None, typer.Argument(help="The question; without it, a conversation, or stdin if it is piped.")
     ] = None,
     persona: Annotated[
-        str | None, typer.Option("-p", "--persona", help="Persona to wear.", autocompletion=complete_persona)
+        str | None, typer.Option("-p", "--persona", help="Persona that answers.", autocompletion=complete_persona)
     ] = None,
     gamma: Gamma = None,
     system: System = None,
@@ -62,20 +59,22 @@ def chat(
     """Chat with a persona."""
     options: ChatOptions = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
     with connect(url, key) as client:
-        talk = Conversation(client, options, persona, gamma, [{"role": "system", "content": system}] if system else [])
+        conversation = Conversation(
+            client, options, persona, gamma, [{"role": "system", "content": system}] if system else []
+        )
         if prompt is None and sys.stdin.isatty() and not as_json:
-            return _converse(talk)
+            return _run_conversation(conversation)
         asked = sys.stdin.read() if prompt is None else prompt
         if as_json:
-            print(json.dumps(asdict(client.chat(talk.with_question(asked), **talk.options))))
+            print(json.dumps(asdict(client.chat(conversation.with_question(asked), **conversation.options))))
         else:
-            talk.say(asked)
+            conversation.ask(asked)
     return None
 
 
 @dataclass
 class Conversation:
-    """What was said so far, and how the next answer is to be given."""
+    """The messages so far, and the options of the next answer."""
 
     client: Client
     sampling: ChatOptions
@@ -90,11 +89,11 @@ class Conversation:
         return {**self.sampling, "persona": self.persona, "gamma": self.gamma if self.persona else None}
 
     def with_question(self, text: str) -> list[dict[str, str]]:
-        """The messages that ask a question."""
+        """The messages so far, with a question."""
         return [*self.messages, {"role": "user", "content": text}]
 
-    def say(self, text: str) -> None:
-        """Ask, print the answer as it comes, remember both. Ctrl-C keeps what has come."""
+    def ask(self, text: str) -> None:
+        """Send a question, print the answer as it arrives, and keep both. Ctrl-C ends the answer early."""
         self.asked = text
         shown = plain if sys.stdout.isatty() else str
         messages = self.with_question(text)
@@ -109,31 +108,31 @@ class Conversation:
         """Answer the last question again."""
         if self.asked is not None:
             self.messages = self.messages[:-2]
-            self.say(self.asked)
+            self.ask(self.asked)
 
     def clear(self) -> None:
-        """Forget what was said, but not the system prompt."""
+        """Remove all messages except the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.asked = None
 
 
-def _converse(talk: Conversation) -> None:
-    print("/help says what else there is.", file=sys.stderr)
-    with _remembering():
-        for text in _lines(talk):
+def _run_conversation(conversation: Conversation) -> None:
+    print("/help lists the commands.", file=sys.stderr)
+    with _line_history():
+        for text in _lines(conversation):
             try:
-                _obey(talk, text) if text.startswith("/") else talk.say(text)
+                _run_command(conversation, text) if text.startswith("/") else conversation.ask(text)
             except (MasqueradeError, ValueError) as error:
                 print(f"masq: {error}", file=sys.stderr)
 
 
-def _lines(talk: Conversation) -> Iterator[str]:
-    """What is typed, until the end of it."""
+def _lines(conversation: Conversation) -> Iterator[str]:
+    """The lines that the user types, until the end of input or /quit."""
     while True:
         parts: list[str] = []
         try:
             while not parts or parts[-1].endswith("\\"):
-                parts.append(input("… " if parts else f"{talk.persona or 'base'}> "))
+                parts.append(input("… " if parts else f"{conversation.persona or 'base'}> "))
         except EOFError:
             print()
             return
@@ -147,48 +146,50 @@ def _lines(talk: Conversation) -> Iterator[str]:
             yield text
 
 
-def _obey(talk: Conversation, text: str) -> None:
+def _run_command(conversation: Conversation, text: str) -> None:
     name, _, rest = text[1:].partition(" ")
     command = _COMMANDS.get(name)
     if command is None:
-        raise ValueError(f"there is no /{name}; /help says what there is")
-    command(talk, rest.split())
+        raise ValueError(f"there is no /{name}; /help lists the commands")
+    command(conversation, rest.split())
 
 
-def _wear(talk: Conversation, words: list[str]) -> None:
+def _set_persona(conversation: Conversation, words: list[str]) -> None:
     persona = words[0] if words else None
     if persona is not None:
-        talk.client.personas.get(persona)  # says so now if there is none
-    talk.persona = persona
+        conversation.client.personas.get(persona)  # raises NotFound now rather than at the next question
+    conversation.persona = persona
 
 
-def _set_gamma(talk: Conversation, words: list[str]) -> None:
+def _set_gamma(conversation: Conversation, words: list[str]) -> None:
     gamma = float(words[0]) if words else None
     if gamma is not None and not 0 <= gamma <= 1:
         raise ValueError(f"gamma is between 0 and 1, not {gamma}")
-    talk.gamma = gamma
+    conversation.gamma = gamma
 
 
-def _compare(talk: Conversation, words: list[str]) -> None:
-    if talk.asked is None:
+def _compare(conversation: Conversation, words: list[str]) -> None:
+    if conversation.asked is None:
         raise ValueError("there is no question yet to compare answers to")
-    before = talk.messages[:-2]
-    show_side_by_side(talk.client, words, [*before, {"role": "user", "content": talk.asked}], talk.sampling)
+    before = conversation.messages[:-2]
+    show_side_by_side(
+        conversation.client, words, [*before, {"role": "user", "content": conversation.asked}], conversation.sampling
+    )
 
 
 _COMMANDS: dict[str, Callable[[Conversation, list[str]], Any]] = {
-    "persona": _wear,
+    "persona": _set_persona,
     "gamma": _set_gamma,
     "compare": _compare,
-    "retry": lambda talk, _: talk.retry(),
-    "clear": lambda talk, _: talk.clear(),
+    "retry": lambda conversation, _: conversation.retry(),
+    "clear": lambda conversation, _: conversation.clear(),
     "help": lambda *_: print(HELP),
 }
 
 
 @contextmanager
-def _remembering() -> Iterator[None]:
-    """Line editing with a history that outlives the command, where the platform has it."""
+def _line_history() -> Iterator[None]:
+    """Line editing with a persistent history, if the platform has readline."""
     try:
         import readline
     except ImportError:

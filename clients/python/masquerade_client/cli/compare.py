@@ -1,7 +1,4 @@
-"""`masq compare`: one question, several personas, side by side.
-
-Knows columns that grow together in a terminal, and how they look where there is none.
-"""
+"""`masq compare`: the answers of several personas to one question, side by side."""
 
 from __future__ import annotations
 
@@ -34,8 +31,8 @@ from masquerade_client.cli.options import (
     plain,
 )
 
-MOST = 4
-BASE = "base"  # no persona; no persona can be called so in a comparison
+MAX_PERSONAS = 4
+BASE = "base"  # stands for no persona, and hides a persona of this name
 
 
 def compare(
@@ -53,14 +50,14 @@ def compare(
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask several personas the same: masq compare A B "How are you?"."""
+    """Ask several personas one question: masq compare A B "How are you?"."""
     *names, prompt = words
     options: ChatOptions = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
     messages = [{"role": "user", "content": prompt}]
     with connect(url, key) as client:
         if as_json:
             _check(names)
-            replies = [client.chat(messages, **_wearing(name, gamma, options)) for name in names]
+            replies = [client.chat(messages, **_options_for(name, gamma, options)) for name in names]
             print(json.dumps({"replies": [asdict(reply) for reply in replies]}))
         else:
             show_side_by_side(client, names, messages, options, gamma)
@@ -73,27 +70,27 @@ def show_side_by_side(
     options: ChatOptions,
     gamma: float | None = None,
 ) -> None:
-    """Stream the answers of all of them at once. Raises the first failure, when all have ended."""
+    """Stream all answers concurrently. Raises the first error after all have ended."""
     _check(names)
     texts = ["" for _ in names]
     changed = threading.Event()
 
-    def listen(column: int) -> None:
-        with client.stream(messages, **_wearing(names[column], gamma, options)) as stream:
+    def receive(column: int) -> None:
+        with client.stream(messages, **_options_for(names[column], gamma, options)) as stream:
             for delta in stream:
                 texts[column] += delta.text
                 changed.set()
 
     with ThreadPoolExecutor(len(names)) as pool:
-        asked = [pool.submit(listen, column) for column in range(len(names))]
+        tasks = [pool.submit(receive, column) for column in range(len(names))]
         if sys.stdout.isatty():
             with Live(_draw(names, texts), console=Console(), refresh_per_second=15) as live:
-                while not all(one.done() for one in asked):
+                while not all(one.done() for one in tasks):
                     changed.wait(0.1)
                     changed.clear()
                     live.update(_draw(names, texts))
                 live.update(_draw(names, texts))
-        for one in asked:
+        for one in tasks:
             one.result()
     if not sys.stdout.isatty():
         for name, text in zip(names, texts, strict=True):
@@ -107,9 +104,9 @@ def _draw(names: Sequence[str], texts: Sequence[str]) -> Table:
 
 
 def _check(names: Sequence[str]) -> None:
-    if not 2 <= len(names) <= MOST:
-        raise typer.BadParameter(f"give two to {MOST} personas and a question; there are {len(names)} personas")
+    if not 2 <= len(names) <= MAX_PERSONAS:
+        raise typer.BadParameter(f"give two to {MAX_PERSONAS} personas and a question; there are {len(names)} personas")
 
 
-def _wearing(name: str, gamma: float | None, options: ChatOptions) -> ChatOptions:
+def _options_for(name: str, gamma: float | None, options: ChatOptions) -> ChatOptions:
     return options if name == BASE else {**options, "persona": name, "gamma": gamma}

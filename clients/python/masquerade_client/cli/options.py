@@ -1,4 +1,4 @@
-"""Options that several commands share, before or after the command, and the client that they mean."""
+"""Options that several commands share, before or after the command, and the client that they select."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import typer
 from masquerade_client import Client, MasqueradeError
 
 _URL, _KEY = "MASQUERADE_URL", "MASQUERADE_KEY"
-Url = Annotated[str, typer.Option(help=f"Where the server is; or {_URL}.")]
-Key = Annotated[str | None, typer.Option(help=f"Key, where the server wants one; or {_KEY}.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
-Gamma = Annotated[float | None, typer.Option(min=0, max=1, help="0 wears the mask fully, 1 is the base.")]
-Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
+Url = Annotated[str, typer.Option(help=f"Address of the server; or {_URL}.")]
+Key = Annotated[str | None, typer.Option(help=f"API key, if the server requires one; or {_KEY}.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only one JSON object on stdout.")]
+Gamma = Annotated[float | None, typer.Option(min=0, max=1, help="0 applies the full mask, 1 is the base.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy decoding.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer.")]
-System = Annotated[str | None, typer.Option(help="A system prompt before everything.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Maximum number of tokens of an answer.")]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def share(
     context: typer.Context,
-    url: Annotated[str | None, typer.Option(envvar=_URL, help="Where the server is.")] = None,
-    key: Annotated[str | None, typer.Option(envvar=_KEY, help="Key, where the server wants one.")] = None,
+    url: Annotated[str | None, typer.Option(envvar=_URL, help="Address of the server.")] = None,
+    key: Annotated[str | None, typer.Option(envvar=_KEY, help="API key, if the server requires one.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Chat with personas, compare them, build them. Options may stand before the command or after it."""
+    """Chat with personas, compare them, build them. Options can be given before or after the command."""
     given = {"url": url, "key": key, "as_json": as_json or None}
     shared = {name: value for name, value in given.items() if value is not None}
     commands: Iterable[str] = getattr(context.command, "commands", ())
@@ -42,7 +42,7 @@ def connect(url: str, key: str | None) -> Client:
 
 
 def complete_persona(context: typer.Context, incomplete: str) -> list[str]:
-    """Names for a shell that completes one; none where the server does not say at once."""
+    """Names for shell completion; none if the server does not respond within 2 seconds."""
     try:
         with Client(_find(context, "url") or DEFAULT_URL, _find(context, "key"), timeout=2.0, retries=0) as client:
             found = [model.persona for model in client.models()]
@@ -52,7 +52,7 @@ def complete_persona(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _find(context: typer.Context, option: str) -> str | None:
-    """A shared option of a line that is not run: after the command, before it, or in the environment."""
+    """A shared option during completion: after the command, before it, or in the environment."""
     before: str | None = context.find_root().params.get(option)
     after: str | None = context.params.get(option)
     return before if before and after in {None, DEFAULT_URL} else after
@@ -62,5 +62,5 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def plain(text: str) -> str:
-    """Text without what would steer a terminal: a model may say anything."""
+    """Text without control characters, which could change the state of the terminal."""
     return _CONTROL.sub("", text)

@@ -1,4 +1,4 @@
-"""`masq personas`: what there is, and everything about one of them."""
+"""`masq personas`: the list of personas, or one of them in full."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ _FIGURES: dict[str, tuple[str, str]] = {
 
 
 def certificate(persona: Persona) -> Table:
-    """What was measured about a persona, and how it was made; `--json` has all of it."""
+    """The main figures and parameters of a persona; `--json` has all of them."""
     table = Table("", Column(Text(persona.name), overflow="fold"))
-    for name, value in _identity(persona) + _vouching(persona) + _measured(persona.certificate):
+    for name, value in _identity(persona) + _provenance(persona) + _measured(persona.certificate):
         table.add_row(name, Text(plain(value)))
     return table
 
@@ -67,8 +67,8 @@ _SOURCES = {"measured": "measured by this server", "claimed": "claimed by its ma
 _COVERS = {"everything": "tensors and metadata", "tensors": "tensors only"}
 
 
-def _vouching(persona: Persona) -> list[tuple[str, str]]:
-    """Who vouches for the certificate and for the mask."""
+def _provenance(persona: Persona) -> list[tuple[str, str]]:
+    """The source of the certificate, and the signature of the mask."""
     rows = [("certificate", _SOURCES[persona.certificate_source])] if persona.certificate_source in _SOURCES else []
     if persona.certificate.get("passed") is False:
         rows.append(("passed", "no"))
@@ -80,7 +80,7 @@ def _vouching(persona: Persona) -> list[tuple[str, str]]:
 
 
 def _measured(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures with their 95 % intervals, what was remarked, why it was chosen."""
+    """The figures with their 95 % intervals, the remarks, and the reason of the choice."""
     rows = []
     if preferred := certificate.get("preferred"):
         rows.append(("prefers its answers", f"{preferred['masked']:.0%} (base {preferred['base']:.0%})"))

@@ -1,7 +1,4 @@
-"""`masq top`: what the server is doing, from its metrics.
-
-Knows Prometheus' text format, as far as it is needed, and rates between two looks.
-"""
+"""`masq top`: the load of the server, as rates between two readings of its metrics."""
 
 from __future__ import annotations
 
@@ -26,27 +23,27 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def top(
-    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look twice, print, and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two readings.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one reading and exit.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show throughput, latencies, the queue and what is in memory, as they change."""
+    """Show throughput, latencies, queue and memory, continuously."""
     with connect(url, key) as client:
-        looks = _rates(lambda: parse(client.metrics()), interval)
+        readings = _rates(lambda: parse(client.metrics()), interval)
         if as_json or once or not sys.stdout.isatty():
-            first = next(looks)
+            first = next(readings)
             print(json.dumps(first)) if as_json else Console().print(_draw(first))
             return
         with suppress(KeyboardInterrupt), Live(console=Console(), screen=True, auto_refresh=False) as live:
-            for look in looks:
-                live.update(_draw(look), refresh=True)
+            for reading in readings:
+                live.update(_draw(reading), refresh=True)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of the metrics."""
+    """One sample of the metrics."""
 
     name: str
     labels: Mapping[str, str]
@@ -54,7 +51,7 @@ class Sample:
 
 
 def parse(text: str) -> list[Sample]:
-    """The samples of Prometheus' text format; comments are dropped."""
+    """The samples of Prometheus' text format; comments are ignored."""
     samples = []
     for line in text.splitlines():
         if match := _SAMPLE.match(line):
@@ -63,18 +60,18 @@ def parse(text: str) -> list[Sample]:
     return samples
 
 
-def _rates(look: Any, interval: float) -> Iterator[dict[str, Any]]:
-    """What is now, and what has changed in a second since the look before."""
-    before, since = look(), time.monotonic()
+def _rates(read: Any, interval: float) -> Iterator[dict[str, Any]]:
+    """Yield gauges, and rates per second since the previous reading."""
+    before, since = read(), time.monotonic()
     while True:
         time.sleep(interval)
-        now, at = look(), time.monotonic()
+        now, at = read(), time.monotonic()
         yield summarise(before, now, at - since)
         before, since = now, at
 
 
 def summarise(before: list[Sample], now: list[Sample], seconds: float) -> dict[str, Any]:
-    """The figures of the picture; rates are per second, times in seconds, None where nothing happened."""
+    """Gauges, rates per second, and mean times in seconds (None without samples)."""
 
     def sum_of(samples: list[Sample], name: str, **labels: str) -> float:
         return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
@@ -122,7 +119,7 @@ def _draw(figures: Mapping[str, Any]) -> Group:
         "requests": "{requests_per_second:.1f}/s, {errors_per_second:.1f} errors/s".format(**figures),
         "tokens": "{tokens_per_second:.1f}/s out, {prompt_tokens_per_second:.1f}/s in".format(**figures),
         "batch": running.format(**figures),
-        "worn": f"{figures['batch_personas']:.0f} personas",
+        "active": f"{figures['batch_personas']:.0f} personas",
         "masks": f"{masks}; {figures['mask_bytes'] / 1e6:.1f} MB in memory",
         "KV pages": pages,
         "builds": builds or "none",
