@@ -1,4 +1,4 @@
-"""What every benchmark prints: figures with the bound they were asked for. Knows the form; knows no benchmark."""
+"""The output of a benchmark: figures with their bounds."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ _BOUNDS = {">=": operator.ge, "<=": operator.le}
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value; `reach` is the bound asked for, such as "<= 1.06", or None."""
+    """A measured value; `reach` is its bound, such as "<= 1.06", or None."""
 
     name: str
     value: float
@@ -34,7 +34,7 @@ class Figure:
 
 
 def arguments(doc: str | None, quick: str) -> argparse.ArgumentParser:
-    """What every benchmark may be asked, and what `--quick` means to this one."""
+    """The options of every benchmark; `quick` is the help text of `--quick`."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help=quick)
@@ -42,7 +42,7 @@ def arguments(doc: str | None, quick: str) -> argparse.ArgumentParser:
 
 
 def report(benchmark: str, figures: Sequence[Figure], as_json: bool) -> None:
-    """One JSON object, or a table for people."""
+    """Print one JSON object, or a table."""
     rows = [{"name": f.name, "value": round(f.value, 4), "unit": f.unit, "reach": f.reach, "ok": f.ok} for f in figures]
     if as_json:
         date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -54,7 +54,7 @@ def report(benchmark: str, figures: Sequence[Figure], as_json: bool) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores and memory, without anything that names the machine."""
+    """Processor, cores and memory, without the name of the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -16,7 +16,7 @@ VOCABULARY = 8192
 
 
 def write_base(folder: Path, shape: dict[str, int]) -> None:
-    """Save a random Llama of a shape, with grouped heads and tied embeddings, as a user's model is."""
+    """Save a random Llama with grouped heads and tied embeddings to a folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, **shape

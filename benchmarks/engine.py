@@ -4,8 +4,7 @@
 greedily, without an end token, so that the work is equal; `generate` gets all prompts of a case as one static,
 left-padded batch. Runs are interleaved and medians count, of ratios those of each round; time is CPU time of the whole
 process, on one thread, from the prompts to the last token. The peers give whole steps to prompts; so does the engine
-here, except where the figure says that it is set as by default. Host work and the time between tokens are CPU time,
-too.
+here, unless the figure says that it has the default settings. Host work and the time between tokens are CPU time, too.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ PROMPTS_FIRST = EngineConfig(prefill_budget=512)  # set for throughput: running 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """The sizes of a run."""
 
     model: dict[str, int]
     lengths: tuple[int, int]  # of the prompts of 16 requests
@@ -113,7 +112,7 @@ def measure_throughput(scale: Scale) -> Iterator[Figure]:
                 seconds[name].append(run())
 
         def compare(one: str, other: str, seconds: dict[str, list[float]] = seconds) -> float:
-            """How many times as fast one case is as another."""
+            """The speed of one case relative to another."""
             return float(np.median(np.array(seconds[other]) / np.array(seconds[one])))
 
         rate = {name: count * scale.new / float(np.median(spent)) for name, spent in seconds.items()}
@@ -175,7 +174,7 @@ def run_continuous(base: Base, prompts: list[list[int]], new: int) -> float:
 
 
 def measure_host_work(_: Scale) -> Iterator[Figure]:
-    """A step of decodes less its forward pass. The model does not matter, so it is small; the vocabulary is 8192."""
+    """A decode step less its forward pass, with a small model and a vocabulary of 8192."""
     base = make_base(TINY)
     for count, bound, spoken in ((16, "<= 0.5", False), (64, "<= 1.0", False), (64, None, True)):
         engine = Engine(base, EngineConfig(max_running=count))
@@ -213,7 +212,7 @@ def measure_host_work(_: Scale) -> Iterator[Figure]:
 
 
 def measure_latency(scale: Scale) -> Iterator[Figure]:
-    """Steps of 8 running answers, before and while a long prompt is worked off."""
+    """Steps of 8 running requests, before and during the prefill of a long prompt."""
     base = make_base(scale.model)
     engine = Engine(base)
     engine.submit(

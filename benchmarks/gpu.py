@@ -2,7 +2,7 @@
 
 `python -m benchmarks.gpu --json [--quick]`. A random Llama of the 8B shape in bf16, 32 requests with 512 positions of
 context each. Cases are interleaved and the median of each counts. A time is that of ten repetitions of a graph, so the
-host's work is not in it; that of a switch is given by itself. PEFT, if it is installed, runs the same model with a
+host's work is not included; that of a switch is a separate figure. PEFT, if it is installed, runs the same model with a
 rank-16 adapter of all Linears for each persona, mixed in one batch. Without a CUDA device nothing is measured.
 """
 
@@ -37,7 +37,7 @@ REACH = {1: "<= 1.05", 8: "<= 1.10", 32: "<= 1.15"}
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """The sizes of a run."""
 
     hidden: int = 4096
     inner: int = 14336
@@ -113,7 +113,7 @@ def measure(scale: Scale, device: torch.device) -> Iterator[Figure]:
 
 
 class Clock:
-    """Seconds on a device."""
+    """A clock of device time, in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -127,7 +127,7 @@ class Clock:
         return time.perf_counter() - started
 
     def compare(self, cases: dict[str, Callable[[], Callable[[], object]]], scale: Scale) -> dict[str, float]:
-        """The median seconds of one run of each, interleaved. A case makes everything ready and gives the run."""
+        """The median seconds of one run of each case, interleaved. A case prepares a run and returns it."""
 
         def many(case: Callable[[], Callable[[], object]]) -> float:
             run = case()
@@ -175,7 +175,7 @@ class Steps:
 
 
 def make_base(scale: Scale, device: torch.device) -> Base:
-    """A random model, made where it will be."""
+    """A random model, created on the device."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=scale.vocabulary,
@@ -200,7 +200,7 @@ def make_mask(base: Base, seed: int, make: Callable[[int, int, np.random.Generat
 
 
 def make_list(out: int, columns: int, rng: np.random.Generator) -> Target:
-    """RHO of every row, one weight in each of as many equal stretches of it."""
+    """RHO of every row: one weight in each of as many equal segments."""
     count = max(1, round(RHO * columns))
     stretch = columns // count
     chosen = np.arange(count) * stretch + rng.integers(stretch, size=(out, count))
@@ -230,7 +230,7 @@ def measure_bandwidth(device: torch.device, clock: Clock) -> float:
 
 
 def count_bytes(base: Base, kv: KVCache) -> int:
-    """What a step of the base must read: all weights but the embeddings, and the whole cache."""
+    """Bytes that a step of the base reads: all weights but the embeddings, and the whole cache."""
     weights = sum(part.nbytes for name, part in base.model.named_parameters() if "embed" not in name)
     return weights + kv.keys.nbytes + kv.values.nbytes
 

@@ -3,8 +3,8 @@
 `python -m benchmarks.http --json [--quick]`. The server runs in this process, its clients in another. Time is CPU time
 of the whole process less that of the engine's thread, so that neither the model nor the load of the machine counts. A
 request is a chat of a persona, answered with one token in one piece; a streamed token is what a longer stream costs
-more than a short one. The bare application reads the body and sends bytes that were prepared, chunk by chunk at the
-pace of the engine's steps. The two take turns, and the best turn of each counts. The model is random.
+more than a short one. The bare application reads the body and sends prepared bytes, chunk by chunk at the pace of
+the engine's steps. The two alternate, and the best turn of each counts. The model is random.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHORT = 2  # tokens of a short stream
 
 @dataclass(frozen=True)
 class Load:
-    """What the clients do in one turn."""
+    """The requests of one turn."""
 
     port: int
     body: bytes
@@ -105,7 +105,7 @@ def body(model: str, tokens: int, *, stream: bool) -> bytes:
 
 @contextmanager
 def listen(app: Any) -> Iterator[int]:
-    """A uvicorn server of its own on a thread; its port."""
+    """Run a uvicorn server on a thread; yields its port."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -117,7 +117,7 @@ def listen(app: Any) -> Iterator[int]:
 
 
 class Bare:
-    """Reads a request and sends what was prepared for a body of its size."""
+    """Reads a request and sends the bytes prepared for a body of its size."""
 
     def __init__(self) -> None:
         self.prepared = _PREPARED
@@ -146,7 +146,7 @@ _PREPARED: dict[int, tuple[bytes, list[bytes]]] = {}  # by size of the request
 
 
 def prepare(answers: dict[str, tuple[int, bytes]]) -> None:
-    """Keep what the server answered, to be sent again by the bare application."""
+    """Record the server's answers for the bare application."""
     for name, (size, content) in answers.items():
         events = [event + b"\n\n" for event in content.split(b"\n\n") if event.startswith(b"data: ")]
         _PREPARED[size] = (b"application/json", [content]) if name == "request" else (b"text/event-stream", events)
@@ -165,7 +165,7 @@ async def _fetch(port: int, content: bytes) -> bytes:
 
 
 def drive(load: Load) -> None:
-    """Ask so often, from several clients at once, each over a connection of its own."""
+    """Send requests from several concurrent clients, each with its own connection."""
 
     async def client(count: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", load.port)

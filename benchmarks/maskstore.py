@@ -1,4 +1,4 @@
-"""How fast masks are packed, combined, written and verified, each against a peer interleaved in the same run.
+"""The speed of packing, combining, writing and verifying masks, each against a peer interleaved in the same run.
 
 `python -m benchmarks.maskstore --json [--quick]`. A value is a ratio of speeds (own over peer) where the unit is "x".
 """
@@ -33,7 +33,7 @@ SHAPE = (4096, 14336)
 
 
 def race(own: Callable[[], object], peer: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Best seconds of both, run in turns."""
+    """Best seconds of both, interleaved."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 1):
         for times, work in zip(seconds, (own, peer), strict=True):
@@ -129,7 +129,7 @@ STEPS = {"write": write, "read": read, "verify": verify}
 
 
 def peak(step: str, path: Path, layers: int) -> float:
-    """MB that a step adds to the memory of a fresh process, at its highest."""
+    """Peak MB that a step adds to the memory of a fresh process."""
     command = [
         sys.executable,
         "-m",

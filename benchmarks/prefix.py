@@ -1,8 +1,8 @@
-"""What the prefix cache saves when many personas are asked about one document.
+"""Work that the prefix cache saves when many personas answer questions about one document.
 
 `python -m benchmarks.prefix --json [--quick]`. In phase `decode` the document's keys and values are the base's, so the
 first persona computes them and all others find them; in phase `all` every persona needs its own. The personas are asked
-the same question, or each its own, which nobody can save. Work is counted in positions that went through the model,
+the same question, or each its own, which cannot be shared. Work is counted in positions that went through the model,
 which does not depend on the machine; time to the first token is CPU time on one thread. The model is random.
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(length: int) -> Iterator[Figure]:
-    """Total work at once and one after the other, and the time to the second persona's first token."""
+    """Total work of concurrent and of sequential requests, and the time to the second persona's first token."""
     base = make_base(TINY | {"num_hidden_layers": 4, "hidden_size": 256})
     manager = MaskManager.attach(base.model)
     applied_masks = [AppliedMask(manager.fit(make_mask(base, seed)), 0.0) for seed in range(PERSONAS)]

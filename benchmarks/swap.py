@@ -1,15 +1,15 @@
-"""What it costs to have more personas than there is room for, and to change between those there are.
+"""The cost of changing between masks, and of having more masks than fit on the device.
 
-`python -m benchmarks.swap --json [--quick]`. Four questions: what a step pays for another persona than the last one;
-how fast a mask that is on disk is ready, against reading its file through a buffer; what happens to the time to the
-first token and to throughput when 32 personas take turns in the room of 8; and what others notice of a load that hangs.
+`python -m benchmarks.swap --json [--quick]` measures: the CPU time that a mask adds to a step if it differs from the
+last step's; the time to load a mask from disk, relative to reading its file; the time to the first token and the
+throughput when 32 personas alternate in a space for 8 masks; and the effect of a hanging load on other requests.
 
-A cold load is everything from the request for a digest to a mask that is ready for use: header, identity, sha256 of all
-bytes the first time a file is seen (afterwards a pass that brings them into the system's cache), shapes and pad bits,
-and the corrections of all Linears. "From disk" means that the file was dropped from the system's cache before.
+A cold load covers all steps from the request for a digest to a mask that is ready for use: header, identity, sha256 of
+all bytes the first time that a file is read (afterwards a pass that brings them into the page cache), shapes and pad
+bits, and the corrections of all Linears. "From disk" means that the file was dropped from the page cache before.
 
-Clients are threads that ask, wait for their mask, submit to the running engine and wait for the last token. What a step
-pays is CPU time, all else wall time.
+Clients are threads that request their mask, submit to the running engine and wait for the last token. The cost of a
+step is CPU time, everything else wall time.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ PERSONAS, ROOM = 32, 8
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """The sizes of a run."""
 
     model: dict[str, int]
     layers: int  # of the 8B-shaped mask
     prompt: int
     new: int
-    turns: int  # requests of a run, of each persona
+    turns: int  # requests per run and persona
     repeats: int
     switches: int
-    cases: tuple[tuple[str, float, int], ...]  # of the cliff: kind, share pruned, clients
+    cases: tuple[tuple[str, float, int], ...]  # of measure_capacity: kind, share pruned, clients
 
 
 MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -80,25 +80,25 @@ FULL = Scale(MODEL, LAYERS, 128, 16, 1, 1, 1500, CASES)  # 30 M parameters
 QUICK = Scale(SMALL.model, 4, 64, 8, 1, 1, 300, CASES[:1])
 
 
-class Hanging(VerifiedStore):
-    """A shelf on which one mask cannot be read until it may."""
+class BlockingStore(VerifiedStore):
+    """A store in which reading the mask `blocked` waits for `released`."""
 
-    held: str | None = None
-    free = threading.Event()
+    blocked: str | None = None
+    released = threading.Event()
 
     def read(self, digest: str) -> Mask:
-        if digest == self.held:
-            self.free.wait()
+        if digest == self.blocked:
+            self.released.wait()
         return super().read(digest)
 
 
 @dataclass(frozen=True)
 class World:
-    """A base, its manager, and a store with personas."""
+    """A base, its mask manager, and a store with personas."""
 
     base: Base
     manager: MaskManager
-    verified_store: Hanging
+    verified_store: BlockingStore
     digests: list[str]
     largest: int  # device bytes of a mask
 
@@ -109,13 +109,13 @@ class World:
 def make_world(scale: Scale, rho: float, folder: Path, personas: int = PERSONAS) -> World:
     base = make_base(scale.model)
     manager, store = MaskManager.attach(base.model), Store(folder)
-    verified_store = Hanging(store, base.fingerprint)
+    verified_store = BlockingStore(store, base.fingerprint)
     digests = [store.add(make_mask(base, rho, seed)) for seed in range(personas)]
     sizes = []
     for digest in digests:
         with verified_store.open(digest) as reader:
             sizes.append(manager.measure(reader))
-    time.sleep(2.5)  # younger files are verified at every load
+    time.sleep(2.5)  # files younger than this are verified on every load
     return World(base, manager, verified_store, digests, max(sizes))
 
 
@@ -128,11 +128,11 @@ def make_mask(base: Base, rho: float, seed: int) -> Mask:
     return Mask(MaskBase(base.fingerprint, base.name), targets, MaskInfo(persona="p", score="random"))
 
 
-# --- another persona than the last step's
+# --- a change of the mask between steps
 
 
 def measure_switch(scale: Scale) -> Iterator[Figure]:
-    """A decode step with another mask than the one before, a request for a mask, and a step with one."""
+    """A decode step with a new mask, a request for a resident mask, and a decode step with a mask."""
     for name, rho in KINDS:
         for rows in (1, 16):
             case = f"{rows} requests, all of them others" if rows > 1 else "one request"
@@ -145,7 +145,7 @@ def measure_switch(scale: Scale) -> Iterator[Figure]:
             masks = [residency.get(digest) for digest in world.digests[:2]]
             if rho == SPARSE:
                 yield Figure(
-                    "asking for a mask that is there", time_asking(residency, world.digests[:2]), "CPU-us", "<= 10"
+                    "asking for a mask that is there", time_request(residency, world.digests[:2]), "CPU-us", "<= 10"
                 )
             plain, masked = time_steps(world.base, masks)
             yield Figure(f"decode step of one request, {name}", masked, "CPU-us")
@@ -153,7 +153,7 @@ def measure_switch(scale: Scale) -> Iterator[Figure]:
             residency.close()
 
 
-def time_asking(residency: Residency, digests: Sequence[str]) -> float:
+def time_request(residency: Residency, digests: Sequence[str]) -> float:
     turns = cycle(digests)
     started = time.thread_time()
     for _ in range(10_000):
@@ -163,9 +163,9 @@ def time_asking(residency: Residency, digests: Sequence[str]) -> float:
 
 @torch.inference_mode()
 def time_switch(rho: float, rows: int, switches: int) -> float:
-    """us that a step takes longer if its rows have other masks than in the last one, with its route; median over pairs.
+    """us that a step takes longer if its rows have new masks, including its route; median over pairs.
 
-    The model has as many Linears as the others here, and they are small, lest their reading drown the difference.
+    The model has as many Linears as the others here, but small ones, so that reading weights does not hide the cost.
     """
     base = make_base(NARROW)
     manager = MaskManager.attach(base.model)
@@ -189,15 +189,15 @@ def time_switch(rho: float, rows: int, switches: int) -> float:
 
 @torch.inference_mode()
 def time_steps(base: Base, masks: Sequence[ResidentMask]) -> tuple[float, float]:
-    """us of a step of the base, and of one with a mask, two masks in turn."""
+    """us of a step of the base, and of a step with a mask; two masks alternate."""
     ids, routes = (
         torch.tensor([[7]]),
         cycle(make_route([Span(AppliedMask(mask, 0.0), 0, 1)], base.device) for mask in masks),
     )
-    bare = make_route([], base.device)
+    base_route = make_route([], base.device)
     times: list[list[float]] = [[], []]
     for _ in range(400):
-        for place, planned in enumerate((bare, next(routes))):
+        for place, planned in enumerate((base_route, next(routes))):
             started = time.thread_time()
             base.model(ids, use_cache=False, route=planned)
             times[place].append(time.thread_time() - started)
@@ -209,7 +209,7 @@ def time_steps(base: Base, masks: Sequence[ResidentMask]) -> tuple[float, float]
 
 
 def measure_cold(scale: Scale) -> Iterator[Figure]:
-    """An 8B-shaped bitmap mask, over a model of that shape whose weights are never touched and so take no memory."""
+    """An 8B-shaped bitmap mask, for a model whose weights are never accessed and so take no memory."""
     base = make_outline(scale.layers)
     manager = MaskManager.attach(base)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be memory
@@ -240,7 +240,7 @@ def measure_cold(scale: Scale) -> Iterator[Figure]:
 
 
 def time_hash() -> float:
-    """Bytes a second, the best of some: what a load that verifies cannot exceed on each of its threads."""
+    """Bytes per second, the best of five: the limit of a verifying load on one thread."""
     block = bytes(2**26)
     return len(block) / min(clock(lambda: hashlib.sha256(block).digest()) for _ in range(5))
 
@@ -275,8 +275,8 @@ def time_load(residency: Residency, digest: str, prepare: Callable[[], None]) ->
 
 
 def drop(path: Path) -> None:
-    """Out of the system's cache, which keeps what is mapped."""
-    gc.collect()  # a closed residency is a cycle, and holds what it loaded last
+    """Drop a file from the page cache, which keeps pages that are mapped."""
+    gc.collect()  # a closed residency is a reference cycle with its last mask
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -295,11 +295,11 @@ def clock(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-# --- more personas than room
+# --- more masks than fit on the device
 
 
-def measure_cliff(scale: Scale) -> Iterator[Figure]:
-    """Everybody masks and room for a quarter, in turns."""
+def measure_capacity(scale: Scale) -> Iterator[Figure]:
+    """Alternating personas, with space for all masks and for a quarter of them."""
     for name, rho, clients in scale.cases:
         with tempfile.TemporaryDirectory() as folder:
             world = make_world(scale, rho, Path(folder))
@@ -320,10 +320,10 @@ def measure_cliff(scale: Scale) -> Iterator[Figure]:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of some requests."""
+    """The results of one run."""
 
-    firsts: list[float]  # seconds from asking to the first token
-    rate: float  # tokens of answers a second
+    firsts: list[float]  # seconds from the request to the first token
+    rate: float  # completion tokens per second
     loads: int
 
 
@@ -339,11 +339,11 @@ def run_turns(world: World, scale: Scale, room: int, clients: int) -> Run:
     prompts = make_prompts(total, (scale.prompt, scale.prompt))
     firsts: list[float] = []
 
-    def live() -> None:
+    def run_client() -> None:
         while (turn := next(turns)) < total:
             firsts.append(ask(engine, residency, world.digests[turn % PERSONAS], prompts[turn], scale.new))
 
-    seconds = clock(lambda: run_threads([live] * clients))
+    seconds = clock(lambda: run_threads([run_client] * clients))
     engine.stop()
     residency.close()
     return Run(firsts, total * scale.new / seconds, residency.loads.done - before)
@@ -353,13 +353,13 @@ def ask(engine: Engine, residency: Residency, digest: str, prompt: list[int], ne
     """Seconds to the first token of an answer; returns after the last."""
     started, first, done = time.perf_counter(), [0.0], threading.Event()
 
-    def listen(event: object) -> None:
+    def receive(event: object) -> None:
         if isinstance(event, Finished):
             done.set()
         elif not first[0]:
             first[0] = time.perf_counter() - started
 
-    engine.submit(Request(prompt, new, listen, AppliedMask(residency.get(digest), 0.0), sampling=GREEDY))
+    engine.submit(Request(prompt, new, receive, AppliedMask(residency.get(digest), 0.0), sampling=GREEDY))
     done.wait()
     return first[0]
 
@@ -376,7 +376,7 @@ def run_threads(works: Sequence[Callable[[], None]]) -> None:
 
 
 def measure_hanging(scale: Scale) -> Iterator[Figure]:
-    """Four clients of masks and of cold personas, quiet and while somebody else's mask cannot be read."""
+    """Four clients of resident and cold masks, with and without a load that hangs."""
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(scale, SPARSE, Path(folder))
         engine = Engine(world.base)
@@ -387,29 +387,31 @@ def measure_hanging(scale: Scale) -> Iterator[Figure]:
                 residency = world.residency(PERSONAS)
                 for digest in world.digests[1:17]:
                     residency.get(digest)
-                world.verified_store.held = world.digests[0] if hanging else None
-                world.verified_store.free.clear()
+                world.verified_store.blocked = world.digests[0] if hanging else None
+                world.verified_store.released.clear()
                 stuck = residency.request(world.digests[0]) if hanging else None
 
-                def live(start: int, residency: Residency = residency, times: list[float] = firsts[hanging]) -> None:
+                def run_client(
+                    start: int, residency: Residency = residency, times: list[float] = firsts[hanging]
+                ) -> None:
                     rng = random.Random(start)
-                    for digest in world.digests[1 + start :: 4]:  # half of them masks
+                    for digest in world.digests[1 + start :: 4]:  # half of them resident
                         prompt = [rng.randrange(4, VOCABULARY) for _ in range(scale.prompt)]
                         times.append(ask(engine, residency, digest, prompt, 4))
 
-                run_threads([lambda start=start, live=live: live(start) for start in range(4)])  # type: ignore[misc]
+                run_threads([lambda start=start, run=run_client: run(start) for start in range(4)])  # type: ignore[misc]
                 assert stuck is None or not stuck.done()
-                world.verified_store.free.set()
+                world.verified_store.released.set()
                 residency.close()
         engine.stop()
-    quiet, held = (firsts[hanging] for hanging in (False, True))
+    quiet, blocked = (firsts[hanging] for hanging in (False, True))
     yield Figure("median time to first token of others, quiet", float(np.median(quiet)) * 1e3, "ms")
     for name, pick in (("median", 50), ("95th percentile of the", 95)):
-        ratio = float(np.percentile(held, pick) / np.percentile(quiet, pick))
+        ratio = float(np.percentile(blocked, pick) / np.percentile(quiet, pick))
         yield Figure(f"{name} time to first token of others while a load hangs / quiet", ratio, "x", "<= 1.25")
 
 
-PARTS = {"switch": measure_switch, "cold": measure_cold, "cliff": measure_cliff, "hanging": measure_hanging}
+PARTS = {"switch": measure_switch, "cold": measure_cold, "cliff": measure_capacity, "hanging": measure_hanging}
 
 
 def main() -> None:
