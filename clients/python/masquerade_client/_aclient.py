@@ -12,17 +12,7 @@ import httpx
 
 from . import _chat
 from ._builds import AsyncBuilds
-from ._calls import (
-    DEFAULT_RETRIES,
-    DEFAULT_TIMEOUT,
-    DEFAULT_URL,
-    Attempts,
-    Call,
-    Timeout,
-    check,
-    http_settings,
-    transport_errors,
-)
+from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, http_errors, settings
 from ._errors import MasqueradeError
 from ._personas import AsyncPersonas
 from ._types import ChatOptions, Delta, Model, Prompt, Reply
@@ -46,8 +36,8 @@ class AsyncClient:
         timeout: Timeout = DEFAULT_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
     ) -> None:
-        with transport_errors():
-            self._http = httpx.AsyncClient(**http_settings(base_url, api_key, timeout))
+        with http_errors():
+            self._http = httpx.AsyncClient(**settings(base_url, api_key, timeout))
         self._api_key = api_key
         self._retries = retries
         self._model: str | None = None
@@ -74,7 +64,7 @@ class AsyncClient:
     async def ready(self) -> bool:
         """Whether the server is reachable and ready to answer."""
         try:
-            with transport_errors():
+            with http_errors():
                 return (await self._http.get("/readyz")).is_success
         except MasqueradeError:
             return False
@@ -98,7 +88,7 @@ class AsyncClient:
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
-                with call.request() as request, transport_errors():
+                with call.request() as request, http_errors():
                     response = await self._http.send(self._http.build_request(**request))
                 check(response)
                 return call.read(response)
@@ -115,7 +105,7 @@ class AsyncClient:
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
-                with call.request() as request, transport_errors():
+                with call.request() as request, http_errors():
                     response = await self._http.send(self._http.build_request(**request), stream=True)
                     if response.is_success:
                         return response
@@ -173,7 +163,7 @@ class AsyncStream(_chat.StreamBase):
     async def _receive(self) -> AsyncGenerator[Delta]:
         response = await self._open()
         try:
-            with transport_errors():
+            with http_errors():
                 async for chunk in response.aiter_bytes():
                     for delta in self._deltas(chunk):
                         yield delta

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Unpack, cast
 
-from ._calls import AsyncRuns, Call, Runs, check, decoder, list_decoder, transport_errors
+from ._calls import AsyncRuns, Call, Runs, check, decoder, http_errors, list_decoder
 from ._errors import BuildFailed, ConnectionFailed
 from ._sse import EventDecoder
 from ._types import Build, BuildEvent, BuildOptions, Data, decoding
@@ -140,7 +140,7 @@ class Builds:
 
     def _follow(self, build: str, seen: Events) -> Iterator[BuildEvent]:
         seen.begin()
-        with self._client.open(events(build)) as response, transport_errors():
+        with self._client.open(events(build)) as response, http_errors():
             for chunk in response.iter_bytes():
                 yield from seen.feed(chunk)
         seen.finish()
@@ -199,7 +199,7 @@ class AsyncBuilds:
     async def _follow(self, build: str, seen: Events) -> AsyncIterator[BuildEvent]:
         seen.begin()
         async with self._client.open(events(build)) as response:
-            with transport_errors():
+            with http_errors():
                 async for chunk in response.aiter_bytes():
                     for event in seen.feed(chunk):
                         yield event

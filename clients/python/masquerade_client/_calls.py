@@ -112,14 +112,14 @@ class Attempts:
         return isinstance(error, ConnectionFailed) and (self._again or not error.reached)
 
 
-def http_settings(base_url: str, api_key: str | None, timeout: Timeout) -> dict[str, Any]:
+def settings(base_url: str, api_key: str | None, timeout: Timeout) -> dict[str, Any]:
     """The arguments of the httpx client; the base URL may end in `/v1`, as in other clients."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     return {"base_url": base_url.rstrip("/").removesuffix("/v1"), "headers": headers, "timeout": timeout}
 
 
 @contextmanager
-def transport_errors() -> Iterator[None]:
+def http_errors() -> Iterator[None]:
     """Translate errors of httpx to errors of this package."""
     try:
         yield

@@ -12,17 +12,7 @@ import httpx
 
 from . import _chat
 from ._builds import Builds
-from ._calls import (
-    DEFAULT_RETRIES,
-    DEFAULT_TIMEOUT,
-    DEFAULT_URL,
-    Attempts,
-    Call,
-    Timeout,
-    check,
-    http_settings,
-    transport_errors,
-)
+from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, http_errors, settings
 from ._errors import MasqueradeError
 from ._personas import Personas
 from ._types import ChatOptions, Delta, Model, Prompt, Reply
@@ -47,8 +37,8 @@ class Client:
         timeout: Timeout = DEFAULT_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
     ) -> None:
-        with transport_errors():
-            self._http = httpx.Client(**http_settings(base_url, api_key, timeout))
+        with http_errors():
+            self._http = httpx.Client(**settings(base_url, api_key, timeout))
         self._api_key = api_key
         self._retries = retries
         self._model: str | None = None
@@ -71,7 +61,7 @@ class Client:
     def ready(self) -> bool:
         """Whether the server is reachable and ready to answer."""
         try:
-            with transport_errors():
+            with http_errors():
                 return self._http.get("/readyz").is_success
         except MasqueradeError:
             return False
@@ -95,7 +85,7 @@ class Client:
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
-                with call.request() as request, transport_errors():
+                with call.request() as request, http_errors():
                     response = self._http.send(self._http.build_request(**request))
                 check(response)
                 return call.read(response)
@@ -112,7 +102,7 @@ class Client:
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
-                with call.request() as request, transport_errors():
+                with call.request() as request, http_errors():
                     response = self._http.send(self._http.build_request(**request), stream=True)
                     if response.is_success:
                         return response
@@ -170,7 +160,7 @@ class Stream(_chat.StreamBase):
     def _receive(self) -> Generator[Delta]:
         response = self._open()
         try:
-            with transport_errors():
+            with http_errors():
                 for chunk in response.iter_bytes():
                     yield from self._deltas(chunk)
             self._finish()

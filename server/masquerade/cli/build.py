@@ -44,9 +44,7 @@ def build(
     character_card: Annotated[
         Path | None, typer.Option(help="Instead of --system-prompt: a V2 or V3 character card, JSON or PNG.")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSONL of questions, for --system-prompt or --character-card.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of questions, for a system prompt or a card.")] = None,
     model: Model = "demo",
     store: StoreFolder = None,
     contrast: Annotated[
@@ -57,8 +55,7 @@ def build(
         ),
     ] = "",
     pool: Annotated[
-        list[Path] | None,
-        typer.Option(help="JSONL of another persona, for --contrast pool; can be repeated."),
+        list[Path] | None, typer.Option(help="JSONL of another persona, for --contrast pool; can be repeated.")
     ] = None,
     contrast_name: Annotated[str, typer.Option(help="Also build the opposite persona, under this name.")] = "",
     validation: Annotated[
@@ -80,15 +77,10 @@ def build(
     tokens: Annotated[Literal["response", "all"], typer.Option(help="Tokens of the data that count.")] = "response",
     gamma: Annotated[float, typer.Option(help="Default gamma of the persona; 0 applies the full mask.")] = 0.0,
     phase: Annotated[
-        Literal["auto", "all", "decode"],
-        typer.Option(help="Default phase; `auto` selects decode if it works as well as all."),
+        Literal["auto", "all", "decode"], typer.Option(help="Default phase; `auto` is decode if that is as good.")
     ] = "auto",
-    neutral_budget: Annotated[
-        float, typer.Option(help="Maximum perplexity on neutral text, relative to the base.")
-    ] = 1.02,
-    own_budget: Annotated[
-        float, typer.Option(help="Maximum perplexity on the persona's own text, relative to the base.")
-    ] = 1.05,
+    neutral_budget: Annotated[float, typer.Option(help="Maximum perplexity on neutral text / the base's.")] = 1.02,
+    own_budget: Annotated[float, typer.Option(help="Maximum perplexity on the persona's text / the base's.")] = 1.05,
     effect: Annotated[float, typer.Option(help="Share of flipped prompts that is sufficient.")] = 0.95,
     samples: Annotated[int | None, typer.Option(help="Maximum number of examples per side.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -229,10 +221,8 @@ def _read_input(sources: BuildSources, recipe: Recipe) -> BuildInput:
     own = PersonaExamples(sources.name, card.examples if card else _read(sources.data), _read(sources.validation))
     other = None
     if script or sources.contrast:
-        if sources.pool:
-            answers = mix([_read(file) for file in sources.pool])
-        else:
-            answers = _read(Path(sources.contrast) if sources.contrast else None, "contrast")
+        single = Path(sources.contrast) if sources.contrast else None
+        answers = mix([_read(file) for file in sources.pool]) if sources.pool else _read(single, "contrast")
         other = PersonaExamples(sources.contrast_name, answers, _read(sources.contrast_validation, "contrast"))
     return BuildInput(script, own, other, _read(sources.neutral))
 

@@ -27,7 +27,7 @@ from maskstore import Checkup, MaskError, fsck
 from masquerade import __version__
 from masquerade.cli import config
 from masquerade.cli.options import AsJson, Model, StoreFolder
-from masquerade.cli.stores import LEAST_BYTES, find_store
+from masquerade.cli.stores import LEAST_BYTES, SCHEMAS, find_store, open_readonly, read_schema
 from masquerade.errors import MasqueradeError
 from masquerade.keys import KeyTable
 
@@ -158,29 +158,18 @@ def _describe_store(store: Path | None, model: str, verify: bool, problems: list
     if not root.is_dir():
         return facts | {"state": "none yet; the first command that needs it creates it"}
     try:
-        files = ("registry.sqlite", "keys.sqlite", "jobs/jobs.sqlite")
-        versions = {name: _read_schema(root / name) for name in files if (root / name).exists()}
+        versions = {name: read_schema(root / name) for name in SCHEMAS if (root / name).exists()}
         facts["schemas"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or "none"
         facts |= _check_masks(root, problems) if verify else {"masks": "not verified"}
         if "keys.sqlite" in versions:
             states = Counter(key.problem(time.time()) or "valid" for key in KeyTable(root).all())
             facts["keys"] = _count(states)
         if "jobs/jobs.sqlite" in versions:
-            with closing(_open(root / "jobs" / "jobs.sqlite")) as db:
+            with closing(open_readonly(root / "jobs" / "jobs.sqlite")) as db:
                 facts["jobs"] = _count(dict(db.execute("select state, count(*) from job group by state").fetchall()))
     except (MasqueradeError, MaskError, OSError, sqlite3.Error) as error:
         problems.append(f"the store: {error}")
     return facts
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-
-
-def _read_schema(path: Path) -> int:
-    with closing(_open(path)) as db:
-        version: int = db.execute("pragma user_version").fetchone()[0]
-    return version
 
 
 def _check_masks(root: Path, problems: list[str]) -> Facts:

@@ -18,7 +18,7 @@ from masquerade.keys import table as keys
 from masquerade.sources import find_model
 
 LEAST_BYTES = 2**24  # of free space, without which no command that writes starts
-_SCHEMAS = {
+SCHEMAS = {
     "registry.sqlite": database.SCHEMA,
     keys.FILE: keys.VERSION,
     "jobs/jobs.sqlite": len(jobs.MIGRATIONS),
@@ -53,16 +53,27 @@ def check_store(root: Path) -> None:
             f"the store {root} has {free} bytes of free space, and a server needs {LEAST_BYTES}; make room "
             "(`masquerade masks gc`), or name another folder with --store"
         )
-    for name, known in _SCHEMAS.items():
+    for name, known in SCHEMAS.items():
         _check_schema(root / name, known)
+
+
+def read_schema(path: Path) -> int:
+    """The schema version of an SQLite file, which is opened read-only."""
+    with closing(open_readonly(path)) as db:
+        version: int = db.execute("pragma user_version").fetchone()[0]
+    return version
+
+
+def open_readonly(path: Path) -> sqlite3.Connection:
+    """A connection that neither creates nor changes the file."""
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
 def _check_schema(path: Path, known: int) -> None:
     if not path.exists():
         return
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            found = db.execute("pragma user_version").fetchone()[0]
+        found = read_schema(path)
     except sqlite3.Error as error:
         raise UnusableStore(f"{path} cannot be read: {error}; restore it from a backup") from error
     if found > known:
