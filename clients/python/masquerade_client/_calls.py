@@ -66,11 +66,9 @@ class Runs(Protocol):
 
     def run(self, call: Call[T], /) -> T:
         """Send a call and return its decoded response."""
-        ...
 
     def open(self, call: Call[Any], /) -> AbstractContextManager[httpx.Response]:
         """Send a call and yield its streaming response."""
-        ...
 
 
 class AsyncRuns(Protocol):
@@ -78,11 +76,9 @@ class AsyncRuns(Protocol):
 
     async def run(self, call: Call[T], /) -> T:
         """Send a call and return its decoded response."""
-        ...
 
     def open(self, call: Call[Any], /) -> AbstractAsyncContextManager[httpx.Response]:
         """Send a call and yield its streaming response."""
-        ...
 
 
 class Attempts:

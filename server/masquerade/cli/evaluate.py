@@ -52,9 +52,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0, help="Temperature of the generated answers; 0 is greedy.")] = 0.0,
     judge: Annotated[str, typer.Option(help="`bigram`, or the base URL of an OpenAI-compatible endpoint.")] = "bigram",
     judge_model: Annotated[str, typer.Option(help="Model id at the endpoint.")] = "",
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Also compare the activations of every layer (CKA).")
-    ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Also compare activations per layer (CKA).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the layers as PNG; needs --layers.")] = None,
     model: Model = "demo",
     store: StoreFolder = None,

@@ -34,18 +34,14 @@ def build(
     name: Annotated[str, typer.Option(help="Name of the persona.")],
     contrast: Annotated[Path | None, typer.Option(exists=True, help="Examples of the opposite.")] = None,
     contrast_name: Annotated[str | None, typer.Option(help="Also publish the opposite, under this name.")] = None,
-    neutral: Annotated[
-        Path | None, typer.Option(exists=True, help="Examples that the persona should not change.")
-    ] = None,
+    neutral: Annotated[Path | None, typer.Option(exists=True, help="Examples that should not change.")] = None,
     validation: Annotated[Path | None, typer.Option(exists=True, help="Held-out examples.")] = None,
     system_prompt: Annotated[
         str | None, typer.Option(help="The base answers the questions in DATA under this prompt.")
     ] = None,
     contrast_prompt: Annotated[str | None, typer.Option(help="System prompt of the contrast.")] = None,
     card: Annotated[Path | None, typer.Option(exists=True, help="A character card instead of a system prompt.")] = None,
-    score: Annotated[
-        str | None, typer.Option(help="How weights are ranked; by default the server compares scores.")
-    ] = None,
+    score: Annotated[str | None, typer.Option(help="How weights are ranked; by default the best of several.")] = None,
     rho: Annotated[str | None, typer.Option(help="Share of weights to prune, or `auto`.")] = None,
     phase: Annotated[str | None, typer.Option(help="`all` or `decode`.")] = None,
     samples: Annotated[int | None, typer.Option(help="Maximum number of examples.")] = None,

@@ -59,9 +59,8 @@ def chat(
     """Chat with a persona."""
     options: ChatOptions = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
     with connect(url, key) as client:
-        conversation = Conversation(
-            client, options, persona, gamma, [{"role": "system", "content": system}] if system else []
-        )
+        messages = [{"role": "system", "content": system}] if system else []
+        conversation = Conversation(client, options, persona, gamma, messages)
         if prompt is None and sys.stdin.isatty() and not as_json:
             return _run_conversation(conversation)
         asked = sys.stdin.read() if prompt is None else prompt
@@ -171,10 +170,8 @@ def _set_gamma(conversation: Conversation, words: list[str]) -> None:
 def _compare(conversation: Conversation, words: list[str]) -> None:
     if conversation.asked is None:
         raise ValueError("there is no question yet to compare answers to")
-    before = conversation.messages[:-2]
-    show_side_by_side(
-        conversation.client, words, [*before, {"role": "user", "content": conversation.asked}], conversation.sampling
-    )
+    messages = [*conversation.messages[:-2], {"role": "user", "content": conversation.asked}]
+    show_side_by_side(conversation.client, words, messages, conversation.sampling)
 
 
 _COMMANDS: dict[str, Callable[[Conversation, list[str]], Any]] = {

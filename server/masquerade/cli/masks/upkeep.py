@@ -33,9 +33,7 @@ def collect(
 
 
 def check(
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Move damaged files aside and rebuild what can be rebuilt.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Move damaged files aside, rebuild the rest.")] = False,
     model: Model = "demo",
     store: StoreFolder = None,
     as_json: AsJson = False,
