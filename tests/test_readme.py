@@ -44,7 +44,34 @@ def test_python_examples_print_what_the_readme_shows(server: Server, code: str, 
     assert done.stdout.rstrip("\n") == output.rstrip("\n")
 
 
-def test_every_link_leads_to_a_file() -> None:
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / folder / "README.md" for folder in ("docker", "clients/python")),
+]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_to_a_file_and_its_heading() -> None:
+    for page in PAGES:
+        for link, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not heading or heading in anchors(target), f"{page.name}: {link}#{heading}"
+
+
+def test_the_index_links_every_page_once() -> None:
+    index = ROOT / "docs" / "README.md"
+    links = [
+        (index.parent / link).resolve()
+        for link in re.findall(r"\]\(([^)#]+)\)", index.read_text(encoding="utf-8"))
+        if not link.startswith("http")
+    ]
+    assert len(links) == len(set(links))
+    assert {page for page in PAGES if page != index} <= set(links)
