@@ -15,8 +15,6 @@ SHARED = {
     # The client is a distribution of its own, and its public names are those of the server's concepts.
     *("BadRequest", "BuildFailed", "MasqueradeError", "NotFound", "Overloaded", "TimedOut", "Usage"),
     *("Diff", "Overlap", "Persona"),
-    # The client's resources each have a synchronous and an asynchronous way to run a call.
-    *("Runs", "AsyncRuns"),
 }
 
 
