@@ -168,7 +168,7 @@ class BuildSources:
 
 
 @dataclass(frozen=True)
-class BuildInput:
+class LoadedSources:
     """The examples of a build, and the script for those that the base is still to write."""
 
     script: CalibrationPrompts | None
@@ -213,7 +213,7 @@ def _complete(sources: BuildSources) -> BuildSources:
     return replace(sources, contrast=contrast, contrast_validation=held_out)
 
 
-def _read_input(sources: BuildSources, recipe: Recipe) -> BuildInput:
+def _read_input(sources: BuildSources, recipe: Recipe) -> LoadedSources:
     from masquerade.evaluate.splits import mix
     from masquerade.pruning import PersonaExamples
 
@@ -224,7 +224,7 @@ def _read_input(sources: BuildSources, recipe: Recipe) -> BuildInput:
         single = Path(sources.contrast) if sources.contrast else None
         answers = mix([_read(file) for file in sources.pool]) if sources.pool else _read(single, "contrast")
         other = PersonaExamples(sources.contrast_name, answers, _read(sources.contrast_validation, "contrast"))
-    return BuildInput(script, own, other, _read(sources.neutral))
+    return LoadedSources(script, own, other, _read(sources.neutral))
 
 
 def _read(path: Path | None, side: Literal["own", "contrast"] = "own") -> list[Example]:
@@ -249,7 +249,7 @@ def _read_script(sources: BuildSources, recipe: Recipe) -> tuple[CalibrationProm
     return CalibrationPrompts(system, questions, sources.contrast_prompt, seed=recipe.seed), card
 
 
-def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, scratch: Scratch) -> Work[list[Mask]]:
+def _find_masks(base: Base, recipe: Recipe, build_input: LoadedSources, scratch: Scratch) -> Work[list[Mask]]:
     """Let the base write what a script requires, then find the masks; resumes from `scratch`."""
     from masquerade.model import MaskManager
     from masquerade.pruning import Builder
