@@ -93,7 +93,7 @@ def test_eval_measures_the_mask_beside_its_controls(tiny_folder: Path, shop: Any
         ({"--score": "magic"}, 2, "score 'magic' is unknown; there are attribution-fisher, attribution, signed"),
         ({"--rho": "many"}, 2, "rho is 'many'; it must be a number or `auto`"),
         ({"--model": "own.jsonl"}, 1, "is a file; give the folder"),
-        ({"--model": "/no/such/folder"}, 1, "is not a folder"),
+        ({"--model": "/no/such/folder"}, 1, "is not an existing folder"),
     ],
 )
 def test_build_refuses_with_a_clear_error(

@@ -64,10 +64,10 @@ def test_an_end_on_a_date_is_its_start_in_utc(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (("--scope", "root"), "metrics, chat, build, admin"),
-        (("--personas", "Npc *"), "no pattern"),
-        (("--personas", ""), "no pattern"),
+        (("--personas", "Npc *"), "is not a pattern"),
+        (("--personas", ""), "is not a pattern"),
         (("--expires", "tomorrow"), "2027-01-31"),
-        (("--expires", "2001-01-01"), "has passed"),
+        (("--expires", "2001-01-01"), "is in the past"),
         (("--expires", "0d"), "neither"),
     ],
 )

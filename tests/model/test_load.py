@@ -56,12 +56,12 @@ def test_the_fingerprint_is_the_weights_not_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("/no/such/folder", "is not a folder"),
-        ("./nowhere", "is not a folder"),
-        ("nowhere", "is not a folder"),
-        ("a/b/c", "is not a folder"),
+        ("/no/such/folder", "is not an existing folder"),
+        ("./nowhere", "is not an existing folder"),
+        ("nowhere", "is not an existing folder"),
+        ("a/b/c", "is not an existing folder"),
         (__file__, "is a file"),
-        ("owner/no-such-model", "could not be fetched"),
+        ("owner/no-such-model", "could not be downloaded"),
     ],
 )
 def test_a_model_that_cannot_be_found_says_why(name: str, words: str) -> None:
