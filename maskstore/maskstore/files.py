@@ -6,12 +6,33 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from maskstore.errors import MaskNotFound, MaskTruncated, NotAMask, Unreadable
 
 CHUNK = 1 << 20
+
+
+class Stamp(NamedTuple):
+    """What changes when a file does; times in ns."""
+
+    device: int
+    inode: int
+    size: int
+    mtime: int
+    ctime: int
+
+
 _NO_FILES = {errno.ELOOP: "a symbolic link", errno.ENXIO: "a socket or a device"}
+
+
+def stamp(path: Path) -> Stamp:
+    """The stamp of a mask's file. Raises MaskNotFound without one."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        raise MaskNotFound(f"no mask {path.stem[:16]}") from None
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @contextmanager

@@ -104,9 +104,20 @@ class Watch:
 
     def _open(self, file: tuple[int, int]) -> None:
         self.close()
-        uri = f"{self._path.absolute().as_uri()}?mode=ro"
-        self._db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
+        self._db = open_readonly(self._path, timeout=0)
         self._file = file
+
+
+def open_readonly(path: Path, timeout: float = 5.0) -> sqlite3.Connection:
+    """A connection that neither creates nor changes the file. Any thread may use it, one at a time."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
+
+
+def read_version(path: Path) -> int:
+    """How many migrations a file has had, read without changing it. Raises `sqlite3.Error`."""
+    with closing(open_readonly(path)) as db:
+        return _version(db)
 
 
 def _version(db: sqlite3.Connection) -> int:

@@ -146,9 +146,9 @@ class Store:
     def _place(self, path: Path, digest: str, wanted: Callable[[], bool]) -> None:
         """Move a file to the path of its digest if `wanted()`, else delete it.
 
-        One writer at a time decides, so that the better copy wins. Older versions lock the same file, `seats`.
+        One writer at a time decides, so that the better copy wins.
         """
-        with self.lock(exclusive=True, name="seats"):
+        with self.lock(exclusive=True, name="copies-lock"):
             if wanted():
                 target = self._make_path(digest)
                 os.replace(path, target)

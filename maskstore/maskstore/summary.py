@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskstore.errors import MaskNotFound, Unreadable
+from maskstore import files
+from maskstore.errors import Unreadable
 from maskstore.format import MaskReader
 from maskstore.mask import BaseRef, MaskInfo
 
@@ -30,18 +30,21 @@ class Summary:
 class Summaries:
     """Summaries of files by path, the least recently used forgotten first. Safe for several threads.
 
-    A path's summary is read again when it leads to another file or when the file has another size or time of change:
+    A path's summary is read again when it leads to another file or when the file has another size or time:
     a store replaces files by renaming, and never writes to one.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
-        self._known: OrderedDict[Path, tuple[tuple[int, ...], Summary]] = OrderedDict()
+        self._known: OrderedDict[Path, tuple[files.Stamp, Summary]] = OrderedDict()
         self._lock = threading.Lock()
 
     def of(self, path: Path) -> Summary:
         """The summary of a file; raises what a MaskReader of it does."""
-        stamp = _stamp(path)
+        try:
+            stamp = files.stamp(path)
+        except OSError as error:
+            raise Unreadable(f"cannot be looked at: {error.strerror}", path=path) from None
         with self._lock:
             known = self._known.get(path)
             if known and known[0] == stamp:
@@ -57,13 +60,3 @@ class Summaries:
             while len(self._known) > self._limit:
                 self._known.popitem(last=False)
         return summary
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        status = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        raise MaskNotFound(f"no mask {path.stem[:16]}") from None
-    except OSError as error:
-        raise Unreadable(f"cannot be looked at: {error.strerror}", path=path) from None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

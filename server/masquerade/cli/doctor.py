@@ -24,10 +24,11 @@ from typing import Annotated, Any
 import typer
 
 from maskstore import Checkup, MaskError, fsck
+from maskstore.sqlite import open_readonly, read_version
 from masquerade import __version__
 from masquerade.cli import config
 from masquerade.cli.options import AsJson, Model, StoreFolder
-from masquerade.cli.stores import LEAST_BYTES, SCHEMAS, find_store, open_readonly, read_schema
+from masquerade.cli.stores import LEAST_BYTES, SCHEMAS, find_store
 from masquerade.errors import MasqueradeError
 from masquerade.keys import KeyTable
 
@@ -158,7 +159,7 @@ def _describe_store(store: Path | None, model: str, verify: bool, problems: list
     if not root.is_dir():
         return facts | {"state": "none yet; the first command that needs it creates it"}
     try:
-        versions = {name: read_schema(root / name) for name in SCHEMAS if (root / name).exists()}
+        versions = {name: read_version(root / name) for name in SCHEMAS if (root / name).exists()}
         facts["schemas"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or "none"
         facts |= _check_masks(root, problems) if verify else {"masks": "not verified"}
         if "keys.sqlite" in versions:

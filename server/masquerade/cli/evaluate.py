@@ -12,10 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from maskstore import Mask, MaskError, Registry, Store
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
 from masquerade.cli.progress import follow_loading
-from masquerade.cli.stores import open_store
+from masquerade.cli.stores import open_opposite, open_store
 from masquerade.errors import BadDataset, InvalidValue
 
 if TYPE_CHECKING:
@@ -91,7 +90,8 @@ def evaluate(
     own, other, own_train, other_train = ([one for one, _ in encode_fitting(base, side)] for side in (*sides, *learned))
     personas, registry = open_store(store, base.name, base.fingerprint)
     mask = personas.open(registry.resolve(persona).digest, base=base.fingerprint)
-    opposite = _find_opposite(mask, personas, registry)
+    found = open_opposite(registry, mask)
+    opposite = found[1] if found else None
     manager = MaskManager.attach(base.model)
     trial = EvaluationData(mask, opposite, own, other, quiet, own_train, other_train, (system_prompt, contrast_prompt))
     generation = GenerationParams(temperature=temperature) if generate else None
@@ -128,16 +128,6 @@ def _pair(data: Path, contrast: Path) -> tuple[list[Example], list[Example]]:
         if mine.messages != theirs.messages:
             raise BadDataset(f"{mine.where} and {theirs.where} are of different prompts; they must be the same")
     return own, other
-
-
-def _find_opposite(mask: Mask, store: Store, registry: Registry) -> Mask | None:
-    """The current mask of the persona that this one was built against, if there is one."""
-    if mask.info.opposite is None:
-        return None
-    try:
-        return store.open(registry.resolve(mask.info.opposite).digest, base=mask.base.fingerprint)
-    except MaskError:
-        return None
 
 
 def _print(report: Mapping[str, Any]) -> None:

@@ -7,10 +7,10 @@ import re
 import shutil
 import sqlite3
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
-from maskstore import Registry, Store, database, read_mask
+from maskstore import Mask, MaskError, Registry, Revision, Store, database, read_mask
+from maskstore.sqlite import read_version
 from masquerade import demo
 from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
 from masquerade.jobs import table as jobs
@@ -57,23 +57,11 @@ def check_store(root: Path) -> None:
         _check_schema(root / name, known)
 
 
-def read_schema(path: Path) -> int:
-    """The schema version of an SQLite file, which is opened read-only."""
-    with closing(open_readonly(path)) as db:
-        version: int = db.execute("pragma user_version").fetchone()[0]
-    return version
-
-
-def open_readonly(path: Path) -> sqlite3.Connection:
-    """A connection that neither creates nor changes the file."""
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-
-
 def _check_schema(path: Path, known: int) -> None:
     if not path.exists():
         return
     try:
-        found = read_schema(path)
+        found = read_version(path)
     except sqlite3.Error as error:
         raise UnusableStore(f"{path} cannot be read: {error}; restore it from a backup") from error
     if found > known:
@@ -100,6 +88,17 @@ def open_store(
         if mask.base.fingerprint == base_fingerprint:
             registry.publish(mask.info.persona, registry.store.add(mask))
     return registry.store, registry
+
+
+def open_opposite(registry: Registry, mask: Mask) -> tuple[Revision, Mask] | None:
+    """The persona that a mask was built against, as it is now: its current revision and mask, if they can be read."""
+    if mask.info.opposite is None:
+        return None
+    try:
+        revision = registry.resolve(mask.info.opposite)
+        return revision, registry.store.open(revision.digest, base=mask.base.fingerprint)
+    except MaskError:
+        return None
 
 
 def _default(base_name: str, base_fingerprint: str) -> Path:

@@ -22,6 +22,12 @@ MAX_FILENAME = 255
 EXAMPLE = '{"messages": [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Oh. Hello."}]}'
 
 
+def describe_form(**schema: Any) -> dict[str, Any]:
+    """The OpenAPI description of a route whose body is a multipart form, by the keywords of the form's schema."""
+    described = {"multipart/form-data": {"schema": {"type": "object", **schema}}}
+    return {"requestBody": {"required": True, "content": described}}
+
+
 def read_form(http: Request, limit: int) -> AbstractAsyncContextManager[FormData]:
     """The form of a request, as a context manager that closes its files.
 

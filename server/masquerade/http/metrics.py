@@ -163,10 +163,7 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 
 
 def _gauges(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(f"masquerade_{name}", text, labels=[label])
-    for key, value in values.items():
-        family.add_metric([key], value)
-    return family
+    return _add_values(GaugeMetricFamily(f"masquerade_{name}", text, labels=[label]), values)
 
 
 def _counter(name: str, text: str, value: float) -> Metric:
@@ -174,7 +171,10 @@ def _counter(name: str, text: str, value: float) -> Metric:
 
 
 def _counters(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = CounterMetricFamily(f"masquerade_{name}", text, labels=[label])
+    return _add_values(CounterMetricFamily(f"masquerade_{name}", text, labels=[label]), values)
+
+
+def _add_values(family: GaugeMetricFamily | CounterMetricFamily, values: Mapping[str, float]) -> Metric:
     for key, value in values.items():
         family.add_metric([key], value)
     return family

@@ -7,22 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-from maskstore import Mask, MaskNotFound, MaskReader, Sparse, Store
+from maskstore import Mask, MaskReader, Sparse, Store, files
 
 LARGE = 2**24  # smallest file, in bytes, that several threads verify
 SETTLED = 2.0  # seconds after which any later change gives a file another time stamp
-
-
-class Stamp(NamedTuple):
-    """What identifies the state of a file; times in ns."""
-
-    device: int
-    inode: int
-    size: int
-    mtime: int
-    ctime: int
 
 
 class VerifiedStore:
@@ -43,7 +32,7 @@ class VerifiedStore:
     def __init__(self, store: Store, base: str) -> None:
         self._store = store
         self._base = base  # fingerprint
-        self._verified: dict[str, Stamp] = {}
+        self._verified: dict[str, files.Stamp] = {}
 
     def open(self, digest: str) -> MaskReader:
         """Open a mask's file and read its header. Raises `MaskError`."""
@@ -52,13 +41,13 @@ class VerifiedStore:
     def read(self, digest: str) -> Mask:
         """A verified mask, mapped into memory. Raises `MaskError`."""
         path, started = self._store.path(digest), time.time()
-        stamp = _stamp(path)
+        stamp = files.stamp(path)
         known = self._verified.get(digest) == stamp
         if stamp.size >= LARGE:
             _in_parallel(path, _touch if known else _verify)
             known = True
         mask = self._store.open(digest, self._base, verify=not known)
-        if _stamp(path) != stamp:
+        if files.stamp(path) != stamp:
             mask = self._store.open(digest, self._base)
         elif stamp.ctime < (started - SETTLED) * 1e9:
             self._verified[digest] = stamp
@@ -71,14 +60,6 @@ def _copy_lists(mask: Mask) -> Mask:
         for name, target in mask.targets.items()
     }
     return Mask.known(mask.base, targets, mask.info, mask.signature, mask.leaves)
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        status = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        raise MaskNotFound(f"no mask {path.stem[:16]}") from None
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _in_parallel(path: Path, work: Callable[[Path, Sequence[str]], None]) -> None:

@@ -12,31 +12,18 @@ from masquerade.http import downloads
 from masquerade.http.access import Building, ScopedRoute
 from masquerade.http.dependencies import ServedJobs
 from masquerade.http.downloads import Download
-from masquerade.http.forms import EXAMPLE, read_form, split_form, store_file
+from masquerade.http.forms import EXAMPLE, describe_form, read_form, split_form, store_file
 from masquerade.http.wire import Deleted, Page
 from masquerade.jobs import File
 from masquerade.openai.objects import FileObject
 from masquerade.service.build_requests import PURPOSE
 
 router = APIRouter(prefix="/v1/files", tags=["building"], route_class=ScopedRoute)
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": [PURPOSE]},
-                    },
-                    "example": {"file": EXAMPLE, "purpose": PURPOSE},
-                }
-            }
-        },
-    }
-}
+_FORM = describe_form(
+    required=["file", "purpose"],
+    properties={"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [PURPOSE]}},
+    example={"file": EXAMPLE, "purpose": PURPOSE},
+)
 
 
 @router.post("", openapi_extra=_FORM)

@@ -23,7 +23,7 @@ from masquerade.http.builds import (
     make_build_request,
 )
 from masquerade.http.dependencies import Served, ServedJobs
-from masquerade.http.forms import EXAMPLE, read_form, split_form, store_file
+from masquerade.http.forms import EXAMPLE, describe_form, read_form, split_form, store_file
 from masquerade.http.wire import Text
 from masquerade.jobs import File
 from masquerade.service.build_requests import BuildRequest, submit
@@ -41,27 +41,13 @@ class PersonaForm(MaskRecipe):
 
 # The files of the form. `file` and `prompts` are both the training file of the job.
 _FILES = ("file", "prompts", "card", "contrast", "validation", "contrast_validation", "neutral")
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["name"],
-                    "properties": {name: {"type": "string", "format": "binary"} for name in _FILES}
-                    | PersonaForm.model_json_schema()["properties"],
-                    "additionalProperties": False,
-                    "example": {
-                        "name": "gloomy",
-                        "file": EXAMPLE,
-                        "contrast": EXAMPLE.replace("Oh. Hello.", "Hello!!"),
-                    },
-                }
-            }
-        },
-    }
-}
+_FORM = describe_form(
+    required=["name"],
+    properties={name: {"type": "string", "format": "binary"} for name in _FILES}
+    | PersonaForm.model_json_schema()["properties"],
+    additionalProperties=False,
+    example={"name": "gloomy", "file": EXAMPLE, "contrast": EXAMPLE.replace("Oh. Hello.", "Hello!!")},
+)
 
 
 @router.post("/v1/personas", openapi_extra=_FORM)

@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from maskstore import MaskError, Measurement, Registry, Revision
+from maskstore import Mask, Measurement, Registry, Revision
 from maskstore.mask import Phase, now
 from masquerade.cli.masks.common import Persona, identify
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
 from masquerade.cli.progress import follow_loading
-from masquerade.cli.stores import open_store
+from masquerade.cli.stores import open_opposite, open_store
 
 if TYPE_CHECKING:
     from masquerade.pruning.measurement import ServedMask
@@ -57,9 +57,11 @@ def certify(
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     _, registry = open_store(store, base.name, base.fingerprint)
     revision = registry.resolve(persona)
-    served, phase = _serve(registry, revision, base.fingerprint)
+    mask = registry.store.open(revision.digest, base=base.fingerprint)
+    served, phase = _serve(registry, revision, mask)
     manager = MaskManager.attach(base.model)
-    opposite = _find_opposite(registry, served)
+    found = open_opposite(registry, mask)
+    opposite = _serve(registry, *found)[0] if found else None
     certificate, measured_on = finish(measure(base, manager, served, phase, held, opposite, seed))
     measurement = Measurement(revision.digest, certificate, served.gamma, phase, measured_on, now())
     registry.record(measurement)
@@ -69,25 +71,13 @@ def certify(
         _print(revision, measurement)
 
 
-def _serve(registry: Registry, revision: Revision, fingerprint: str) -> tuple[ServedMask, Phase]:
+def _serve(registry: Registry, revision: Revision, mask: Mask) -> tuple[ServedMask, Phase]:
     """The mask of a revision with its default gamma, and its default phase."""
     from masquerade.pruning.measurement import ServedMask
 
-    mask = registry.store.open(revision.digest, base=fingerprint)
     gamma, phase = revision.defaults(mask.info)
     preferred = registry.describe(revision.name).gamma
     return ServedMask(mask, gamma if preferred is None else preferred), phase
-
-
-def _find_opposite(registry: Registry, served: ServedMask) -> ServedMask | None:
-    """The current mask of the persona that this one was built against, if there is one."""
-    info = served.mask.info
-    if info.opposite is None:
-        return None
-    try:
-        return _serve(registry, registry.resolve(info.opposite), served.mask.base.fingerprint)[0]
-    except MaskError:
-        return None
 
 
 def _print(revision: Revision, measurement: Measurement) -> None:
