@@ -35,8 +35,8 @@ export function certificateOf({ certificate, certificate_source: source, signatu
 /** A certificate that came with the file: figures without a verdict. */
 function claim() {
   return h("div", { class: "notice" }, h("strong", {}, "Claimed, not measured here."),
-    h("p", {}, "These figures are what the mask's maker says. "
-      + "This server has not measured them; `masquerade masks certify` does."));
+    h("p", {}, "These figures are what the mask's maker says. This server has not measured them; ",
+      h("code", {}, "masquerade masks certify"), " does."));
 }
 
 const SOURCES = { measured: "measured by this server", claimed: "claimed by its maker" };

@@ -1,8 +1,4 @@
-"""The pictures of the documentation: `python -m tests.web.screenshots` writes them to docs/images.
-
-Knows which moments of the playground are worth a picture, in light, in dark and on a phone. Refuses to check anything:
-that is what the tests are for.
-"""
+"""The pictures of the documentation: `python -m tests.web.screenshots` writes them to docs/images."""
 
 from __future__ import annotations
 
@@ -97,11 +93,11 @@ def main() -> None:
         prepare(browser, server)
         for look, options in LOOKS.items():
             context = browser.new_context(**options, reduced_motion="reduce", locale="en-GB")
-            for scene in SCENES:
+            for name, scene in SCENES.items():
                 page = context.new_page()
                 page.set_default_timeout(PATIENCE)
                 scene(page, server)
-                page.screenshot(path=IMAGES / f"{scene.__name__}-{look}.png", animations="disabled")
+                page.screenshot(path=IMAGES / f"{name}-{look}.png", animations="disabled")
                 page.close()
             context.close()
         browser.close()
