@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -115,7 +116,7 @@ def test_questions_are_tokenised_beside_the_model(
 def test_no_item_stalls_the_demo(score: str) -> None:
     """In CPU time, as multiples of one pass over a micro-batch in the same run.
 
-    The base has four layers, so whatever is long is so four times: a single outlier is the machine's.
+    As in a server, what is loaded is kept out of garbage collection, of which a full pass is longer than any item.
     """
     base = load("demo", device="cpu")
     casual, formal, facts = (
@@ -129,12 +130,16 @@ def test_no_item_stalls_the_demo(score: str) -> None:
         Builder(base, manager, recipe, PersonaExamples("dude", casual), PersonaExamples("sir", formal), facts).run()
     )
     items: list[tuple[float, str]] = []
-    while not items or items[-1][1] != "end":
-        before = time.thread_time()
-        uses_model, stage = next(work)
-        items.append((time.thread_time() - before if uses_model else 0.0, stage))
-    longest = sorted(items)[-4:]
-    assert longest[0][0] <= 3 * passes[len(passes) // 2], (longest, passes)
+    gc.collect()
+    gc.freeze()
+    try:
+        while not items or items[-1][1] != "end":
+            before = time.thread_time()
+            uses_model, stage = next(work)
+            items.append((time.thread_time() - before if uses_model else 0.0, stage))
+    finally:
+        gc.unfreeze()
+    assert max(items)[0] <= 3 * passes[len(passes) // 2], (sorted(items)[-4:], passes)
 
 
 def spend(work: Callable[[], object]) -> float:
