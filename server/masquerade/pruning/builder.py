@@ -20,8 +20,9 @@ from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks
-from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector, layer_number
+from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
 from masquerade.pruning.data import BuildData, PersonaExamples, gather
+from masquerade.pruning.layerwise import layer_number
 from masquerade.pruning.progress import Progress, Work, track
 from masquerade.pruning.recipe import Recipe
 from masquerade.pruning.scores import SCORES

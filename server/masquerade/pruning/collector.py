@@ -19,17 +19,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from masquerade.evaluate.dataset import MicroBatch
-from masquerade.evaluate.layers import find_layers
 from masquerade.evaluate.metrics import log_probabilities
 from masquerade.model import Base, find_targets
 from masquerade.pruning.accumulators import GradientAccumulator, InputAccumulator, LayerSums
-from masquerade.pruning.hooks import find_added, observed, replaced, without_products
+from masquerade.pruning.hooks import find_added, observed, without_products
+from masquerade.pruning.layerwise import Arguments, LayerwiseModel, group_by_layer
 from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.statistics import NO_STATISTICS, LinearStatistics, Statistic, TextStatistics
 
@@ -76,14 +76,15 @@ class StatisticsCollector:
         self, base: Base, targets: Mapping[str, nn.Linear], texts: Mapping[Role, CalibrationText], scratch: Scratch
     ) -> None:
         self._base, self._texts, self._scratch = base, texts, scratch
-        self._layers = find_layers(base.model)
+        self._model = LayerwiseModel(base)
+        self._layers = self._model.layers
         self._targets, self._linears = (
-            _by_layer(linears, len(self._layers)) for linears in (targets, find_targets(base.model))
+            group_by_layer(linears, len(self._layers)) for linears in (targets, find_targets(base.model))
         )
         self._items = [_Item(role, i, batch) for role, text in texts.items() for i, batch in enumerate(text.batches)]
         self._traced = [item for item in self._items if self._is_traced(item)]
         self._tokens = {role: text.tokens for role, text in texts.items()}
-        self._arguments: dict[str, list[dict[str, Any]]] = {}  # of every layer, by item
+        self._arguments: dict[str, list[Arguments]] = {}  # of every layer, by item
         linears = sum(map(len, self._targets))
         self.forward_items = len(self._items) * (len(self._layers) + 1) + linears
         self.backward_items = len(self._traced) * len(self._layers) + linears
@@ -138,22 +139,10 @@ class StatisticsCollector:
         self._scratch.put(f"done/{stage}-{layer}", {"layer": torch.tensor(layer)})
 
     def _embed(self, item: _Item) -> None:
-        """Run the model without its layers, to record the first layer's input and every layer's other arguments."""
-        arguments: list[dict[str, Any]] = []
-
-        def record(hidden: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-            if not arguments and not self._is_done("forward", 0):
-                self._scratch.put(f"hidden/0/{item.name}", {"states": hidden})
-            arguments.append(kwargs)
-            if len(arguments) == len(self._layers):
-                raise _Stop
-            return hidden
-
-        with replaced(self._layers, [record] * len(self._layers)), torch.no_grad():
-            try:
-                self._base.model(input_ids=item.batch.ids, use_cache=False)
-            except _Stop:
-                self._arguments[item.name] = arguments
+        """Record the first layer's input and every layer's other arguments."""
+        hidden, self._arguments[item.name] = self._model.enter(input_ids=item.batch.ids, use_cache=False)
+        if not self._is_done("forward", 0):
+            self._scratch.put(f"hidden/0/{item.name}", {"states": hidden})
 
     def _forward_layer(self, item: _Item, layer: int, sums: LayerSums) -> None:
         hidden = self._load(f"hidden/{layer}/{item.name}")
@@ -195,31 +184,18 @@ class StatisticsCollector:
         return found or added
 
     def _head_gradient(self, item: _Item, output: Tensor) -> Tensor:
-        """d (sum of the counted tokens' log-likelihoods) / d (the last layer's output).
-
-        The norm and the LM head after the layers act on each position alone, so they get the counted ones only.
-        """
+        """d (sum of the counted tokens' log-likelihoods) / d (the last layer's output)."""
         counted = item.batch.predicts
-        leaf = output[counted].unsqueeze(0).requires_grad_(True)  # [1, counted, hidden]
-
-        def last_output(*_: Any, **__: Any) -> Tensor:
-            return leaf
-
-        def identity(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            return hidden
-
-        with replaced(self._layers, [identity] * (len(self._layers) - 1) + [last_output]):
-            logits = self._base.model(input_ids=item.batch.ids, use_cache=False).logits[0]
+        leaf = output[counted].requires_grad_(True)  # [counted, hidden]
+        logits = self._model.predict(leaf)
         following = item.batch.ids.roll(-1, 1)[counted]  # the last position of a row is never counted
         (gradient,) = torch.autograd.grad(log_probabilities(logits, following).sum(), leaf)
         above = torch.zeros_like(output)
-        above[counted] = gradient[0]
+        above[counted] = gradient
         return above
 
     def _run(self, layer: int, item: _Item, hidden: Tensor) -> Tensor:
-        output = self._layers[layer](hidden, **self._arguments[item.name][layer])
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        return self._model.run(layer, hidden, self._arguments[item.name][layer])
 
     def _load(self, name: str) -> Tensor:
         return self._scratch.get(name)["states"].to(self._base.device).detach()
@@ -236,19 +212,3 @@ class StatisticsCollector:
             name: LinearStatistics(find(name, "own"), find(name, "contrast"), find(name, "neutral"))
             for name in self._targets[layer]
         }
-
-
-def layer_number(name: str) -> int:
-    """The layer of a target: 3 for `model.layers.3.mlp.up_proj`."""
-    return int(name.split(".layers.")[1].split(".")[0])
-
-
-class _Stop(Exception):
-    """Ends a forward pass after the last layer's arguments are recorded."""
-
-
-def _by_layer(linears: Mapping[str, nn.Linear], layers: int) -> list[dict[str, nn.Linear]]:
-    found: list[dict[str, nn.Linear]] = [{} for _ in range(layers)]
-    for name, linear in linears.items():
-        found[layer_number(name)][name] = linear
-    return found
