@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from masquerade.evaluate.dataset import Encoded
+from masquerade.evaluate.metrics import Items
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, Span, make_route
 
@@ -43,6 +44,17 @@ def generate(
     for rows in _group([treatment.rewrite(prompt).prompt for prompt in prompts]):
         generated = yield from _generate(base, rows, treatment, params, random)
         yield [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+
+
+def write_answers(
+    base: Base, prompts: Sequence[Encoded], treatment: Treatment = UNTREATED, params: GenerationParams | None = None
+) -> Items[list[str]]:
+    """All texts of `generate`, without the white space around them; a work item is a pass of the model."""
+    found: list[str] = []
+    for texts in generate(base, prompts, treatment, params):
+        found += [text.strip() for text in texts]
+        yield
+    return found
 
 
 def _group(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

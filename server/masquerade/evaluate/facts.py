@@ -1,0 +1,74 @@
+"""Neutral questions that come with this package: facts with checkable answers, and everyday requests.
+
+`data/facts.jsonl` and `data/everyday.jsonl` are in mixed order: each prefix, and each half, has questions of every
+kind. The even lines (`search`) are for whoever looks for a mask, the odd lines (`report`) for whoever measures it, so a
+mask is never chosen by the questions that it is judged by.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Literal
+
+from masquerade.evaluate.dataset import Encoded, Example, encode
+from masquerade.evaluate.generation import GenerationParams, write_answers
+from masquerade.evaluate.metrics import Items
+from masquerade.evaluate.treatment import UNTREATED, Treatment
+from masquerade.model import Base
+
+Part = Literal["search", "report", "all"]
+TOKENS = 24  # of an answer to a fact's question; it is greedy
+_LINES: dict[Part, slice] = {"search": slice(0, None, 2), "report": slice(1, None, 2), "all": slice(None)}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A question, and the strings of which an answer must contain one."""
+
+    question: str
+    answers: tuple[str, ...]
+
+    def is_in(self, text: str) -> bool:
+        """Whether a text has one of the answers, as whole words and in any case; 5 is in "5." but not in "15", "5.2"."""
+        accepted = "|".join(map(re.escape, self.answers))
+        return bool(re.search(rf"(?<!\w)(?<!\d[.,])(?:{accepted})(?!\w)(?![.,]\d)", text, re.IGNORECASE))
+
+
+def read_facts(part: Part = "all") -> list[Fact]:
+    """The 200 facts, or the half of them for one purpose."""
+    return [Fact(line["question"], tuple(line["answers"])) for line in _read("facts.jsonl", part)]
+
+
+def read_everyday_questions(part: Part = "all") -> list[str]:
+    """The 96 open-ended requests, or the half of them for one purpose."""
+    return [line["question"] for line in _read("everyday.jsonl", part)]
+
+
+def encode_questions(base: Base, questions: Iterable[str]) -> list[Encoded]:
+    """Questions as prompts of a chat, to generate answers to; their responses are placeholders."""
+    return encode(base, [Example(({"role": "user", "content": question},), "?") for question in questions])
+
+
+def check_facts(base: Base, facts: Sequence[Fact], treatment: Treatment = UNTREATED) -> Items[list[bool]]:
+    """Whether each fact is in the greedy answer to its question; a work item is a pass of the model.
+
+    The base must have its masks attached.
+    """
+    prompts = encode_questions(base, [fact.question for fact in facts])
+    texts = yield from write_answers(base, prompts, treatment, GenerationParams(TOKENS))
+    return [fact.is_in(text) for fact, text in zip(facts, texts, strict=True)]
+
+
+def share_kept(before: Sequence[bool], after: Sequence[bool]) -> float | None:
+    """Of the facts that were known before, the share that is known after; None if none was known."""
+    known = [later for earlier, later in zip(before, after, strict=True) if earlier]
+    return sum(known) / len(known) if known else None
+
+
+def _read(name: str, part: Part) -> list[dict[str, Any]]:
+    lines = (files(__package__) / "data" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[_LINES[part]]]

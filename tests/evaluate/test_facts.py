@@ -1,0 +1,82 @@
+"""The neutral questions of the package, and the check of an answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from masquerade.evaluate.facts import (
+    Fact,
+    Part,
+    check_facts,
+    encode_questions,
+    read_everyday_questions,
+    read_facts,
+    share_kept,
+)
+from masquerade.evaluate.generation import GenerationParams, write_answers
+from masquerade.evaluate.metrics import finish
+from masquerade.evaluate.treatment import Treatment
+from masquerade.model import AppliedMask, Base, MaskManager
+from tests import world
+
+
+def test_there_are_as_many_questions_as_promised_and_no_two_alike() -> None:
+    facts, everyday = read_facts(), read_everyday_questions()
+    assert len(facts) == 200
+    assert len(everyday) == 96
+    assert max(Counter([*(fact.question for fact in facts), *everyday]).values()) == 1
+
+
+def test_no_question_contains_its_own_answer() -> None:
+    """Or an echo of the question would count as knowledge."""
+    assert [fact.question for fact in read_facts() if fact.is_in(fact.question)] == []
+
+
+@pytest.mark.parametrize("read", [read_facts, read_everyday_questions])
+def test_the_halves_are_disjoint_and_complete(read: object) -> None:
+    parts: tuple[Part, ...] = ("search", "report")
+    search, report = (read(part) for part in parts)  # type: ignore[operator]
+    assert len(search) == len(report)
+    assert not set(search) & set(report)
+    assert set(search) | set(report) == set(read())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("answers", "text", "known"),
+    [
+        (("Paris",), "The capital of France is Paris.", True),
+        (("Paris",), "PARIS!", True),
+        (("Paris",), "Parisian cafés are lovely", False),
+        (("5", "five"), "2 + 3 = 5.", True),
+        (("5", "five"), "Five, of course", True),
+        (("5", "five"), "15 or 52 or 5.2 or 1.5 or 5,000", False),
+        (("100",), "It is 100, I think", True),
+        (("carbon dioxide", "CO2"), "They take in carbon dioxide", True),
+        (("H2O",), "", False),
+    ],
+)
+def test_an_answer_counts_as_whole_words_in_any_case(answers: tuple[str, ...], text: str, known: bool) -> None:
+    assert Fact("?", answers).is_in(text) is known
+
+
+def test_facts_are_checked_in_greedy_answers(tiny: Base, manager: MaskManager) -> None:
+    """The first word of the base's own answer is known to the base; what it did not say is not."""
+    questions = ["what is one", "what is two", "what is three"]
+    prompts = encode_questions(tiny, questions)
+    texts = finish(write_answers(tiny, prompts, params=GenerationParams(24)))
+    facts = [Fact(questions[0], (texts[0],)), Fact(questions[1], ("never said",)), Fact(questions[2], (texts[2],))]
+    known = finish(check_facts(tiny, facts))
+    assert known == [fact.is_in(text) for fact, text in zip(facts, texts, strict=True)]
+    assert not known[1]
+    treatment = Treatment(applied=AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=3)), 0.0))
+    changed = finish(write_answers(tiny, prompts, treatment, GenerationParams(24)))
+    assert finish(check_facts(tiny, facts, treatment)) == [
+        fact.is_in(text) for fact, text in zip(facts, changed, strict=True)
+    ]
+
+
+def test_the_share_that_is_kept_is_of_what_was_known() -> None:
+    assert share_kept([True, True, False, False], [True, False, True, False]) == 0.5
+    assert share_kept([False], [True]) is None
