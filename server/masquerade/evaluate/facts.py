@@ -33,7 +33,7 @@ class Fact:
     answers: tuple[str, ...]
 
     def is_in(self, text: str) -> bool:
-        """Whether a text has one of the answers, as whole words and in any case; 5 is in "5." but not in "15", "5.2"."""
+        """Whether a text has one of the answers, as whole words and in any case; 5 is in "5." but not in "15"."""
         accepted = "|".join(map(re.escape, self.answers))
         return bool(re.search(rf"(?<!\w)(?<!\d[.,])(?:{accepted})(?!\w)(?![.,]\d)", text, re.IGNORECASE))
 
