@@ -67,7 +67,7 @@ def build(
     neutral: Annotated[
         Path | None, typer.Option(help="JSONL that no persona should change; by default the base answers questions.")
     ] = None,
-    score: Annotated[str, typer.Option(help="How weights are ranked; `auto` compares the best scores.")] = "auto",
+    score: Annotated[str, typer.Option(help="How weights are ranked; `auto` is a search in steps.")] = "auto",
     rho: Annotated[
         str, typer.Option(help="Share of weights to prune; `auto` is the most within the budgets.")
     ] = "auto",
@@ -75,12 +75,22 @@ def build(
     scope: Annotated[str | None, typer.Option(help="Linears to mask: all, mlp, attention or outputs.")] = None,
     phi: Annotated[str, typer.Option(help="For contrastive-wanda: relu or softplus.")] = "relu",
     tokens: Annotated[Literal["response", "all"], typer.Option(help="Tokens of the data that count.")] = "response",
-    gamma: Annotated[float, typer.Option(help="Default gamma of the persona; 0 applies the full mask.")] = 0.0,
+    gamma: Annotated[
+        float | None, typer.Option(help="Default gamma; 0 is the full mask. By default, the strongest in the budgets.")
+    ] = None,
     phase: Annotated[
         Literal["auto", "all", "decode"], typer.Option(help="Default phase; `auto` is decode if that is as good.")
     ] = "auto",
-    neutral_budget: Annotated[float, typer.Option(help="Maximum perplexity on neutral text / the base's.")] = 1.02,
-    own_budget: Annotated[float, typer.Option(help="Maximum perplexity on the persona's text / the base's.")] = 1.05,
+    strength: Annotated[
+        Literal["gentle", "normal", "strong"],
+        typer.Option(help="What the mask may cost on neutral text: 2 %, 5 % or 15 % of perplexity."),
+    ] = "normal",
+    neutral_budget: Annotated[
+        float | None, typer.Option(help="Maximum perplexity on neutral text / the base's; overrides --strength.")
+    ] = None,
+    own_budget: Annotated[
+        float | None, typer.Option(help="Maximum perplexity on the persona's text / the base's; overrides --strength.")
+    ] = None,
     effect: Annotated[float, typer.Option(help="Share of flipped prompts that is sufficient.")] = 0.95,
     samples: Annotated[int | None, typer.Option(help="Maximum number of examples per side.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -109,6 +119,7 @@ def build(
         tokens=tokens,
         gamma=gamma,
         phase=phase,
+        strength=strength,
         neutral_budget=neutral_budget,
         own_budget=own_budget,
         effect=effect,

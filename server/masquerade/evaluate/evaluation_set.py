@@ -75,8 +75,8 @@ class EvaluationSet:
         """What a mask changes for `side`, given the likelihoods with the mask and without.
 
         `own_ratio`, `neutral_ratio`: perplexity with the mask over perplexity without. With pairs also: `pairs`,
-        `margin_shift` in nats a token, `preferred` (share of pairs whose own answer is more likely, base and masked)
-        and, with the likelihoods under the opposite's mask, `flip`.
+        `margin_shift` and `margin_shift_median` in nats a token, `preferred` (share of pairs whose own answer is more
+        likely, base and masked) and, with the likelihoods under the opposite's mask, `flip`.
         """
         found: dict[str, Any] = {"own_ratio": _ratio(base.sides[side], masked.sides[side])}
         if self.texts[0]:
@@ -85,6 +85,7 @@ class EvaluationSet:
             before, after = base.margins(self.pairs, side), masked.margins(self.pairs, side)
             found["pairs"] = len(self.pairs)
             found["margin_shift"] = float((after - before).mean())
+            found["margin_shift_median"] = float(np.median(after - before))
             found["preferred"] = {"base": float((before > 0).mean()), "masked": float((after > 0).mean())}
             if opposite is not None:
                 found["flip"] = float(((after > 0) & (opposite.margins(self.pairs, side) < 0)).mean())

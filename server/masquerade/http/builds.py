@@ -36,6 +36,7 @@ class MaskRecipe(Schema):
     tokens: Text | None = None
     gamma: float | None = None
     phase: Text | None = None
+    strength: Text | None = None
     neutral_budget: float | None = None
     own_budget: float | None = None
     effect: float | None = None

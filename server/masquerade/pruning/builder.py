@@ -19,25 +19,35 @@ from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 from masquerade.pruning import certificate
-from masquerade.pruning.candidates import CandidateMasks
+from masquerade.pruning.candidates import CandidateMasks, ScorePlan
 from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
 from masquerade.pruning.data import BuildData, PersonaExamples, gather
 from masquerade.pruning.layerwise import layer_number
-from masquerade.pruning.progress import Progress, Work, track
+from masquerade.pruning.progress import Progress, Work, count, track
 from masquerade.pruning.recipe import Recipe
 from masquerade.pruning.scores import SCORES
 from masquerade.pruning.scratch import Scratch
+from masquerade.pruning.search import MaskSearch
 from masquerade.pruning.statistics import LinearStatistics, Statistic
-from masquerade.pruning.tuning import Tuner, TuningChoice
+from masquerade.pruning.strength import GammaChoice, StrengthTuner
+from masquerade.pruning.tuning import Tuner, TuningTrial
+
+JUDGED = 32  # most examples of a kind that a search's states are judged by, of the tune split
+TRACED = 64  # most pairs, and neutral texts, whose statistics a search starts from
 
 
 @dataclass(frozen=True)
-class _Decision:
-    """What was chosen on the tune split."""
+class _ChosenMask:
+    """A side's mask, as it was chosen on the tune split."""
 
-    choice: TuningChoice
+    plan: ScorePlan
+    targets: Mapping[str, Target]
+    rho: float
+    gamma: float
     phase: Phase
+    reason: str
     phase_reason: str
+    trials: Sequence[TuningTrial]
 
 
 class Builder:
@@ -68,6 +78,7 @@ class Builder:
         self._built = [side for side, persona in self._personas.items() if persona.persona]
         self._plans = recipe.plans(contrast is not None)
         self._scores = [SCORES[plan.score] for plan in self._plans]
+        self._searches = any(score.searched for score in self._scores)
         if contrast is None and any(score.contrastive for score in self._scores):
             raise BuildFailed(f"the score {recipe.score!r} compares two personas; give the opposite's examples too")
         for side in self._built:
@@ -100,14 +111,15 @@ class Builder:
         targets = {
             name: linear for plan in self._plans for name, linear in find_targets(self._base.model, plan.scope).items()
         }
-        calibrates, chooses = bool(self._needs("neutral")), sum(len(plan.rhos) for plan in self._plans) > 1
+        calibrates = bool(self._needs("neutral"))
+        chooses = self._searches or sum(len(plan.rhos) for plan in self._plans) > 1
         try:
             weights = len(list(self._base.model.parameters()))
             yield from track("check", _check(self._base.model), weights, model=False, model_after=False)
             data = yield from gather(self._base, self._recipe, self._personas, self._neutral, calibrates, chooses)
-            candidates = yield from self._find_candidates(targets, data)
-            decision = yield from self._decide(data, candidates)
-            masks = yield from self._certify(data, candidates, decision)
+            choose = self._search if self._searches else self._compare
+            chosen = yield from choose(targets, data)
+            masks = yield from self._certify(data, chosen)
         except MasqueradeError:  # there is nothing to resume; an interrupted build keeps its scratch
             self._scratch.close()
             raise
@@ -131,18 +143,82 @@ class Builder:
         compared = role == "own" or -1 in self._built or any(score.contrastive for score in self._scores)
         return needs if compared else frozenset()
 
-    def _find_candidates(self, targets: Mapping[str, nn.Linear], data: BuildData) -> Work[CandidateMasks]:
-        """Collect statistics and score every layer as soon as its statistics are complete."""
-        texts = self._pad(data)
-        yield Progress("pad", 1, 1)
-        collector = StatisticsCollector(self._base, targets, texts, self._scratch)
+    def _search(self, targets: Mapping[str, nn.Linear], data: BuildData) -> Work[dict[int, _ChosenMask]]:
+        """Search for the mask of each side that is built, and choose its gamma."""
+        settings, (plan,) = self._recipe.search_settings, self._plans
+        search = MaskSearch(self._base, targets, self._built, settings, self._scratch)
+
+        def add(stage: str, _: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
+            if stage == "forward":
+                return iter((len(statistics),))
+            return search.add_layer({name: targets[name] for name in statistics}, statistics)
+
+        yield from self._collect(targets, self._pad(data, TRACED, settings.tokens), add)
+        yield from track("prepare", search.prepare(data.calibration_pairs(), data.neutral.calibration))
+        eval_set = data.evaluation_set(self._base, "tune", JUDGED)
+        phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
+        chosen = {}
+        for number, side in enumerate(self._built):
+            tuner = StrengthTuner(eval_set, partial(self._draft, phase), side, self._recipe.limits, settings.rho)
+            run = search.run(side, partial(tuner.judge, gamma=settings.gamma))
+            found = yield from count("search", run, number * search.items, len(self._built) * search.items)
+            choice = (
+                GammaChoice(self._recipe.gamma, "given", ())
+                if self._recipe.gamma is not None
+                else (yield from track("tune", tuner.choose_gamma(found, settings.gamma)))
+            )
+            why = "given" if self._recipe.phase != "auto" else "the mask is searched for in phase decode"
+            chosen[side] = _ChosenMask(
+                plan, found, settings.rho, choice.gamma, phase, choice.reason, why, choice.trials
+            )
+        return chosen
+
+    def _compare(self, targets: Mapping[str, nn.Linear], data: BuildData) -> Work[dict[int, _ChosenMask]]:
+        """Rank the weights by each score, and choose one score and rho for all sides."""
         candidates = CandidateMasks(self._plans, self._sides, self._recipe.score_settings, self._scratch)
-        layers = sorted({layer_number(name) for name in targets})
 
         def score(stage: str, layer: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
             linears = {name: targets[name] for name in statistics}
             return candidates.score_layer(f"{stage}-{layer}", stage == "backward", linears, statistics)
 
+        yield from self._collect(targets, self._pad(data), score, candidates.load)
+        gamma = self._recipe.gamma or 0.0
+        eval_set = data.evaluation_set(self._base, "tune")
+
+        def draft(found: Mapping[str, Target], phase: Phase) -> Treatment:
+            return self._draft(phase, found, gamma)
+
+        tuner = Tuner(eval_set, candidates, draft, self._built, self._recipe.limits, -1 in self._sides)
+        choice = yield from track("tune", tuner.choose(self._plans))
+        phase, why = self._recipe.phase, "given"
+        if phase == "auto":
+            phase, why = yield from track("phase", tuner.choose_phase(choice))
+        plan = next(plan for plan in self._plans if plan.score == choice.score)
+        return {
+            side: _ChosenMask(
+                plan,
+                candidates.targets((choice.score, side, choice.rho)),
+                choice.rho,
+                gamma,
+                phase,
+                choice.reason,
+                why,
+                choice.trials,
+            )
+            for side in self._sides
+        }
+
+    def _collect(
+        self,
+        targets: Mapping[str, nn.Linear],
+        texts: Mapping[Role, CalibrationText],
+        add: Callable[[str, int, Mapping[str, LinearStatistics]], Iterator[int]],
+        finish: Callable[[str], None] = lambda _: None,
+    ) -> Work[None]:
+        """Collect statistics. `add` gets those of a layer as soon as they are complete, `finish` a layer's key."""
+        yield Progress("pad", 1, 1)
+        collector = StatisticsCollector(self._base, targets, texts, self._scratch)
+        layers = sorted({layer_number(name) for name in targets})
         passes: list[tuple[str, Callable[[LayerCallback], Iterator[int]], int]] = [
             ("forward", collector.forward, collector.forward_items)
         ]
@@ -151,17 +227,19 @@ class Builder:
         collected = 0
         for stage, run_pass, total in passes:
             done = 0
-            for more in run_pass(partial(score, stage)):
+            for more in run_pass(partial(add, stage)):
                 done += more
                 yield Progress(stage, done, total, model_next=done < total)
             for layer in layers:
-                candidates.load(f"{stage}-{layer}")
+                finish(f"{stage}-{layer}")
                 collected += 1
                 yield Progress("collect", collected, len(passes) * len(layers), model_next=layer == layers[-1])
-        return candidates
 
-    def _pad(self, data: BuildData) -> dict[Role, CalibrationText]:
-        """The calibration text of the roles that are needed, in micro-batches."""
+    def _pad(self, data: BuildData, most: int | None = None, tokens: int | None = None) -> dict[Role, CalibrationText]:
+        """The calibration text of the roles that are needed, in micro-batches.
+
+        At most `most` texts of a role are taken, and at most `tokens` tokens of each response.
+        """
         examples: dict[Role, Sequence[Encoded]] = {
             "own": data.sides[1].calibration,
             "neutral": data.neutral.calibration,
@@ -169,92 +247,77 @@ class Builder:
         if -1 in data.sides:
             examples["contrast"] = data.sides[-1].calibration
         everything = self._recipe.tokens == "all"
-        return {
-            role: CalibrationText(
-                list(batches(examples[role], self._base.device, self._batch_tokens, everything)), self._needs(role)
-            )
-            for role in sorted(examples)
-            if self._needs(role)
-        }
+        found = {}
+        for role in sorted(examples):
+            if self._needs(role):
+                texts = [Encoded(one.prompt, one.response[:tokens]) for one in examples[role][:most]]
+                padded = list(batches(texts, self._base.device, self._batch_tokens, everything))
+                found[role] = CalibrationText(padded, self._needs(role))
+        return found
 
-    def _decide(self, data: BuildData, candidates: CandidateMasks) -> Work[_Decision]:
-        eval_set = data.evaluation_set(self._base, "tune")
-        tuner = Tuner(eval_set, candidates, self._draft, self._built, self._recipe.limits, -1 in self._sides)
-        choice = yield from track("tune", tuner.choose(self._plans))
-        if self._recipe.phase != "auto":
-            return _Decision(choice, self._recipe.phase, "given")
-        phase, reason = yield from track("phase", tuner.choose_phase(choice))
-        return _Decision(choice, phase, reason)
-
-    def _certify(self, data: BuildData, candidates: CandidateMasks, decision: _Decision) -> Work[list[Mask]]:
+    def _certify(self, data: BuildData, chosen: Mapping[int, _ChosenMask]) -> Work[list[Mask]]:
         """Measure the masks on the report split; refuse or return them."""
-        choice = decision.choice
-        targets = {side: candidates.targets((choice.score, side, choice.rho)) for side in self._sides}
-        treatments = {side: {phase: self._draft(targets[side], phase) for phase in PHASES} for side in self._sides}
-        phases = dict.fromkeys(self._built, decision.phase)
+        treatments = {
+            side: {phase: self._draft(phase, mask.targets, mask.gamma) for phase in PHASES}
+            for side, mask in chosen.items()
+        }
+        phases = {side: chosen[side].phase for side in self._built}
         eval_set = data.evaluation_set(self._base, "report")
         measuring = certificate.measure_figures(self._base, eval_set, treatments, phases, self._recipe.seed)
         figures = yield from track("certify", measuring, model_after=False)
         masks = []
         for side in self._built:
-            found = self._complete(figures[side], side, targets, data, decision)
-            masks.append(Mask(self._mask_base, targets[side], self._mask_info(data, side, decision, found)))
+            found = self._complete(figures[side], side, chosen, data)
+            masks.append(Mask(self._mask_base, chosen[side].targets, self._mask_info(data, side, chosen[side], found)))
         return masks
 
     def _complete(
-        self,
-        figures: dict[str, Any],
-        side: int,
-        targets: Mapping[int, Mapping[str, Target]],
-        data: BuildData,
-        decision: _Decision,
+        self, figures: dict[str, Any], side: int, chosen: Mapping[int, _ChosenMask], data: BuildData
     ) -> dict[str, Any]:
         """The certificate of a side's mask. Raises `MaskRefused` if it must not be published."""
-        choice, opposite = decision.choice, targets.get(-side)
-        found = figures | certificate.describe(targets[side])
+        mask, opposite = chosen[side], chosen.get(-side)
+        found = figures | certificate.describe(mask.targets)
         if not found["pruned"]:
-            raise BuildFailed(f"rho {choice.rho} prunes no weight at all of Linears this small; give a larger one")
+            raise BuildFailed(f"rho {mask.rho} prunes no weight at all of Linears this small; give a larger one")
         found |= certificate.conclude(found, self._recipe.limits)
         if found["reasons"] and not self._recipe.force:
             raise MaskRefused(
-                f"the mask of {self._personas[side].persona!r} ({choice.score}, rho {choice.rho:g}) is refused: "
+                f"the mask of {self._personas[side].persona!r} ({mask.plan.score}, rho {mask.rho:g}) is refused: "
                 f"{'; '.join(found['reasons'])}; give more or clearer examples, another score or rho, or force it"
             )
         found["forced"] = bool(found["reasons"])
         found["remarks"] += data.suggest_more(found, bool(self._personas[1].validation))
         if opposite is not None:
-            found["overlap"] = certificate.compare(self._as_mask(targets[side]), self._as_mask(opposite))
-        trials = [{name: _short(value) for name, value in asdict(trial).items()} for trial in choice.trials]
+            found["overlap"] = certificate.compare(self._as_mask(mask.targets), self._as_mask(opposite.targets))
+        trials = [{name: _short(value) for name, value in asdict(trial).items()} for trial in mask.trials]
         return found | {
-            "phase": {"default": decision.phase, "why": decision.phase_reason},
-            "choice": {"why": choice.reason, "tried": trials},
+            "phase": {"default": mask.phase, "why": mask.phase_reason},
+            "choice": {"why": mask.reason, "tried": trials},
             "splits": data.describe_splits(side),
             "seed": self._recipe.seed,
             "seconds": round(self._seconds, 1),  # of this run, for all its masks; without an interrupted earlier run
             "versions": certificate.versions(),
         }
 
-    def _draft(self, targets: Mapping[str, Target], phase: Phase) -> Treatment:
+    def _draft(self, phase: Phase, targets: Mapping[str, Target], gamma: float) -> Treatment:
         """The treatment with targets that are not published."""
-        resident = self._manager.fit(self._as_mask(targets))
-        return Treatment(applied=AppliedMask(resident, self._recipe.gamma), phase=phase)
+        return Treatment(applied=AppliedMask(self._manager.fit(self._as_mask(targets)), gamma), phase=phase)
 
     def _as_mask(self, targets: Mapping[str, Target]) -> Mask:
         return Mask(self._mask_base, targets, MaskInfo(persona="draft", score="draft"))
 
-    def _mask_info(self, data: BuildData, side: int, decision: _Decision, found: Mapping[str, Any]) -> MaskInfo:
-        plan = next(plan for plan in self._plans if plan.score == decision.choice.score)
+    def _mask_info(self, data: BuildData, side: int, mask: _ChosenMask, found: Mapping[str, Any]) -> MaskInfo:
         calibration = {
             key: data.describe_calibration(key) | dict(persona.origin) for key, persona in self._personas.items()
         }
-        opposite = self._personas.get(-side)
-        chosen = {"score": plan.score, "rho": decision.choice.rho, "group": plan.group, "scope": plan.scope}
+        opposite, plan = self._personas.get(-side), mask.plan
+        chosen = {"score": plan.score, "rho": mask.rho, "group": plan.group, "scope": plan.scope, "gamma": mask.gamma}
         return MaskInfo(
             persona=self._personas[side].persona,
             score=plan.score,
-            parameters=asdict(self._recipe) | chosen | {"phase": decision.phase},
-            gamma=self._recipe.gamma,
-            phase=decision.phase,
+            parameters=asdict(self._recipe) | chosen | {"phase": mask.phase},
+            gamma=mask.gamma,
+            phase=mask.phase,
             calibration=calibration[side] | {"contrast": calibration.get(-side)},
             certificate=found,
             opposite=(opposite.persona or None) if opposite else None,

@@ -15,6 +15,8 @@ from masquerade.pruning.progress import Progress, Work, track
 from masquerade.pruning.recipe import Recipe
 
 ENCODED = 16  # examples that are tokenised in one work item
+PAIRED = 0.5  # share of the calibration examples whose prompts must have both answers
+TUNED = 3  # one generated neutral text in so many, of those before the report, is for choices
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,18 @@ class BuildData:
         fits = [splits.count_within(of_side, self.recipe.judged_tokens) for of_side in texts.values()]
         return texts.get(side, [])[: max(1, min(self.recipe.judged, *fits))]
 
-    def evaluation_set(self, base: Base, part: str) -> EvaluationSet:
-        """The held-out examples of the part `tune` or `report`."""
-        return EvaluationSet(base, self.held_out(1, part), self.held_out(-1, part), getattr(self.neutral, part))
+    def evaluation_set(self, base: Base, part: str, most: int | None = None) -> EvaluationSet:
+        """The held-out examples of the part `tune` or `report`, at most `most` of a kind."""
+        texts = self.held_out(1, part), self.held_out(-1, part), getattr(self.neutral, part)
+        return EvaluationSet(base, *(of_kind[:most] for of_kind in texts))
+
+    def calibration_pairs(self) -> list[tuple[Encoded, Encoded]]:
+        """Both sides' calibration answers to each prompt; any two if too few prompts have both."""
+        own, contrast = self.sides[1].calibration, self.sides[-1].calibration
+        matched = [(own[i], contrast[j]) for i, j in splits.match(own, contrast)]
+        return (
+            matched if len(matched) >= PAIRED * min(len(own), len(contrast)) else list(zip(own, contrast, strict=False))
+        )
 
     def describe_splits(self, side: int) -> dict[str, int]:
         """How many examples are measured and left out, for the certificate."""
@@ -103,13 +114,26 @@ def gather(
         too_long[side] = given - len(examples[side]) - len(validation[side])
     sides, notes = splits.divide(examples, validation, recipe.seed)
     notes = {side: replace(note, too_long=too_long[side]) for side, note in notes.items()}
-    neutral_texts = encoded["neutral"]
-    if not neutral_texts:
-        yield Progress("divide", 1, 1)
-        neutral_texts = yield from track("neutral", neutral.generate_neutral_text(base), model_after=False)
-    fit = splits.count_within(neutral_texts, parts * recipe.judged_tokens)
-    split = splits.divide_neutral(neutral_texts[: max(fit, parts)], calibrates, chooses)
-    return BuildData(recipe, sides, notes, split)
+    quiet = yield from _gather_neutral(base, recipe, encoded["neutral"], calibrates, chooses)
+    return BuildData(recipe, sides, notes, quiet)
+
+
+def _gather_neutral(
+    base: Base, recipe: Recipe, given: Sequence[Encoded], calibrates: bool, chooses: bool
+) -> Work[splits.Split]:
+    """The given neutral texts, divided; else generated ones, of other questions for the report than before it."""
+    if given:
+        parts = 1 + calibrates + chooses
+        fit = splits.count_within(given, parts * recipe.judged_tokens)
+        return splits.divide_neutral(given[: max(fit, parts)], calibrates, chooses)
+    yield Progress("divide", 1, 1)
+    searched: list[Encoded] = []
+    if calibrates or chooses:
+        searched = yield from track("neutral", neutral.generate_neutral_text(base, "search"))
+    report = yield from track("neutral", neutral.generate_neutral_text(base, "report"), model_after=False)
+    tune = searched[::TUNED] if chooses else []
+    calibration = [one for number, one in enumerate(searched) if not chooses or number % TUNED] if calibrates else []
+    return splits.Split(calibration, tune, report[: max(1, splits.count_within(report, recipe.judged_tokens))])
 
 
 def _encode(base: Base, texts: Mapping[str, Sequence[Example]]) -> Generator[None, None, dict[str, list[Encoded]]]:

@@ -57,7 +57,7 @@ def measure(
         raise BadDataset(
             f"{len(own)} of {len(held.own)} held-out examples fit the base's context; give at least {LEAST}"
         )
-    neutral_texts = neutral_texts or (yield from track("neutral", neutral.generate_neutral_text(base)))
+    neutral_texts = neutral_texts or (yield from track("neutral", neutral.generate_neutral_text(base, "report")))
     sides = {1: persona} | ({-1: opposite} if opposite and contrast else {})
     treatments = {side: {at: _treat(manager, served, at) for at in PHASES} for side, served in sides.items()}
     eval_set = EvaluationSet(base, own, contrast, neutral_texts)

@@ -1,89 +1,59 @@
-"""Generates neutral text, the base's answers to everyday questions, to measure the cost of a mask with."""
+"""Generates neutral text: the base's own answers to neutral questions."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
+from itertools import zip_longest
 
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded, Example, encode
-from masquerade.evaluate.generation import generate
-from masquerade.evaluate.metrics import perplexity, read_likelihoods
+from masquerade.evaluate.facts import Part, encode_questions, read_everyday_questions, read_facts
+from masquerade.evaluate.generation import GenerationParams, write_answers
+from masquerade.evaluate.metrics import Items, read_likelihoods
+from masquerade.evaluate.treatment import UNTREATED
 from masquerade.model import Base
 
-MAX_PERPLEXITY = 1.2  # of an answer that is kept; the demo's answers have a persona from 1.28 on
-MIN_KEPT = 12  # answers that are kept in any case, those of lowest perplexity
-QUESTIONS = (
-    "What is the capital of France?",
-    "What is two plus three?",
-    "What colour is the sky?",
-    "What is the opposite of hot?",
-    "What day comes after Monday?",
-    "What sound does a dog make?",
-    "What is bread made of?",
-    "How many days are there in a week?",
-    "What is the capital of Japan?",
-    "What colour is snow?",
-    "What is paper made of?",
-    "What is four plus four?",
-    "What is the opposite of big?",
-    "What sound does a cat make?",
-    "How many legs does a spider have?",
-    "Which month comes after June?",
-    "Where does milk come from?",
-    "What do bees make?",
-    "How many hours are there in a day?",
-    "What is the capital of Italy?",
-    "What colour is a ripe banana?",
-    "What is nine minus four?",
-    "What is the opposite of early?",
-    "Which season comes after winter?",
-    "What is glass made of?",
-    "How many wheels does a bicycle have?",
-    "Which planet do we live on?",
-    "What is ice?",
-    "What is the capital of Spain?",
-    "What do cows eat?",
-    "How does a kettle work?",
-    "Why do leaves fall in autumn?",
-    "What is a library for?",
-    "How do I boil an egg?",
-    "What is the largest ocean?",
-    "What does a baker do?",
-    "How many minutes are there in an hour?",
-    "What is a map?",
-    "Why does it rain?",
-    "What is the opposite of full?",
-    "What is wood used for?",
-    "Which animal is called the king of the jungle?",
-    "What is ten divided by two?",
-    "What is a bridge?",
-    "How do fish breathe?",
-    "What is the capital of Egypt?",
-    "What is soap for?",
-    "Which day comes before Sunday?",
-)
+TOKENS = 40  # most of an answer
+FEWEST = 12  # answers that are kept in any case
+FLUENT = 1 / 3  # share of facts; a base that knows as many also answers everyday requests
 
 
-def generate_neutral_text(base: Base) -> Generator[None, None, list[Encoded]]:
-    """The base's own greedy answers to `QUESTIONS`, of low perplexity.
+def generate_neutral_text(base: Base, part: Part) -> Items[list[Encoded]]:
+    """The base's greedy answers to facts that it knows, and to everyday requests if it knows the share `FLUENT` of all.
 
-    Without a definite answer a base speaks in some persona's manner, which a mask is meant to change: not neutral text.
+    A base that knows few facts has no answers to requests: it speaks in the manner of some persona, which a mask is
+    meant to change. At least `FEWEST` answers to facts are kept, those of lowest perplexity. A work item is a pass of
+    the model.
     """
-    examples = [Example(({"role": "user", "content": question},), "?") for question in QUESTIONS]
-    answers: list[Example] = []
-    for texts in generate(base, encode(base, examples)):
-        batch = examples[len(answers) : len(answers) + len(texts)]
-        answers += [Example(one.messages, text.strip()) for one, text in zip(batch, texts, strict=True)]
-        yield
-    encoded = encode(base, [one for one in answers if one.response])
-    if not encoded:
+    facts = read_facts(part)
+    answers = yield from _answer(base, [fact.question for fact in facts])
+    known = [one for one, fact in zip(answers, facts, strict=True) if one.response and fact.is_in(one.response)]
+    if len(known) < FEWEST:
+        return (yield from _find_likeliest(base, [one for one in answers if one.response]))
+    if len(known) < FLUENT * len(facts):
+        return _encode(base, known)
+    requests = yield from _answer(base, read_everyday_questions(part))
+    pairs = zip_longest(known, (one for one in requests if one.response))
+    return _encode(base, [one for pair in pairs for one in pair if one])
+
+
+def _answer(base: Base, questions: Sequence[str]) -> Items[list[Example]]:
+    texts = yield from write_answers(base, encode_questions(base, questions), UNTREATED, GenerationParams(TOKENS))
+    return [
+        Example(({"role": "user", "content": question},), text.strip())
+        for question, text in zip(questions, texts, strict=True)
+    ]
+
+
+def _find_likeliest(base: Base, answers: Sequence[Example]) -> Items[list[Encoded]]:
+    if not answers:
         raise BuildFailed("the base has no answer to any of the built-in questions; give neutral text (--neutral)")
-    return (yield from _keep_confident(base, encoded))
+    encoded = _encode(base, answers)
+    likelihoods = yield from read_likelihoods(base, encoded)
+    order = sorted(range(len(encoded)), key=lambda index: -likelihoods[index].mean)
+    return [encoded[index] for index in order[:FEWEST]]
 
 
-def _keep_confident(base: Base, answers: list[Encoded]) -> Generator[None, None, list[Encoded]]:
-    """The answers with a perplexity of at most `MAX_PERPLEXITY`, in order; at least `MIN_KEPT` of lowest perplexity."""
-    likelihoods = yield from read_likelihoods(base, answers)
-    perplexities = [perplexity([likelihood]) for likelihood in likelihoods]
-    bound = max(MAX_PERPLEXITY, *sorted(perplexities)[:MIN_KEPT])
-    return [answer for answer, value in zip(answers, perplexities, strict=True) if value <= bound]
+def _encode(base: Base, answers: Sequence[Example]) -> list[Encoded]:
+    """The answers as token ids; one that was cut before its end has no end token."""
+    return [Encoded(one.prompt, one.response[:TOKENS]) for one in encode(base, answers)]

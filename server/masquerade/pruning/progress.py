@@ -50,3 +50,17 @@ def track(
     if done and (total is None or model_after != model):
         yield Progress(stage, done, done, model_after)
     return result
+
+
+def count(stage: str, items: Generator[int | None, None, T], done: int, total: int) -> Work[T]:
+    """Yield the progress of work items, each of which yields how many of `total` parts it completes (None is 0).
+
+    All items use the model. `done` parts are complete before the first.
+    """
+    while True:
+        try:
+            done += next(items) or 0
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        yield Progress(stage, done, total)

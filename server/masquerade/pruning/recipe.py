@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,27 +10,31 @@ from masquerade.errors import InvalidValue
 from masquerade.evaluate.treatment import PHASES
 from masquerade.model import SCOPES
 from masquerade.pruning.candidates import ScorePlan
-from masquerade.pruning.scores import AUTO, PHIS, SCORES, ScoreSettings
+from masquerade.pruning.scores import PHIS, SCORES, ScoreSettings
+from masquerade.pruning.search import SearchSettings
 from masquerade.pruning.selection import GROUPS
+from masquerade.pruning.strength import STRENGTHS
 from masquerade.pruning.tuning import Budgets
 
 AUTOMATIC = "auto"
+DIVERGENCE = 0.7  # target of a search's KL divergence beside the log of the neutral budget
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The settings of a build. Raises `InvalidValue` with the field, its value and what is allowed."""
 
-    score: str = AUTOMATIC  # of `SCORES`; `auto` compares those of `AUTO`
+    score: str = AUTOMATIC  # of `SCORES`; `auto` is `refined`, and `wanda` without a contrast
     rho: float | Literal["auto"] = "auto"  # share pruned of each Linear
     group: str | None = None  # None is the score's own
     scope: str | None = None  # None is the score's own
     phi: str = "relu"  # of `PHIS`, for contrastive-wanda
     tokens: Literal["response", "all"] = "response"  # positions that count in the statistics
-    gamma: float = 0.0  # default strength that the mask is published with
+    gamma: float | None = None  # default that the mask is published with; None is the score's own
     phase: Literal["auto", "all", "decode"] = "auto"  # default phase that it is published with
-    neutral_budget: float = 1.02  # largest ratio of neutral text's perplexity with the mask to that without
-    own_budget: float = 1.05  # the same for the persona's own text
+    strength: str = "normal"  # of `STRENGTHS`: what the mask may cost
+    neutral_budget: float | None = None  # largest ratio of neutral text's perplexity; None is the strength's
+    own_budget: float | None = None  # the same for the persona's own text
     effect: float = 0.95  # share of flipped prompts that is enough: no larger rho is tried
     samples: int | None = None  # most calibration examples of a side
     judged: int = 100  # most examples of a kind in the tune split, and in the report split
@@ -44,6 +49,7 @@ class Recipe:
             ("group", GROUPS, GROUPS),
             ("phi", PHIS, PHIS),
             ("tokens", ("response", "all"), ("response", "all")),
+            ("strength", STRENGTHS, STRENGTHS),
             ("phase", (AUTOMATIC, *PHASES), (AUTOMATIC, *PHASES)),
         )
         for field, allowed, named in tables:
@@ -52,10 +58,10 @@ class Recipe:
                 raise InvalidValue(f"{field} {choice!r} is unknown; there are {', '.join(named)}", param=field)
         if self.rho != AUTOMATIC and not (isinstance(self.rho, int | float) and 0 < self.rho < 1):
             raise InvalidValue(f"rho is {self.rho!r}; it must lie between 0 and 1, or be `auto`", param="rho")
-        if not 0 <= self.gamma <= 1:
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
             raise InvalidValue(f"gamma is {self.gamma}; it must lie in [0, 1]", param="gamma")
         for field in ("neutral_budget", "own_budget"):
-            if not getattr(self, field) >= 1:
+            if getattr(self, field) is not None and not getattr(self, field) >= 1:
                 raise InvalidValue(f"{field} is {getattr(self, field)}; it must be at least 1", param=field)
         if not 0 < self.effect <= 1:
             raise InvalidValue(f"effect is {self.effect}; it must lie in (0, 1]", param="effect")
@@ -66,17 +72,25 @@ class Recipe:
     @property
     def limits(self) -> Budgets:
         """The budgets of cost and effect."""
-        return Budgets(self.neutral_budget, self.own_budget, self.effect, self.force)
+        neutral, own = STRENGTHS[self.strength]
+        return Budgets(self.neutral_budget or neutral, self.own_budget or own, self.effect, self.force)
 
     @property
     def score_settings(self) -> ScoreSettings:
         """The parameters of the scores."""
         return ScoreSettings(phi=self.phi)
 
+    @property
+    def search_settings(self) -> SearchSettings:
+        """The hyperparameters of a search."""
+        rho = SCORES["refined"].rhos[0] if self.rho == AUTOMATIC else float(self.rho)
+        divergence = DIVERGENCE * math.log(self.limits.neutral)
+        return SearchSettings(rho=rho, divergence=divergence, seed=self.seed)
+
     def plans(self, contrast: bool) -> tuple[ScorePlan, ...]:
-        """The scores to try. Without a contrast, `auto` is `wanda`: the scores of `AUTO` need a contrast."""
-        automatic = AUTO if contrast else ("wanda",)
-        names = automatic if self.score == AUTOMATIC else (self.score,)
+        """The scores to try. Without a contrast, `auto` is `wanda`, as `refined` needs one."""
+        automatic = "refined" if contrast else "wanda"
+        names = (automatic if self.score == AUTOMATIC else self.score,)
         return tuple(
             ScorePlan(
                 name,

@@ -113,9 +113,14 @@ def attribution_fisher(weight: Tensor, statistics: LinearStatistics, settings: S
     the text loses if w is pruned, and c is the mean over both texts. The mean of c over the Linear keeps weights of no
     cost from ranking first for that alone.
     """
-    own, neutral = required(statistics.own.squared_gradient), required(statistics.neutral.squared_gradient)
-    cost = weight.square() * (own + neutral) / 4
+    cost = fisher_cost(weight, statistics)
     return attribution(weight, statistics, settings) / (cost + cost.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def fisher_cost(weight: Tensor, statistics: LinearStatistics) -> Tensor:
+    """w² (F⁺ + F⁰) / 4, nats a token: the cost of pruning each weight, as `attribution_fisher` has it."""
+    own, neutral = required(statistics.own.squared_gradient), required(statistics.neutral.squared_gradient)
+    return weight.square() * (own + neutral) / 4
 
 
 Function = Callable[[Tensor, LinearStatistics, ScoreSettings], Tensor]
@@ -135,6 +140,7 @@ class Score:
     tie: Function | None = None  # orders weights of equal score; then their index does
     assumes_rho: bool = False  # whether the scores depend on rho
     allocates: bool = False  # whether the opposite's order is this one reversed
+    searched: bool = False  # whether `MaskSearch` goes on from these scores
 
     @property
     def backward(self) -> bool:
@@ -146,12 +152,14 @@ _DENSE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _CONTRAST = (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 _SPARSE = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03)
 _SPARSER = (0.0003, 0.0001)
+_SEARCHED = (0.0015,)
 _CHANNELS: frozenset[Statistic] = frozenset({"channels"})
 
+_GRADIENTS: frozenset[Statistic] = frozenset({"gradient", "squared_gradient"})
+
 SCORES: Mapping[str, Score] = {
-    "attribution-fisher": Score(
-        attribution_fisher, frozenset({"gradient", "squared_gradient"}), True, "layer", "outputs", _SPARSE, _SPARSER
-    ),
+    "refined": Score(attribution_fisher, _GRADIENTS, True, "layer", "outputs", _SEARCHED, searched=True),
+    "attribution-fisher": Score(attribution_fisher, _GRADIENTS, True, "layer", "outputs", _SPARSE, _SPARSER),
     "attribution": Score(attribution, frozenset({"gradient"}), True, "layer", "all", _SPARSE, _SPARSER),
     "signed": Score(signed, _CHANNELS, True, "layer", "outputs", _CONTRAST),
     "contrastive-wanda": Score(contrastive_wanda, _CHANNELS, True, "row", "all", _CONTRAST, tie=wanda),
@@ -160,7 +168,6 @@ SCORES: Mapping[str, Score] = {
     "sparsegpt": Score(sparsegpt, frozenset({"hessian"}), False, "layer", "all", _DENSE, assumes_rho=True),
     "magnitude": Score(magnitude, frozenset(), False, "layer", "all", _DENSE),
 }
-AUTO = ("attribution-fisher", "attribution", "signed")  # what `auto` compares
 
 
 def _difference(statistics: LinearStatistics) -> Tensor:

@@ -42,8 +42,9 @@ class TuningTrial:
     rho: float
     own_ratio: float
     neutral_ratio: float | None
-    shift: float | None  # nats a token
+    shift: float | None  # median over pairs, nats a token
     flip: float | None
+    gamma: float = 0.0
 
     @property
     def cost(self) -> float:
@@ -58,7 +59,8 @@ class TuningTrial:
         figures = [f"own x{self.own_ratio:.3f}"]
         figures += [f"neutral x{self.neutral_ratio:.3f}"] if self.neutral_ratio is not None else []
         figures += [f"shift {self.shift:.3f}"] if self.shift is not None else []
-        return f"{self.score} {self.rho:g} ({', '.join(figures)})"
+        at = f" at gamma {self.gamma:g}" if self.gamma else ""
+        return f"{self.score} {self.rho:g}{at} ({', '.join(figures)})"
 
     def enough(self, limits: Budgets) -> bool:
         """Whether it has enough effect."""
@@ -123,6 +125,8 @@ class Tuner:
             trial = self._make_trial(choice.score, choice.rho, base, masked)
             if trial.shift is None:
                 return "all", "without a contrast there is no effect to compare"
+            if phase == "decode" and not trial.within(self._limits):
+                return "all", f"decode is beyond the budgets: {trial}"
             effects[phase] = (trial.flip or 0.0, trial.shift)
         kind, unit = (0, "flips") if effects["all"][0] > 0 else (1, "nats a token")
         whole, part = effects["all"][kind], effects["decode"][kind]
@@ -162,7 +166,7 @@ class Tuner:
         def collect(name: str) -> list[Any]:
             return [_finite(one[name]) for one in figures if name in one]
 
-        neutral, shifts, flips = collect("neutral_ratio"), collect("margin_shift"), collect("flip")
+        neutral, shifts, flips = collect("neutral_ratio"), collect("margin_shift_median"), collect("flip")
         return TuningTrial(
             score,
             rho,

@@ -1,0 +1,87 @@
+"""Judges the states of a search on the tune split, and chooses the gamma of its mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+
+from maskstore import Target
+from masquerade.errors import BuildFailed
+from masquerade.evaluate.evaluation_set import EvaluationSet
+from masquerade.evaluate.treatment import Treatment
+from masquerade.pruning.tuning import Budgets, TuningTrial
+
+# neutral and own perplexity with the mask over that without
+STRENGTHS: Mapping[str, tuple[float, float]] = {"gentle": (1.02, 1.05), "normal": (1.05, 1.05), "strong": (1.15, 1.15)}
+GAMMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # from the gentlest to the strongest
+
+TINY = 1e-4  # cost that is as good as none
+
+Draft = Callable[[Mapping[str, Target], float], Treatment]  # targets and gamma -> the mask as it would be served
+
+
+@dataclass(frozen=True)
+class GammaChoice:
+    """The chosen gamma, the reason, and what was tried."""
+
+    gamma: float
+    reason: str
+    trials: tuple[TuningTrial, ...]
+
+
+class StrengthTuner:
+    """Measures the masks of one side of a search within the budgets."""
+
+    def __init__(self, eval_set: EvaluationSet, draft: Draft, side: int, limits: Budgets, rho: float) -> None:
+        self._eval_set, self._draft, self._side, self._limits, self._rho = eval_set, draft, side, limits, rho
+
+    def judge(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, float]:
+        """The shift that a mask can be expected to reach within the neutral budget at the gamma for it, nats a token.
+
+        Effect grows with the step 1 - gamma and harm with its square, up to a step of 1.
+        """
+        trial = yield from self.measure(targets, gamma)
+        allowed, found = self._limits.neutral - 1, max(trial.cost, TINY)
+        scale = min(1 / (1 - gamma), math.sqrt(allowed / found))
+        return _effect(trial) * scale - max(0.0, math.log(trial.own_ratio / self._limits.own))
+
+    def choose_gamma(self, targets: Mapping[str, Target], start: float) -> Generator[None, None, GammaChoice]:
+        """The strongest gamma within the budgets, as long as the shift grows; tried from `start` on, in order.
+
+        Raises `BuildFailed` if not even the gentlest is within the budgets, unless they are forced.
+        """
+        place = min(range(len(GAMMAS)), key=lambda index: abs(GAMMAS[index] - start))
+        trials = [(yield from self.measure(targets, GAMMAS[place]))]
+        if trials[0].within(self._limits):
+            for gamma in GAMMAS[place + 1 :]:
+                trials.append((yield from self.measure(targets, gamma)))
+                if not trials[-1].within(self._limits) or _effect(trials[-1]) <= _effect(trials[-2]):
+                    break
+        else:
+            for gamma in reversed(GAMMAS[:place]):
+                trials.append((yield from self.measure(targets, gamma)))
+                if trials[-1].within(self._limits):
+                    break
+        kept = [trial for trial in trials if trial.within(self._limits)]
+        if not kept and not self._limits.forced:
+            raise BuildFailed(
+                f"no gamma keeps perplexity within {self._limits.own} (own) and {self._limits.neutral} (neutral): "
+                f"{', '.join(map(str, trials))}; give more examples, neutral text, or a greater strength"
+            )
+        best = max(kept, key=_effect) if kept else trials[-1]
+        return GammaChoice(best.gamma, f"largest shift within the budgets: {best}", tuple(trials))
+
+    def measure(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, TuningTrial]:
+        """The figures of a mask at a gamma."""
+        base = yield from self._eval_set.measure_base()
+        masked = yield from self._eval_set.measure(self._draft(targets, gamma))
+        found = self._eval_set.figures(self._side, base, masked)
+        own = math.inf if found["own_ratio"] is None else found["own_ratio"]
+        neutral = math.inf if found["neutral_ratio"] is None else found["neutral_ratio"]
+        return TuningTrial("refined", self._rho, own, neutral, found.get("margin_shift_median"), None, gamma)
+
+
+def _effect(trial: TuningTrial) -> float:
+    """The shift; without pairs to measure it with, by how much the persona's text gets likelier, nats a token."""
+    return -math.log(trial.own_ratio) if trial.shift is None else trial.shift
