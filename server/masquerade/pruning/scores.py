@@ -152,13 +152,13 @@ _DENSE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _CONTRAST = (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 _SPARSE = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03)
 _SPARSER = (0.0003, 0.0001)
-_SEARCHED = (0.0015,)
+_SEARCHED = (0.0008,)
 _CHANNELS: frozenset[Statistic] = frozenset({"channels"})
 
 _GRADIENTS: frozenset[Statistic] = frozenset({"gradient", "squared_gradient"})
 
 SCORES: Mapping[str, Score] = {
-    "refined": Score(attribution_fisher, _GRADIENTS, True, "layer", "outputs", _SEARCHED, searched=True),
+    "refined": Score(attribution_fisher, _GRADIENTS, True, "layer", "all", _SEARCHED, searched=True),
     "attribution-fisher": Score(attribution_fisher, _GRADIENTS, True, "layer", "outputs", _SPARSE, _SPARSER),
     "attribution": Score(attribution, frozenset({"gradient"}), True, "layer", "all", _SPARSE, _SPARSER),
     "signed": Score(signed, _CHANNELS, True, "layer", "outputs", _CONTRAST),

@@ -37,7 +37,7 @@ class SearchSettings:
     """The hyperparameters of a search; docs/method.md has the experiments that they come from."""
 
     gamma: float = 0.5  # strength at which gradients are taken
-    rho: float = 0.0015  # share of each Linear that is pruned at the end
+    rho: float = 0.0008  # share of each Linear that is pruned at the end
     steps: int = 24
     judged_every: int = 6  # steps
     patience: int = 2  # judgements without improvement that end the search
