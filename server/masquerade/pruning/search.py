@@ -116,7 +116,7 @@ class MaskSearch:
     def items(self) -> int:
         """Number of work items of `run` for a side, without those of its judge."""
         batches = self._settings.batches_a_step + self._settings.neutral_batches_a_step
-        step = batches * (2 * len(self._layers) + 2) + len(self._targets)
+        step = batches * (2 * len(self._layers) + 1) + len(self._targets)
         return len(self._targets) + self._settings.steps * step
 
     def add_layer(self, linears: Mapping[str, nn.Linear], statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
