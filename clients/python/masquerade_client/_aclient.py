@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import httpx
@@ -53,7 +52,7 @@ class AsyncClient:
         body = _chat.stream_body(prompt, **options)
 
         async def send() -> httpx.Response:
-            return await self._open(_chat.stream(await self._name_model(body)))
+            return await self._send(_chat.stream(await self._name_model(body)), stream=True)
 
         return AsyncStream(send)
 
@@ -85,28 +84,21 @@ class AsyncClient:
 
     async def run(self, call: Call[T]) -> T:
         """Send a call, with retries, and return its decoded response."""
-        attempts = Attempts(self._retries, call.again)
-        while True:
-            try:
-                with call.request() as request, http_errors():
-                    response = await self._http.send(self._http.build_request(**request))
-                check(response)
-                return call.read(response)
-            except MasqueradeError as error:
-                await asyncio.sleep(attempts.pause(error))
+        return call.read(await self._send(call))
 
     @asynccontextmanager
     async def open(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
         """Send a call and yield its streaming response; an error response is raised."""
-        async with aclosing(await self._open(call)) as response:
+        async with aclosing(await self._send(call, stream=True)) as response:
             yield response
 
-    async def _open(self, call: Call[Any]) -> httpx.Response:
+    async def _send(self, call: Call[Any], *, stream: bool = False) -> httpx.Response:
+        """The response to a call, after as many attempts as it takes; with `stream`, its body is still to be read."""
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
                 with call.request() as request, http_errors():
-                    response = await self._http.send(self._http.build_request(**request), stream=True)
+                    response = await self._http.send(self._http.build_request(**request), stream=stream)
                     if response.is_success:
                         return response
                     async with aclosing(response):
@@ -124,9 +116,7 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
 
@@ -143,9 +133,7 @@ class AsyncStream(_chat.StreamBase):
         await self._open()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def __aiter__(self) -> Self:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Unpack, cast
 
-from ._calls import AsyncRuns, Call, Runs, check, decoder, http_errors, list_decoder
+from ._calls import AsyncRuns, Call, Runs, check, check_options, decoder, http_errors, list_decoder
 from ._errors import BuildFailed, ConnectionFailed
 from ._sse import EventDecoder
 from ._types import Build, BuildEvent, BuildOptions, Data, decoding
@@ -24,8 +24,7 @@ Sent = Callable[[int, int], None]  # bytes sent and bytes in total
 
 def create(name: str, data: Data, sent: Sent | None, options: Mapping[str, Any]) -> Call[Build]:
     """Start a build. Its idempotency key makes a retry safe."""
-    if unknown := options.keys() - BuildOptions.__annotations__.keys():
-        raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(BuildOptions.__annotations__)}")
+    check_options(options, BuildOptions)
     files = {"prompts" if {"system_prompt", "card"} & options.keys() else "file": _opener(data, sent)}
     files |= {key: _opener(options[key], None) for key in _FILES if key in options}
     texts = {key: _format(value) for key, value in options.items() if key not in _FILES}

@@ -136,6 +136,12 @@ def check(response: httpx.Response) -> None:
         raise from_response(response.status_code, response.headers, response.content)
 
 
+def check_options(given: Mapping[str, Any], known: type[Any]) -> None:
+    """Raise TypeError for an option that is not a key of `known`, a TypedDict."""
+    if unknown := given.keys() - known.__annotations__.keys():
+        raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(known.__annotations__)}")
+
+
 def decoder(what: str, make: Callable[[Any], T]) -> Callable[[httpx.Response], T]:
     """A function that makes a value of a JSON response; raises `UnexpectedAnswer` if the response is not `what`."""
 

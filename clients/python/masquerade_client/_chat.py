@@ -6,9 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Unpack
 
-import httpx
-
-from ._calls import Call, check, decoder, list_decoder
+from ._calls import Call, check, check_options, decoder, list_decoder
 from ._errors import ConnectionFailed, UnexpectedAnswer, from_event
 from ._sse import EventDecoder
 from ._types import ChatOptions, Delta, Model, Prompt, Reply, Usage, decoding
@@ -21,8 +19,7 @@ _read_models = list_decoder("models", Model.from_json)
 
 def chat_body(prompt: Prompt, **options: Unpack[ChatOptions]) -> dict[str, Any]:
     """The JSON body of a chat request."""
-    if unknown := options.keys() - ChatOptions.__annotations__.keys():
-        raise TypeError(f"unknown option {min(unknown)!r}; there are {', '.join(ChatOptions.__annotations__)}")
+    check_options(options, ChatOptions)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     given = {_WIRE_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     return {"messages": messages, **given}
@@ -50,7 +47,7 @@ def list_models() -> Call[list[Model]]:
 
 def metrics() -> Call[str]:
     """The metrics of the server."""
-    return Call("GET", "/metrics", _read_text, again=True)
+    return Call("GET", "/metrics", lambda response: response.text, again=True)
 
 
 def only_base(found: list[Model]) -> str:
@@ -59,10 +56,6 @@ def only_base(found: list[Model]) -> str:
     if len(bases) != 1:
         raise UnexpectedAnswer(f"the server has {len(bases)} base models; say which with `model`")
     return bases[0]
-
-
-def _read_text(response: httpx.Response) -> str:
-    return response.text
 
 
 class StreamBase:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import httpx
@@ -52,7 +51,7 @@ class Client:
     def stream(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Stream:
         """Stream the answer. The request is sent when the stream is entered or first iterated."""
         body = _chat.stream_body(prompt, **options)
-        return Stream(lambda: self._open(_chat.stream(self._name_model(body))))
+        return Stream(lambda: self._send(_chat.stream(self._name_model(body)), stream=True))
 
     def models(self) -> list[Model]:
         """The base model and its personas, as model ids."""
@@ -82,28 +81,21 @@ class Client:
 
     def run(self, call: Call[T]) -> T:
         """Send a call, with retries, and return its decoded response."""
-        attempts = Attempts(self._retries, call.again)
-        while True:
-            try:
-                with call.request() as request, http_errors():
-                    response = self._http.send(self._http.build_request(**request))
-                check(response)
-                return call.read(response)
-            except MasqueradeError as error:
-                time.sleep(attempts.pause(error))
+        return call.read(self._send(call))
 
     @contextmanager
     def open(self, call: Call[Any]) -> Iterator[httpx.Response]:
         """Send a call and yield its streaming response; an error response is raised."""
-        with closing(self._open(call)) as response:
+        with closing(self._send(call, stream=True)) as response:
             yield response
 
-    def _open(self, call: Call[Any]) -> httpx.Response:
+    def _send(self, call: Call[Any], *, stream: bool = False) -> httpx.Response:
+        """The response to a call, after as many attempts as it takes; with `stream`, its body is still to be read."""
         attempts = Attempts(self._retries, call.again)
         while True:
             try:
                 with call.request() as request, http_errors():
-                    response = self._http.send(self._http.build_request(**request), stream=True)
+                    response = self._http.send(self._http.build_request(**request), stream=stream)
                     if response.is_success:
                         return response
                     with closing(response):
@@ -121,9 +113,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -140,9 +130,7 @@ class Stream(_chat.StreamBase):
         self._open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __iter__(self) -> Self:

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 from urllib.parse import quote
 
-import httpx
-
-from ._calls import AsyncRuns, Call, Runs, decoder, list_decoder
-from ._types import Diff, Persona
+from ._calls import AsyncRuns, Call, Runs, check_options, decoder, list_decoder
+from ._types import Diff, Persona, PersonaChanges
 
 File = str | os.PathLike[str]
 ROOT = "/v1/personas"
@@ -35,9 +33,11 @@ def diff(a: str, b: str) -> Call[Diff]:
     return Call("GET", f"{_at(a)}/diff/{quote(b, safe='@')}", _read_diff, again=True)
 
 
-def update(name: str, changes: dict[str, Any]) -> Call[Persona]:
-    """Set the fields in `changes`."""
-    return Call("PATCH", _at(name), _read, json=changes, again=True)
+def update(name: str, changes: Mapping[str, Any]) -> Call[Persona]:
+    """Set the fields in `changes`, which are those of `PersonaChanges`."""
+    check_options(changes, PersonaChanges)
+    given = {field: value for field, value in changes.items() if field == "gamma" or value is not None}
+    return Call("PATCH", _at(name), _read, json=given, again=True)
 
 
 def compose(name: str, expression: str, expected: str | None, force: bool) -> Call[Persona]:
@@ -73,29 +73,12 @@ def delete(name: str, expected: str | None) -> Call[None]:
 
 def export(name: str) -> Call[bytes]:
     """The mask of a persona, as a file."""
-    return Call("GET", f"{_at(name)}/content", _read_bytes, again=True)
+    return Call("GET", f"{_at(name)}/content", lambda response: response.content, again=True)
 
 
 def import_(name: str, content: bytes, expected: str | None) -> Call[Persona]:
     """Publish a mask file under a name."""
     return Call("PUT", f"{_at(name)}/content", _read, content=content, headers=_if(expected), again=expected is None)
-
-
-def changes(gamma: float | _Unset | None, notes: str | None, tags: Sequence[str] | None) -> dict[str, Any]:
-    """The body of an update: the fields that were given."""
-    given: dict[str, Any] = {} if isinstance(gamma, _Unset) else {"gamma": gamma}
-    if notes is not None:
-        given["notes"] = notes
-    if tags is not None:
-        given["tags"] = list(tags)
-    return given
-
-
-class _Unset:
-    """Marks an argument that was not given where None is a value."""
-
-
-UNSET = _Unset()
 
 
 class Personas:
@@ -116,16 +99,9 @@ class Personas:
         """The difference of two personas or generations (`name@digest`)."""
         return self._client.run(diff(a, b))
 
-    def update(
-        self,
-        name: str,
-        *,
-        gamma: float | _Unset | None = UNSET,
-        notes: str | None = None,
-        tags: Sequence[str] | None = None,
-    ) -> Persona:
-        """Set the default gamma (None: the mask's own), the notes or the tags. Arguments not given change nothing."""
-        return self._client.run(update(name, changes(gamma, notes, tags)))
+    def update(self, name: str, **changes: Unpack[PersonaChanges]) -> Persona:
+        """Set the default gamma, the notes or the tags; see `PersonaChanges`."""
+        return self._client.run(update(name, cast(Mapping[str, Any], changes)))
 
     def compose(self, name: str, expression: str, *, expected: str | None = None, force: bool = False) -> Persona:
         """Compose a persona of others, such as `"gloomy | formal"`; one that prunes nothing needs `force`."""
@@ -182,16 +158,9 @@ class AsyncPersonas:
         """The difference of two personas or generations (`name@digest`)."""
         return await self._client.run(diff(a, b))
 
-    async def update(
-        self,
-        name: str,
-        *,
-        gamma: float | _Unset | None = UNSET,
-        notes: str | None = None,
-        tags: Sequence[str] | None = None,
-    ) -> Persona:
-        """Set the default gamma (None: the mask's own), the notes or the tags. Arguments not given change nothing."""
-        return await self._client.run(update(name, changes(gamma, notes, tags)))
+    async def update(self, name: str, **changes: Unpack[PersonaChanges]) -> Persona:
+        """Set the default gamma, the notes or the tags; see `PersonaChanges`."""
+        return await self._client.run(update(name, cast(Mapping[str, Any], changes)))
 
     async def compose(self, name: str, expression: str, *, expected: str | None = None, force: bool = False) -> Persona:
         """Compose a persona of others, such as `"gloomy | formal"`; one that prunes nothing needs `force`."""
@@ -242,7 +211,3 @@ def _if(expected: str | None) -> dict[str, str]:
 _read = decoder("a persona", Persona.from_json)
 _read_diff = decoder("a difference of personas", Diff.from_json)
 _read_list = list_decoder("personas", Persona.from_json)
-
-
-def _read_bytes(response: httpx.Response) -> bytes:
-    return response.content

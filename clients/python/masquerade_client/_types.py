@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
 from ._errors import UnexpectedAnswer
@@ -185,25 +185,23 @@ class Persona:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Persona:
         """Read a `persona` object."""
-        return cls(
-            name=data["id"],
-            current=Generation.from_json(data),
-            model=data["model"],
-            gamma=data["gamma"],
-            phase=data["phase"],
-            aliases=tuple(data["aliases"]),
-            tags=tuple(data["tags"]),
-            pinned=data["pinned"],
-            bytes=data["bytes"],
-            resident=data["resident"],
-            requests=data["requests"],
-            notes=data.get("notes", ""),
-            history=tuple(Generation.from_json(one) for one in data.get("history", ())),
-            built=data.get("built", {}),
-            certificate=data.get("certificate", {}),
-            certificate_source=data.get("certificate_source"),
-            signature=data.get("signature"),
-        )
+        other = {
+            "name": data["id"],
+            "current": Generation.from_json(data),
+            "aliases": tuple(data["aliases"]),
+            "tags": tuple(data["tags"]),
+            "history": tuple(Generation.from_json(one) for one in data.get("history", ())),
+        }
+        return cls(**_same_names(cls, data) | other)
+
+
+class PersonaChanges(TypedDict, total=False):
+    """Fields of a persona to set. Those absent, and notes and tags of None, stay as they are."""
+
+    gamma: float | None
+    """Default gamma; None is the mask's own."""
+    notes: str | None
+    tags: Sequence[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +220,7 @@ class Overlap:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Overlap:
         """Read one entry of a `persona.diff` object."""
-        return cls(data["size"], data["a"], data["b"], data["both"], data["jaccard"], data["differing"])
+        return cls(**_same_names(cls, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,15 +311,8 @@ class Build:
         """Read a `fine_tuning.job` object."""
         made = (Made(one["persona"], one["digest"], one["certificate"]) for one in data["personas"])
         error = data["error"]
-        return cls(
-            id=data["id"],
-            persona=data["persona"],
-            status=data["status"],
-            created_at=data["created_at"],
-            finished_at=data["finished_at"],
-            made=tuple(made),
-            error=error["message"] if error else None,
-        )
+        other = {"made": tuple(made), "error": error["message"] if error else None}
+        return cls(**_same_names(cls, data) | other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,15 +332,13 @@ class BuildEvent:
     def from_json(cls, data: Mapping[str, Any]) -> BuildEvent:
         """Read a `fine_tuning.job.event` object."""
         progress = data.get("data") or {}
-        return cls(
-            id=data["id"],
-            created_at=data["created_at"],
-            level=data["level"],
-            message=data["message"],
-            stage=progress.get("stage"),
-            done=progress.get("step", 0),
-            total=progress.get("total_steps") or None,
-        )
+        counts = {"done": progress.get("step", 0), "total": progress.get("total_steps") or None}
+        return cls(**_same_names(cls, data) | {"stage": progress.get("stage")} | counts)
+
+
+def _same_names(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an object that have the names of a dataclass's fields."""
+    return {item.name: data[item.name] for item in fields(kind) if item.name in data}
 
 
 @contextmanager
