@@ -1,7 +1,4 @@
-"""A real server in a process of its own, for tests that speak HTTP.
-
-Knows how to start one, wait for it and end it. Refuses to know what is asked of it.
-"""
+"""Starts a real server in a separate process for tests that use HTTP, waits for it and ends it."""
 
 from __future__ import annotations
 

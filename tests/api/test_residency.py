@@ -66,7 +66,7 @@ def test_clients_that_give_up_keep_nobody_out(
     monkeypatch: pytest.MonkeyPatch,
     stream: bool,
 ) -> None:
-    """Room for one mask, which is worn all the while; those who want another leave before they get it."""
+    """Room for one mask, which is in use all the while; those who want another leave before they get it."""
     crowd = 8
     with serving.store.reader(personas["calm"]) as mask:
         serving.residency.budget = 2 * serving.manager.measure(mask) - 1
@@ -89,10 +89,10 @@ def test_clients_that_give_up_keep_nobody_out(
     assert chat(http, serving, "slow").json()["generation"] == personas["slow"]
 
 
-def test_who_waited_in_vain_wears_the_mask_that_is_there(
+def test_who_waited_in_vain_gets_the_mask_that_is_there(
     http: httpx.Client, serving: Serving, personas: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request for a worn mask queues up behind a load; if the load gets no room, it is served all the same."""
+    """A request for a mask in use queues up behind a load; if the load gets no room, it is served all the same."""
     with serving.store.reader(personas["calm"]) as mask:
         serving.residency.budget = 2 * serving.manager.measure(mask) - 1
     held = serving.residency.get(personas["calm"])
@@ -111,7 +111,7 @@ def test_who_waited_in_vain_wears_the_mask_that_is_there(
 
 
 def test_a_finished_request_holds_no_mask(http: httpx.Client, serving: Serving, personas: dict[str, str]) -> None:
-    """Room for one: each request needs what the one before has worn."""
+    """Room for one: each request needs what the one before has used."""
     serving.residency.budget = 1
     refused = chat(http, serving, "calm")
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "mask_too_large")

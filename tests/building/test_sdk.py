@@ -47,7 +47,7 @@ def built(sdk: OpenAI) -> Any:
     return finish(sdk, build(sdk, "stiff", contrast_name="loose", scope="all").id)
 
 
-def test_a_persona_is_built_and_worn_in_the_next_request(sdk: OpenAI, store: Path, built: Any) -> None:
+def test_a_persona_is_built_and_used_in_the_next_request(sdk: OpenAI, store: Path, built: Any) -> None:
     assert (built.status, built.fine_tuned_model, built.error) == ("succeeded", "demo:stiff", None)
     assert {"demo:stiff", "demo:loose"} <= {model.id for model in sdk.models.list()}
     judge = DemoJudge()

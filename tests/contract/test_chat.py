@@ -189,7 +189,7 @@ class TestPersona:
         assert (response.json()["persona"], response.json()["generation"]) == (None, None)
         assert "X-Persona-Generation" not in response.headers
 
-    def test_field_and_model_wear_the_same_mask(self, api: Api) -> None:
+    def test_field_and_model_apply_the_same_mask(self, api: Api) -> None:
         assert api.text(persona="introvert") == api.text(model="demo:introvert")
 
     def test_field_and_model_may_agree(self, api: Api) -> None:

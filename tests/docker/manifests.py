@@ -1,4 +1,4 @@
-"""The files below docker/, read. Knows where they are; refuses to know what is right."""
+"""Reads the files below docker/."""
 
 from __future__ import annotations
 

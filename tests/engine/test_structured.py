@@ -192,7 +192,7 @@ def test_what_some_document_meets_is_not(tiny: Base, grammars: Grammars, schema:
     ids=["reference", "any", "all", "property"],
 )
 def test_a_long_chain_of_schemas_is_decided_soon(link: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """A stall: whoever looks at all of them again and again needs the square of the chain."""
+    """A stall: looking at all of them again and again takes the square of the chain."""
     chain = {f"d{number}": link({"$ref": f"#/$defs/d{number + 1}"}) for number in range(1000)}
     for last, endless in ({"$ref": "#/$defs/d0"}, True), ({"type": "null"}, False):
         started = time.process_time()

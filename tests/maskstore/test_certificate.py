@@ -1,4 +1,4 @@
-"""A certificate is measured here, or claimed by whoever made the file; a file cannot say which."""
+"""A certificate is measured here, or claimed by the maker of the file; a file cannot say which."""
 
 import pytest
 

@@ -193,7 +193,7 @@ class Builder(Worker):
         self.note(jobs)
 
     def note(self, jobs: list[Json]) -> None:
-        """Remember states; an end is an end, and what has succeeded is there to be worn."""
+        """Remember states; an end is an end, and what has succeeded can be used."""
         for job in jobs:
             before = self.ledger.jobs.get(job["id"])
             if before in TERMINAL and job["status"] != before:

@@ -1,7 +1,4 @@
-"""Clients that chat, and know beforehand what they must hear.
-
-Knows requests, answers as tokens, and what the same request got when it was alone. Refuses to know why a server fails.
-"""
+"""Clients that chat, and compare each answer with the one that the same request got alone, token by token."""
 
 from __future__ import annotations
 

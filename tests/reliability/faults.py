@@ -1,8 +1,8 @@
-"""What goes wrong around a server, one thing after the other, while others chat: they notice nothing, whoever is hit is
-told in OpenAI's form, and when the fault is over all is as before, without anybody's help.
+"""What goes wrong around a server, one thing after the other, while others chat: they notice nothing, clients that are
+hit get an error in OpenAI's form, and when the fault is over all is as before, without anybody's help.
 
-Knows how to make each fault for real: full file systems, a disk that refuses or dawdles (`disk.c`), limits of memory,
-locked tables, a wall clock that jumps. Refuses to look into the server.
+The faults are real: full file systems, a disk that refuses or dawdles (`disk.c`), limits of memory,
+locked tables, a wall clock that jumps.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def corrupt_a_mask(stage: Stage) -> Trial:
                 path[cold].write_bytes(damaged)
                 response = http.post(CHAT, json=chat(persona=cold))
                 trial.refused("a chat with a damaged mask", response, ["persona_damaged"])
-                replace(path[warm], flip(sound[warm], random.Random(turn)))  # another file; the old one is still worn
+                replace(path[warm], flip(sound[warm], random.Random(turn)))  # another file; the old one stays applied
             for name in path:
                 replace(path[name], sound[name])
         trial.heard.append(heard)
@@ -364,7 +364,7 @@ FAULTS: tuple[tuple[str, str, Callable[[Stage], Trial]], ...] = (
     ),
     ("a slow disk slows nobody who chats", "30 ms for every write and sync (`disk.c`)", slow_the_disk),
     (
-        "a mask that is damaged on disk hurts those who ask for it, and is never worn",
+        "a mask that is damaged on disk hurts those who ask for it, and is never applied",
         "flipped bits in files of a running server",
         corrupt_a_mask,
     ),

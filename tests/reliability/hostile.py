@@ -1,7 +1,7 @@
 """What nobody sane would send: masks, JSONL, chats, bytes. Each is refused in OpenAI's form, and nobody else notices.
 
-Knows the corpus of hostile masks (`tests/attacks`) and mutations that are drawn from a seed. Refuses to know what would
-be right: an answer may be anything but a failure that was not foreseen, a hung connection or a stack trace.
+The input is the corpus of hostile masks (`tests/attacks`) and mutations drawn from a seed. Any answer is right except
+an unexpected failure, a hung connection or a stack trace.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def send_masks(scene: Scene, store: Path, server: Server, http: httpx.Client, sc
         answer = http.put(f"/v1/personas/mutant-{case % 50}/content", content=content)
         faults += look(f"mutant {case}", answer, told, {"invalid_mask"}, may_succeed=True)
     return row(
-        "a hostile mask is refused and never worn",
+        "a hostile mask is refused and never applied",
         f"{len(corpus)} attacks of the corpus, read and imported; mutations of a sound mask, most sealed again",
         len(corpus) + count,
         told,

@@ -1,7 +1,4 @@
-"""What was promised, how it was tried, how often, and what came of it.
-
-Knows rows, Markdown and the place in a page where they go. Refuses to know how anything is tested.
-"""
+"""The rows of the reliability page: a promise, how it was tested, how often, and the result."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""The scene of every test: a small model on disk, a store with personas, and servers of it.
-
-Knows how to make and start them, and what must be true of a store whose server is dead. Refuses to know what is asked.
+"""What every test starts with: a small model on disk, a store with personas, and servers of it; and what must be true
+of a store whose server is dead.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Churn:
     faults: list[str] = field(default_factory=list)
 
     def change(self) -> None:
-        """A persona is imported or composed, changed, named again, rolled back, worn and deleted."""
+        """A persona is imported or composed, changed, named again, rolled back, used and deleted."""
         rng = random.Random(self.seed)
         with httpx.Client(base_url=self.base_url, timeout=TIMEOUT) as http:
             content = http.get("/v1/personas/formal/content").content
@@ -76,7 +76,7 @@ class Churn:
                         {"json": {"name": name, "expression": " | ".join(pair)}},
                     ),
                     ("change", "PATCH", f"/v1/personas/{name}", {"json": {"gamma": rng.random(), "tags": ["npc"]}}),
-                    ("wear", "POST", "/v1/chat/completions", {"json": _chat(f"demo:{name}")}),
+                    ("chat", "POST", "/v1/chat/completions", {"json": _chat(f"demo:{name}")}),
                     ("rename", "POST", f"/v1/personas/{name}/rename", {"json": {"name": other}}),
                     ("roll back", "POST", f"/v1/personas/{other}/rollback", {"json": {}}),
                     ("delete", "DELETE", f"/v1/personas/{other}", {}),
