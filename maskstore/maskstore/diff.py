@@ -1,7 +1,7 @@
 """Overlap of two masks: per module, per layer, attention against MLP (Table 2 of the paper)."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,11 +128,7 @@ def table(diff: Diff) -> tuple[list[str], list[str], dict[tuple[str, str], Overl
     for name, overlap in diff.modules.items():
         place = layer_of(name), kind_of(name)
         cells[place] = cells.get(place, NOTHING) + overlap
-    return list(diff.layers), _in_order(kind_of(name) for name in diff.modules), cells
-
-
-def _in_order(names: Iterable[str]) -> list[str]:
-    return sorted(dict.fromkeys(names))
+    return list(diff.layers), sorted(set(map(kind_of, diff.modules))), cells
 
 
 _HEAD = f"{'':<12} {'weights':>13} {'pruned a':>11} {'pruned b':>11} {'both':>11} {'jaccard':>8} {'differing':>10}"

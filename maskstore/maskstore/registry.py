@@ -89,15 +89,10 @@ class Registry:
 
     def record(self, measurement: Measurement) -> None:
         """Record a measurement of a digest; it replaces an earlier one."""
-        row = (
-            check_digest(measurement.digest),
-            strictjson.dump(measurement.certificate),
-            measurement.gamma,
-            measurement.phase,
-            strictjson.dump(measurement.data),
-            measurement.measured_at,
-        )
+        check_digest(measurement.digest)
+        texts = {name: strictjson.dump(getattr(measurement, name)) for name in ("certificate", "data")}
         with self.database.write() as db:
+            row = tuple((vars(measurement) | texts).values())
             db.execute("insert or replace into measurement values (?, ?, ?, ?, ?, ?)", row)
 
     def certificate(self, digest: str, info: MaskInfo) -> Certificate:

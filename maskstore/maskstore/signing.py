@@ -28,22 +28,18 @@ class Signable(Protocol):
     @property
     def base(self) -> BaseRef:
         """The model it is for."""
-        ...
 
     @property
     def info(self) -> MaskInfo:
         """Its metadata."""
-        ...
 
     @property
     def digest(self) -> str:
         """Its identity."""
-        ...
 
     @property
     def signature(self) -> str | None:
         """As its file records it."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Store:
     @contextmanager
     def writing(self, base: BaseRef, info: MaskInfo) -> Iterator[MaskWriter]:
         """A MaskWriter for masks larger than memory; the mask is stored when the block ends without an error."""
-        path = self._draft_path()
+        path = self.draft_path()
         with MaskWriter(path, base, info) as writer:
             yield writer
         with self.lock():
@@ -136,7 +136,7 @@ class Store:
         return theirs >= ours if preferred or kept.faults else theirs > ours
 
     def _write(self, mask: Mask, wanted: Callable[[], bool]) -> None:
-        path = self._draft_path()
+        path = self.draft_path()
         try:
             write_mask(mask, path)
             self._place(path, mask.digest, wanted)
@@ -160,7 +160,7 @@ class Store:
         """Set the file's modification time to now, so that gc leaves it until it is published."""
         os.utime(self.path(digest))
 
-    def _draft_path(self) -> Path:
+    def draft_path(self) -> Path:
         """A new path in quarantine."""
         return self.quarantine() / f"{secrets.token_hex(8)}{SUFFIX}"
 

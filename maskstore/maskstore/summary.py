@@ -34,8 +34,7 @@ class Summaries:
     a store replaces files by renaming, and never writes to one.
     """
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._known: OrderedDict[Path, tuple[files.Stamp, Summary]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -57,6 +56,6 @@ class Summaries:
         with self._lock:
             self._known[path] = stamp, summary  # a file that was replaced meanwhile has another stamp than this
             self._known.move_to_end(path)
-            while len(self._known) > self._limit:
+            while len(self._known) > LIMIT:
                 self._known.popitem(last=False)
         return summary

@@ -1,7 +1,6 @@
 """Export and import of masks as files; an imported file stays in quarantine until it is verified."""
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from maskstore.delta import DeltaReader, write_delta
 from maskstore.errors import MaskError
 from maskstore.format import MaskReader, read_header, write_mask
 from maskstore.mask import Mask
-from maskstore.store import SUFFIX, Store
+from maskstore.store import Store
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _accept(store: Store, copy: Path, base: str | None) -> str:
 @contextmanager
 def _quarantined(store: Store, path: Path) -> Iterator[Path]:
     """A private copy below the store's root, deleted afterwards unless it was moved into the store."""
-    copy = store.quarantine() / f"{secrets.token_hex(8)}{SUFFIX}"
+    copy = store.draft_path()
     buffer = memoryview(bytearray(files.CHUNK))
     try:
         with files.opened(path) as (file, size), files.replacing(copy) as out:

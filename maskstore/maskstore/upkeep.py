@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from maskstore.database import Database
@@ -145,15 +146,10 @@ def _check_files(store: Store, sound: dict[str, tuple[str, str]], repair: bool) 
 def _set_aside(store: Store, path: Path) -> str:
     folder = store.root / "damaged"
     folder.mkdir(exist_ok=True)
-    target = next(folder / name for name in _free_names(path.name) if not os.path.lexists(folder / name))
+    names = chain([path.name], (f"{path.name}.{number}" for number in count(1)))
+    target = next(folder / name for name in names if not os.path.lexists(folder / name))
     os.replace(path, target)
     return f"moved to {_relative(store, target)}"
-
-
-def _free_names(name: str) -> Iterator[str]:
-    yield name
-    for number in range(1, 1 << 30):
-        yield f"{name}.{number}"
 
 
 def _put_right(store: Store, path: Path, digest: str) -> str:

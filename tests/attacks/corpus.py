@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import maskstore
-from maskstore import MaskError
+from maskstore import MaskError, errors
 from tests.maskstore import forge, world
 
 DOWN = "model.layers.0.mlp.down_proj"  # a bitmap, 24 x 100
@@ -99,17 +99,17 @@ def attacks() -> Iterator[Attack]:
 def truncated(raw: bytes) -> Iterator[Attack]:
     header = 8 + struct.unpack("<Q", raw[:8])[0]
     for length in (0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(raw) - 64, len(raw) - 1):
-        yield Attack(f"truncated-{length}", maskstore.MaskTruncated, raw[:length])
+        yield Attack(f"truncated-{length}", errors.MaskTruncated, raw[:length])
 
 
 def flipped(raw: bytes) -> Iterator[Attack]:
     header = 8 + struct.unpack("<Q", raw[:8])[0]
     for at in (9, 60, header // 2, header - 1):
-        yield Attack(f"flipped-header-{at}", maskstore.SealMismatch, _flip(raw, at))
+        yield Attack(f"flipped-header-{at}", errors.SealMismatch, _flip(raw, at))
     for at in (header, header + 200, len(raw) - 1):
-        yield Attack(f"flipped-data-{at}", maskstore.DigestMismatch, _flip(raw, at))
-    yield Attack("flipped-brace", maskstore.NotAMask, _flip(raw, 8))
-    yield Attack("flipped-length", maskstore.MaskTruncated, _flip(raw, 2))
+        yield Attack(f"flipped-data-{at}", errors.DigestMismatch, _flip(raw, at))
+    yield Attack("flipped-brace", errors.NotAMask, _flip(raw, 8))
+    yield Attack("flipped-length", errors.MaskTruncated, _flip(raw, 2))
 
 
 def _flip(raw: bytes, at: int) -> bytes:
@@ -118,13 +118,13 @@ def _flip(raw: bytes, at: int) -> bytes:
 
 def lengths(raw: bytes) -> Iterator[Attack]:
     for name, length in (("2-63", 2**63), ("2-64-1", 2**64 - 1), ("limit-1", LIMIT + 1), ("4-gib", 1 << 32)):
-        yield Attack(f"length-{name}", maskstore.HeaderCorrupt, struct.pack("<Q", length) + raw[8:])
-    yield Attack("length-limit-short-file", maskstore.MaskTruncated, struct.pack("<Q", LIMIT) + raw[8:])
-    yield Attack("length-zero", maskstore.HeaderCorrupt, struct.pack("<Q", 0) + raw[8:])
+        yield Attack(f"length-{name}", errors.HeaderCorrupt, struct.pack("<Q", length) + raw[8:])
+    yield Attack("length-limit-short-file", errors.MaskTruncated, struct.pack("<Q", LIMIT) + raw[8:])
+    yield Attack("length-zero", errors.HeaderCorrupt, struct.pack("<Q", 0) + raw[8:])
     yield Attack(
-        "length-eight-less", maskstore.SealMismatch, struct.pack("<Q", struct.unpack("<Q", raw[:8])[0] - 8) + raw[8:]
+        "length-eight-less", errors.SealMismatch, struct.pack("<Q", struct.unpack("<Q", raw[:8])[0] - 8) + raw[8:]
     )
-    yield Attack("length-misaligned", maskstore.TensorOffsets, forge.join(*forge.split(raw), alignment=1))
+    yield Attack("length-misaligned", errors.TensorOffsets, forge.join(*forge.split(raw), alignment=1))
 
 
 def texts(raw: bytes) -> Iterator[Attack]:
@@ -132,7 +132,7 @@ def texts(raw: bytes) -> Iterator[Attack]:
     document, data = forge.split(raw)
     document["__metadata__"]["seal"] = forge.BLANK
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    corrupt = maskstore.HeaderCorrupt
+    corrupt = errors.HeaderCorrupt
 
     def replaced(old: str, new: str) -> bytes:
         assert old in text, old
@@ -140,11 +140,11 @@ def texts(raw: bytes) -> Iterator[Attack]:
 
     yield Attack("json-cut", corrupt, forge.seal(text[:-1]) + data)
     yield Attack("json-twice", corrupt, forge.seal(text + "{}") + data)
-    yield Attack("json-array", maskstore.NotAMask, forge.seal(f"[{text}]") + data)
+    yield Attack("json-array", errors.NotAMask, forge.seal(f"[{text}]") + data)
     yield Attack("json-trailing-nul", corrupt, forge.seal(text + "\x00") + data)
     yield Attack("json-utf8", corrupt, replaced("pirate", "pirät"))
-    yield Attack("json-utf16", maskstore.NotAMask, struct.pack("<Q", 2 * len(text) + 2) + text.encode("utf-16") + data)
-    yield Attack("json-bom", maskstore.NotAMask, forge.seal("\ufeff" + text) + data)
+    yield Attack("json-utf16", errors.NotAMask, struct.pack("<Q", 2 * len(text) + 2) + text.encode("utf-16") + data)
+    yield Attack("json-bom", errors.NotAMask, forge.seal("\ufeff" + text) + data)
     yield Attack("json-comment", corrupt, replaced("{", "{/**/"))
     yield Attack("json-nan-shape", corrupt, replaced('"shape":[', '"shape":[NaN,'))
     yield Attack("json-infinity", corrupt, replaced('"shape":[', '"shape":[Infinity,'))
@@ -155,12 +155,12 @@ def texts(raw: bytes) -> Iterator[Attack]:
     yield Attack("json-duplicate-metadata", corrupt, replaced("{", '{"__metadata__":{},'))
     yield Attack("json-surrogate", corrupt, replaced('"persona":"\\"pirate\\""', '"persona":"\\"\\ud800\\""'))
     yield Attack("seal-twice", corrupt, replaced('"score":', f'"seal":"{forge.BLANK}","score":'))
-    yield Attack("seal-upper-case", maskstore.SealMismatch, replaced(f'"seal":"{forge.BLANK}"', f'"seal":"{"A" * 64}"'))
+    yield Attack("seal-upper-case", errors.SealMismatch, replaced(f'"seal":"{forge.BLANK}"', f'"seal":"{"A" * 64}"'))
 
 
 def bombs(raw: bytes) -> Iterator[Attack]:
     """Small files that would be large in memory or slow to refuse."""
-    corrupt = maskstore.HeaderCorrupt
+    corrupt = errors.HeaderCorrupt
     room = LIMIT - 16
 
     def header(text: str) -> bytes:
@@ -172,13 +172,13 @@ def bombs(raw: bytes) -> Iterator[Attack]:
     yield Attack("bomb-deep-thousand", corrupt, header('{"a":' + "[" * 1000 + "]" * 1000 + "}"))
     yield Attack("bomb-commas", corrupt, header('{"a":[' + "0," * room))
     yield Attack("bomb-empty-arrays", corrupt, header('{"a":[' + "[]," * (room // 3)))
-    yield Attack("bomb-keys", maskstore.NotAMask, header("{" + ",".join(f'"{at}":0' for at in range(199_000)) + "}"))
+    yield Attack("bomb-keys", errors.NotAMask, header("{" + ",".join(f'"{at}":0' for at in range(199_000)) + "}"))
     yield Attack("bomb-same-key", corrupt, header("{" + ",".join(['"a":0'] * 199_000) + "}"))
     yield Attack("bomb-string", corrupt, header('{"' + "a" * room))
     yield Attack("bomb-escaped-quotes", corrupt, header('{"' + '\\"' * (room // 2)))
     yield Attack("bomb-backslashes", corrupt, header('{"' + "\\" * room))
     yield Attack("bomb-digits", corrupt, header('{"a":' + "9" * room))
-    yield Attack("bomb-exponent", maskstore.NotAMask, header('{"a":1e' + "9" * 4000 + "}"))
+    yield Attack("bomb-exponent", errors.NotAMask, header('{"a":1e' + "9" * 4000 + "}"))
     yield Attack("bomb-seals", corrupt, header("{" + f'"seal":"{forge.BLANK}",' * 50_000))
     deep = "[" * 500 + "]" * 500
     yield Attack(
@@ -191,16 +191,16 @@ def bombs(raw: bytes) -> Iterator[Attack]:
 
 
 def metadata(raw: bytes) -> Iterator[Attack]:
-    corrupt = maskstore.HeaderCorrupt
+    corrupt = errors.HeaderCorrupt
 
     def said(name: str, error: type[MaskError] = corrupt, **values: object) -> Attack:
         return Attack(f"metadata-{name}", error, forge.edit(raw, lambda d: d["__metadata__"].update(values)))
 
-    yield Attack("metadata-none", maskstore.NotAMask, forge.edit(raw, lambda d: d.pop("__metadata__")))
+    yield Attack("metadata-none", errors.NotAMask, forge.edit(raw, lambda d: d.pop("__metadata__")))
     yield Attack("metadata-list", corrupt, forge.edit(raw, lambda d: d.update(__metadata__=[])))
     yield Attack("metadata-missing", corrupt, forge.edit(raw, lambda d: d["__metadata__"].pop("certificate")))
     yield said("unknown-key", note='"x"')
-    yield said("format-foreign", maskstore.NotAMask, format="pt")
+    yield said("format-foreign", errors.NotAMask, format="pt")
     yield said("format-later", maskstore.UnknownVersion, format="masquerade-mask/2")
     yield said("format-negative", maskstore.UnknownVersion, format="masquerade-mask/-1")
     yield said("format-delta-without-parent", corrupt, format="masquerade-delta/1")
@@ -224,7 +224,7 @@ def metadata(raw: bytes) -> Iterator[Attack]:
     yield said("base-extra", base=json.dumps({"fingerprint": "a" * 64, "name": "x", "path": "/"}))
     yield said("base-short", base=json.dumps({"fingerprint": "abc", "name": "x"}))
     yield said("base-control", base=json.dumps({"fingerprint": "a" * 64, "name": "x\x1b[31m"}))
-    yield said("digest-other", maskstore.DigestMismatch, digest="0" * 64)
+    yield said("digest-other", errors.DigestMismatch, digest="0" * 64)
     yield said("digest-text", digest="x")
     yield said("signature-form", signature="me")
     yield said("signature-later", signature=f"3:{'0' * 64}:{'0' * 128}")
@@ -240,8 +240,8 @@ def metadata(raw: bytes) -> Iterator[Attack]:
     ):
         yield Attack(f"metadata-shape-{name}", corrupt, forge.edit_json(raw, "modules", _reshape(sides)))
     yield Attack("metadata-shape-true", corrupt, forge.edit_json(raw, "modules", _reshape((16, True))))
-    yield Attack("metadata-shape-other", maskstore.TensorShape, forge.edit_json(raw, "modules", _reshape((17, 64))))
-    yield Attack("metadata-module-lost", maskstore.TensorSet, forge.edit_json(raw, "modules", lambda m: m.pop(OUT)))
+    yield Attack("metadata-shape-other", errors.TensorShape, forge.edit_json(raw, "modules", _reshape((17, 64))))
+    yield Attack("metadata-module-lost", errors.TensorSet, forge.edit_json(raw, "modules", lambda m: m.pop(OUT)))
 
 
 def _reshape(sides: tuple[int, int]) -> Callable[[dict], object]:
@@ -249,29 +249,29 @@ def _reshape(sides: tuple[int, int]) -> Callable[[dict], object]:
 
 
 def tensors(raw: bytes) -> Iterator[Attack]:
-    shape, corrupt = maskstore.TensorShape, maskstore.HeaderCorrupt
+    shape, corrupt = errors.TensorShape, errors.HeaderCorrupt
 
     def entry(name: str, error: type[MaskError], tensor: str, **values: object) -> Attack:
         return Attack(f"tensor-{name}", error, forge.edit(raw, lambda d: d[tensor].update(values)))
 
     for dtype in ("F32", "I8", "BOOL", "I32", "u8", "", None, 8, ["U8"]):
         label = str(dtype).strip("[]'") or "empty"
-        yield entry(f"dtype-{label}", maskstore.TensorOffsets if dtype == "I32" else shape, f"{DOWN}.keep", dtype=dtype)
+        yield entry(f"dtype-{label}", errors.TensorOffsets if dtype == "I32" else shape, f"{DOWN}.keep", dtype=dtype)
     yield entry("shape-turned", shape, f"{DOWN}.keep", shape=[16, 24])
     yield entry("shape-flat", shape, f"{DOWN}.keep", shape=[384])
     yield entry("shape-three", corrupt, f"{DOWN}.keep", shape=[24, 4, 4])
     yield entry("shape-none", corrupt, f"{DOWN}.keep", shape=None)
     yield entry("shape-object", corrupt, f"{DOWN}.keep", shape={"0": 24})
     yield entry("shape-negative", corrupt, f"{OUT}.rows", shape=[-17])
-    yield entry("shape-2-63", maskstore.TensorOffsets, f"{OUT}.rows", shape=[2**63])
-    yield entry("shape-overflow", maskstore.TensorOffsets, f"{DOWN}.keep", shape=[2**32, 2**32])
-    yield entry("shape-scalar", maskstore.TensorOffsets, f"{OUT}.rows", shape=[])
+    yield entry("shape-2-63", errors.TensorOffsets, f"{OUT}.rows", shape=[2**63])
+    yield entry("shape-overflow", errors.TensorOffsets, f"{DOWN}.keep", shape=[2**32, 2**32])
+    yield entry("shape-scalar", errors.TensorOffsets, f"{OUT}.rows", shape=[])
     yield entry("entry-extra", corrupt, f"{OUT}.rows", strides=[4])
     yield Attack("tensor-entry-null", corrupt, forge.edit(raw, lambda d: d.update({f"{OUT}.rows": None})))
-    yield Attack("tensor-missing", maskstore.TensorSet, forge.edit(raw, lambda d: d.pop(f"{OUT}.cols")))
+    yield Attack("tensor-missing", errors.TensorSet, forge.edit(raw, lambda d: d.pop(f"{OUT}.cols")))
     extra = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     for name in ("x", f"{OUT}.keep.keep", "__metadata__.x", f"{DOWN}.rows", ""):
-        yield Attack(f"tensor-extra-{name or 'nameless'}", maskstore.TensorSet, forge.edit(raw, _add(name, extra)))
+        yield Attack(f"tensor-extra-{name or 'nameless'}", errors.TensorSet, forge.edit(raw, _add(name, extra)))
     yield Attack("tensor-both-sets", shape, forge.edit(raw, _add(f"{OUT}.keep", extra)))
 
 
@@ -280,7 +280,7 @@ def _add(name: str, entry: dict) -> Callable[[dict], object]:
 
 
 def offsets(raw: bytes) -> Iterator[Attack]:
-    error, corrupt = maskstore.TensorOffsets, maskstore.HeaderCorrupt
+    error, corrupt = errors.TensorOffsets, errors.HeaderCorrupt
 
     def moved(name: str, error: type[MaskError], tensor: str, change: Callable[[list], list]) -> Attack:
         def apply(document: dict) -> None:
@@ -313,12 +313,10 @@ def contents(raw: bytes) -> Iterator[Attack]:
         change = lambda content: content.__setitem__(slice(at, at + len(value)), value)  # noqa: E731
         return Attack(f"content-{name}", error, forge.patch(raw, tensor, change))
 
-    order = maskstore.ColumnOrder
+    order = errors.ColumnOrder
     for bit in (100, 103, 104, 127):
         value = bytes([1 << bit % 8])
-        yield patched(
-            f"pad-bit-{bit}", maskstore.PadBits, f"{DOWN}.keep", 16 + bit // 8, value if bit >= 104 else b"\xff"
-        )
+        yield patched(f"pad-bit-{bit}", errors.PadBits, f"{DOWN}.keep", 16 + bit // 8, value if bit >= 104 else b"\xff")
     yield patched("rows-start", order, f"{OUT}.rows", 0, struct.pack("<i", 1))
     yield patched("rows-end", order, f"{OUT}.rows", 64, struct.pack("<i", 2**31 - 1))
     yield patched("rows-negative", order, f"{OUT}.rows", 16, struct.pack("<i", -(2**31)))
@@ -341,17 +339,17 @@ def other_files(raw: bytes) -> Iterator[Attack]:
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("payload.txt", "x" * 100)
     packed = archive.getvalue()
-    yield Attack("other-zip", maskstore.NotAMask, packed)
-    yield Attack("other-zip-after-mask", maskstore.TensorOffsets, raw + packed)
-    yield Attack("other-zip-before-mask", maskstore.NotAMask, packed + raw)
-    yield Attack("other-pickle", maskstore.NotAMask, pickle.dumps({"weights": list(range(100))}))
-    yield Attack("other-text", maskstore.NotAMask, b"# a readme, long enough to look like a header\n" * 10)
-    yield Attack("other-zeros", maskstore.NotAMask, bytes(100_000))
-    yield Attack("other-png", maskstore.NotAMask, b"\x89PNG\r\n\x1a\n" + bytes(100))
+    yield Attack("other-zip", errors.NotAMask, packed)
+    yield Attack("other-zip-after-mask", errors.TensorOffsets, raw + packed)
+    yield Attack("other-zip-before-mask", errors.NotAMask, packed + raw)
+    yield Attack("other-pickle", errors.NotAMask, pickle.dumps({"weights": list(range(100))}))
+    yield Attack("other-text", errors.NotAMask, b"# a readme, long enough to look like a header\n" * 10)
+    yield Attack("other-zeros", errors.NotAMask, bytes(100_000))
+    yield Attack("other-png", errors.NotAMask, b"\x89PNG\r\n\x1a\n" + bytes(100))
     model = {"lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"format": "pt"}}
     text = json.dumps(model).encode()
-    yield Attack("other-model", maskstore.NotAMask, struct.pack("<Q", len(text)) + text + bytes(4))
-    yield Attack("other-empty-model", maskstore.NotAMask, struct.pack("<Q", 2) + b"{}")
+    yield Attack("other-model", errors.NotAMask, struct.pack("<Q", len(text)) + text + bytes(4))
+    yield Attack("other-empty-model", errors.NotAMask, struct.pack("<Q", 2) + b"{}")
 
 
 def not_files(raw: bytes) -> Iterator[Attack]:
@@ -360,7 +358,7 @@ def not_files(raw: bytes) -> Iterator[Attack]:
         target.write_bytes(raw)
         path.symlink_to(target)
 
-    error = maskstore.NotAMask
+    error = errors.NotAMask
     yield Attack("place-link", error, plant=link)
     yield Attack("place-link-to-itself", error, plant=lambda path: path.symlink_to(path))
     yield Attack("place-link-to-device", error, plant=lambda path: path.symlink_to("/dev/zero"))

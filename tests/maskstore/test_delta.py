@@ -4,14 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskstore import (
-    DeltaCorrupt,
     DeltaReader,
-    DigestMismatch,
     Mask,
     MaskMismatch,
     MaskNotFound,
-    MaskTruncated,
-    NotAMask,
     algebra,
     encode,
     read_mask,
@@ -19,6 +15,7 @@ from maskstore import (
     write_mask,
 )
 from maskstore.delta import decode_gaps, encode_gaps
+from maskstore.errors import DeltaCorrupt, DigestMismatch, MaskTruncated, NotAMask
 from tests.maskstore import forge, world
 
 SETTINGS = settings(max_examples=60, deadline=None, database=None)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maskstore import HeaderCorrupt, MaskError, MaskNotFound, TensorSet, fingerprint
+from maskstore import MaskError, MaskNotFound, fingerprint
+from maskstore.errors import HeaderCorrupt, TensorSet
 
 
 def tensors(seed=0):

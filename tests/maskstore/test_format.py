@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from maskstore import (
+from maskstore import MaskCorrupt, MaskMismatch, MaskNotFound, MaskReader, UnknownVersion, read_mask, write_mask
+from maskstore.errors import (
     ColumnOrder,
     DigestMismatch,
     HeaderCorrupt,
-    MaskCorrupt,
-    MaskMismatch,
-    MaskNotFound,
-    MaskReader,
     MaskTruncated,
     NotAMask,
     PadBits,
@@ -21,9 +18,6 @@ from maskstore import (
     TensorOffsets,
     TensorSet,
     TensorShape,
-    UnknownVersion,
-    read_mask,
-    write_mask,
 )
 from tests.maskstore import forge, world
 

@@ -4,17 +4,8 @@ import json
 
 import pytest
 
-from maskstore import (
-    HeaderCorrupt,
-    InvalidMaskValue,
-    MaskError,
-    Registry,
-    Store,
-    fsck,
-    import_mask,
-    read_mask,
-    write_mask,
-)
+from maskstore import InvalidMaskValue, MaskError, Registry, Store, fsck, import_mask, read_mask, write_mask
+from maskstore.errors import HeaderCorrupt
 from tests.attacks.corpus import WRONG
 from tests.maskstore import forge, world
 

@@ -2,7 +2,8 @@ import shutil
 
 import pytest
 
-from maskstore import DigestMismatch, InvalidName, MaskMismatch, MaskNotFound, Store, StoreBusy
+from maskstore import InvalidName, MaskMismatch, MaskNotFound, Store, StoreBusy
+from maskstore.errors import DigestMismatch
 from tests.maskstore import world
 
 

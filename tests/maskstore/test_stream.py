@@ -3,16 +3,8 @@ import os
 import numpy as np
 import pytest
 
-from maskstore import (
-    DigestMismatch,
-    MaskExists,
-    MaskMismatch,
-    MaskNotFound,
-    MaskReader,
-    MaskWriter,
-    read_mask,
-    write_mask,
-)
+from maskstore import MaskExists, MaskMismatch, MaskNotFound, MaskReader, MaskWriter, read_mask, write_mask
+from maskstore.errors import DigestMismatch
 from tests.maskstore import world
 
 NAMES = tuple(sorted(world.SHAPES))

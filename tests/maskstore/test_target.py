@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from maskstore import Bitmap, ColumnOrder, InvalidMaskValue, PadBits, Sparse, TensorShape, encode
+from maskstore import Bitmap, InvalidMaskValue, Sparse, encode
+from maskstore.errors import ColumnOrder, PadBits, TensorShape
 from tests.maskstore.world import pruned
 
 SHAPES = [(1, 1), (3, 7), (5, 63), (5, 64), (5, 65), (8, 128), (2, 1000), (17, 192)]

@@ -2,18 +2,8 @@ import os
 
 import pytest
 
-from maskstore import (
-    ColumnOrder,
-    DigestMismatch,
-    MaskMismatch,
-    MaskNotFound,
-    NotAMask,
-    Registry,
-    Store,
-    export_mask,
-    fsck,
-    import_mask,
-)
+from maskstore import MaskMismatch, MaskNotFound, Registry, Store, export_mask, fsck, import_mask
+from maskstore.errors import ColumnOrder, DigestMismatch, NotAMask
 from tests.maskstore import forge, world
 from tests.maskstore.test_delta import relative
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from maskstore import DigestMismatch, Mask, MaskMismatch, MaskNotFound, Store
+from maskstore import Mask, MaskMismatch, MaskNotFound, Store
+from maskstore.errors import DigestMismatch
 from masquerade.errors import MaskTooLarge, NotReady, Overloaded
 from masquerade.model import Base, HostCache, MaskManager, Residency, VerifiedStore
 from tests import world
