@@ -29,7 +29,7 @@ def create(name: str, data: Data, sent: Sent | None, options: Mapping[str, Any])
     files |= {key: _opener(options[key], None) for key in _FILES if key in options}
     texts = {key: _format(value) for key, value in options.items() if key not in _FILES}
     headers = {"Idempotency-Key": str(uuid.uuid4())}
-    return Call("POST", "/v1/personas", _read, form={"name": name} | texts, files=files, headers=headers, again=True)
+    return Call("POST", "/v1/personas", _read, data={"name": name} | texts, files=files, headers=headers, again=True)
 
 
 def get(build: str) -> Call[Build]:

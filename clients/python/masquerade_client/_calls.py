@@ -26,19 +26,19 @@ Timeout = float | httpx.Timeout | None
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request, and `read`, which decodes a successful response.
+    """One request, with httpx's names, and `read`, which decodes a successful response.
 
     `again` marks an idempotent call, which is sent again if its response was lost.
     """
 
     method: str
-    path: str
+    url: str
     read: Callable[[httpx.Response], T]
     json: Any = None
     params: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
-    form: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None  # of a form
     files: Mapping[str, Callable[[], tuple[str, IO[bytes]]]] | None = None  # reopened for each attempt
     again: bool = False
 
@@ -49,16 +49,8 @@ class Call(Generic[T]):
             parts = {key: open_() for key, open_ in (self.files or {}).items()}
             for _, file in parts.values():
                 opened.enter_context(file)
-            yield {
-                "method": self.method,
-                "url": self.path,
-                "json": self.json,
-                "params": self.params,
-                "headers": self.headers,
-                "content": self.content,
-                "data": self.form,
-                "files": parts or None,
-            }
+            given = {name: value for name, value in vars(self).items() if name not in ("read", "again")}
+            yield given | {"files": parts or None}
 
 
 class Runs(Protocol):

@@ -40,12 +40,10 @@ def run() -> None:
         _fail(error, 2)
     except ConnectionFailed as error:
         _fail(f"{error}: is the server running at this address (--url, MASQUERADE_URL)?", 1)
-    except MasqueradeError as error:
-        _fail(error, 1)
     except BrokenPipeError:  # the reader of a pipe closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
+    except (MasqueradeError, OSError) as error:
         _fail(error, 1)
 
 

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from masquerade_client import Build, BuildEvent, BuildOptions, Client
-from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, connect
+from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url
 from masquerade_client.cli.personas import certificate
 
 Jsonl = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Examples, one JSON object per line.")]
@@ -71,7 +71,7 @@ def build(
         "replace": replace or None,
     }
     options = cast(BuildOptions, {option: value for option, value in given.items() if value is not None})
-    with connect(url, key) as client, _bars() as bars:
+    with Client(url, key) as client, _bars() as bars:
         upload = bars.add_task("upload", total=data.stat().st_size)
         build = client.builds.create(
             name, data, sent=lambda done, size: bars.update(upload, completed=done, total=size), **options

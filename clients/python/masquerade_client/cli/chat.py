@@ -26,7 +26,6 @@ from masquerade_client.cli.options import (
     Temperature,
     Url,
     complete_persona,
-    connect,
     plain,
 )
 
@@ -58,7 +57,7 @@ def chat(
 ) -> None:
     """Chat with a persona."""
     options: ChatOptions = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
-    with connect(url, key) as client:
+    with Client(url, key) as client:
         messages = [{"role": "system", "content": system}] if system else []
         conversation = Conversation(client, options, persona, gamma, messages)
         if prompt is None and sys.stdin.isatty() and not as_json:

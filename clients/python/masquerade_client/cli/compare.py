@@ -27,7 +27,6 @@ from masquerade_client.cli.options import (
     Temperature,
     Url,
     complete_persona,
-    connect,
     plain,
 )
 
@@ -54,7 +53,7 @@ def compare(
     *names, prompt = words
     options: ChatOptions = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
     messages = [{"role": "user", "content": prompt}]
-    with connect(url, key) as client:
+    with Client(url, key) as client:
         if as_json:
             _check(names)
             replies = [client.chat(messages, **_options_for(name, gamma, options)) for name in names]

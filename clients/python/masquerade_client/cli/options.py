@@ -1,4 +1,4 @@
-"""Options that several commands share, before or after the command, and the client that they select."""
+"""Options that several commands share, before or after the command."""
 
 from __future__ import annotations
 
@@ -34,11 +34,6 @@ def share(
     shared = {name: value for name, value in given.items() if value is not None}
     commands: Iterable[str] = getattr(context.command, "commands", ())
     context.default_map = dict.fromkeys(commands, shared)
-
-
-def connect(url: str, key: str | None) -> Client:
-    """The client of a command."""
-    return Client(url, key)
 
 
 def complete_persona(context: typer.Context, incomplete: str) -> list[str]:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from masquerade_client import Persona
-from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, complete_persona, connect, plain
+from masquerade_client import Client, Persona
+from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, complete_persona, plain
 
 
 def show(
@@ -24,7 +24,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """List the personas of a server, or show one."""
-    with connect(url, key) as client:
+    with Client(url, key) as client:
         if name is not None:
             persona = client.personas.get(name)
             print(json.dumps(asdict(persona))) if as_json else Console().print(certificate(persona))

@@ -16,7 +16,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, connect
+from masquerade_client import Client
+from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url
 
 _SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -30,7 +31,7 @@ def top(
     as_json: AsJson = False,
 ) -> None:
     """Show throughput, latencies, queue and memory, continuously."""
-    with connect(url, key) as client:
+    with Client(url, key) as client:
         readings = _rates(lambda: parse(client.metrics()), interval)
         if as_json or once or not sys.stdout.isatty():
             first = next(readings)
