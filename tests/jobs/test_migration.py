@@ -16,9 +16,10 @@ import pytest
 from masquerade.errors import StoreTooNew
 from masquerade.jobs import JobTable
 from masquerade.jobs.table import MIGRATIONS
-from masquerade.keys import Keyring, matches, mint
+from masquerade.keys import Keyring, mint
 from masquerade.keys import KeyTable as Keys
 from masquerade.keys import table as keys
+from masquerade.keys.key import matches
 from tests.keys.making import hash_with_scrypt
 
 FIRST = """

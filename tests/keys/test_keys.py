@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from masquerade.errors import InvalidKey, KeyNotFound, NotReady
-from masquerade.keys import SCOPES, Keyring, KeyTable, is_scrypt, looks_random, mint, seal
+from masquerade.keys import SCOPES, Keyring, KeyTable, mint
 from masquerade.keys import ring as rings
+from masquerade.keys.key import is_scrypt, looks_random, seal
 from tests.keys.making import make_key
 
 

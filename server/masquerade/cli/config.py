@@ -10,7 +10,6 @@ command line, environment, file, default.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from masquerade.cli.options import AsJson
+from masquerade.cli.options import AsJson, say
 from masquerade.errors import InvalidValue
 
 FILE = "masquerade.toml"
@@ -77,15 +75,12 @@ def show_config(
     settings = [one for one in collect(context) if command in ("", one.command)]
     if not settings:
         raise InvalidValue(f"there is no command {command!r:.80} with options")
-    if as_json:
-        file = context.find_root().obj
-        shown = [vars(one) | {"value": _plain(one.value)} for one in settings]
-        print(json.dumps({"file": str(file) if file else None, "settings": shown}))
-        return
+    file = context.find_root().obj
+    shown = [vars(one) | {"value": _plain(one.value)} for one in settings]
     table = Table("command", "option", "value", "from")
-    for one in settings:
-        table.add_row(one.command, one.option, str(_plain(one.value)), one.source)
-    Console().print(table)
+    for one in shown:
+        table.add_row(*map(str, one.values()))
+    say(as_json, {"file": str(file) if file else None, "settings": shown}, table)
 
 
 def collect(context: typer.Context) -> Iterator[Setting]:

@@ -63,7 +63,7 @@ def examine(
         print(json.dumps(report | {"wrong": problems}))
     else:
         for title, facts in report.items():
-            print(f"{title}\n" + "".join(f"  {key}: {_format(value)}\n" for key, value in facts.items()), end="")
+            print(f"{title}\n" + "".join(f"  {key}: {value}\n" for key, value in facts.items()), end="")
         print("\n".join(f"wrong: {problem}" for problem in problems) or "nothing is wrong")
     if problems:
         raise typer.Exit(1)
@@ -209,10 +209,6 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def _format(value: Any) -> str:
-    return "yes" if value is True else "no" if value is False else str(value)
 
 
 def _hide_home(thing: Any) -> Any:

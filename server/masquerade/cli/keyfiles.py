@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from masquerade.errors import InvalidValue
-from masquerade.keys import Audit, Key, KeyTable, Scope, is_scrypt, looks_random, matches, matches_scrypt, seal, split
+from masquerade.keys import Audit, Key, KeyTable, Scope
+from masquerade.keys.key import SCOPES, find_scope, is_scrypt, looks_random, matches, matches_scrypt, seal, split
 
 _log = logging.getLogger(__name__)
 _BYTES = 1024  # maximum size of a token's file
@@ -47,12 +47,11 @@ def add_missing(root: Path, files: Sequence[str]) -> int:
 
 
 def _parse(given: str) -> tuple[Scope, Path]:
-    scope, _, path = given.partition("=")
-    known: tuple[Scope, ...] = get_args(Scope)
-    for one in known:
-        if one == scope and path:
-            return one, Path(path)
-    raise InvalidValue(f"{given!r:.80} is not SCOPE=FILE, with one of the scopes {', '.join(known)}")
+    name, _, path = given.partition("=")
+    scope = find_scope(name)
+    if scope is None or not path:
+        raise InvalidValue(f"{given!r:.80} is not SCOPE=FILE, with one of the scopes {', '.join(SCOPES)}")
+    return scope, Path(path)
 
 
 def _read(path: Path) -> tuple[str, str]:

@@ -8,16 +8,16 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table as Columns
 
-from masquerade.cli.options import AsJson, Model, StoreFolder
+from masquerade.cli.options import AsJson, Model, StoreFolder, say
 from masquerade.cli.stores import find_store
 from masquerade.errors import InvalidValue
-from masquerade.keys import Audit, Key, KeyTable, Scope, mint
+from masquerade.keys import SCOPES, Audit, Key, KeyTable, Scope, mint
+from masquerade.keys.key import find_scope
 
 app = typer.Typer(help="Make, list and revoke the keys of a store.", no_args_is_help=True)
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -57,7 +57,8 @@ def add_key(
     if as_json:
         print(json.dumps({"key": minted.token} | _describe(key)))
     else:
-        print(f"{_summary(key)}\nIt cannot be shown again:", file=sys.stderr)
+        granted = f"{' '.join(sorted(key.scopes))}, personas {' '.join(key.personas)}"
+        print(f"key {key.id}: {granted}\nIt cannot be shown again:", file=sys.stderr)
         print(minted.token)
 
 
@@ -65,9 +66,6 @@ def add_key(
 def list_keys(model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
     """List all keys, including revoked and expired ones, without secrets."""
     keys = [*KeyTable(find_store(store, model)).all()]
-    if as_json:
-        print(json.dumps({"keys": [_describe(key) for key in keys]}))
-        return
     table = Columns("id", "name", "state", "scopes", "personas", "a minute", "expires")
     for key in keys:
         row = _describe(key)
@@ -81,7 +79,7 @@ def list_keys(model: Model = "demo", store: StoreFolder = None, as_json: AsJson 
             ", ".join(limits) or "-",
             row["expires_at"] or "never",
         )
-    Console().print(table)
+    say(as_json, {"keys": [_describe(key) for key in keys]}, table)
 
 
 @app.command("revoke")
@@ -95,7 +93,7 @@ def revoke_key(
     root = find_store(store, model)
     key = KeyTable(root).revoke(key_id)
     _note(root, "revoke_key", key)
-    print(json.dumps(_describe(key)) if as_json else f"{key.id} is revoked")
+    say(as_json, _describe(key), f"{key.id} is revoked")
 
 
 def _note(root: Path, action: str, key: Key) -> None:
@@ -115,20 +113,14 @@ def _describe(key: Key) -> dict[str, Any]:
     }
 
 
-def _summary(key: Key) -> str:
-    return f"key {key.id}: {' '.join(sorted(key.scopes))}, personas {' '.join(key.personas)}"
-
-
 def _moment(at: float | None) -> str | None:
     return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
 def _check_scope(scope: str) -> Scope:
-    known: tuple[Scope, ...] = get_args(Scope)
-    for one in known:
-        if one == scope:
-            return one
-    raise InvalidValue(f"there is no scope {scope!r:.40}; there are {', '.join(known)}")
+    if found := find_scope(scope):
+        return found
+    raise InvalidValue(f"there is no scope {scope!r:.40}; there are {', '.join(SCOPES)}")
 
 
 def _check_pattern(pattern: str) -> str:

@@ -1,11 +1,15 @@
-"""Options that several commands share."""
+"""Options that several commands share, and output as `--json` asks."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 Model = Annotated[
     str, typer.Option("--model", help="`demo`, `smollm2`, a folder, a .gguf file, or a hub id such as owner/name.")
@@ -40,3 +44,13 @@ AcceptTensorSignatures = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only one JSON object on stdout.")]
+
+
+def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:
+    """Print one JSON object, or a text or table."""
+    if as_json:
+        print(json.dumps(result))
+    elif isinstance(text, str):
+        print(text)
+    else:
+        Console().print(text)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -96,7 +94,7 @@ def serve(
     root = find_store(store, model)
     check_store(root)
     keys = keyfiles.add_missing(root, key_file or ())
-    run_on_sighup(partial(_reread_keys, root, key_file or ()))
+    run_on_sighup(lambda: _log_keys(keyfiles.add_missing(root, key_file or ())))
 
     from masquerade.cli.loading import Loading
     from masquerade.engine import EngineConfig
@@ -189,10 +187,6 @@ def _check_model_name(name: str) -> None:
             f"--served-model-name must be 1 to {_LONGEST_NAME} printable characters without a colon, which separates "
             f"the persona; it is {name!r:.80}"
         )
-
-
-def _reread_keys(root: Path, files: Sequence[str]) -> None:
-    _log_keys(keyfiles.add_missing(root, files))
 
 
 def _log_state(serving: Serving, keys: int, listener: socket.socket) -> None:

@@ -1,18 +1,7 @@
 """API keys of a store: secrets, scopes, persona patterns, rate limits, and the audit log."""
 
 from masquerade.keys.audit import Audit
-from masquerade.keys.key import (
-    SCOPES,
-    Key,
-    Scope,
-    is_scrypt,
-    looks_random,
-    matches,
-    matches_scrypt,
-    mint,
-    seal,
-    split,
-)
+from masquerade.keys.key import SCOPES, Key, Scope, mint
 from masquerade.keys.rates import Rates
 from masquerade.keys.ring import Keyring
 from masquerade.keys.table import KeyTable
@@ -25,11 +14,5 @@ __all__ = [
     "Keyring",
     "Rates",
     "Scope",
-    "is_scrypt",
-    "looks_random",
-    "matches",
-    "matches_scrypt",
     "mint",
-    "seal",
-    "split",
 ]

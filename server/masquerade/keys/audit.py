@@ -29,11 +29,9 @@ class Audit:
             "outcome": outcome,
         }
         try:
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                os.write(file, json.dumps(entry).encode() + b"\n")
-                os.fsync(file)
-            finally:
-                os.close(file)
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with open(handle, "wb", buffering=0) as file:  # one write a line, so that lines of processes do not mix
+                file.write(json.dumps(entry).encode() + b"\n")
+                os.fsync(handle)
         except OSError as error:
             _log.error("the audit log cannot be written (%s): %s", error.strerror, json.dumps(entry))

@@ -53,6 +53,11 @@ class Key:
         return "expired" if self.expires_at is not None and now >= self.expires_at else None
 
 
+def find_scope(name: str) -> Scope | None:
+    """The scope of this name, or None."""
+    return next((scope for scope in SCOPES if scope == name), None)
+
+
 class Minted(NamedTuple):
     """A new key: the token is shown to its owner once, the hash is stored."""
 
@@ -105,12 +110,9 @@ def is_scrypt(stored: bytes) -> bool:
 def matches_scrypt(secret: str, stored: bytes) -> bool:
     """Whether a secret has a stored scrypt hash; takes tens of milliseconds and 16 MiB."""
     salt = stored[:_SCRYPT_SALT_BYTES]
-    return hmac.compare_digest(_scrypt(secret, salt), stored[_SCRYPT_SALT_BYTES:])
+    found = hashlib.scrypt(secret.encode(), salt=salt, n=2**14, r=8, p=1, dklen=_HASH_BYTES)
+    return hmac.compare_digest(found, stored[_SCRYPT_SALT_BYTES:])
 
 
 def _hash(secret: str, salt: bytes) -> bytes:
     return hmac.digest(salt, secret.encode(), "sha256")
-
-
-def _scrypt(secret: str, salt: bytes) -> bytes:
-    return hashlib.scrypt(secret.encode(), salt=salt, n=2**14, r=8, p=1, dklen=_HASH_BYTES)

@@ -1,20 +1,21 @@
-"""What the commands for masks share: opening the registry and printing a result."""
+"""What the commands for masks share: the registry, options, and records as JSON."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from maskstore import Mask, MaskReader, Registry, Revision
+from masquerade.cli.options import AsJson, Model, StoreFolder, say
 from masquerade.cli.stores import open_store
 from masquerade.sources import find_model
 
+CommandResult = tuple[Mapping[str, Any], str | Table]  # the result of a command: as JSON, and for people
 Persona = Annotated[str, typer.Argument(help="A persona, an alias, or name@digest for an older revision.")]
 Expected = Annotated[
     str | None, typer.Option("--expect", help="Fail unless this digest is current; `none`: unless the name is new.")
@@ -31,14 +32,20 @@ def open_registry(
     )[1]
 
 
-def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:
-    """Print one JSON object, or a text or table."""
-    if as_json:
-        print(json.dumps(result))
-    elif isinstance(text, str):
-        print(text)
-    else:
-        Console().print(text)
+def on_registry(function: Callable[..., CommandResult]) -> Callable[..., None]:
+    """A command that calls a function with the registry of a store, and prints what it returns.
+
+    Its options are the function's parameters after the registry, then `--model`, `--store` and `--json`.
+    """
+
+    def run(model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False, **given: Any) -> None:
+        say(as_json, *function(open_registry(model, store), **given))
+
+    _, *own = signature(function, eval_str=True).parameters.values()
+    *shared, _ = signature(run, eval_str=True).parameters.values()
+    run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]  # typer reads the options from it
+    run.__doc__ = function.__doc__
+    return run
 
 
 def summarise(mask: Mask | MaskReader) -> dict[str, Any]:

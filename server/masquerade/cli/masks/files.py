@@ -8,28 +8,25 @@ from typing import Annotated
 
 import typer
 
-from maskstore import ANY, Anything, InvalidMaskValue, compose_persona, export_mask, import_mask
-from masquerade.cli.masks.common import Expected, Persona, identify, open_registry, say
-from masquerade.cli.options import AcceptTensorSignatures, AsJson, Model, RequireSigned, StoreFolder
+from maskstore import ANY, Anything, InvalidMaskValue, Registry, compose_persona, export_mask, import_mask
+from masquerade.cli.masks.common import CommandResult, Expected, Persona, identify, open_registry
+from masquerade.cli.options import AcceptTensorSignatures, AsJson, Model, RequireSigned, StoreFolder, say
 from masquerade.sources import find_model
 
 
 def write_file(
+    registry: Registry,
     persona: Persona,
     file: Annotated[Path, typer.Argument(help="Path of the new file, such as NAME.safetensors.")],
     against: Annotated[
         str | None, typer.Option(help="Write the difference to this persona instead, if that is smaller.")
     ] = None,
-    model: Model = "demo",
-    store: StoreFolder = None,
-    as_json: AsJson = False,
-) -> None:
+) -> CommandResult:
     """Write a persona's mask to a file."""
-    registry = open_registry(model, store)
     parent = registry.resolve(against).digest if against else None
     done = export_mask(registry.store, registry.resolve(persona).digest, file, parent)
     kind = f"as a difference to {done.parent[:8]}" if done.parent else "whole"
-    say(as_json, asdict(done) | {"file": str(file)}, f"{file}: {persona}, {kind}, {done.nbytes} bytes")
+    return asdict(done) | {"file": str(file)}, f"{file}: {persona}, {kind}, {done.nbytes} bytes"
 
 
 def read_file(
@@ -50,20 +47,17 @@ def read_file(
 
 
 def compose_mask(
+    registry: Registry,
     words: Annotated[list[str], typer.Argument(metavar='NAME = "EXPRESSION"', help="Such as: quiet = 'a | b - c'")],
     expect: Expected = None,
     force: Annotated[bool, typer.Option("--force", help="Publish a mask even if it prunes nothing.")] = False,
-    model: Model = "demo",
-    store: StoreFolder = None,
-    as_json: AsJson = False,
-) -> None:
+) -> CommandResult:
     """Compose a persona of others: | is the union of what they prune, & intersection, - difference, ~ complement."""
     name, equals, expression = " ".join(words).partition("=")
     if not equals:
         raise InvalidMaskValue(f"{' '.join(words)!r:.80} is no NAME = EXPRESSION")
-    registry = open_registry(model, store)
     revision = compose_persona(registry, name.strip(), expression.strip(), parse_expected(expect), force)
-    say(as_json, identify(revision), f"{revision.name}: generation {revision.number}, {revision.digest}")
+    return identify(revision), f"{revision.name}: generation {revision.number}, {revision.digest}"
 
 
 def parse_expected(digest: str | None) -> str | Anything | None:

@@ -10,26 +10,22 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from maskstore import fsck, gc, signing
+from maskstore import Registry, fsck, gc, signing
 from maskstore.upkeep import GRACE
-from masquerade.cli.masks.common import Persona, identify, open_registry, say
-from masquerade.cli.options import AsJson, Model, StoreFolder
-
-KeyFile = Annotated[Path, typer.Option("--key", help="File of the private key.")]
+from masquerade.cli.masks.common import CommandResult, Persona, identify, open_registry
+from masquerade.cli.options import AsJson, Model, StoreFolder, say
 
 
 def collect(
+    registry: Registry,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed.")] = False,
     grace: Annotated[float, typer.Option(help="Minimum age of a removed mask, in seconds.")] = GRACE,
-    model: Model = "demo",
-    store: StoreFolder = None,
-    as_json: AsJson = False,
-) -> None:
+) -> CommandResult:
     """Remove masks that no name, alias, pin or history refers to."""
-    done = gc(open_registry(model, store).store.root, dry=dry_run, grace=grace)
+    done = gc(registry.store.root, dry=dry_run, grace=grace)
     verb = "would be removed" if done.dry else "are removed"
     text = f"{len(done.digests)} masks and {len(done.leftovers)} leftovers {verb}, {done.nbytes} bytes"
-    say(as_json, asdict(done), text)
+    return asdict(done), text
 
 
 def check(
@@ -61,30 +57,27 @@ def make_key(
 
 
 def sign_mask(
-    persona: Persona, key: KeyFile, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False
-) -> None:
+    registry: Registry,
+    persona: Persona,
+    key: Annotated[Path, typer.Option("--key", help="File of the private key.")],
+) -> CommandResult:
     """Sign a persona's mask: base, tensors and metadata."""
-    registry = open_registry(model, store)
     revision = registry.resolve(persona)
     registry.store.replace(signing.sign(registry.store.open(revision.digest), key.read_text().strip()))
-    say(as_json, identify(revision), f"{revision.digest[:8]} is signed")
+    return identify(revision), f"{revision.digest[:8]} is signed"
 
 
 def trust(
+    registry: Registry,
     label: Annotated[str, typer.Argument(help="Label of the key.")],
     public: Annotated[str, typer.Argument(help="The public key, 64 hex digits.")],
-    model: Model = "demo",
-    store: StoreFolder = None,
-    as_json: AsJson = False,
-) -> None:
+) -> CommandResult:
     """Trust a key: with --require-signed, only masks signed by a trusted key are served and imported."""
-    keys = open_registry(model, store).store.keys
-    keys.trust(public, label)
-    say(as_json, {"trusted": keys.trusted()}, f"{label} is trusted")
+    registry.store.keys.trust(public, label)
+    return {"trusted": registry.store.keys.trusted()}, f"{label} is trusted"
 
 
-def distrust(label: str, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
+def distrust(registry: Registry, label: str) -> CommandResult:
     """Remove a trusted key."""
-    keys = open_registry(model, store).store.keys
-    keys.distrust(label)
-    say(as_json, {"trusted": keys.trusted()}, f"{label} is not trusted any more")
+    registry.store.keys.distrust(label)
+    return {"trusted": registry.store.keys.trusted()}, f"{label} is not trusted any more"

@@ -14,19 +14,15 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from maskstore import Mask, Registry, SignatureError, diff, plot, read_mask, signing
-from masquerade.cli.masks.common import Persona, identify, open_registry, say, summarise
-from masquerade.cli.options import AsJson, Model, StoreFolder
+from masquerade.cli.masks.common import CommandResult, Persona, identify, open_registry, summarise
+from masquerade.cli.options import AsJson, Model, StoreFolder, say
 from masquerade.sources import find_model
 
 
 def list_masks(
-    model: Model = "demo",
-    store: StoreFolder = None,
-    tag: Annotated[str | None, typer.Option(help="Only personas with this tag.")] = None,
-    as_json: AsJson = False,
-) -> None:
+    registry: Registry, tag: Annotated[str | None, typer.Option(help="Only personas with this tag.")] = None
+) -> CommandResult:
     """List the personas of a store."""
-    registry = open_registry(model, store)
     rows = []
     for persona in registry.personas(tag):
         path = registry.store.path(persona.current.digest)
@@ -37,7 +33,7 @@ def list_masks(
     for row in rows:
         cells = (row["generation"], row["digest"][:8], row["base"]["name"], row["score"], row["bytes"])
         table.add_row(row["persona"], *map(str, cells), " ".join(row["aliases"]), " ".join(row["tags"]))
-    say(as_json, {"personas": rows}, table)
+    return {"personas": rows}, table
 
 
 def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
@@ -78,19 +74,16 @@ def verify_mask(
 
 
 def compare_masks(
+    registry: Registry,
     a: Annotated[str, typer.Argument(help="A persona, or a .safetensors file.")],
     b: Annotated[str, typer.Argument(help="Another one.")],
-    model: Model = "demo",
-    store: StoreFolder = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="Also write a heat map as PNG.")] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> CommandResult:
     """Compare two masks: Jaccard index and differing share, in total, per part and per layer."""
-    registry = open_registry(model, store)
     difference = diff(*(_find(registry, one) for one in (a, b)))
     if picture:
         plot(difference, picture)
-    say(as_json, difference.to_json(), difference.text())
+    return difference.to_json(), difference.text()
 
 
 def _find(registry: Registry, name: str) -> Mask:
