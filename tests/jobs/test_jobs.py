@@ -35,14 +35,13 @@ from masquerade.jobs import (
     Job,
     JobService,
     JobTable,
-    Outcome,
     Quotas,
     Repeat,
     Uploads,
-    WorkItem,
 )
 from masquerade.jobs.runner import Work
 from masquerade.jobs.table import MIGRATIONS
+from masquerade.pruning import Progress
 
 SPEC: dict[str, Any] = {"files": {}}  # what every job has; the rest is its work's own business
 
@@ -243,8 +242,8 @@ def test_pages_of_jobs_add_up(table: JobTable) -> None:
 def test_work_is_done_told_and_remembered(open_desk: Callable[..., JobService]) -> None:
     def work(job: Job) -> Work:
         for done in (1, 2, 3):
-            yield WorkItem("count", done, 3)
-        return lambda: Outcome({"made": job.spec["name"]})
+            yield Progress("count", done, 3)
+        return lambda: {"made": job.spec["name"]}
 
     job_service = open_desk(work)
     job = job_service.table.add_job("ann", SPEC | {"name": "p"})
@@ -263,10 +262,10 @@ def test_a_job_that_fails_says_why_and_the_next_one_runs(
     open_desk: Callable[..., JobService], error: Exception, code: str, words: str
 ) -> None:
     def work(job: Job) -> Work:
-        yield WorkItem("try", 1, 1)
+        yield Progress("try", 1, 1)
         if job.spec["bad"]:
             raise error
-        return lambda: Outcome({})
+        return dict
 
     job_service = open_desk(work)
     bad, good = (
@@ -289,7 +288,7 @@ def test_cancelling_ends_a_job_within_one_item(open_desk: Callable[..., JobServi
         try:
             while True:
                 begun.set()
-                yield WorkItem("spin", 1, 2)
+                yield Progress("spin", 1, 2)
         finally:
             cleaned.set()
 
@@ -315,9 +314,9 @@ def test_a_desk_has_one_process_at_a_time(open_desk: Callable[..., JobService]) 
 
 def _serve_and_hang(folder: Path) -> None:
     def work(job: Job) -> Work:
-        yield WorkItem("spin", 1, 2)
+        yield Progress("spin", 1, 2)
         time.sleep(600)
-        return lambda: Outcome({})
+        return dict
 
     job_service = JobService(folder, lambda _, job: work(job), lambda item: item())
     (folder / "files" / "file-half.partial").write_bytes(b"half")
@@ -349,8 +348,8 @@ def test_a_killed_server_loses_nothing_and_leaves_nothing(open_desk: Callable[..
     process.join()
 
     def work(job: Job) -> Work:
-        yield WorkItem("count", 1, 1)
-        return lambda: Outcome({"made": job.spec["name"]})
+        yield Progress("count", 1, 1)
+        return lambda: {"made": job.spec["name"]}
 
     job_service = open_desk(work)
     assert list((tmp_path / "desk" / "files").iterdir()) == []
@@ -364,7 +363,7 @@ def test_a_killed_server_loses_nothing_and_leaves_nothing(open_desk: Callable[..
 def spin(_: Job) -> Work:
     for done in itertools.count(1):
         time.sleep(0.001)
-        yield WorkItem("spin", done, 0)
+        yield Progress("spin", done, 0)
     raise AssertionError
 
 
@@ -419,8 +418,8 @@ def test_a_job_whose_place_of_work_is_gone_waits_for_another(tmp_path: Path) -> 
         return item()
 
     def work(_: JobService, job: Job) -> Work:
-        yield WorkItem("try", 1, 1)
-        return lambda: Outcome({})
+        yield Progress("try", 1, 1)
+        return dict
 
     job_service = JobService(tmp_path / "desk", work, execute)
     job = job_service.table.add_job("ann", SPEC)
@@ -440,9 +439,9 @@ def test_only_what_uses_the_model_is_done_on_its_thread(tmp_path: Path) -> None:
             threads = []
             for model_next in (False, True, True, False, True):
                 threads.append(threading.current_thread().name)
-                yield WorkItem("try", len(threads), None, model_next)
+                yield Progress("try", len(threads), None, model_next)
             threads.append(threading.current_thread().name)
-            return lambda: Outcome({"threads": [*threads, threading.current_thread().name]})
+            return lambda: {"threads": [*threads, threading.current_thread().name]}
 
         job_service = JobService(tmp_path / "desk", work, lambda item: model.submit(item).result())
         job = job_service.table.add_job("ann", SPEC)

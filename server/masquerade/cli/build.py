@@ -25,10 +25,11 @@ from masquerade.errors import BuildFailed, InvalidValue, MasqueradeError
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
     from masquerade.model import Base
-    from masquerade.pruning import PersonaExamples, Recipe, Scratch
+    from masquerade.pruning import Recipe, Scratch
     from masquerade.pruning.cards import Card
     from masquerade.pruning.progress import Work
     from masquerade.pruning.prompts import CalibrationPrompts
+    from masquerade.service.building import BuildInput
 
 POOL = "pool"
 T = TypeVar("T")
@@ -146,7 +147,7 @@ def build(
     with follow_loading() as progress:
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
-    folder = (scratch or personas.root / "builds") / build_input.identify(base, recipe)
+    folder = (scratch or personas.root / "builds") / _identify(base, recipe, build_input)
     masks = _show_progress(_find_masks(base, recipe, build_input, Scratch(folder)))
     report = _publish(masks, personas, registry, out)
     if as_json:
@@ -176,21 +177,6 @@ class BuildSources:
     def prompted(self) -> bool:
         """Whether the base writes the examples, under a system prompt or a card."""
         return bool(self.system_prompt or self.character_card)
-
-
-@dataclass(frozen=True)
-class LoadedSources:
-    """The examples of a build, and the script for those that the base is still to write."""
-
-    script: CalibrationPrompts | None
-    own: PersonaExamples
-    other: PersonaExamples | None
-    neutral: Sequence[Example]
-
-    def identify(self, base: Base, recipe: Recipe) -> str:
-        """A name that is equal for equal builds, so that a build can resume after a kill."""
-        work = base.fingerprint, recipe, self.script, self.own, self.other, self.neutral
-        return hashlib.sha256(repr((__version__, work)).encode()).hexdigest()[:16]
 
 
 def _check(sources: BuildSources) -> None:
@@ -224,9 +210,10 @@ def _complete(sources: BuildSources) -> BuildSources:
     return replace(sources, contrast=contrast, contrast_validation=held_out)
 
 
-def _read_input(sources: BuildSources, recipe: Recipe) -> LoadedSources:
+def _read_input(sources: BuildSources, recipe: Recipe) -> BuildInput:
     from masquerade.evaluate.splits import mix
     from masquerade.pruning import PersonaExamples
+    from masquerade.service.building import BuildInput
 
     script, card = _read_script(sources, recipe)
     own = PersonaExamples(sources.name, card.examples if card else _read(sources.data), _read(sources.validation))
@@ -235,7 +222,7 @@ def _read_input(sources: BuildSources, recipe: Recipe) -> LoadedSources:
         single = Path(sources.contrast) if sources.contrast else None
         answers = mix([_read(file) for file in sources.pool]) if sources.pool else _read(single, "contrast")
         other = PersonaExamples(sources.contrast_name, answers, _read(sources.contrast_validation, "contrast"))
-    return LoadedSources(script, own, other, _read(sources.neutral))
+    return BuildInput(own, other, _read(sources.neutral), script)
 
 
 def _read(path: Path | None, side: Literal["own", "contrast"] = "own") -> list[Example]:
@@ -260,18 +247,18 @@ def _read_script(sources: BuildSources, recipe: Recipe) -> tuple[CalibrationProm
     return CalibrationPrompts(system, questions, sources.contrast_prompt, seed=recipe.seed), card
 
 
-def _find_masks(base: Base, recipe: Recipe, build_input: LoadedSources, scratch: Scratch) -> Work[list[Mask]]:
-    """Let the base write what a script requires, then find the masks; resumes from `scratch`."""
-    from masquerade.model import MaskManager
-    from masquerade.pruning import Builder
-    from masquerade.pruning.prompts import add_generated
+def _identify(base: Base, recipe: Recipe, found: BuildInput) -> str:
+    """A name that is equal for equal builds, so that a build can resume after a kill."""
+    work = base.fingerprint, recipe, found.script, found.own, found.contrast, found.neutral
+    return hashlib.sha256(repr((__version__, work)).encode()).hexdigest()[:16]
 
-    manager = MaskManager.attach(base.model)
-    own, other = build_input.own, build_input.other
+
+def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, scratch: Scratch) -> Work[list[Mask]]:
+    from masquerade.model import MaskManager
+    from masquerade.service.building import find_masks
+
     try:
-        if build_input.script and other:
-            own, other = yield from add_generated(base, build_input.script, own, other, scratch)
-        return (yield from Builder(base, manager, recipe, own, other, build_input.neutral, scratch).run())
+        return (yield from find_masks(base, MaskManager.attach(base.model), recipe, build_input, scratch))
     except MasqueradeError:  # a build that failed cannot resume
         scratch.close()
         raise

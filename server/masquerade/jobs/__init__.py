@@ -1,7 +1,7 @@
 """Uploaded files, a durable queue of jobs in SQLite, and the runner that executes them."""
 
 from masquerade.jobs.records import ID, TRANSITIONS, Event, File, Job, State, draw_job_id
-from masquerade.jobs.runner import Cancelled, Outcome, Runner, WorkItem
+from masquerade.jobs.runner import Cancelled
 from masquerade.jobs.service import JobService
 from masquerade.jobs.table import JobTable, Quotas, Repeat
 from masquerade.jobs.uploads import Uploads
@@ -15,12 +15,9 @@ __all__ = [
     "Job",
     "JobService",
     "JobTable",
-    "Outcome",
     "Quotas",
     "Repeat",
-    "Runner",
     "State",
     "Uploads",
-    "WorkItem",
     "draw_job_id",
 ]

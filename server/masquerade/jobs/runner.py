@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from masquerade.errors import BuildFailed, MasqueradeError, NotReady
 from masquerade.jobs.records import Job
 from masquerade.jobs.table import JobTable
+
+if TYPE_CHECKING:
+    from masquerade.pruning import Progress
 
 _log = logging.getLogger(__name__)
 IDLE_SECONDS = 0.5  # between checks for jobs of other processes and requeued ones
@@ -20,35 +22,13 @@ TIDY_SECONDS = 3600.0
 REPORT_SECONDS = 1.0  # least time between two progress events of one stage
 
 
-@dataclass(frozen=True)
-class WorkItem:
-    """`done` of `total` parts of a stage are finished; a total of None is not known.
-
-    `model_next` is whether the work item after this one uses the model.
-    """
-
-    stage: str
-    done: int
-    total: int | None
-    model_next: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.stage} {self.done}" + (f"/{self.total}" if self.total else "")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a finished job."""
-
-    result: Mapping[str, Any]
-
-
 class Cancelled(BaseException):
     """Thrown into the work of a cancelled job. Work that is only closed is started again later."""
 
 
-Work = Generator[WorkItem, None, Callable[[], Outcome]]
-Execute = Callable[[Callable[[], WorkItem | Callable[[], Outcome]]], WorkItem | Callable[[], Outcome]]
+# The work items of a job; the function that it returns makes the job's result.
+Work = Generator["Progress", None, Callable[[], Mapping[str, Any]]]
+Execute = Callable[[Callable[[], "Progress"]], "Progress"]
 
 
 class Runner:
@@ -125,7 +105,7 @@ class Runner:
 
     def _run_job(self, job: Job) -> None:
         try:
-            outcome = self._run_work(job)
+            result = self._run_work(job)
         except Cancelled:
             self._table.finish(job.id, "cancelled")
         except NotReady as error:  # the engine is stopping, or broken; that is not the job's fault
@@ -139,36 +119,31 @@ class Runner:
             failure = BuildFailed(f"the build failed: {type(error).__name__}; the server's log says why")
             self._table.finish(job.id, "failed", error=_describe(failure))
         else:
-            if outcome is not None:
-                self._table.finish(job.id, "succeeded", result=outcome.result)
+            if result is not None:
+                self._table.finish(job.id, "succeeded", result=result)
         finally:
             self._cancelled.discard(job.id)
 
-    def _run_work(self, job: Job) -> Outcome | None:
-        """Run one work item after the other; None if the runner is stopping."""
+    def _run_work(self, job: Job) -> Mapping[str, Any] | None:
+        """Run one work item after the other. The job's result, or None if the runner is stopping."""
         reported, stage, uses_model = 0.0, "", False
         with closing(self._prepare(job)) as work:
             while not self._stopping:
                 if job.id in self._cancelled:
                     work.throw(Cancelled())
-                step = self._execute(lambda: _advance(work)) if uses_model else _advance(work)
-                if not isinstance(step, WorkItem):
-                    return step()
+                try:
+                    step = self._execute(lambda: next(work)) if uses_model else next(work)
+                except StopIteration as end:
+                    finish: Callable[[], Mapping[str, Any]] = end.value
+                    return finish()
                 uses_model = step.model_next
                 now = time.monotonic()
                 if step.stage != stage or step.done == step.total or now - reported >= REPORT_SECONDS:
                     reported, stage = now, step.stage
                     data = {"stage": step.stage, "step": step.done, "total_steps": step.total}
-                    self._table.add_event(job.id, "info", str(step), data)
+                    parts = f"{step.done}/{step.total}" if step.total else f"{step.done}"
+                    self._table.add_event(job.id, "info", f"{step.stage} {parts}", data)
         return None
-
-
-def _advance(work: Work) -> WorkItem | Callable[[], Outcome]:
-    try:
-        return next(work)
-    except StopIteration as end:
-        finish: Callable[[], Outcome] = end.value
-        return finish
 
 
 def _describe(error: MasqueradeError) -> dict[str, Any]:

@@ -24,17 +24,12 @@ class JobService:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        prepare: Callable[[JobService, Job], Work],
-        execute: Execute,
-        quotas: Quotas | None = None,
-        file_bytes: int = FILE_BYTES,
+        self, folder: Path, prepare: Callable[[JobService, Job], Work], execute: Execute, quotas: Quotas | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder / "lock")
         self.table = JobTable(folder / "jobs.sqlite", quotas)
-        self.uploads = Uploads(folder / "files", self.table, file_bytes)
+        self.uploads = Uploads(folder / "files", self.table, FILE_BYTES)
         self.tidy()
         self.runner = Runner(self.table, lambda job: prepare(self, job), execute, self.tidy)
 

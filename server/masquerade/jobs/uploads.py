@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from maskstore.files import sync_folder
 from masquerade.errors import StateConflict, TooLarge, UploadNotFound
 from masquerade.jobs.records import RESULTS, File
 from masquerade.jobs.table import JobTable
@@ -53,7 +54,7 @@ class Uploads:
                 same = self._table.find_file(owner, purpose, name, digest.hexdigest())
                 if same is None:
                     os.replace(partial, self.path(file_id))
-                    _sync(self._folder)
+                    sync_folder(self._folder)
                     file = self._table.add_file(owner, purpose, name, size, digest.hexdigest(), file_id)
                     if tentative:
                         self._claims[file.id] = 1
@@ -94,7 +95,7 @@ class Uploads:
         file_id = _draw_id()
         os.link(path, self.path(file_id))
         try:
-            _sync(self._folder)
+            sync_folder(self._folder)
             return self._table.add_file(owner, RESULTS, name, path.stat().st_size, digest, file_id)
         except BaseException:
             self.path(file_id).unlink()
@@ -124,11 +125,3 @@ class Uploads:
 
 def _draw_id() -> str:
     return f"file-{secrets.token_hex(12)}"
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

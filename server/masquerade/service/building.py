@@ -27,10 +27,10 @@ from masquerade.errors import (
 )
 from masquerade.evaluate.dataset import Example, Polarity, holds_both_sides, read_examples, read_questions
 from masquerade.evaluate.splits import check_contrast
-from masquerade.jobs import ID, Cancelled, Job, JobService, Outcome, WorkItem
+from masquerade.jobs import ID, Cancelled, Job, JobService
 from masquerade.jobs.runner import Work
 from masquerade.keys import Keyring
-from masquerade.model import trim_heap
+from masquerade.model import Base, MaskManager, trim_heap
 from masquerade.pruning import Builder, PersonaExamples, Progress, Recipe, Scratch
 from masquerade.pruning.cards import read_card
 from masquerade.pruning.prompts import CalibrationPrompts, add_generated, sample_questions
@@ -174,16 +174,10 @@ def sweep(serving: Serving, job_service: JobService) -> None:
 
 def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, build_input: BuildInput) -> Work:
     """Build and publish. The first work item uses no model; `model_next` of each one says whether the next does."""
-    own, contrast, folder = build_input.own, build_input.contrast, _folder(serving, job.id)
+    folder = _folder(serving, job.id)
     scratch = Scratch(folder)
     try:
-        if build_input.script is not None and contrast is not None:
-            own, contrast = yield from _work_items(
-                add_generated(serving.base, build_input.script, own, contrast, scratch)
-            )
-        recipe = _recipe(job.spec)
-        builder = Builder(serving.base, serving.manager, recipe, own, contrast, build_input.neutral, scratch)
-        masks = yield from _work_items(builder.run())
+        masks = yield from find_masks(serving.base, serving.manager, _recipe(job.spec), build_input, scratch)
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -193,15 +187,14 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     return partial(_publish, serving, keyring, job_service, job, masks)
 
 
-def _work_items(work: Generator[Progress, None, T]) -> Generator[WorkItem, None, T]:
-    """Progress of the builder as work items; returns the builder's result."""
-    while True:
-        try:
-            step = next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        yield WorkItem(step.stage, step.done, step.total, step.model_next)
+def find_masks(
+    base: Base, manager: MaskManager, recipe: Recipe, build_input: BuildInput, scratch: Scratch
+) -> Generator[Progress, None, list[Mask]]:
+    """Let the base write what a script requires, then find the masks; resumes from `scratch`."""
+    own, contrast = build_input.own, build_input.contrast
+    if build_input.script is not None and contrast is not None:
+        own, contrast = yield from add_generated(base, build_input.script, own, contrast, scratch)
+    return (yield from Builder(base, manager, recipe, own, contrast, build_input.neutral, scratch).run())
 
 
 def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
@@ -215,7 +208,9 @@ def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
         ) from error
 
 
-def _publish(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, masks: Sequence[Mask]) -> Outcome:
+def _publish(
+    serving: Serving, keyring: Keyring, job_service: JobService, job: Job, masks: Sequence[Mask]
+) -> dict[str, Any]:
     _check_owner(serving, keyring, job)
     published = []
     for mask in masks:
@@ -232,7 +227,7 @@ def _publish(serving: Serving, keyring: Keyring, job_service: JobService, job: J
         published.append({"persona": name, "digest": revision.digest, "certificate": certificate, "file": file.id})
     calibration = dict(masks[0].info.calibration)
     tokens = calibration["tokens"] + (calibration["contrast"] or {}).get("tokens", 0)
-    return Outcome({"personas": published, "trained_tokens": tokens})
+    return {"personas": published, "trained_tokens": tokens}
 
 
 def _recipe(spec: Mapping[str, Any]) -> Recipe:
