@@ -7,6 +7,7 @@ the errors. Mask files have errors of their own, in `maskstore.errors`.
 from __future__ import annotations
 
 import reprlib
+from typing import TypedDict, Unpack
 
 GIVEN = 80  # most characters of a client's value that a message repeats
 
@@ -21,6 +22,15 @@ def quote(value: object) -> str:
     return text if len(text) <= GIVEN else f"{text[: GIVEN - 3]}..."
 
 
+class ErrorRow(TypedDict, total=False):
+    """What a class of errors states about itself."""
+
+    status: int
+    type: str
+    code: str
+    retry: bool | None
+
+
 class MasqueradeError(Exception):
     """Base of all. `param` names the request field at fault, if there is one."""
 
@@ -29,18 +39,9 @@ class MasqueradeError(Exception):
     code = "internal_error"
     retry: bool | None = None  # whether a retry may help; None where the status says so
 
-    def __init_subclass__(
-        cls,
-        *,
-        status: int | None = None,
-        type: str | None = None,  # noqa: A002 - the name in OpenAI's error object
-        code: str | None = None,
-        retry: bool | None = None,
-    ) -> None:
-        cls.status = cls.status if status is None else status
-        cls.type = cls.type if type is None else type
-        cls.code = cls.code if code is None else code
-        cls.retry = cls.retry if retry is None else retry
+    def __init_subclass__(cls, **row: Unpack[ErrorRow]) -> None:
+        for name, value in row.items():
+            setattr(cls, name, value)
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

@@ -122,10 +122,7 @@ class AuthMiddleware:
         self._app = app
         self._keyring = keyring
         self._rates = rates
-        self._loopback = policy.loopback
-        self._answer_seconds = policy.answer_seconds
-        self._wrong_key_seconds = policy.wrong_key_seconds
-        self._origins = frozenset(policy.cors_origins)
+        self._policy = policy
         self._scrypt_thread = ThreadPoolExecutor(1, "keys")  # scrypt gets one core at most
         self._hashing_count = 0  # tokens that wait for scrypt or run it
 
@@ -145,13 +142,13 @@ class AuthMiddleware:
                 self._check_origin(Headers(scope=scope))
         except MasqueradeError as error:
             if isinstance(error, InvalidKey):  # slows down guessing; other requests do not wait
-                await asyncio.sleep(self._wrong_key_seconds)
+                await asyncio.sleep(self._policy.wrong_key_seconds)
             if isinstance(error, RateLimited):
                 record.limited = error.kind
             headers = self._rates.headers(key) if key else None
             await errors.respond(error, headers)(scope, receive, send)
             return
-        scope["state"]["caller"] = Caller(key, record, self._answer_seconds, self._keyring)
+        scope["state"]["caller"] = Caller(key, record, self._policy.answer_seconds, self._keyring)
         try:
             await self._app(scope, receive, self._add_limits(key, send) if key else send)
         finally:
@@ -191,9 +188,9 @@ class AuthMiddleware:
     def _check_origin(self, headers: Headers) -> None:
         """Raises `OriginForbidden` for a browser that acts for a page of another origin."""
         host, origin = headers.get("host"), headers.get("origin")
-        if self._loopback and host is not None and not is_loopback(_hostname(host)):
+        if self._policy.loopback and host is not None and not is_loopback(_hostname(host)):
             raise OriginForbidden(f"the server is local and has no keys, but the header Host says {host!r:.80}")
-        if origin is None or origin in self._origins or "*" in self._origins:
+        if origin is None or origin in self._policy.cors_origins or "*" in self._policy.cors_origins:
             return
         if urlsplit(origin).netloc != host:
             raise OriginForbidden(

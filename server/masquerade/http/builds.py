@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Header
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from masquerade.http.wire import Schema, Text, show
 from masquerade.jobs import Job, JobService, Repeat, State
@@ -19,14 +19,12 @@ from masquerade.service.building import JobNames
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class MaskRecipe(Schema):
+class MaskRecipe(Schema, extra="forbid"):
     """How a mask is made; what is absent is the builder's default.
 
     With a `system_prompt` the base writes the examples itself: it answers the questions of the training file under the
     prompt, and for contrast under `contrast_prompt`, or none.
     """
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     score: Text | None = None
     rho: float | Literal["auto"] | None = None
@@ -64,7 +62,7 @@ class Method(Schema, extra="forbid"):
     mask: MaskMethod = MaskMethod()
 
 
-_SETTINGS = tuple(field.name for field in fields(Recipe) if field.name in MaskRecipe.model_fields)
+_SETTINGS = {field.name for field in fields(Recipe)}
 
 
 def make_build_request(
@@ -79,24 +77,18 @@ def make_build_request(
 ) -> BuildRequest:
     """The request for a build; without a method, with the builder's defaults."""
     mask = method.mask if method else MaskMethod()
-    files = {
-        "training": training_file,
-        "validation": validation_file,
-        "contrast": mask.contrast_file,
-        "contrast_validation": mask.contrast_validation_file,
-        "neutral": mask.neutral_file,
-        "card": mask.card_file,
-    }
-    recipe = {name: getattr(mask, name) for name in _SETTINGS}
+    given = mask.model_dump(exclude_none=True)
+    files = {"training": training_file} | ({"validation": validation_file} if validation_file is not None else {})
+    files |= {name.removesuffix("_file"): value for name, value in given.items() if name.endswith("_file")}
     return BuildRequest(
         model=model,
-        files={role: file for role, file in files.items() if file is not None},
+        files=files,
         persona=persona,
         opposite=mask.contrast_name,
         replace=mask.replace,
         system_prompt=mask.system_prompt,
         contrast_prompt=mask.contrast_prompt,
-        recipe={name: value for name, value in recipe.items() if value is not None},
+        recipe={name: value for name, value in given.items() if name in _SETTINGS},
         seed=seed or 0,
         metadata=metadata or {},
         method=method.model_dump(exclude_none=True) if method else None,

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import iter_route_contexts
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -40,7 +40,7 @@ from masquerade.errors import (
     UnusableStore,
     quote,
 )
-from masquerade.http.wire import Refusal
+from masquerade.http.wire import Refusal, show
 
 _log = logging.getLogger(__name__)
 
@@ -76,15 +76,13 @@ class Fault(BaseModel):
 class Body(BaseModel):
     """The body of every error."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "error": {
-                    "message": "there is no file 'file-none'",
-                    "type": "not_found_error",
-                    "param": "training_file",
-                    "code": "file_not_found",
-                }
+    model_config = show(
+        {
+            "error": {
+                "message": "there is no file 'file-none'",
+                "type": "not_found_error",
+                "param": "training_file",
+                "code": "file_not_found",
             }
         }
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from fastapi.responses import StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from masquerade.errors import MasqueradeError, UnsupportedParameter
 
@@ -37,22 +37,29 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
-def refuse(fields: Any, table: Mapping[str, tuple[Any, ...]]) -> Any:
-    """Raise `UnsupportedParameter` for a field of `table` whose value is none of the neutral ones there."""
-    if isinstance(fields, dict):
-        for name, value in fields.items():
-            neutral = table.get(name)
-            if neutral is not None and value is not None and value not in neutral:
+class RequestBody(Schema):
+    """A body that may have fields that the server does not implement.
+
+    `refused` has the values of such fields that change nothing. Other values raise `UnsupportedParameter`.
+    """
+
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            if name in cls.refused and value is not None and value not in cls.refused[name]:
                 raise Refusal(UnsupportedParameter(f"`{name}` is not supported", param=name))
-    return fields
+        return fields
 
 
 T = TypeVar("T", bound=BaseModel)
 
 
 def show(example: dict[str, Any]) -> ConfigDict:
-    """The configuration of a model that has an example."""
-    return ConfigDict(strict=True, frozen=True, json_schema_extra={"example": example})
+    """The configuration of a model that has an example, beside what it inherits."""
+    return ConfigDict(json_schema_extra={"example": example})
 
 
 class Page(Schema, Generic[T]):

@@ -18,7 +18,6 @@ from masquerade.engine import Token, token_bytes
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode
 from masquerade.model import Base, CallStart, ResponsePart, ToolCallParser
-from masquerade.openai.objects import UsageObject
 from masquerade.openai.tools import ToolSet
 from masquerade.service.serving import ResolvedPersona
 
@@ -237,7 +236,12 @@ class CompletionAnswer(Answer):
 
 
 def _render_usage(usage: Usage) -> Json:
-    return UsageObject.of(usage).model_dump()
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
 
 
 def _chunk_choice(index: int, delta: str, finish_reason: str = "null", logprobs: str = "null") -> str:

@@ -10,10 +10,10 @@ from fastapi.responses import Response
 
 from masquerade.engine import AnswerFormat
 from masquerade.http.access import Chatting, ScopedRoute
-from masquerade.http.dependencies import PERSONA_HEADER, Served, read_persona
+from masquerade.http.dependencies import PERSONA_HEADER, Served
 from masquerade.model import find_dialect
 from masquerade.openai.answers import ChatAnswer
-from masquerade.openai.generation import respond, wait_for_disconnect
+from masquerade.openai.generation import resolve_persona, respond
 from masquerade.openai.objects import CHAT_CHUNK, ChatCompletion, either
 from masquerade.openai.prompts import context_room, tokenise_chat
 from masquerade.openai.schemas import ChatRequest
@@ -25,11 +25,8 @@ router = APIRouter(route_class=ScopedRoute)
 @router.post("/v1/chat/completions", responses=either(ChatCompletion, CHAT_CHUNK), openapi_extra=PERSONA_HEADER)
 async def complete_chat(request: ChatRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Answer a chat as a persona. See the README for the fields beyond OpenAI's."""
-    reference = serving.find_reference(request.model, request.persona, await read_persona(http))
-    caller.check_reference(reference)
     tokenizer, size = serving.base.tokenizer, len(await http.body())
-    gone = partial(wait_for_disconnect, http.receive)
-    resolved = await serving.resolve_persona(reference, request.gamma, request.persona_phase, gone)
+    resolved = await resolve_persona(serving, request, caller, http)
     tool_set = select_tools(request, find_dialect(tokenizer), tokenizer) if request.tools else None
     tools = request.tools if tool_set else None
     prompt = await tokenise_chat(serving, caller, size, request.messages, tools, context_room(serving))

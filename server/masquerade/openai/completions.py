@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
 
 from masquerade.errors import BadRequest
 from masquerade.http.access import Chatting, ScopedRoute
-from masquerade.http.dependencies import PERSONA_HEADER, Served, read_persona
+from masquerade.http.dependencies import PERSONA_HEADER, Served
 from masquerade.openai.answers import CompletionAnswer
-from masquerade.openai.generation import respond, wait_for_disconnect
+from masquerade.openai.generation import resolve_persona, respond
 from masquerade.openai.objects import TEXT_CHUNK, TextCompletion, either
 from masquerade.openai.prompts import context_room, tokenise_texts
 from masquerade.openai.schemas import CompletionRequest
@@ -23,10 +21,7 @@ router = APIRouter(route_class=ScopedRoute)
 @router.post("/v1/completions", responses=either(TextCompletion, TEXT_CHUNK), openapi_extra=PERSONA_HEADER)
 async def complete_text(request: CompletionRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Continue each prompt, as a persona."""
-    reference = serving.find_reference(request.model, request.persona, await read_persona(http))
-    caller.check_reference(reference)
-    gone = partial(wait_for_disconnect, http.receive)
-    resolved = await serving.resolve_persona(reference, request.gamma, request.persona_phase, gone)
+    resolved = await resolve_persona(serving, request, caller, http)
     size, room = len(await http.body()), context_room(serving)
     prompts = await tokenise_texts(serving, caller, size, request.prompts(), room)
     answer = CompletionAnswer(serving.base, resolved)

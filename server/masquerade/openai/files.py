@@ -43,8 +43,8 @@ async def upload(http: Request, job_service: ServedJobs, caller: Building) -> Fi
 def list_files(
     job_service: ServedJobs,
     caller: Building,
-    purpose: Annotated[str | None, Query()] = None,
-    after: Annotated[str | None, Query()] = None,
+    purpose: str | None = None,
+    after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page[FileObject]:

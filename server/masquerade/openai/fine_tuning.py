@@ -50,11 +50,7 @@ async def create_job(
 
 @router.get("")
 def list_jobs(
-    http: Request,
-    job_service: ServedJobs,
-    caller: Building,
-    after: Annotated[str | None, Query()] = None,
-    limit: Limit = 20,
+    http: Request, job_service: ServedJobs, caller: Building, after: str | None = None, limit: Limit = 20
 ) -> Page[JobObject]:
     """The key's jobs, the newest first."""
     if any(name.startswith("metadata") for name in http.query_params):
@@ -83,7 +79,7 @@ async def list_events(
     job_id: str,
     job_service: ServedJobs,
     caller: Building,
-    after: Annotated[str | None, Query()] = None,
+    after: str | None = None,
     limit: Limit = 20,
     stream: bool = False,
 ) -> Any:

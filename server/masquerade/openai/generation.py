@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from time import perf_counter
 
+from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
@@ -17,6 +18,7 @@ from masquerade.engine import AnswerText, Event, Finished, Grammar, Request, Tok
 from masquerade.errors import AnswerTimedOut, ContextTooLong, MasqueradeError, NotReady
 from masquerade.http import errors
 from masquerade.http.access import Caller
+from masquerade.http.dependencies import read_persona
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import respond_events, sse
 from masquerade.openai.answers import Answer, OutputDelta
@@ -27,6 +29,18 @@ from masquerade.service.serving import ResolvedPersona, Serving
 PING_SECONDS = 10.0  # of silence, after which a stream sends a comment
 
 Receive = Callable[[], Awaitable[Message]]
+
+
+async def resolve_persona(
+    serving: Serving, request: GenerationRequest, caller: Caller, http: HTTPRequest
+) -> ResolvedPersona:
+    """The persona of a request, with its mask on the device. Raises as `Serving.resolve_persona` does, and
+    `PersonaForbidden`.
+    """
+    reference = serving.find_reference(request.model, request.persona, await read_persona(http))
+    caller.check_reference(reference)
+    gone = partial(wait_for_disconnect, http.receive)
+    return await serving.resolve_persona(reference, request.gamma, request.persona_phase, gone)
 
 
 async def respond(
@@ -44,26 +58,8 @@ async def respond(
     Raises every error of the request before the first byte is sent: `ContextTooLong` for a prompt that leaves no room
     for an answer, and those of `Engine.submit`.
     """
-    requests = _engine_requests(serving, resolved, request, caller, prompts, grammars)
-    outputs = OutputCollector(serving, requests, caller, streams=bool(request.stream))
-    caller.record.begin(resolved, lambda: outputs.usage)
-    outputs.start()
-    if request.stream:
-        return respond_events(_stream(outputs, answer, request.wants_usage), answer.headers)
-    return await _respond_whole(outputs, answer, receive)
-
-
-def _engine_requests(
-    serving: Serving,
-    resolved: ResolvedPersona,
-    request: GenerationRequest,
-    caller: Caller,
-    prompts: Sequence[list[int]],
-    grammars: Sequence[Grammar] | None,
-) -> list[partial[Request]]:
-    """The engine's requests, one for each choice of each prompt; only `emit` is left to set."""
     base = serving.base
-    return [
+    requests = [  # one for each choice of each prompt; only `emit` is left to set
         partial(
             Request,
             prompt=prompt,
@@ -80,6 +76,12 @@ def _engine_requests(
         for prompt in prompts
         for choice in range(request.n or 1)
     ]
+    outputs = OutputCollector(serving, requests, caller, streams=bool(request.stream))
+    caller.record.begin(resolved, lambda: outputs.usage)
+    outputs.start()
+    if request.stream:
+        return respond_events(_stream(outputs, answer, request.wants_usage), answer.headers)
+    return await _respond_whole(outputs, answer, receive)
 
 
 class OutputCollector:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from masquerade.errors import InvalidValue, UnsupportedParameter
 from masquerade.http.bodies import NotJson, Size, check_size, count, parse
-from masquerade.http.wire import Refusal, Schema, Text, refuse
+from masquerade.http.wire import Refusal, RequestBody, Schema, Text
 from masquerade.openai import unsupported
 
 MAX_MESSAGES = 2048  # in one chat
@@ -86,8 +86,10 @@ class ToolCall(Schema):
         return {"id": self.id, "type": self.type, "function": called}
 
 
-class Message(Schema):
+class Message(RequestBody):
     """One message of a chat. `content` may be null in an assistant's message with `tool_calls` only."""
+
+    refused = unsupported.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None = None
@@ -96,7 +98,7 @@ class Message(Schema):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
+    def _refuse_misplaced(cls, fields: Any) -> Any:
         given = fields if isinstance(fields, dict) else {}
         misplaced = next((name for name in _REQUEST_FIELDS if given.get(name) is not None), None)
         if misplaced:
@@ -113,7 +115,7 @@ class Message(Schema):
             if isinstance(kind, str) and kind != "text":
                 param = f"content.{number}.type"
                 raise Refusal(UnsupportedParameter(f"parts of the type {kind!r:.40} are not supported", param=param))
-        return refuse(fields, unsupported.MESSAGE)
+        return fields
 
     @model_validator(mode="after")
     def _check(self) -> Self:

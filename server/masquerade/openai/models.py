@@ -52,19 +52,16 @@ def _find(serving: Serving, caller: Caller, model: str) -> dict[str, Any]:
 
 
 def _describe_base(serving: Serving) -> dict[str, Any]:
-    return {"id": serving.base.name, "created": int(serving.base.path.stat().st_mtime), "parent": None} | _common(
-        serving
-    )
+    created = int(serving.base.path.stat().st_mtime)
+    model = {"object": "model", "owned_by": "masquerade", "root": serving.base.name}
+    return {"id": serving.base.name, "created": created, "parent": None} | model
 
 
 def _describe_persona(serving: Serving, reference: str, revision: Revision) -> dict[str, Any]:
     return {
+        **_describe_base(serving),
         "id": f"{serving.base.name}:{reference}",
         "created": int(datetime.fromisoformat(revision.created_at).timestamp()),
         "parent": serving.base.name,
         "generation": revision.digest,
-    } | _common(serving)
-
-
-def _common(serving: Serving) -> dict[str, Any]:
-    return {"object": "model", "owned_by": "masquerade", "root": serving.base.name}
+    }

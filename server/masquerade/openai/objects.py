@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from masquerade.http.builds import JobProgress
-from masquerade.http.request_log import Usage
 from masquerade.http.wire import Schema, show
 
 _DIGEST = "9f2c1a7be05d4c3f8a6e1b2d3c4f5a69788796a5b4c3d2e1f0a1b2c3d4e5f607"
@@ -42,14 +41,8 @@ _MODEL = {
 }
 
 
-class WireObject(BaseModel):
-    """An object of a response."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-def _show(example: dict[str, Any]) -> ConfigDict:
-    return ConfigDict(extra="forbid", json_schema_extra={"example": example})
+class WireObject(Schema, extra="forbid"):
+    """An object of a response without other fields than these."""
 
 
 class CachedTokens(WireObject):
@@ -65,16 +58,6 @@ class UsageObject(WireObject):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-
-    @classmethod
-    def of(cls, usage: Usage) -> UsageObject:
-        """The object of a request's usage."""
-        return cls(
-            prompt_tokens=usage.prompt,
-            completion_tokens=usage.completion,
-            total_tokens=usage.prompt + usage.completion,
-            prompt_tokens_details=CachedTokens(cached_tokens=usage.cached),
-        )
 
 
 class CompletionBase(WireObject):
@@ -110,7 +93,7 @@ class MessageObject(WireObject):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[ToolCallObject] = []
+    tool_calls: list[ToolCallObject] = Field([])
 
 
 class TopLogprobObject(WireObject):
@@ -146,7 +129,7 @@ class ChatChoice(WireObject):
 class ChatCompletion(CompletionBase):
     """A chat completion in one piece."""
 
-    model_config = _show(
+    model_config = show(
         {
             "object": "chat.completion",
             **_SHARED,
@@ -188,7 +171,7 @@ class MessageDelta(WireObject):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
-    tool_calls: list[ToolCallDelta] = []
+    tool_calls: list[ToolCallDelta] = Field([])
 
 
 class ChunkChoice(WireObject):
@@ -229,7 +212,7 @@ class TextChoice(WireObject):
 class TextCompletion(CompletionBase):
     """A text completion in one piece."""
 
-    model_config = _show(
+    model_config = show(
         {
             "object": "text_completion",
             **_SHARED,
@@ -255,7 +238,7 @@ class TextCompletionChunk(CompletionBase):
 class ModelObject(WireObject):
     """The base (`parent` is null), or one of its personas with its generation."""
 
-    model_config = _show(_MODEL)
+    model_config = show(_MODEL)
 
     id: str
     object: Literal["model"]
@@ -269,7 +252,7 @@ class ModelObject(WireObject):
 class ModelList(WireObject):
     """The base and its personas."""
 
-    model_config = _show({"object": "list", "data": [_MODEL]})
+    model_config = show({"object": "list", "data": [_MODEL]})
 
     object: Literal["list"]
     data: list[ModelObject]

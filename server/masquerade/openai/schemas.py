@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from masquerade.engine import MAX_LOGPROBS, JsonFormat, Phase, SamplingParams
 from masquerade.errors import InvalidValue, UnsupportedParameter, quote
 from masquerade.http.builds import MaskMethod, Method, Seed, make_build_request
-from masquerade.http.wire import Refusal, Schema, Text, refuse
+from masquerade.http.wire import Refusal, RequestBody, Schema, Text, show
 from masquerade.openai import unsupported
 from masquerade.openai.messages import Messages, NamedTool, Tools
 from masquerade.service.build_requests import BuildRequest
@@ -56,7 +56,7 @@ class StreamOptions(Schema):
 class JsonSchema(Schema):
     """The JSON schema of an answer."""
 
-    model_config = ConfigDict(strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     name: Text = "answer"
     description: Text | None = None
@@ -77,7 +77,7 @@ class SchemaFormat(Schema):
     json_schema: JsonSchema
 
 
-class GenerationRequest(Schema):
+class GenerationRequest(RequestBody):
     """The fields of chats and of completions alike. Unknown fields are ignored; null is the default."""
 
     model: Text = Field(examples=["demo", "demo:introvert"])
@@ -137,7 +137,8 @@ class GenerationRequest(Schema):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    model_config = ConfigDict(json_schema_extra={"example": _CHAT})
+    model_config = show(_CHAT)
+    refused = unsupported.CHAT
 
     messages: Messages
     logprobs: bool | None = None
@@ -147,11 +148,6 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
-        return refuse(fields, unsupported.CHAT)
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
@@ -199,7 +195,8 @@ _PROMPTS = Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`. A text is a prompt as it is, special tokens included."""
 
-    model_config = ConfigDict(json_schema_extra={"example": _COMPLETION})
+    model_config = show(_COMPLETION)
+    refused = unsupported.COMPLETIONS
 
     prompt: (
         Text
@@ -208,11 +205,6 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[Annotated[Ids, Field(min_length=1)]], _PROMPTS]
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
-        return refuse(fields, unsupported.COMPLETIONS)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -230,21 +222,18 @@ class CompletionRequest(GenerationRequest):
         return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
 
 
-class JobRequest(Schema):
+class JobRequest(RequestBody):
     """`POST /v1/fine_tuning/jobs`. `suffix` is the persona's name; without it one is made, such as `persona-0f1e2d`."""
 
-    model_config = ConfigDict(
-        strict=True,
-        frozen=True,
-        json_schema_extra={
-            "example": {
-                "model": "demo",
-                "training_file": "file-6ab1f0c2d3e4f5061728394a",
-                "suffix": "gloomy",
-                "method": {"type": "mask", "mask": {"contrast_file": "file-94a82715f6e0d3c4b5a60718"}},
-            }
-        },
+    model_config = show(
+        {
+            "model": "demo",
+            "training_file": "file-6ab1f0c2d3e4f5061728394a",
+            "suffix": "gloomy",
+            "method": {"type": "mask", "mask": {"contrast_file": "file-94a82715f6e0d3c4b5a60718"}},
+        }
     )
+    refused = unsupported.JOB
 
     model: Text
     training_file: Text
@@ -258,12 +247,12 @@ class JobRequest(Schema):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
+    def _refuse_misplaced(cls, fields: Any) -> Any:
         names = fields if isinstance(fields, dict) else ()
         misplaced = next((name for name in names if name in MaskMethod.model_fields), None)
         if misplaced is not None:
             raise Refusal(UnsupportedParameter(f"`{misplaced}` belongs in `method.mask`", param=misplaced))
-        return refuse(fields, {"integrations": ([],), "name": ()})
+        return fields
 
     def build_request(self) -> BuildRequest:
         """The build that is requested."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
-from pydantic import ConfigDict, model_validator
 
 from masquerade.errors import InvalidValue
 from masquerade.http.access import Chatting, ScopedRoute
 from masquerade.http.dependencies import Served
-from masquerade.http.wire import Schema, Text, refuse
+from masquerade.http.wire import RequestBody, Schema, Text, show
 from masquerade.model import too_long
 from masquerade.openai import unsupported
 from masquerade.openai.messages import Messages, Tools
@@ -21,10 +18,11 @@ from masquerade.openai.schemas import Ids
 router = APIRouter(route_class=ScopedRoute)
 
 
-class TokenizeRequest(Schema):
+class TokenizeRequest(RequestBody):
     """`POST /tokenize`: a `prompt`, or the `messages` of a chat."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"prompt": "Hello!", "return_token_strs": True}})
+    model_config = show({"prompt": "Hello!", "return_token_strs": True})
+    refused = unsupported.TOKENIZE
 
     model: Text | None = None
     prompt: Text | None = None
@@ -33,20 +31,11 @@ class TokenizeRequest(Schema):
     add_special_tokens: bool = True  # for a prompt; the template adds those of a chat
     return_token_strs: bool | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
-        return refuse(fields, unsupported.TOKENIZE)
-
 
 class Tokenized(Schema):
     """Token ids; `token_strs` only with `return_token_strs`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {"count": 2, "max_model_len": 512, "tokens": [1567, 4], "token_strs": ["Hello", "!"]}
-        }
-    )
+    model_config = show({"count": 2, "max_model_len": 512, "tokens": [1567, 4], "token_strs": ["Hello", "!"]})
 
     count: int
     max_model_len: int
@@ -54,24 +43,20 @@ class Tokenized(Schema):
     token_strs: list[str] | None
 
 
-class DetokenizeRequest(Schema):
+class DetokenizeRequest(RequestBody):
     """`POST /detokenize`."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"tokens": [1567, 4]}})
+    model_config = show({"tokens": [1567, 4]})
+    refused = unsupported.DETOKENIZE
 
     model: Text | None = None
     tokens: Ids
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
-        return refuse(fields, unsupported.DETOKENIZE)
 
 
 class Detokenized(Schema):
     """The text of token ids."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"prompt": "Hello!"}})
+    model_config = show({"prompt": "Hello!"})
 
     prompt: str
 

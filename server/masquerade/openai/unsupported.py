@@ -122,4 +122,5 @@ COMPLETIONS: Table = {
 }
 MESSAGE: Table = {"audio": (), "function_call": (), "prefix": (False,)}
 TOKENIZE: Table = {**_TEMPLATE, "tool_choice": ("auto",)}
+JOB: Table = {"integrations": ([],), "name": ()}
 DETOKENIZE: Table = {"skip_special_tokens": (False,)}

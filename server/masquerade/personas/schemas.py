@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from masquerade.http.wire import Schema, Text, show
 
 
-class Command(Schema):
+class Command(Schema, extra="forbid"):
     """A body that changes the registry. An unknown field is refused, because ignoring it would leave it undone."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Change(Command):
