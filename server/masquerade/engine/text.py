@@ -102,13 +102,10 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     if token in tokenizer.all_special_ids:
         return name.encode()
     alphabet = _alphabet()
-    if _is_byte_level(tokenizer) and all(character in alphabet for character in name):
+    byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    if byte_level and all(character in alphabet for character in name):
         return bytes(alphabet[character] for character in name)
     return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
 
 
 @cache

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from masquerade.gguf.architectures import ARCHITECTURES, Architecture, Sizes
-from masquerade.gguf.file import GgufFile, GgufTensor, read_file
+from masquerade.gguf.file import GgufFile, read_file
 from masquerade.gguf.weight import Weight, is_readable
 
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"  # without it, the embedding is tied
 _FREQUENCIES = "rope_freqs.weight"  # part of the config
+_VALUES = ("F32", "F16", "BF16")  # types without blocks; vectors are read value by value
 _UNSUPPORTED = (  # they would change the answers; no known model of these architectures has them
     "attention.scale",
     "attention.clamp_kqv",
@@ -122,14 +123,9 @@ def _find(file: GgufFile, stored: str, name: str, shape: tuple[int, ...]) -> Wei
         file.fail(stored, "is missing")
     if tensor.shape != shape:
         file.fail(stored, f"has the shape {list(tensor.shape)!s:.80}; the metadata says {list(shape)}")
-    if not is_readable(tensor.kind) or (len(shape) == 1 and not _is_plain(tensor)):
+    if not is_readable(tensor.kind) or (len(shape) == 1 and tensor.kind.name not in _VALUES):
         file.fail(stored, f"is of type {tensor.kind.name}, which is not supported")
     return Weight(name, shape, file.path, tensor)
-
-
-def _is_plain(tensor: GgufTensor) -> bool:
-    """Whether values are not in blocks: vectors are read value by value."""
-    return tensor.kind.name in ("F32", "F16", "BF16")
 
 
 def _check_complete(file: GgufFile, weights: tuple[Weight, ...]) -> None:

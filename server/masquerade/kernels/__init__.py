@@ -21,7 +21,7 @@ from masquerade.kernels.cuda import CudaBits, CudaList
 from masquerade.kernels.native import NativeBits, NativeList, NativeMask, NativeParts, NativeProduct, NativeSpan, dense
 from masquerade.kernels.reference import ReferenceCorrection
 from masquerade.kernels.sparse import RowwiseCorrection, SparseCorrection
-from masquerade.kernels.weights import dense_weight, share
+from masquerade.kernels.weights import dense_weight
 
 
 class Backend(Protocol):
@@ -78,7 +78,6 @@ def footprint(linear: nn.Linear, kind: str, pruned: int) -> int:
 __all__ = [
     "BACKENDS",
     "Assignment",
-    "Backend",
     "Correction",
     "NativeMask",
     "NativeParts",
@@ -92,5 +91,4 @@ __all__ = [
     "dense_weight",
     "footprint",
     "serves",
-    "share",
 ]

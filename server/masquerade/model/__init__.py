@@ -3,7 +3,7 @@
 from masquerade.model.chat import render_chat
 from masquerade.model.cuda import SlotMap, Slots, SlotShape, Staging, find_entries
 from masquerade.model.dequantized import Report
-from masquerade.model.encoding import Room, check_bytes, check_tokens, encode, longest_token, too_long
+from masquerade.model.encoding import Room, check_bytes, encode, longest_token, too_long
 from masquerade.model.host_cache import HostCache
 from masquerade.model.load import Base, load
 from masquerade.model.manager import MaskManager
@@ -38,7 +38,6 @@ __all__ = [
     "ToolCallParser",
     "VerifiedStore",
     "check_bytes",
-    "check_tokens",
     "encode",
     "find_dialect",
     "find_entries",

@@ -134,15 +134,14 @@ class Route:
         index = product.find(name) if product else None
         y = product(x, weight, bias, index) if product and index is not None else dense(x, weight, bias)
         if self._has_separate:
-            self._subtract(name, x, y, separate=True)
+            self.subtract(name, x, y, separate=True)
         return y
 
-    def subtract(self, name: str, x: Tensor, y: Tensor) -> None:
-        """Subtract from a Linear's base outputs y [..., out], in place, what its rows' masks prune; x is [..., in]."""
-        self._subtract(name, x, y, separate=False)
+    def subtract(self, name: str, x: Tensor, y: Tensor, *, separate: bool = False) -> None:
+        """Subtract from a Linear's base outputs y [..., out], in place, what its rows' masks prune; x is [..., in].
 
-    def _subtract(self, name: str, x: Tensor, y: Tensor, *, separate: bool) -> None:
-        """The same; if `separate`, without the corrections that the native kernels have applied."""
+        If `separate`, without the corrections that the native kernels have applied.
+        """
         if not y.numel():
             return
         key = name, separate

@@ -1,6 +1,6 @@
 """A batch's route as device tensors with fixed addresses, for `masquerade.kernels.cuda`, whose status it shares."""
 
 from masquerade.model.cuda.slots import SlotMap, SlotRoute, Slots, SlotShape, find_entries
-from masquerade.model.cuda.staging import Layout, Staging
+from masquerade.model.cuda.staging import Staging
 
-__all__ = ["Layout", "SlotMap", "SlotRoute", "SlotShape", "Slots", "Staging", "find_entries"]
+__all__ = ["SlotMap", "SlotRoute", "SlotShape", "Slots", "Staging", "find_entries"]

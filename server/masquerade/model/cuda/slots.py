@@ -112,7 +112,7 @@ class SlotMap:
         """The smallest shape that holds this batch."""
         most = int(np.bincount(self.slots[self.slots >= 0], minlength=1).max())
         widths = [pair[most >= MANY] for pair in (_LISTED_WIDTHS, _BITMAP_WIDTHS)]
-        counts = [len(tile(self._masked_slots(), widths[0])[0]), len(tile(self.slots, widths[1])[0])]
+        counts = [len(tile(self.slots[self.slots >= 0], widths[0])[0]), len(tile(self.slots, widths[1])[0])]
         rows, slots = len(self.slots), len(self.masks)
         return SlotShape(rows, slots, *self._kinds, (counts[0], widths[0]), (counts[1], widths[1]))
 
@@ -143,9 +143,6 @@ class SlotMap:
         """The Linears with a list in some mask, and those with a bitmap."""
         listed = frozenset(entries.listed for entries in self._entries)
         return _union(listed), _union(frozenset(entries.bitmaps for entries in self._entries))
-
-    def _masked_slots(self) -> NDArray[np.int32]:
-        return self.slots[self.slots >= 0]
 
 
 class Slots:
