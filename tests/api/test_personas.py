@@ -67,6 +67,8 @@ def test_rollback_and_older_generations(http: httpx.Client, serving: Serving) ->
     older = f"{serving.base.name}:calm@{old[:8]}"
     answer = chat(http, serving, model=older)
     assert (answer["generation"], answer["model"]) == (old, older)
+    assert http.post("/v1/personas/calm/rollback").json()["generation"] == old
+    assert http.post("/v1/personas/calm/rollback", json={"to": 2}).json()["generation"] == new
     assert http.post("/v1/personas/calm/rollback", json={}).json()["generation"] == old
     assert chat(http, serving, persona="calm")["generation"] == old
     assert http.post("/v1/personas/calm/rollback", json={"to": 2}).json()["generation"] == new

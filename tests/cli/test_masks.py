@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -93,12 +94,29 @@ def test_compose_follows_the_sets(at: At, registry: Registry) -> None:
     assert registry.store.open(made["digest"]) == a & b
     made = succeed("masks", "compose", "odd = (calm|loud)-(calm&loud)", *at)
     assert registry.store.open(made["digest"]) == (a | b) - (a & b)
-    assert "names no persona" in fail(2, "masks", "compose", "x =", *at)
-    assert "is no NAME = EXPRESSION" in fail(2, "masks", "compose", "calm", *at)
+    for words in (("calm",), ("calm", "="), ("=", "calm")):
+        assert "is not NAME = EXPRESSION; for example: masquerade masks compose" in fail(
+            2, "masks", "compose", *words, *at
+        )
     assert "is no persona" in fail(1, "masks", "compose", "x = nobody", *at)
     assert "is an empty mask" in fail(2, "masks", "compose", "void = calm - calm", *at)
     made = succeed("masks", "compose", "void = calm - calm", "--force", *at)
     assert not registry.store.open(made["digest"]).pruned
+
+
+def test_a_damaged_mask_is_listed_beside_the_others(at: At, registry: Registry) -> None:
+    path = registry.store.path(registry.resolve("calm").digest)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:100])
+    done = masquerade("masks", "ls", *at, "--json")
+    assert done.status == 0, done.stderr
+    calm, loud = json.loads(done.stdout)["personas"]
+    assert (calm["persona"], loud["persona"], loud["damaged"]) == ("calm", "loud", None)
+    assert str(path) in calm["damaged"]
+    assert "calm is damaged: " in done.stderr
+    assert "fsck" in done.stderr
+    path.unlink()
+    assert "no mask" in succeed("masks", "ls", *at)["personas"][0]["damaged"]
 
 
 def test_diff_compares_personas_and_files(at: At, registry: Registry, tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ def test_one_answer_in_a_pipe(server: Server) -> None:
     greedy = ("--temperature", "0")
     said = run(server, "chat", "Hello!", "-p", "formal", *greedy)
     piped = run(server, "chat", "-p", "formal", *greedy, input="Hello!")
+    base = run(server, "chat", "Hello!", *greedy)
+    assert run(server, "chat", "Hello!", "-p", "base", *greedy).stdout == base.stdout != said.stdout
     answered = read(run(server, "chat", "Hello!", "-p", "formal", *greedy, "--json"))
     assert said.stdout.strip() == piped.stdout.strip() == answered["text"]
     assert (answered["persona"], said.stderr) == ("formal", "")

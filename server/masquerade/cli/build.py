@@ -8,17 +8,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from maskstore import Mask, Registry, Store, check_name, write_mask
 from masquerade import __version__
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
-from masquerade.cli.progress import follow_loading
+from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_store
 from masquerade.errors import BuildFailed, InvalidValue, MasqueradeError
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from masquerade.service.building import BuildInput
 
 POOL = "pool"
-T = TypeVar("T")
 
 
 def build(
@@ -148,7 +146,7 @@ def build(
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
     folder = (scratch or personas.root / "builds") / _identify(base, recipe, build_input)
-    masks = _show_progress(_find_masks(base, recipe, build_input, Scratch(folder)))
+    masks = follow(_find_masks(base, recipe, build_input, Scratch(folder)))
     report = _publish(masks, personas, registry, out)
     if as_json:
         print(json.dumps({"personas": report}))
@@ -287,23 +285,6 @@ def _publish(masks: Sequence[Mask], store: Store, registry: Registry, out: Path 
         folder = error.filename or store.root
         raise BuildFailed(f"the masks were found but cannot be written to {folder}: {error.strerror}") from error
     return report
-
-
-def _show_progress(work: Work[T]) -> T:
-    """Run the work, with a progress bar for each stage on stderr."""
-    with Bars(console=Console(file=sys.stderr)) as bars:
-        stages: dict[str, Any] = {}
-        while True:
-            try:
-                step = next(work)
-            except StopIteration as end:
-                result: T = end.value
-                for stage in stages.values():
-                    bars.update(stage, total=bars.tasks[stage].completed)
-                return result
-            if step.stage not in stages:
-                stages[step.stage] = bars.add_task(step.stage, total=step.total)
-            bars.update(stages[step.stage], completed=step.done, total=step.total)
 
 
 def _describe(mask: Mask) -> dict[str, Any]:

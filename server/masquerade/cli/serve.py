@@ -22,7 +22,7 @@ from masquerade.cli.options import (
     RequireSigned,
     StoreFolder,
 )
-from masquerade.cli.progress import report_quarters
+from masquerade.cli.progress import hide_loading_bars, report_quarters
 from masquerade.cli.signals import exit_on_sigterm, run_on_sighup
 from masquerade.cli.stores import check_store, find_store, open_store
 from masquerade.errors import CannotListen, InvalidValue
@@ -115,6 +115,7 @@ def serve(
         wrong_key_seconds=WRONG_KEY_SECONDS,
     )
     logs.configure(log_format)
+    hide_loading_bars()
     with _listen(host, port) as listener:
         with Loading(listener):
             report = report_quarters(lambda line: _log.info("%s", line))

@@ -26,6 +26,7 @@ from masquerade.openai.prompts import CONTEXT
 from masquerade.openai.schemas import GenerationRequest
 from masquerade.service.serving import ResolvedPersona, Serving
 
+DEFAULT_MAX_TOKENS = 2048  # of an answer to a request that sets no limit
 PING_SECONDS = 10.0  # of silence, after which a stream sends a comment
 
 Receive = Callable[[], Awaitable[Message]]
@@ -63,7 +64,7 @@ async def respond(
         partial(
             Request,
             prompt=prompt,
-            max_tokens=request.max_new_tokens() or _remaining_context(base.context, len(prompt)),
+            max_tokens=request.max_new_tokens() or _default_max_tokens(base.context, len(prompt)),
             applied=resolved.applied,
             phase=resolved.phase,
             sampling=request.sampling(choice),
@@ -243,8 +244,12 @@ async def _stream(outputs: OutputCollector, answer: Answer, wants_usage: bool) -
         outputs.cancel()
 
 
-def _remaining_context(context: int, prompt: int) -> int:
-    """Tokens of the context that a prompt leaves. Raises `ContextTooLong` if it leaves none."""
+def _default_max_tokens(context: int, prompt: int) -> int:
+    """What a prompt leaves of the context, and at most `DEFAULT_MAX_TOKENS`. Raises `ContextTooLong` if that is none.
+
+    A small model may repeat itself forever. Without the limit, its answer would take the whole context, which is longer
+    than the time limit of answers allows.
+    """
     if prompt >= context:
         raise ContextTooLong(
             f"{CONTEXT.format(context)} However, your messages resulted in {prompt} tokens, which leaves no room for "
@@ -252,4 +257,4 @@ def _remaining_context(context: int, prompt: int) -> int:
             param="messages",
             tokens=prompt,
         )
-    return context - prompt
+    return min(context - prompt, DEFAULT_MAX_TOKENS)

@@ -137,10 +137,12 @@ def rename(name: str, request: Renaming, serving: Served, expected: Precondition
 
 
 @router.post("/{name}/rollback", response_model=PersonaDetails)
-def roll_back(name: str, request: Rollback, serving: Served, expected: Precondition, caller: Managing) -> Response:
-    """Make an older revision current again."""
+def roll_back(
+    name: str, serving: Served, expected: Precondition, caller: Managing, request: Rollback | None = None
+) -> Response:
+    """Make an older revision current again; without a body, the one before the current."""
     name = caller.check_managed(name, serving.registry.aliases(), "name")
-    return _show(serving, caller, serving.registry.rollback(name, request.to, expected).name)
+    return _show(serving, caller, serving.registry.rollback(name, request.to if request else None, expected).name)
 
 
 @router.put("/{name}/pin", response_model=PersonaDetails)

@@ -16,6 +16,7 @@ import typer
 from masquerade_client import ChatOptions, Client, MasqueradeError
 from masquerade_client.cli.compare import show_side_by_side
 from masquerade_client.cli.options import (
+    BASE,
     DEFAULT_URL,
     AsJson,
     Gamma,
@@ -30,7 +31,7 @@ from masquerade_client.cli.options import (
 )
 
 HELP = """\
-/persona NAME    use another persona; without a name, the base
+/persona NAME    use another persona; `base`, or no name, for none
 /gamma X         0 applies the full mask, 1 is the base; without a number, the persona's default
 /compare A B     answer the last question with two to four personas side by side
 /retry           answer the last question again
@@ -44,7 +45,8 @@ def chat(
         str | None, typer.Argument(help="The question; without it, a conversation, or stdin if it is piped.")
     ] = None,
     persona: Annotated[
-        str | None, typer.Option("-p", "--persona", help="Persona that answers.", autocompletion=complete_persona)
+        str | None,
+        typer.Option("-p", "--persona", help="Persona that answers; `base` for none.", autocompletion=complete_persona),
     ] = None,
     gamma: Gamma = None,
     system: System = None,
@@ -59,7 +61,7 @@ def chat(
     options: ChatOptions = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
     with Client(url, key) as client:
         messages = [{"role": "system", "content": system}] if system else []
-        conversation = Conversation(client, options, persona, gamma, messages)
+        conversation = Conversation(client, options, None if persona == BASE else persona, gamma, messages)
         if prompt is None and sys.stdin.isatty() and not as_json:
             return _run_conversation(conversation)
         asked = sys.stdin.read() if prompt is None else prompt
@@ -153,7 +155,7 @@ def _run_command(conversation: Conversation, text: str) -> None:
 
 
 def _set_persona(conversation: Conversation, words: list[str]) -> None:
-    persona = words[0] if words else None
+    persona = words[0] if words and words[0] != BASE else None
     if persona is not None:
         conversation.client.personas.get(persona)  # raises NotFound now rather than at the next question
     conversation.persona = persona

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from masquerade_client import ChatOptions, Client, Message
 from masquerade_client.cli.options import (
+    BASE,
     DEFAULT_URL,
     AsJson,
     Gamma,
@@ -31,7 +32,6 @@ from masquerade_client.cli.options import (
 )
 
 MAX_PERSONAS = 4
-BASE = "base"  # stands for no persona, and hides a persona of this name
 
 
 def compare(

@@ -21,6 +21,7 @@ MaxTokens = Annotated[int | None, typer.Option(help="Maximum number of tokens of
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+BASE = "base"  # stands for no persona; the server reserves the name
 
 
 def share(

@@ -54,8 +54,11 @@ def compose_mask(
 ) -> CommandResult:
     """Compose a persona of others: | is the union of what they prune, & intersection, - difference, ~ complement."""
     name, equals, expression = " ".join(words).partition("=")
-    if not equals:
-        raise InvalidMaskValue(f"{' '.join(words)!r:.80} is no NAME = EXPRESSION")
+    if not (equals and name.strip() and expression.strip()):
+        raise InvalidMaskValue(
+            f"{' '.join(words)!r:.80} is not NAME = EXPRESSION; for example: masquerade masks compose "
+            '"quiet = formal | introvert"'
+        )
     revision = compose_persona(registry, name.strip(), expression.strip(), parse_expected(expect), force)
     return identify(revision), f"{revision.name}: generation {revision.number}, {revision.digest}"
 

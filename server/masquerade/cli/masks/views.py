@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from maskstore import Mask, Registry, SignatureError, diff, plot, read_mask, signing
+from maskstore import Mask, MaskError, Registry, SignatureError, diff, plot, read_mask, signing
+from maskstore import Persona as PersonaRecord
 from masquerade.cli.masks.common import CommandResult, Persona, identify, open_registry, summarise
 from masquerade.cli.options import AsJson, Model, StoreFolder, say
 from masquerade.sources import find_model
@@ -22,18 +24,36 @@ from masquerade.sources import find_model
 def list_masks(
     registry: Registry, tag: Annotated[str | None, typer.Option(help="Only personas with this tag.")] = None
 ) -> CommandResult:
-    """List the personas of a store."""
-    rows = []
-    for persona in registry.personas(tag):
-        path = registry.store.path(persona.current.digest)
-        with registry.store.reader(persona.current.digest) as mask:
-            more = {"aliases": persona.aliases, "tags": persona.tags, "pinned": persona.pinned}
-            rows.append(summarise(mask) | identify(persona.current) | more | {"bytes": path.stat().st_size})
+    """List the personas of a store; a mask whose file cannot be read is listed with the reason, `damaged`."""
+    rows = [_list_row(registry, persona) for persona in registry.personas(tag)]
     table = Table(Column("persona", no_wrap=True), "gen.", "digest", "base", "score", "bytes", "aliases", "tags")
     for row in rows:
-        cells = (row["generation"], row["digest"][:8], row["base"]["name"], row["score"], row["bytes"])
-        table.add_row(row["persona"], *map(str, cells), " ".join(row["aliases"]), " ".join(row["tags"]))
+        if row["damaged"]:
+            print(f"{row['persona']} is damaged: {row['damaged']}; `masquerade masks fsck` checks it", file=sys.stderr)
+            described = "damaged", "", ""
+        else:
+            described = row["base"]["name"], row["score"], str(row["bytes"])
+        table.add_row(
+            row["persona"],
+            str(row["generation"]),
+            row["digest"][:8],
+            *described,
+            " ".join(row["aliases"]),
+            " ".join(row["tags"]),
+        )
     return {"personas": rows}, table
+
+
+def _list_row(registry: Registry, persona: PersonaRecord) -> dict[str, Any]:
+    """A persona as JSON; `damaged` is null, or why its mask cannot be read."""
+    named = identify(persona.current) | {"aliases": persona.aliases, "tags": persona.tags, "pinned": persona.pinned}
+    digest = persona.current.digest
+    try:
+        with registry.store.reader(digest) as mask:
+            nbytes = registry.store.path(digest).stat().st_size
+            return summarise(mask) | named | {"bytes": nbytes, "damaged": None}
+    except (MaskError, OSError) as error:
+        return named | {"damaged": str(error)}
 
 
 def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
