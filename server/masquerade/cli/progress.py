@@ -84,7 +84,7 @@ class StageBars:
 
 
 class StageLines:
-    """A line when a stage ends, and in between at most one each `LINE_SECONDS`, with the time that the stage still takes.
+    """A line when a stage ends, and in between at most one each `LINE_SECONDS`, with the time that it still takes.
 
     That time is estimated from the items so far; it is left out where a stage does not know its number of items.
     """

@@ -64,7 +64,7 @@ async def respond(
         partial(
             Request,
             prompt=prompt,
-            max_tokens=request.max_new_tokens() or _default_max_tokens(base.context, len(prompt)),
+            max_tokens=request.max_new_tokens() or _default_max_tokens(base.context, len(prompt), request.min_tokens),
             applied=resolved.applied,
             phase=resolved.phase,
             sampling=request.sampling(choice),
@@ -244,11 +244,11 @@ async def _stream(outputs: OutputCollector, answer: Answer, wants_usage: bool) -
         outputs.cancel()
 
 
-def _default_max_tokens(context: int, prompt: int) -> int:
-    """What a prompt leaves of the context, and at most `DEFAULT_MAX_TOKENS`. Raises `ContextTooLong` if that is none.
+def _default_max_tokens(context: int, prompt: int, min_tokens: int | None) -> int:
+    """`DEFAULT_MAX_TOKENS`, or the minimum if that is more, within what a prompt leaves of the context.
 
     A small model may repeat itself forever. Without the limit, its answer would take the whole context, which is longer
-    than the time limit of answers allows.
+    than the time limit of answers allows. Raises `ContextTooLong` if the prompt leaves nothing.
     """
     if prompt >= context:
         raise ContextTooLong(
@@ -257,4 +257,4 @@ def _default_max_tokens(context: int, prompt: int) -> int:
             param="messages",
             tokens=prompt,
         )
-    return min(context - prompt, DEFAULT_MAX_TOKENS)
+    return min(context - prompt, max(DEFAULT_MAX_TOKENS, min_tokens or 0))

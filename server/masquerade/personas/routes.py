@@ -63,6 +63,7 @@ def read_precondition(
 
 
 Precondition = Annotated[str | Anything | None, Depends(read_precondition)]
+_TO_PREVIOUS = Rollback()
 
 
 @router.get("")
@@ -138,11 +139,11 @@ def rename(name: str, request: Renaming, serving: Served, expected: Precondition
 
 @router.post("/{name}/rollback", response_model=PersonaDetails)
 def roll_back(
-    name: str, serving: Served, expected: Precondition, caller: Managing, request: Rollback | None = None
+    name: str, serving: Served, expected: Precondition, caller: Managing, request: Rollback = _TO_PREVIOUS
 ) -> Response:
     """Make an older revision current again; without a body, the one before the current."""
     name = caller.check_managed(name, serving.registry.aliases(), "name")
-    return _show(serving, caller, serving.registry.rollback(name, request.to if request else None, expected).name)
+    return _show(serving, caller, serving.registry.rollback(name, request.to, expected).name)
 
 
 @router.put("/{name}/pin", response_model=PersonaDetails)

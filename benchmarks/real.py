@@ -1,0 +1,155 @@
+"""A real model: loading, tokens per CPU-second with and without personas, and the statistics of a build.
+
+`python -m benchmarks.real --json [--quick]`. The model is `smollm2` (SmolLM2-135M-Instruct in bf16, fetched once). All
+times are CPU time of the whole process, on one thread. `generate` of transformers runs on a second copy of the model
+whose Linears are torch's; it gets all prompts of a case as one static, left-padded batch. Runs are interleaved; rates
+are medians, ratios are medians of the ratios of each round. Answers are greedy and have no end token, so that the work
+is equal. Masks are random, of the size of masks that are built for this model: 55 000 weights of o_proj and down_proj.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from benchmarks._report import Figure, arguments, report
+from benchmarks.engine import PROMPTS_FIRST, make_prompts, run_engine, run_generate
+from maskstore import BaseRef as MaskBase
+from maskstore import Mask, MaskInfo, encode
+from masquerade import demo
+from masquerade.errors import UnusableModel
+from masquerade.evaluate.dataset import read_examples
+from masquerade.model import AppliedMask, Base, MaskManager, find_targets, load
+from masquerade.pruning import Builder, PersonaExamples, Recipe
+
+MODEL = "smollm2"
+PRUNED = 55_000
+GAMMA = 0.5
+REQUESTS = (1, 4, 16)
+PERSONAS = (0, 1, 8)
+LOADING = f"""
+import json, re, time
+from pathlib import Path
+import torch
+from masquerade.model import load
+
+def resident(key):
+    return 1024 * int(re.search(rf"{{key}}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+torch.set_num_threads(1)
+load("demo", device="cpu")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before, started = resident("VmRSS"), time.process_time()
+base = load({MODEL!r}, device="cpu")
+seconds, taken = time.process_time() - started, resident("VmHWM") - before
+tensors = [tensor.nbytes for tensor in base.model.parameters()]
+print(json.dumps([seconds, taken, sum(tensors), max(tensors)]))
+"""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of a run."""
+
+    rounds: int
+    new: int  # tokens of an answer
+    pairs: int  # examples a side of a build
+
+
+FULL = Scale(5, 64, 64)
+QUICK = Scale(2, 24, 16)
+
+
+def main() -> None:
+    options = arguments(__doc__, "fewer rounds, tokens and pairs; within three CPU minutes").parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    scale = QUICK if options.quick else FULL
+    try:
+        figures = [*measure_loading(), *measure_throughput(scale), *measure_build(scale)]
+    except UnusableModel as error:
+        sys.exit(f"{error}")
+    report("real", figures, options.json)
+
+
+def measure_loading() -> Iterator[Figure]:
+    """In a process of its own, after a small model was loaded."""
+    load(MODEL, device="cpu")  # fetched before the process that is measured
+    done = subprocess.run([sys.executable, "-c", LOADING], check=True, capture_output=True, text=True)
+    seconds, taken, model, tensor = json.loads(done.stdout)
+    yield Figure("identify and load", seconds, "CPU-s")
+    yield Figure("the model in bf16", model / 2**20, "MiB")
+    yield Figure("peak memory of loading it", taken / 2**20, "MiB")
+    yield Figure("peak memory / (model + its largest tensor)", taken / (model + tensor), "x", "<= 1")
+
+
+def measure_throughput(scale: Scale) -> Iterator[Figure]:
+    """1, 4 and 16 concurrent requests on the base, with one persona and with eight."""
+    peer, base = load(MODEL, device="cpu"), load(MODEL, device="cpu")
+    manager = MaskManager.attach(base.model)
+    masks = [AppliedMask(manager.fit(make_mask(base, seed)), GAMMA) for seed in range(max(PERSONAS))]
+    for count in REQUESTS:
+        prompts = make_prompts(count, (40, 80))
+        cases: dict[str, Callable[[], float]] = {"generate": partial(run_generate, peer, prompts, scale.new)}
+        for personas in PERSONAS:
+            if personas <= count:
+                applied: list[AppliedMask | None] = [*masks[:personas]] or [None]
+                name = f"{personas} personas"
+                cases[name] = partial(run_engine, base, prompts, applied, scale.new, PROMPTS_FIRST)
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(scale.rounds):
+            for name, run in cases.items():
+                seconds[name].append(run())
+        for name, spent in seconds.items():
+            rate = count * scale.new / float(np.median(spent))
+            yield Figure(f"{name}, {count} requests", rate, "tokens/CPU-s")
+        for name in list(cases)[1:]:
+            ratio = float(np.median(np.array(seconds["generate"]) / np.array(seconds[name])))
+            yield Figure(f"{name} / generate, {count} requests", ratio, "x")
+    manager.detach()
+
+
+def make_mask(base: Base, seed: int) -> Mask:
+    rng = np.random.default_rng(seed)
+    shapes = {
+        name: tuple(linear.weight.shape)
+        for name, linear in find_targets(base.model).items()
+        if name.endswith((".o_proj", ".down_proj"))
+    }
+    share = PRUNED / sum(rows * columns for rows, columns in shapes.values())
+    targets = {name: encode(rng.random(shape) < share) for name, shape in shapes.items()}
+    return Mask(MaskBase(base.fingerprint, base.name), targets, MaskInfo(persona="p", score="random"))
+
+
+def measure_build(scale: Scale) -> Iterator[Figure]:
+    """The stages of a build with a given score and share, from the demo's formal and casual answers."""
+    base = load(MODEL, device="cpu")
+    own, other = (read_examples(demo.DATA / f"{name}.train.jsonl")[: scale.pairs] for name in ("formal", "casual"))
+    recipe = Recipe(score="attribution-fisher", rho=0.0001, phase="all", force=True)
+    sides = PersonaExamples("formal", own), PersonaExamples("casual", other)
+    work = Builder(base, MaskManager.attach(base.model), recipe, *sides, ()).run()
+    spent: dict[str, float] = defaultdict(float)
+    started = time.process_time()
+    for step in work:
+        now = time.process_time()
+        spent[step.stage] += now - started
+        started = now
+    for stage, seconds in spent.items():
+        if seconds >= 0.1:
+            yield Figure(f"{stage}, a build of {scale.pairs} pairs", seconds, "CPU-s")
+    yield Figure(f"a build of {scale.pairs} pairs, all stages", sum(spent.values()), "CPU-s")
+
+
+if __name__ == "__main__":
+    main()
