@@ -181,6 +181,8 @@ def test_a_persona_answers_beside_the_base(sdk: OpenAI, persona: str, server: Se
     base, masked = (chat(sdk, GARDENS, model=model, max_tokens=40) for model in ("smollm2", persona))
     assert base.choices[0].message.content != masked.choices[0].message.content
     assert (masked.model_extra["persona"], masked.model_extra["gamma"]) == ("pirate", 0.5)
+    # in bfloat16, a prompt from the cache is rounded differently: compared are two answers whose prompts are cached
+    base = chat(sdk, GARDENS, max_tokens=40)
     as_base = chat(sdk, GARDENS, model=persona, max_tokens=40, extra_body={"gamma": 1})
     assert as_base.choices[0].message.content == base.choices[0].message.content
     system = [{"role": "system", "content": "Answer in French."}, *GARDENS]
