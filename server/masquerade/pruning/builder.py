@@ -19,7 +19,7 @@ from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 from masquerade.pruning import certificate
-from masquerade.pruning.candidates import CandidateMasks, ScorePlan
+from masquerade.pruning.candidates import CandidateMasks
 from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
 from masquerade.pruning.data import BuildData, PersonaExamples, gather
 from masquerade.pruning.layerwise import layer_number
@@ -40,7 +40,6 @@ TRACED = 64  # most pairs, and neutral texts, whose statistics a search starts f
 class _ChosenMask:
     """A side's mask, as it was chosen on the tune split."""
 
-    plan: ScorePlan
     targets: Mapping[str, Target]
     rho: float
     gamma: float
@@ -76,10 +75,9 @@ class Builder:
         self._mask_base = MaskBase(base.fingerprint, base.name)
         self._personas = {1: own} if contrast is None else {1: own, -1: contrast}
         self._built = [side for side, persona in self._personas.items() if persona.persona]
-        self._plans = recipe.plans(contrast is not None)
-        self._scores = [SCORES[plan.score] for plan in self._plans]
-        self._searches = any(score.searched for score in self._scores)
-        if contrast is None and any(score.contrastive for score in self._scores):
+        self._plan = recipe.plan(contrast is not None)
+        self._score = SCORES[self._plan.score]
+        if contrast is None and self._score.contrastive:
             raise BuildFailed(f"the score {recipe.score!r} compares two personas; give the opposite's examples too")
         for side in self._built:
             check_name(self._personas[side].persona)
@@ -108,16 +106,14 @@ class Builder:
                 yield step
 
     def _run(self) -> Work[list[Mask]]:
-        targets = {
-            name: linear for plan in self._plans for name, linear in find_targets(self._base.model, plan.scope).items()
-        }
+        targets = find_targets(self._base.model, self._plan.scope)
         calibrates = bool(self._needs("neutral"))
-        chooses = self._searches or sum(len(plan.rhos) for plan in self._plans) > 1
+        chooses = self._score.searched or len(self._plan.rhos) > 1
         try:
             weights = len(list(self._base.model.parameters()))
             yield from track("check", _check(self._base.model), weights, model=False, model_after=False)
             data = yield from gather(self._base, self._recipe, self._personas, self._neutral, calibrates, chooses)
-            choose = self._search if self._searches else self._compare
+            choose = self._search if self._score.searched else self._compare
             chosen = yield from choose(targets, data)
             masks = yield from self._certify(data, chosen)
         except MasqueradeError:  # there is nothing to resume; an interrupted build keeps its scratch
@@ -132,20 +128,20 @@ class Builder:
     @property
     def _sides(self) -> tuple[int, ...]:
         """The sides that candidates are found for: the opposite's too if possible, as flips need both masks."""
-        opposed = -1 in self._personas and (-1 in self._built or all(score.contrastive for score in self._scores))
+        opposed = -1 in self._personas and (-1 in self._built or self._score.contrastive)
         return (1, -1) if opposed else (1,)
 
     def _needs(self, role: Role) -> frozenset[Statistic]:
         """The statistics that are needed of a role's text."""
-        needs: frozenset[Statistic] = frozenset().union(*(score.needs for score in self._scores))
+        needs = self._score.needs
         if role == "neutral":
             return needs & {"squared_gradient"}
-        compared = role == "own" or -1 in self._built or any(score.contrastive for score in self._scores)
+        compared = role == "own" or -1 in self._built or self._score.contrastive
         return needs if compared else frozenset()
 
     def _search(self, targets: Mapping[str, nn.Linear], data: BuildData) -> Work[dict[int, _ChosenMask]]:
         """Search for the mask of each side that is built, and choose its gamma."""
-        settings, (plan,) = self._recipe.search_settings, self._plans
+        settings = self._recipe.search_settings
         search = MaskSearch(self._base, targets, self._built, settings, self._scratch)
 
         def add(stage: str, _: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
@@ -157,25 +153,27 @@ class Builder:
         yield from track("prepare", search.prepare(data.calibration_pairs(), data.neutral.calibration))
         eval_set = data.evaluation_set(self._base, "tune", JUDGED)
         phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
-        chosen = {}
-        for number, side in enumerate(self._built):
-            tuner = StrengthTuner(eval_set, partial(self._draft, phase), side, self._recipe.limits, settings.rho)
+        tuners = {
+            side: StrengthTuner(eval_set, partial(self._draft, phase), side, self._recipe.limits, settings.rho)
+            for side in self._built
+        }
+        found = {}
+        for number, (side, tuner) in enumerate(tuners.items()):
             run = search.run(side, partial(tuner.judge, gamma=settings.gamma))
-            found = yield from count("search", run, number * search.items, len(self._built) * search.items)
-            choice = (
-                GammaChoice(self._recipe.gamma, "given", ())
-                if self._recipe.gamma is not None
-                else (yield from track("tune", tuner.choose_gamma(found, settings.gamma)))
-            )
-            why = "given" if self._recipe.phase != "auto" else "the mask is searched for in phase decode"
-            chosen[side] = _ChosenMask(
-                plan, found, settings.rho, choice.gamma, phase, choice.reason, why, choice.trials
-            )
-        return chosen
+            found[side] = yield from count("search", run, number * search.items, len(tuners) * search.items)
+        yield Progress("search", len(tuners) * search.items, len(tuners) * search.items)
+        choices = {side: GammaChoice(self._recipe.gamma or 0.0, "given", ()) for side in tuners}
+        if self._recipe.gamma is None:
+            choices = yield from track("tune", _choose_gammas(tuners, found, settings.gamma))
+        why = "given" if self._recipe.phase != "auto" else "the mask is searched for in phase decode"
+        return {
+            side: _ChosenMask(found[side], settings.rho, one.gamma, phase, one.reason, why, one.trials)
+            for side, one in choices.items()
+        }
 
     def _compare(self, targets: Mapping[str, nn.Linear], data: BuildData) -> Work[dict[int, _ChosenMask]]:
-        """Rank the weights by each score, and choose one score and rho for all sides."""
-        candidates = CandidateMasks(self._plans, self._sides, self._recipe.score_settings, self._scratch)
+        """Rank the weights by the score, and choose one rho for all sides."""
+        candidates = CandidateMasks(self._plan, self._sides, self._recipe.score_settings, self._scratch)
 
         def score(stage: str, layer: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
             linears = {name: targets[name] for name in statistics}
@@ -189,14 +187,12 @@ class Builder:
             return self._draft(phase, found, gamma)
 
         tuner = Tuner(eval_set, candidates, draft, self._built, self._recipe.limits, -1 in self._sides)
-        choice = yield from track("tune", tuner.choose(self._plans))
+        choice = yield from track("tune", tuner.choose(self._plan))
         phase, why = self._recipe.phase, "given"
         if phase == "auto":
             phase, why = yield from track("phase", tuner.choose_phase(choice))
-        plan = next(plan for plan in self._plans if plan.score == choice.score)
         return {
             side: _ChosenMask(
-                plan,
                 candidates.targets((choice.score, side, choice.rho)),
                 choice.rho,
                 gamma,
@@ -222,7 +218,7 @@ class Builder:
         passes: list[tuple[str, Callable[[LayerCallback], Iterator[int]], int]] = [
             ("forward", collector.forward, collector.forward_items)
         ]
-        if any(score.backward for score in self._scores):
+        if self._score.backward:
             passes.append(("backward", collector.backward, collector.backward_items))
         collected = 0
         for stage, run_pass, total in passes:
@@ -282,7 +278,7 @@ class Builder:
         found |= certificate.conclude(found, self._recipe.limits)
         if found["reasons"] and not self._recipe.force:
             raise MaskRefused(
-                f"the mask of {self._personas[side].persona!r} ({mask.plan.score}, rho {mask.rho:g}) is refused: "
+                f"the mask of {self._personas[side].persona!r} ({self._plan.score}, rho {mask.rho:g}) is refused: "
                 f"{'; '.join(found['reasons'])}; give more or clearer examples, another score or rho, or force it"
             )
         found["forced"] = bool(found["reasons"])
@@ -310,7 +306,7 @@ class Builder:
         calibration = {
             key: data.describe_calibration(key) | dict(persona.origin) for key, persona in self._personas.items()
         }
-        opposite, plan = self._personas.get(-side), mask.plan
+        opposite, plan = self._personas.get(-side), self._plan
         chosen = {"score": plan.score, "rho": mask.rho, "group": plan.group, "scope": plan.scope, "gamma": mask.gamma}
         return MaskInfo(
             persona=self._personas[side].persona,
@@ -330,6 +326,16 @@ def _check(model: nn.Module) -> Generator[None, None, None]:
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise BuildFailed(f"{name} of the base has NaN or infinite weights; no mask can mend that")
         yield
+
+
+def _choose_gammas(
+    tuners: Mapping[int, StrengthTuner], targets: Mapping[int, Mapping[str, Target]], start: float
+) -> Generator[None, None, dict[int, GammaChoice]]:
+    """The gamma of each side."""
+    choices = {}
+    for side, tuner in tuners.items():
+        choices[side] = yield from tuner.choose_gamma(targets[side], start)
+    return choices
 
 
 def _short(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The candidate masks of every score, side and rho, found while a layer's statistics are in memory.
+"""The candidate masks of every side and rho, found while a layer's statistics are in memory.
 
 Scores are too large to keep for all layers; the weights that are pruned at a few values of rho are not.
 """
@@ -31,7 +31,6 @@ class ScorePlan:
     group: str
     scope: str
     rhos: tuple[float, ...]  # ascending
-    fallback_rhos: tuple[float, ...] = ()  # smaller ones, descending
 
 
 CandidateKey = tuple[str, int, float]  # score, side, rho
@@ -40,16 +39,14 @@ CandidateKey = tuple[str, int, float]  # score, side, rho
 class CandidateMasks:
     """Targets by candidate. Every layer's part is kept in `scratch`, where a resumed build finds it."""
 
-    def __init__(
-        self, plans: tuple[ScorePlan, ...], sides: tuple[int, ...], settings: ScoreSettings, scratch: Scratch
-    ) -> None:
-        self._plans, self._sides, self._settings, self._scratch = plans, sides, settings, scratch
+    def __init__(self, plan: ScorePlan, sides: tuple[int, ...], settings: ScoreSettings, scratch: Scratch) -> None:
+        self._plan, self._sides, self._settings, self._scratch = plan, sides, settings, scratch
         self._targets: dict[CandidateKey, dict[str, Target]] = defaultdict(dict)
 
     def score_layer(
         self, key: str, backward: bool, linears: Mapping[str, nn.Linear], statistics: Mapping[str, LinearStatistics]
     ) -> Iterator[int]:
-        """Score a layer's Linears with all scores that need a backward pass, or with all others.
+        """Score a layer's Linears if the score needs a backward pass or not, as `backward` says.
 
         A work item is one ranking of a Linear, or the selection at one rho. It yields the number of Linears that it
         completes.
@@ -85,16 +82,15 @@ class CandidateMasks:
         self, name: str, linear: nn.Linear, backward: bool, statistics: LinearStatistics
     ) -> Iterator[tuple[CandidateKey, Target] | None]:
         """The pruned weights of each candidate; None after a ranking."""
-        for plan in self._plans:
-            score = SCORES[plan.score]
-            if score.backward != backward or not SCOPES[plan.scope](name):
-                continue
-            for side in self._sides:
-                orders = self._rank(plan, linear, statistics, side)
-                yield None
-                for rho in (*plan.fallback_rhos, *plan.rhos):
-                    pruned = prune(orders(rho), torch.Size((linear.out_features, linear.in_features)), rho)
-                    yield (plan.score, side, rho), encode_target(pruned.cpu().numpy())
+        plan, score = self._plan, SCORES[self._plan.score]
+        if score.backward != backward or not SCOPES[plan.scope](name):
+            return
+        for side in self._sides:
+            orders = self._rank(plan, linear, statistics, side)
+            yield None
+            for rho in plan.rhos:
+                pruned = prune(orders(rho), torch.Size((linear.out_features, linear.in_features)), rho)
+                yield (plan.score, side, rho), encode_target(pruned.cpu().numpy())
 
     def _rank(
         self, plan: ScorePlan, linear: nn.Linear, statistics: LinearStatistics, side: int

@@ -9,6 +9,7 @@ from typing import Any
 from masquerade.evaluate import splits
 from masquerade.evaluate.dataset import Encoded, Example, PromptTooLong, encode_fitting
 from masquerade.evaluate.evaluation_set import EvaluationSet
+from masquerade.evaluate.facts import Part
 from masquerade.model import Base
 from masquerade.pruning import certificate, neutral
 from masquerade.pruning.progress import Progress, Work, track
@@ -127,12 +128,11 @@ def _gather_neutral(
         fit = splits.count_within(given, parts * recipe.judged_tokens)
         return splits.divide_neutral(given[: max(fit, parts)], calibrates, chooses)
     yield Progress("divide", 1, 1)
-    searched: list[Encoded] = []
-    if calibrates or chooses:
-        searched = yield from track("neutral", neutral.generate_neutral_text(base, "search"))
-    report = yield from track("neutral", neutral.generate_neutral_text(base, "report"), model_after=False)
-    tune = searched[::TUNED] if chooses else []
-    calibration = [one for number, one in enumerate(searched) if not chooses or number % TUNED] if calibrates else []
+    asked: tuple[Part, ...] = ("search", "report") if calibrates or chooses else ("report",)
+    *searched, report = yield from track("neutral", neutral.generate_neutral_texts(base, asked), model_after=False)
+    before = [one for texts in searched for one in texts]
+    tune = before[::TUNED] if chooses else []
+    calibration = [one for number, one in enumerate(before) if not chooses or number % TUNED] if calibrates else []
     return splits.Split(calibration, tune, report[: max(1, splits.count_within(report, recipe.judged_tokens))])
 
 

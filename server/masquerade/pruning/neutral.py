@@ -18,6 +18,15 @@ FEWEST = 12  # answers that are kept in any case
 FLUENT = 1 / 3  # share of facts; a base that knows as many also answers everyday requests
 
 
+def generate_neutral_texts(base: Base, parts: Sequence[Part]) -> Items[list[list[Encoded]]]:
+    """The neutral text of each part."""
+    found: list[list[Encoded]] = []
+    for part in parts:
+        texts = yield from generate_neutral_text(base, part)
+        found.append(texts)
+    return found
+
+
 def generate_neutral_text(base: Base, part: Part) -> Items[list[Encoded]]:
     """The base's greedy answers to facts that it knows, and to everyday requests if it knows the share `FLUENT` of all.
 

@@ -87,16 +87,10 @@ class Recipe:
         divergence = DIVERGENCE * math.log(self.limits.neutral)
         return SearchSettings(rho=rho, divergence=divergence, seed=self.seed)
 
-    def plans(self, contrast: bool) -> tuple[ScorePlan, ...]:
-        """The scores to try. Without a contrast, `auto` is `wanda`, as `refined` needs one."""
+    def plan(self, contrast: bool) -> ScorePlan:
+        """The score to use. Without a contrast, `auto` is `wanda`, as `refined` needs one."""
         automatic = "refined" if contrast else "wanda"
-        names = (automatic if self.score == AUTOMATIC else self.score,)
-        return tuple(
-            ScorePlan(
-                name,
-                self.group or SCORES[name].group,
-                self.scope or SCORES[name].scope,
-                *((SCORES[name].rhos, SCORES[name].fallback_rhos) if self.rho == AUTOMATIC else ((float(self.rho),),)),
-            )
-            for name in names
-        )
+        name = automatic if self.score == AUTOMATIC else self.score
+        score = SCORES[name]
+        rhos = score.rhos if self.rho == AUTOMATIC else (float(self.rho),)
+        return ScorePlan(name, self.group or score.group, self.scope or score.scope, rhos)

@@ -136,7 +136,6 @@ class Score:
     group: str  # of `GROUPS`
     scope: str  # of `SCOPES`: which Linears
     rhos: tuple[float, ...]  # values to try for `auto`, ascending
-    fallback_rhos: tuple[float, ...] = ()  # smaller ones, descending, tried if none of `rhos` is within the budgets
     tie: Function | None = None  # orders weights of equal score; then their index does
     assumes_rho: bool = False  # whether the scores depend on rho
     allocates: bool = False  # whether the opposite's order is this one reversed
@@ -150,8 +149,7 @@ class Score:
 
 _DENSE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _CONTRAST = (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
-_SPARSE = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03)
-_SPARSER = (0.0003, 0.0001)
+_SPARSE = (0.00003, 0.0001, 0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03)
 _SEARCHED = (0.0008,)
 _CHANNELS: frozenset[Statistic] = frozenset({"channels"})
 
@@ -159,8 +157,8 @@ _GRADIENTS: frozenset[Statistic] = frozenset({"gradient", "squared_gradient"})
 
 SCORES: Mapping[str, Score] = {
     "refined": Score(attribution_fisher, _GRADIENTS, True, "layer", "all", _SEARCHED, searched=True),
-    "attribution-fisher": Score(attribution_fisher, _GRADIENTS, True, "layer", "outputs", _SPARSE, _SPARSER),
-    "attribution": Score(attribution, frozenset({"gradient"}), True, "layer", "all", _SPARSE, _SPARSER),
+    "attribution-fisher": Score(attribution_fisher, _GRADIENTS, True, "layer", "outputs", _SPARSE),
+    "attribution": Score(attribution, frozenset({"gradient"}), True, "layer", "all", _SPARSE),
     "signed": Score(signed, _CHANNELS, True, "layer", "outputs", _CONTRAST),
     "contrastive-wanda": Score(contrastive_wanda, _CHANNELS, True, "row", "all", _CONTRAST, tie=wanda),
     "contrastive-sparse": Score(contrastive_sparse, _CHANNELS, True, "row", "all", _CONTRAST, allocates=True),

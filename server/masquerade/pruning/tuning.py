@@ -1,4 +1,4 @@
-"""Chooses the score, rho and the default phase on the tune split.
+"""Chooses rho and the default phase on the tune split.
 
 The rule: of the values of rho within the budgets, the one with the largest shift, which mostly is the largest; none
 beyond the first with enough effect.
@@ -16,12 +16,9 @@ from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.pruning.candidates import CandidateMasks, ScorePlan
 
-PATIENCE = 2  # values of rho beyond the budgets in a row, after which larger ones are not tried
-EQUAL = 0.005  # resolution at which neutral costs are compared
 KEPT = 0.97  # share of the effect that phase `decode` must keep to be the default
 
 Draft = Callable[[Mapping[str, Target], Phase], Treatment]
-Items = Generator[None, None, None]
 
 
 @dataclass(frozen=True)
@@ -98,23 +95,19 @@ class Tuner:
         self._measured = (1, -1) if opposed else (1,)
         self._likelihoods: dict[tuple[str, float, Phase], dict[int, SetLikelihoods]] = {}
 
-    def choose(self, plans: Sequence[ScorePlan]) -> Generator[None, None, TuningChoice]:
-        """The best score and rho. Raises `BuildFailed` if no candidate is within the budgets."""
-        if len(plans) == 1 and len(plans[0].rhos) == 1:
-            return TuningChoice(plans[0].score, plans[0].rhos[0], "given")
-        trials: list[TuningTrial] = []
-        winners: list[TuningTrial] = []
-        for plan in plans:
-            tried: list[TuningTrial] = []
-            yield from self._search(plan, tried)
-            trials += tried
-            winners += sorted((one for one in tried if one.within(self._limits)), key=_effect)[-1:]
-        if not winners and self._limits.forced:
-            winners = [min(trials, key=lambda trial: trial.rho)]
-        if not winners:
+    def choose(self, plan: ScorePlan) -> Generator[None, None, TuningChoice]:
+        """The best rho. Raises `BuildFailed` if none is within the budgets."""
+        if len(plan.rhos) == 1:
+            return TuningChoice(plan.score, plan.rhos[0], "given")
+        trials = yield from self._try(plan)
+        kept = [trial for trial in trials if trial.within(self._limits)]
+        if not kept and not self._limits.forced:
             raise BuildFailed(self._explain(trials))
-        best, reason = _prefer(winners, self._limits)
-        return TuningChoice(best.score, best.rho, reason, trials)
+        best = max(kept, key=_effect) if kept else trials[0]
+        why = "largest shift" if best.shift is not None else "largest rho"
+        if best.enough(self._limits):
+            why = f"reaches {best.flip:.3f} flips"
+        return TuningChoice(best.score, best.rho, f"{why} within the budgets: {best}", trials)
 
     def choose_phase(self, choice: TuningChoice) -> Generator[None, None, tuple[Phase, str]]:
         """The default phase, and why: `decode` if it keeps `KEPT` of the effect that phase `all` has."""
@@ -133,21 +126,18 @@ class Tuner:
         keeps = part >= KEPT * whole
         return "decode" if keeps else "all", f"decode reaches {part:.3f} {unit}, all {whole:.3f}"
 
-    def _search(self, plan: ScorePlan, tried: list[TuningTrial]) -> Items:
+    def _try(self, plan: ScorePlan) -> Generator[None, None, list[TuningTrial]]:
+        """Trials in ascending order of rho, and of cost, to the first beyond the budgets or with enough effect."""
         base = yield from self._eval_set.measure_base()
-        beyond = 0
+        tried: list[TuningTrial] = []
         for rho in plan.rhos:
-            masked = yield from self._measure(plan.score, rho, "all")
-            trial = self._make_trial(plan.score, rho, base, masked)
-            tried.append(trial)
-            beyond = 0 if trial.within(self._limits) else beyond + 1
-            if beyond == PATIENCE or (not beyond and trial.enough(self._limits)):
-                break
-        for rho in plan.fallback_rhos:
-            if any(trial.within(self._limits) for trial in tried):
-                return
+            if not any(target.pruned for target in self._candidates.targets((plan.score, 1, rho)).values()):
+                continue  # the Linears are too small for this share
             masked = yield from self._measure(plan.score, rho, "all")
             tried.append(self._make_trial(plan.score, rho, base, masked))
+            if not tried[-1].within(self._limits) or tried[-1].enough(self._limits):
+                break
+        return tried
 
     def _measure(self, score: str, rho: float, phase: Phase) -> Generator[None, None, dict[int, SetLikelihoods]]:
         """The likelihoods under a candidate's masks, by side; measured once."""
@@ -181,22 +171,6 @@ class Tuner:
             f"no rho keeps perplexity within {self._limits.own} (own) and {self._limits.neutral} (neutral): "
             f"{', '.join(map(str, trials))}; give more examples, a smaller rho by hand, or larger budgets"
         )
-
-
-def _prefer(winners: Sequence[TuningTrial], limits: Budgets) -> tuple[TuningTrial, str]:
-    """The cheapest trial with enough effect, at equal cost the one with more effect; else the one with most effect.
-
-    All of them are within the budgets, so effects are compared at equal neutral cost.
-    """
-    enough = [trial for trial in winners if trial.enough(limits)]
-    if enough:
-        best = min(enough, key=lambda trial: (round(trial.cost / EQUAL), -(trial.shift or 0.0)))
-        why = f"reaches {best.flip:.3f} flips at the lowest neutral cost"
-    else:
-        best = max(winners, key=_effect)
-        why = "largest shift within the budgets" if best.shift is not None else "largest rho within the budgets"
-    rivals = [trial for trial in winners if trial is not best]
-    return best, f"{why}: {best}" + (f"; against {', '.join(map(str, rivals))}" if rivals else "")
 
 
 def _effect(trial: TuningTrial) -> tuple[float, float]:

@@ -127,10 +127,10 @@ def _check_without_contrast(spec: Mapping[str, Any]) -> None:
                 f"{param} needs a contrast_file, or a training file whose lines have both sides",
                 param=f"method.mask.{param}",
             )
-    scores = [plan.score for plan in _recipe(spec).plans(contrast=False)]
-    if any(SCORES[score].contrastive for score in scores):
+    score = _recipe(spec).plan(contrast=False).score
+    if SCORES[score].contrastive:
         raise InvalidValue(
-            f"the score {scores[0]!r} compares two personas; give contrast_file too", param="method.mask.score"
+            f"the score {score!r} compares two personas; give contrast_file too", param="method.mask.score"
         )
 
 
