@@ -127,7 +127,7 @@ class Bench:
         self, name: str, train: Mapping[int, list[Example]], sides: Mapping[int, list[Encoded]], side: int
     ) -> TreatmentFactory:
         both = [list(zip(train[at], sides[at], strict=True)) for at in (side, -side)]
-        inputs = ControlInput(self._base, self._manager, as_mask(self._base, {}), both[0], both[1], {})
+        inputs = ControlInput(self._base, self._manager, as_mask(self._base, {}), both[0], both[1])
         return BASELINES[name].make(inputs)
 
     def _tune(self, eval_set: EvaluationSet, made: Mapping[int, TreatmentFactory], strengths: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ from masquerade.evaluate.dataset import Encoded, Example, encode, read_examples
 from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.generation import GenerationParams, generate
 from masquerade.evaluate.metrics import finish
-from masquerade.evaluate.report import EvaluationData, EvaluationOptions, evaluate_mask
+from masquerade.evaluate.report import EvaluationData, EvaluationOptions, EvaluationSizes, evaluate_mask
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, MaskManager, load
 from masquerade.pruning.candidates import CandidateMasks, ScorePlan
@@ -58,6 +58,7 @@ SYSTEMS = {  # the demo model's training chats have these where a persona is nam
     "gloomy": "You are gloomy.",
     "cheerful": "You are cheerful.",
 }
+SIZES = EvaluationSizes(facts=0, everyday=0, chats=0)
 DRAWS = 5000  # questions drawn for the second split; an axis has only so many that are held out and in no file
 
 
@@ -127,15 +128,18 @@ class Bench:
             data = EvaluationData(
                 masks[0], masks[1], own, contrast, self._facts, train[0][:128], train[1][:128], systems
             )
-            rows = evaluate_mask(
-                self._base, self._manager, data, EvaluationOptions(controls, generation=GenerationParams(tokens=44))
-            )
+            options = EvaluationOptions(controls, generation=GenerationParams(tokens=44), sizes=SIZES)
+            rows = evaluate_mask(self._base, self._manager, data, options)["figures"]
             print(f"{axis.name}: controls after {time.process_time():.0f} CPU-s", file=sys.stderr, flush=True)
             for name, row in rows.items():
-                found.setdefault(name, []).append(dict(row))
+                if name != "opposite":
+                    found.setdefault(name, []).append(dict(row))
         for name, rows in found.items():
-            for key, unit in (("flip", "share"), ("hit", "share"), ("own_ratio", "x"), ("neutral_ratio", "x")):
+            for key, unit in (("flip", "share"), ("own_ratio", "x"), ("neutral_ratio", "x")):
                 yield Figure(f"baseline {name}: {key}", _mean(row[key] for row in rows), unit)
+            answers = [row.get("answers") or row["at_equal_cost"].get("answers", {}) for row in rows]
+            if all("hit" in one for one in answers):  # at equal neutral cost, where a control has a strength
+                yield Figure(f"baseline {name}: hit", _mean(one["hit"] for one in answers), "share")
             for key, unit in (("prompt_tokens", "tokens"), ("bytes", "bytes"), ("seconds", "s")):
                 yield Figure(f"baseline {name}: {key}", _mean(row["cost"][key] for row in rows), unit)
 

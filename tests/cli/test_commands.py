@@ -66,18 +66,34 @@ def test_building_again_makes_a_generation_only_of_what_is_new(tiny_folder: Path
     assert (changed["digest"] != same["digest"], changed["generation"]) == (True, 2)
 
 
+def test_a_quick_eval_prints_answers_and_says_what_is_going_on(tiny_folder: Path, shop: Any) -> None:
+    folder, own, contrast, _ = shop
+    done = masquerade(
+        *("eval", "--model", tiny_folder, "--store", folder / "store", "--persona", "vowels", "--quick"),
+        *("--data", own, "--contrast", contrast, "--baselines", "bias", "--gammas", "0.25,1", "--masks", "vowels"),
+        *("--system-prompt", "Be vowels."),
+    )
+    assert done.status == 0, done.stderr
+    for words in ("judge: AUC ", "facts kept", "hits by turn of a chat, mask: ", "gamma 0.25: margin_shift ", "prompt"):
+        assert words in done.stdout
+    for stage in ("base: neutral text", "mask: answers", "bias: strength ", "vowels: strength ", "prompt: answers"):
+        assert stage in done.stderr
+
+
 def test_eval_measures_the_mask_beside_its_controls(tiny_folder: Path, shop: Any) -> None:
     folder, own, contrast, report = shop
     store = ("--model", tiny_folder, "--store", folder / "store")
     digest = report["personas"][0]["digest"]
     found = succeed("eval", *store, "--persona", f"vowels@{digest[:8]}", "--data", own, "--contrast", contrast)
     assert found["digest"] == digest
-    assert list(found["figures"]) == ["mask", "none", "random", "bias"]
+    assert list(found["figures"]) == ["mask", "opposite", "none", "random", "bias"]
     assert found["figures"]["mask"]["margin"] > found["figures"]["none"]["margin"]
     assert "the baseline 'luck' is unknown" in fail(
         2, "eval", *store, "--persona", "vowels", "--data", own, "--contrast", contrast, "--baselines", "luck"
     )
     short = write_answers(folder / "short.jsonl", "xyz", count=7)
+    common = ("eval", *store, "--persona", "vowels", "--data", own, "--contrast", contrast)
+    assert "--gammas is '0,half'" in fail(2, *common, "--gammas", "0,half")
     assert "has 40 examples and" in fail(1, "eval", *store, "--persona", "vowels", "--data", own, "--contrast", short)
     assert "no persona" in fail(1, "eval", *store, "--persona", "nobody", "--data", own, "--contrast", contrast)
 

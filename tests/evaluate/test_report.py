@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -19,11 +20,11 @@ from masquerade.evaluate.baselines import BASELINES, ControlInput
 from masquerade.evaluate.bootstrap import interval, mean_interval, ratio_interval
 from masquerade.evaluate.dataset import Example, encode
 from masquerade.evaluate.generation import GenerationParams, generate
-from masquerade.evaluate.judge import Bigrams, Endpoint
+from masquerade.evaluate.judge import Endpoint, PersonaClassifier, examine, measure_auc
 from masquerade.evaluate.layers import analyse, cka, draw
-from masquerade.evaluate.lora import train_adapter
+from masquerade.evaluate.lora import AdapterData, train_adapter
 from masquerade.evaluate.metrics import divergence, likelihoods, perplexity
-from masquerade.evaluate.report import EvaluationData, EvaluationOptions, evaluate_mask
+from masquerade.evaluate.report import EvaluationData, EvaluationOptions, EvaluationSizes, evaluate_mask
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
@@ -41,8 +42,8 @@ QUIET = [Example((), f"plain {index}") for index in range(4)]
 
 def put(base: Base, manager: MaskManager, **changes: Any) -> ControlInput:
     own, contrast = (list(zip(side, encode(base, side), strict=True)) for side in (OWN[:6], CONTRAST[:6]))
-    asked = {one.prompt: example.messages for example, one in zip(OWN[6:], encode(base, OWN[6:]), strict=True)}
-    question = ControlInput(base, manager, world.make_mask(base, 0.1, 3), own, contrast, asked, "Be vowels.")
+    mask, neutral = world.make_mask(base, 0.1, 3), encode(base, QUIET)
+    question = ControlInput(base, manager, mask, own, contrast, neutral, "Be vowels.")
     return replace(question, **changes)
 
 
@@ -56,7 +57,7 @@ def test_random_pruning_prunes_as_much_elsewhere(tiny: Base, manager: MaskManage
     assert digests[0] == digests[1] != digests[2]
     mask = world.make_mask(tiny, 0.1, 3)
     assert mask.digest not in digests
-    assert applied(tiny, manager, "random").cost.nbytes == pytest.approx(mask.nbytes, rel=0.01)
+    assert applied(tiny, manager, "random").nbytes == pytest.approx(mask.nbytes, rel=0.01)
 
 
 def test_a_bias_prefers_the_words_of_its_side(tiny: Base, manager: MaskManager) -> None:
@@ -77,7 +78,9 @@ def test_a_prompt_is_a_system_message_and_its_tokens_are_counted(tiny: Base, man
         "<|bos|><|system|>Be vowels.<|end|><|user|>what about thing 6"
     )
     assert longer.response == example.response
-    assert treatment.cost.prompt_tokens == len(longer.prompt) - len(example.prompt) == 12
+    assert treatment.count_added([example]) == len(longer.prompt) - len(example.prompt) == 12
+    plain = encode(tiny, QUIET[:1])
+    assert [treatment.rewrite(one) for one in plain] == plain
     with pytest.raises(BadDataset, match="give --system-prompt"):
         applied(tiny, manager, "prompt", instruction="")
 
@@ -89,7 +92,7 @@ def test_retrieval_shows_the_nearest_examples_as_turns_and_fits(tiny: Base, mana
     shown = tiny.tokenizer.decode(treatment.rewrite(encode(tiny, OWN[7:8])[0]).prompt)
     turns = "<|user|>what about thing 1<|end|><|assistant|>aei one<|end|>"
     assert shown.endswith(turns + "<|user|>what about thing 7<|end|><|assistant|>")
-    assert treatment.cost.prompt_tokens > 0
+    assert treatment.count_added(encode(tiny, OWN[6:])) > 0
     long = [ask(index, "x" * 100) for index in range(6)]
     treatment = applied(tiny, manager, "retrieval", own=list(zip(long, encode(tiny, long), strict=True)))
     for example in encode(tiny, OWN[6:]):
@@ -110,7 +113,7 @@ def test_steering_pushes_along_the_difference_and_lets_go(tiny: Base, manager: M
     assert along > against
     assert lead(applied(tiny, manager, "steering", 0.0)) == pytest.approx(before)
     assert lead(UNTREATED) == before
-    assert applied(tiny, manager, "steering").cost.nbytes == 64 * 4
+    assert applied(tiny, manager, "steering").nbytes == 64 * 4
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-contrastive"])
@@ -128,7 +131,7 @@ def test_an_adapter_learns_its_side_and_can_be_taken_off(tiny: Base, manager: Ma
 
 def test_training_an_adapter_is_repeatable(tiny: Base, manager: MaskManager) -> None:
     own = encode(tiny, OWN[:6])
-    first, second, other = (train_adapter(tiny, own, seed=seed) for seed in (0, 0, 1))
+    first, second, other = (train_adapter(tiny, AdapterData(own), seed=seed) for seed in (0, 0, 1))
     for name, (_, b) in first.pairs.items():
         assert torch.equal(b, second.pairs[name][1])
         assert not torch.equal(b, other.pairs[name][1])
@@ -186,47 +189,102 @@ def test_divergence_is_zero_for_the_base_and_the_equation_for_a_bias(tiny: Base,
     assert found == pytest.approx(total / tokens, rel=1e-4)
 
 
+def test_neutral_text_holds_an_adapter_to_the_base(tiny: Base, manager: MaskManager) -> None:
+    """Trained beside neutral text, an adapter diverges less from the base on it than trained without."""
+    sides = ([ask(index, f"{letters} {index}") for index in range(40)] for letters in ("aei", "bcd"))
+    (own, contrast), quiet = (encode(tiny, side) for side in sides), encode(tiny, QUIET)
+    free, held = (train_adapter(tiny, AdapterData(own, contrast, texts)) for texts in ((), quiet))
+    gaps = [divergence(tiny, quiet, Treatment(around=partial(one.applied, 1.0))) for one in (free, held)]
+    assert gaps[1] < 0.9 * gaps[0]
+
+
+SMALL = EvaluationSizes(facts=3, everyday=6, chats=2)
+
+
 def test_a_report_has_the_mask_and_every_control(tiny: Base, manager: MaskManager) -> None:
     mask, opposite = world.make_mask(tiny, 0.1, seed=3), world.make_mask(tiny, 0.1, seed=4)
-    trial = EvaluationData(mask, opposite, OWN, CONTRAST, QUIET, instructions=("Be vowels.", "Be consonants."))
-    figures = evaluate_mask(
-        tiny, manager, trial, EvaluationOptions(list(BASELINES), seeds=2, generation=GenerationParams(tokens=4))
+    data = EvaluationData(
+        *(mask, opposite, OWN, CONTRAST, QUIET),
+        instructions=("Be vowels.", "Be consonants."),
+        others={"another": world.make_mask(tiny, 0.05, seed=5)},
     )
-    assert list(figures) == ["mask", *BASELINES]
+    stages: list[str] = []
+    options = EvaluationOptions(
+        *(list(BASELINES), 2, GenerationParams(tokens=4)), sizes=SMALL, gammas=[1.0, 0.5], report=stages.append
+    )
+    found = evaluate_mask(tiny, manager, data, options)
+    figures = found["figures"]
+    assert list(figures) == ["mask", "opposite", *BASELINES, "another"]
     for row in figures.values():
-        assert {"preferred", "margin", "own_ratio", "neutral_ratio", "flip", "hit", "intervals", "cost"} <= row.keys()
+        assert {"preferred", "margin", "margin_shift_median", "own_ratio", "neutral_ratio", "intervals"} <= row.keys()
     assert figures["none"]["own_ratio"] == figures["none"]["neutral_ratio"] == 1.0
     assert figures["none"]["margin_shift"] == figures["none"]["flip"] == 0.0
     assert figures["mask"]["margin_shift"] != 0.0
     half = encode(tiny, OWN[6:])
     assert figures["none"]["own_perplexity"] == pytest.approx(perplexity(likelihoods(tiny, half)), abs=1e-3)
     assert figures["mask"]["phases"]["all"]["own_ratio"] == figures["mask"]["own_ratio"]
+    assert figures["mask"]["gammas"]["1"]["own_ratio"] == 1.0
     assert figures["prompt"]["cost"]["prompt_tokens"] > figures["mask"]["cost"]["prompt_tokens"] == 0
     assert figures["lora"]["cost"]["seconds"] > 0
     assert figures["mask"]["cost"]["seconds"] is None  # nobody built it
     low, high = figures["random"]["seeds"]["own_ratio"]
     assert low < high
-    for name, baseline in BASELINES.items():
-        if baseline.strengths:
+    for name in figures:
+        if name in BASELINES and BASELINES[name].strengths:
             assert figures[name]["at_equal_cost"].get("neutral_ratio", 1.0) <= figures["mask"]["neutral_ratio"]
+    assert {stage.split(":")[0] for stage in stages} == {"base", *figures} - {"none"}
+
+
+def test_answers_are_compared_with_the_bases(tiny: Base, manager: MaskManager) -> None:
+    mask, opposite = world.make_mask(tiny, 0.2, seed=3), world.make_mask(tiny, 0.2, seed=4)
+    data = EvaluationData(mask, opposite, OWN, CONTRAST)
+    options = EvaluationOptions(["none"], generation=GenerationParams(tokens=4), sizes=SMALL)
+    found = evaluate_mask(tiny, manager, data, options)
+    assert found["judge"]["sufficient"]  # vowels and consonants are easily told apart
+    assert found["judge"]["pairs"] == 6
+    masked, opposed, base = (found["figures"][name]["answers"] for name in ("mask", "opposite", "none"))
+    assert base["differing"] == base["everyday_differing"] == 0.0
+    assert masked["differing"] > 0.5
+    for answers in (masked, opposed, base):
+        assert len(answers["drift"]) == 6
+        assert {"hit", "loops", "distinct_2", "distinct_3", "facts", "intervals"} <= answers.keys()
+    assert found["figures"]["mask"]["neutral_ratio"] > 1.0  # of the base's own answers to everyday questions
+
+
+def test_a_judge_that_cannot_tell_the_sides_apart_does_not_judge(tiny: Base, manager: MaskManager) -> None:
+    same = [ask(index, f"aei {index % 3}") for index in range(12)]
+    data = EvaluationData(world.make_mask(tiny, 0.1, seed=3), None, same, [*same[1:], same[0]])
+    crossed = [replace(one, messages=other.messages) for one, other in zip(data.contrast, same, strict=True)]
+    options = EvaluationOptions(["none"], generation=GenerationParams(tokens=2), sizes=SMALL)
+    found = evaluate_mask(tiny, manager, replace(data, contrast=crossed), options)
+    assert not found["judge"]["sufficient"]
+    assert not {"hit", "drift"} & found["figures"]["mask"]["answers"].keys()
 
 
 def test_a_report_can_learn_from_files_of_its_own(tiny: Base, manager: MaskManager) -> None:
     mask = world.make_mask(tiny, 0.1, seed=3)
-    trial = EvaluationData(mask, None, OWN[6:], CONTRAST[6:], (), OWN[:6], CONTRAST[:6])
-    whole = EvaluationData(mask, None, OWN, CONTRAST)
-    rows = [evaluate_mask(tiny, manager, one, EvaluationOptions(["bias"])) for one in (trial, whole)]
-    for row in (row for found in rows for row in found.values()):
+    data = EvaluationData(mask, None, OWN[6:], CONTRAST[6:], QUIET, OWN[:6], CONTRAST[:6])
+    whole = EvaluationData(mask, None, OWN, CONTRAST, QUIET)
+    found = [evaluate_mask(tiny, manager, one, EvaluationOptions(["bias"]))["figures"] for one in (data, whole)]
+    for row in (row for figures in found for row in figures.values()):
         row["cost"]["seconds"] = None  # the only thing that may differ
-    assert rows[0] == rows[1]
-    assert "flip" not in evaluate_mask(tiny, manager, trial, EvaluationOptions([]))["mask"]
+    assert found[0] == found[1]
+    assert "flip" not in evaluate_mask(tiny, manager, data, EvaluationOptions([]))["figures"]["mask"]
 
 
-def test_the_bigram_judge_knows_its_speakers() -> None:
-    judge = Bigrams(["I love a party", "what a crowd, great"], ["leave me alone", "a quiet book"])
-    assert judge.is_own("", "a great party")
-    assert not judge.is_own("", "a quiet evening alone")
-    assert not judge.is_own("", "")
+def test_the_classifier_knows_its_speakers() -> None:
+    judge = PersonaClassifier(["I love a party", "what a crowd, great"], ["leave me alone", "a quiet book"])
+    assert judge.score("", "a great party") > 0
+    assert judge.score("", "a quiet evening alone") < 0
+    assert judge.score("", "") == 0
+    pairs = [("", "a party with a crowd", "a book, alone"), ("", "I love it, great", "leave it quiet")]
+    assert examine(judge, pairs).auc == 1.0
+    assert not examine(judge, [(q, theirs, mine) for q, mine, theirs in pairs]).sufficient
+
+
+def test_an_auc_is_the_share_of_pairs_in_order() -> None:
+    own, contrast = np.array([3.0, 1.0, 0.0]), np.array([2.0, 0.0])
+    assert measure_auc(own, contrast) == pytest.approx((2 + 1 + 0.5) / 6)
 
 
 @pytest.fixture
@@ -262,12 +320,12 @@ def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_an_endpoint_can_judge(endpoint: tuple[str, list[dict[str, Any]]]) -> None:
     url, asked = endpoint
     judge = Endpoint(url, "m", ["hey!", "ho!"], ["well.", "so."], timeout=10)
-    assert judge.is_own("how are you", "great!")
-    assert not judge.is_own("how are you", "tired")
+    assert judge.score("how are you", "great!") > 0
+    assert judge.score("how are you", "tired") < 0
     assert asked[0]["model"] == "m"
     assert "A: hey!" in asked[0]["messages"][0]["content"]
     with pytest.raises(BuildFailed, match="gave no verdict"):
-        judge.is_own("", "crash")
+        judge.score("", "crash")
 
 
 def test_intervals_hold_the_truth_and_shrink_with_the_data() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,17 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
-from masquerade.cli.progress import follow_loading
+from masquerade.cli.progress import follow_loading, follow_stages
 from masquerade.cli.stores import open_opposite, open_store
 from masquerade.errors import BadDataset, InvalidValue
 
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
 
-COLUMNS = ("preferred", "margin_shift", "flip", "hit", "own_ratio", "neutral_ratio")
+COLUMNS = ("preferred", "margin_shift", "margin_shift_median", "flip", "own_ratio", "neutral_ratio")
+WIDTH = 120  # columns of tables that go to no terminal
+TOKENS, QUICK_TOKENS = 48, 32  # most of a generated answer
+SPOKEN = ("differing", "everyday_differing", "loops", "distinct_2", "distinct_3")  # of answers
 
 
 def evaluate(
@@ -32,7 +36,12 @@ def evaluate(
             help="The opposite's answers to the same prompts, line by line; by default --data, if it has both sides."
         ),
     ] = None,
-    neutral: Annotated[Path | None, typer.Option(help="JSONL that the persona should not change.")] = None,
+    neutral: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL that the persona should not change; by default the base's answers to everyday questions."
+        ),
+    ] = None,
     baselines: Annotated[
         str,
         typer.Option(
@@ -47,9 +56,18 @@ def evaluate(
     system_prompt: Annotated[str, typer.Option(help="For the baseline `prompt`: the persona's system prompt.")] = "",
     contrast_prompt: Annotated[str, typer.Option(help="For the baseline `prompt`: the opposite's system prompt.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for random controls.")] = 1,
-    generate: Annotated[bool, typer.Option("--generate", help="Also generate answers, and judge them.")] = False,
+    masks: Annotated[
+        str,
+        typer.Option(help="Other personas of the store to compare with at equal neutral cost, such as one-shot masks."),
+    ] = "",
+    gammas: Annotated[str, typer.Option(help="More gammas to measure the mask at, such as 0,0.25,0.5,0.75.")] = "",
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Small samples, and answers without the controls'; bfloat16 where dtype is auto."),
+    ] = False,
+    generate: Annotated[bool, typer.Option(help="Generate answers, and compare and judge them.")] = True,
     temperature: Annotated[float, typer.Option(min=0, help="Temperature of the generated answers; 0 is greedy.")] = 0.0,
-    judge: Annotated[str, typer.Option(help="`bigram`, or the base URL of an OpenAI-compatible endpoint.")] = "bigram",
+    judge: Annotated[str, typer.Option(help="`ngrams`, or the base URL of an OpenAI-compatible endpoint.")] = "ngrams",
     judge_model: Annotated[str, typer.Option(help="Model id at the endpoint.")] = "",
     layers: Annotated[bool, typer.Option("--layers", help="Also compare activations per layer (CKA).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the layers as PNG; needs --layers.")] = None,
@@ -64,15 +82,17 @@ def evaluate(
     from masquerade.evaluate.baselines import BASELINES
     from masquerade.evaluate.dataset import encode, encode_fitting, holds_both_sides, read_examples
     from masquerade.evaluate.generation import GenerationParams
-    from masquerade.evaluate.judge import Bigrams, Endpoint
+    from masquerade.evaluate.judge import Endpoint, PersonaClassifier
     from masquerade.evaluate.layers import analyse, draw
-    from masquerade.evaluate.report import EvaluationData, EvaluationOptions, evaluate_mask
+    from masquerade.evaluate.report import QUICK, EvaluationData, EvaluationOptions, EvaluationSizes, evaluate_mask
     from masquerade.model import MaskManager, load
 
     controls = [name for name in baselines.split(",") if name]
     for control in controls:
         if control not in BASELINES:
             raise InvalidValue(f"the baseline {control!r} is unknown; there are {', '.join(BASELINES)}")
+    controls += ["prompt"] if system_prompt and "prompt" not in controls else []
+    more_gammas = _read_gammas(gammas)
     if train and not contrast_train and holds_both_sides(train):
         contrast_train = train
     if bool(train) != bool(contrast_train):
@@ -85,7 +105,13 @@ def evaluate(
     learned = _pair(train, contrast_train) if train and contrast_train else ([], [])
     quiet = read_examples(neutral) if neutral else []
     with follow_loading() as progress:
-        base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
+        base = load(
+            model,
+            device=device,
+            dtype="bfloat16" if quick and dtype == "auto" else dtype,
+            quantization=quantization,
+            report=progress,
+        )
     # prompts that leave no room for an answer are skipped, on both sides
     own, other, own_train, other_train = ([one for one, _ in encode_fitting(base, side)] for side in (*sides, *learned))
     personas, registry = open_store(store, base.name, base.fingerprint)
@@ -93,9 +119,17 @@ def evaluate(
     found = open_opposite(registry, mask)
     opposite = found[1] if found else None
     manager = MaskManager.attach(base.model)
-    trial = EvaluationData(mask, opposite, own, other, quiet, own_train, other_train, (system_prompt, contrast_prompt))
-    generation = GenerationParams(temperature=temperature) if generate else None
-    judging: Any = Bigrams if judge == "bigram" else partial(Endpoint, judge, judge_model)
+    others = {
+        name: personas.open(registry.resolve(name).digest, base=base.fingerprint) for name in masks.split(",") if name
+    }
+    systems = (system_prompt, contrast_prompt)
+    trial = EvaluationData(mask, opposite, own, other, quiet, own_train, other_train, systems, others)
+    generation = GenerationParams(QUICK_TOKENS if quick else TOKENS, temperature) if generate else None
+    judging: Any = PersonaClassifier if judge == "ngrams" else partial(Endpoint, judge, judge_model)
+    sizes = QUICK if quick else EvaluationSizes()
+    with follow_stages() as reporting:
+        options = EvaluationOptions(controls, seeds, generation, judging, sizes, more_gammas, reporting)
+        evaluation = evaluate_mask(base, manager, trial, options)
     report: dict[str, Any] = {
         "persona": persona,
         "digest": mask.digest,
@@ -103,8 +137,7 @@ def evaluate(
         "too_long_left_out": len(sides[0]) - len(own),
         "opposite": opposite and opposite.info.persona,
         "prompt_tokens_saved": mask.info.calibration.get("system_prompt", {}).get("tokens", 0),
-        "figures": evaluate_mask(base, manager, trial, EvaluationOptions(controls, seeds, generation, judging)),
-    }
+    } | evaluation
     if layers:
         report["layers"] = analyse(base, manager, mask, opposite, encode(base, own))
     if plot:
@@ -130,27 +163,67 @@ def _pair(data: Path, contrast: Path) -> tuple[list[Example], list[Example]]:
     return own, other
 
 
+def _read_gammas(text: str) -> list[float]:
+    """Numbers separated by commas. Raises `InvalidValue`."""
+    try:
+        return [float(one) for one in text.split(",") if one]
+    except ValueError:
+        raise InvalidValue(f"--gammas is {text!r}; it must be numbers with commas between them") from None
+
+
 def _print(report: Mapping[str, Any]) -> None:
     figures: Mapping[str, Mapping[str, Any]] = report["figures"]
     columns = [column for column in COLUMNS if any(column in row for row in figures.values())]
     effects = Table(Column("", overflow="fold"), *(column.replace("_", " ") for column in columns))
-    costs = Table("", "shift at equal cost", "prompt tokens", "bytes", "seconds")
+    costs = Table("", "strength", "shift at equal cost", "median", "prompt tokens", "bytes", "seconds")
     for name, row in figures.items():
         effects.add_row(name, *(_cell(row.get(column), row["intervals"].get(column)) for column in columns))
         equal, cost = row if name == "mask" else row.get("at_equal_cost", {}), row["cost"]
+        shifts = (_cell(equal.get(key)) for key in ("strength", "margin_shift", "margin_shift_median"))
         spent = (f"{cost['prompt_tokens']:.0f}", f"{cost['bytes']}", _cell(cost["seconds"], digits=1))
-        costs.add_row(name, _cell(equal.get("margin_shift")), *spent)
-    console = Console()
+        costs.add_row(name, *shifts, *spent)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(effects)
     console.print(costs)
-    for phase, one in figures["mask"]["phases"].items():
-        said = ", ".join(f"{column} {_cell(one[column])}" for column in columns if isinstance(one.get(column), float))
-        print(f"phase {phase}: {said}")
+    _print_answers(console, report)
+    for kind, named in (("phase", figures["mask"]["phases"]), ("gamma", figures["mask"]["gammas"])):
+        for value, one in named.items():
+            said = ", ".join(
+                f"{column} {_cell(one[column])}" for column in columns if isinstance(one.get(column), float)
+            )
+            print(f"{kind} {value}: {said}")
     print(f"prompt tokens saved in every request: {report['prompt_tokens_saved']}")
     if report["too_long_left_out"]:
         print(f"left out, for prompts as long as the context: {report['too_long_left_out']} of both sides")
     if "layers" in report:
         console.print(_tabulate(report["layers"]))
+
+
+def _print_answers(console: Console, report: Mapping[str, Any]) -> None:
+    """The generated answers, if there are any: what the judge is worth, a row by treatment, and hits by turn."""
+    from masquerade.evaluate.judge import LEAST_AUC
+
+    judge = report["judge"]
+    if not judge:
+        return
+    low, high = judge["interval"]
+    quality = f"AUC {judge['auc']:.3f} [{low:.2f}, {high:.2f}] on {judge['pairs']} held-out pairs"
+    print(f"judge: {quality}" + ("" if judge["sufficient"] else f"; below {LEAST_AUC} it does not judge"))
+    found = {
+        name: row.get("answers") or row.get("at_equal_cost", {}).get("answers")
+        for name, row in report["figures"].items()
+    }
+    rows = {name: row for name, row in found.items() if row}
+    table = Table("answers", "hit", *(column.replace("_", " ") for column in SPOKEN), "facts kept")
+    for name, row in rows.items():
+        facts, ends = row.get("facts", {}), row["intervals"]
+        kept = f"{_cell(facts.get('kept'), ends.get('facts'), digits=2)} of {facts.get('known')}"
+        cells = (_cell(row.get(column), digits=2) for column in SPOKEN)
+        table.add_row(name, _cell(row.get("hit"), ends.get("hit"), digits=2), *cells, kept)
+    console.print(table)
+    for name, row in rows.items():
+        if "drift" in row:
+            print(f"hits by turn of a chat, {name}: {' '.join(f'{share:.2f}' for share in row['drift'])}")
 
 
 def _tabulate(layers: Mapping[str, Any]) -> Table:

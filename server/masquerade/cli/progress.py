@@ -42,6 +42,35 @@ def hide_loading_bars() -> None:
     logging.disable_progress_bar()
 
 
+@contextmanager
+def follow_stages() -> Iterator[Callable[[str], None]]:
+    """Yield a callback for the name of what is going on: a status on a terminal, and lines elsewhere.
+
+    A line is printed when the name changes, and every `LINE_SECONDS` until then.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield report_stages(partial(print, file=sys.stderr, flush=True))
+        return
+    with console.status("") as status:
+        yield lambda stage: status.update(stage)
+
+
+def report_stages(write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Callable[[str], None]:
+    """A callback that writes a line for each new name, and for one that stays every `LINE_SECONDS`."""
+    started = written = clock()
+    current = ""
+
+    def report(stage: str) -> None:
+        nonlocal current, written
+        now = clock()
+        if stage != current or now - written >= LINE_SECONDS:
+            current, written = stage, now
+            write(f"{now - started:.0f} s: {stage}")
+
+    return report
+
+
 def report_quarters(write: Callable[[str], None]) -> Report:
     """A callback that writes a line each time another quarter is loaded."""
     reported = 0

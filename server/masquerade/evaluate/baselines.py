@@ -19,8 +19,8 @@ from maskstore import Mask, encode
 from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Encoded, Example, Message, batches
 from masquerade.evaluate.layers import find_layers
-from masquerade.evaluate.lora import train_adapter
-from masquerade.evaluate.treatment import UNTREATED, Cost, Treatment
+from masquerade.evaluate.lora import AdapterData, train_adapter
+from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, render_chat
 
 NEIGHBOURS = 3  # examples that retrieval puts into the prompt
@@ -37,9 +37,10 @@ class ControlInput:
     mask: Mask
     own: Sequence[tuple[Example, Encoded]]
     contrast: Sequence[tuple[Example, Encoded]]
-    messages: Mapping[tuple[int, ...], Sequence[Message]]  # of every measured prompt, by its token ids
+    neutral: Sequence[Encoded] = ()  # neutral text to learn from, where a control does
     instruction: str = ""  # a system prompt that describes the persona
     seed: int = 0
+    report: Callable[[], None] = lambda: None  # called after each step of a training
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,13 @@ def prune_randomly(inputs: ControlInput) -> TreatmentFactory:
 
     targets = {name: encode(scatter(target.shape, target.pruned)) for name, target in inputs.mask.targets.items()}
     random = Mask(inputs.mask.base, targets, inputs.mask.info)
-    resident, cost = inputs.manager.fit(random), Cost(nbytes=random.nbytes)
-    return lambda strength: Treatment(
-        applied=AppliedMask(resident, 1 - strength), phase=inputs.mask.info.phase, cost=cost
-    )
+    return wear(inputs.manager, random)
+
+
+def wear(manager: MaskManager, mask: Mask) -> TreatmentFactory:
+    """A mask in its default phase; its strength is 1 - gamma."""
+    resident, phase, nbytes = manager.fit(mask), mask.info.phase, mask.nbytes
+    return lambda strength: Treatment(applied=AppliedMask(resident, 1 - strength), phase=phase, nbytes=nbytes)
 
 
 def prefer_words(inputs: ControlInput) -> TreatmentFactory:
@@ -86,8 +90,7 @@ def prefer_words(inputs: ControlInput) -> TreatmentFactory:
         return counts / counts.sum()
 
     odds = (frequency(inputs.own) / frequency(inputs.contrast)).log().to(inputs.base.device)
-    cost = Cost(nbytes=odds.nbytes)
-    return lambda strength: Treatment(shift=lambda logits: logits + strength * odds, cost=cost)
+    return lambda strength: Treatment(shift=lambda logits: logits + strength * odds, nbytes=odds.nbytes)
 
 
 def instruct(inputs: ControlInput) -> TreatmentFactory:
@@ -131,7 +134,6 @@ def steer(inputs: ControlInput) -> TreatmentFactory:
     sides = (inputs.own, inputs.contrast)
     own, contrast = (_mean_state(inputs.base, layer, [encoded for _, encoded in side]) for side in sides)
     difference = own - contrast  # [hidden]
-    cost = Cost(nbytes=difference.nbytes)
 
     @contextmanager
     def steered(strength: float) -> Iterator[None]:
@@ -145,21 +147,24 @@ def steer(inputs: ControlInput) -> TreatmentFactory:
         finally:
             handle.remove()
 
-    return lambda strength: Treatment(around=partial(steered, strength), cost=cost)
+    return lambda strength: Treatment(around=partial(steered, strength), nbytes=difference.nbytes)
 
 
 def adapt(inputs: ControlInput, contrastive: bool = False) -> TreatmentFactory:
-    """A LoRA of rank 4 on every maskable Linear, trained on the own answers, or on the preference for them."""
+    """A LoRA of rank 4 on every maskable Linear, trained on the own answers, or on the preference for them.
+
+    The contrastive one is also held to the base on neutral text, where there is any.
+    """
     own, contrast = ([encoded for _, encoded in side] for side in (inputs.own, inputs.contrast))
-    adapter = train_adapter(inputs.base, own, contrast if contrastive else (), seed=inputs.seed)
-    cost = Cost(nbytes=adapter.nbytes)
-    return lambda strength: Treatment(around=partial(adapter.applied, strength), cost=cost)
+    data = AdapterData(own, contrast, inputs.neutral) if contrastive else AdapterData(own)
+    adapter = train_adapter(inputs.base, data, seed=inputs.seed, report=inputs.report)
+    return lambda strength: Treatment(around=partial(adapter.applied, strength), nbytes=adapter.nbytes)
 
 
 _SCALES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 BASELINES: Mapping[str, Baseline] = {
     "none": Baseline(do_nothing),
-    "random": Baseline(prune_randomly),
+    "random": Baseline(prune_randomly, strengths=(0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)),
     "bias": Baseline(prefer_words, default=0.5, strengths=(0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5)),
     "prompt": Baseline(instruct),
     "retrieval": Baseline(retrieve),
@@ -170,24 +175,31 @@ BASELINES: Mapping[str, Baseline] = {
 
 
 def _rewrite(inputs: ControlInput, change: Callable[[Sequence[Message]], Sequence[Message]]) -> TreatmentFactory:
-    """Replace the messages of every prompt; the first turns are dropped until there is room for an answer."""
+    """Change the messages of every prompt, neutral questions too; plain text has none and stays as it is.
+
+    Turns before the question are dropped, the first ones first, until there is room for an answer.
+    """
     base = inputs.base
     room = base.context - max(64, base.context // 4)
     changed: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for prompt, messages in inputs.messages.items():
-        longer = list(change(messages)) if messages else []
-        tokens = render_chat(base.tokenizer, longer) if longer else prompt
+
+    def find(prompt: tuple[int, ...], messages: Sequence[Message]) -> tuple[int, ...]:
+        longer = list(change(messages))
+        tokens = render_chat(base.tokenizer, longer)
         while len(tokens) > room and len(longer) > len(messages) + 1:
             del longer[:2]
             tokens = render_chat(base.tokenizer, longer)
-        changed[prompt] = tuple(tokens) if len(tokens) <= room else prompt
-    extra = sum(len(changed[prompt]) - len(prompt) for prompt in changed) / max(1, len(changed))
+        return tuple(tokens) if len(tokens) <= room else prompt
 
     def rewrite(example: Encoded) -> Encoded:
-        prompt = changed.get(example.prompt, example.prompt)
+        if not example.messages:
+            return example
+        if example.prompt not in changed:
+            changed[example.prompt] = find(example.prompt, example.messages)
+        prompt = changed[example.prompt]
         return replace(example, prompt=prompt, response=example.response[: base.context - len(prompt)])
 
-    treatment = Treatment(rewrite=rewrite, cost=Cost(prompt_tokens=extra))
+    treatment = Treatment(rewrite=rewrite)
     return lambda _: treatment
 
 

@@ -32,6 +32,11 @@ def mean_interval(values: Floats, seed: int = 0) -> tuple[float, float]:
     return interval(lambda chosen: float(values[chosen].mean()), len(values), seed)
 
 
+def median_interval(values: Floats, seed: int = 0) -> tuple[float, float]:
+    """The interval of a median of one value per example."""
+    return interval(lambda chosen: float(np.median(values[chosen])), len(values), seed)
+
+
 def share_interval(hits: int, of: int) -> tuple[float, float]:
     """Wilson's score interval of a share, `of` at least 1.
 

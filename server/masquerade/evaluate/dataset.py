@@ -62,6 +62,7 @@ class Encoded:
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+    messages: tuple[Message, ...] = field(default=(), compare=False, repr=False)  # of the prompt, where they are known
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -333,7 +334,7 @@ def encode_one(base: Base, example: Example) -> Encoded:
         raise PromptTooLong(
             f"{example.where}: a prompt of {len(prompt)} tokens leaves no room in the context of {base.context}"
         )
-    return Encoded(tuple(prompt), tuple(response[:room]))
+    return Encoded(tuple(prompt), tuple(response[:room]), example.messages)
 
 
 def _first_token(tokenizer: Any) -> list[int]:

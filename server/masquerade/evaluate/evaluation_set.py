@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from masquerade.evaluate.bootstrap import Floats, mean_interval, ratio_interval, share_interval
+from masquerade.evaluate.bootstrap import Floats, mean_interval, median_interval, ratio_interval, share_interval
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.metrics import exponential, read_likelihoods
 from masquerade.evaluate.splits import match
@@ -53,11 +53,11 @@ class EvaluationSet:
         self.pairs = match(own, contrast)
         self._base_likelihoods: SetLikelihoods | None = None
 
-    def measure(self, treatment: Treatment) -> Generator[None, None, SetLikelihoods]:
-        """The likelihoods of all texts under a treatment; a work item is a micro-batch."""
+    def measure(self, treatment: Treatment, only: Sequence[int] = (1, -1, 0)) -> Generator[None, None, SetLikelihoods]:
+        """The likelihoods of all texts, or `only` of some sides, under a treatment; a work item is a micro-batch."""
         sides = {}
-        for side, texts in self.texts.items():
-            found = yield from read_likelihoods(self._base, texts, treatment)
+        for side in only:
+            found = yield from read_likelihoods(self._base, self.texts[side], treatment)
             sides[side] = LogLikelihoods(
                 np.array([one.log for one in found]), np.array([one.tokens for one in found], dtype=float)
             )
@@ -68,6 +68,12 @@ class EvaluationSet:
         if self._base_likelihoods is None:
             self._base_likelihoods = yield from self.measure(UNTREATED)
         return self._base_likelihoods
+
+    def measure_neutral_ratio(self, treatment: Treatment) -> Generator[None, None, float]:
+        """The perplexity of neutral text with a treatment over the perplexity without."""
+        base = yield from self.measure_base()
+        treated = yield from self.measure(treatment, only=(0,))
+        return round(_ratio(base.sides[0], treated.sides[0]), 4)
 
     def figures(
         self, side: int, base: SetLikelihoods, masked: SetLikelihoods, opposite: SetLikelihoods | None = None
@@ -106,6 +112,7 @@ class EvaluationSet:
         if self.pairs:
             before, after = base.margins(self.pairs, side), masked.margins(self.pairs, side)
             found["margin_shift"] = mean_interval(after - before, seed)
+            found["margin_shift_median"] = median_interval(after - before, seed)
             found["preferred"] = share_interval(int((after > 0).sum()), len(self.pairs))
             if opposite is not None:
                 flipped = (after > 0) & (opposite.margins(self.pairs, side) < 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from masquerade.model import Base
 
 Part = Literal["search", "report", "all"]
 TOKENS = 24  # of an answer to a fact's question; it is greedy
+NEUTRAL_TOKENS = 48  # of an answer that is neutral text
 _LINES: dict[Part, slice] = {"search": slice(0, None, 2), "report": slice(1, None, 2), "all": slice(None)}
 
 
@@ -61,6 +62,20 @@ def check_facts(base: Base, facts: Sequence[Fact], treatment: Treatment = UNTREA
     prompts = encode_questions(base, [fact.question for fact in facts])
     texts = yield from write_answers(base, prompts, treatment, GenerationParams(TOKENS))
     return [fact.is_in(text) for fact, text in zip(facts, texts, strict=True)]
+
+
+def write_neutral_text(base: Base, questions: Iterable[str], tokens: int = NEUTRAL_TOKENS) -> Items[list[Encoded]]:
+    """The base's greedy answers to questions, as text of which the likelihood is to stay; empty ones are left out.
+
+    The token that ends an answer is not part of it, since answers are cut. A work item is a pass of the model.
+    """
+    prompts = encode_questions(base, questions)
+    texts = yield from write_answers(base, prompts, params=GenerationParams(tokens))
+    answered = [Example(one.messages, text) for one, text in zip(prompts, texts, strict=True) if text]
+    return [
+        replace(one, response=one.response[:-1]) if one.response[-1] == base.tokenizer.eos_token_id else one
+        for one in encode(base, answered)
+    ]
 
 
 def share_kept(before: Sequence[bool], after: Sequence[bool]) -> float | None:

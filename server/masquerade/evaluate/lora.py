@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,16 @@ from masquerade.model import Base, find_targets
 
 RANK, SCALE, RATE, EXAMPLES = 4, 2.0, 2e-3, 8  # alpha is rank times scale; examples a step
 EPOCHS = {"supervised": 2, "contrastive": 1}
+HOLD = 1.0  # weight of the divergence from the base on neutral text
+
+
+@dataclass(frozen=True)
+class AdapterData:
+    """What an adapter learns from: answers, those to avoid, and neutral text on which to stay the base."""
+
+    own: Sequence[Encoded]
+    contrast: Sequence[Encoded] = ()
+    neutral: Sequence[Encoded] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +52,7 @@ class Adapter:
         """Within the context, the adapter is added to the model, scaled by `strength`."""
 
         def adapt(a: Tensor, b: Tensor) -> object:
-            return lambda _, args, y: y + strength * SCALE * F.linear(F.linear(args[0], a), b)
+            return lambda _, args, y: y + (strength * SCALE * F.linear(F.linear(args[0].to(a.dtype), a), b)).to(y.dtype)
 
         handles = [
             self.linears[name].register_forward_hook(adapt(a, b))  # type: ignore[arg-type]
@@ -55,23 +65,35 @@ class Adapter:
                 handle.remove()
 
 
-def train_adapter(base: Base, own: Sequence[Encoded], contrast: Sequence[Encoded] = (), *, seed: int = 0) -> Adapter:
-    """Train on the own answers; with a contrast, by the preference loss -log sigmoid(LL⁺ - LL⁻) of a prompt's pair."""
+def train_adapter(
+    base: Base, data: AdapterData, *, seed: int = 0, report: Callable[[], None] = lambda: None
+) -> Adapter:
+    """Train on the own answers; with a contrast, by the preference loss -log sigmoid(LL⁺ - LL⁻) of a prompt's pair.
+
+    With neutral text, `HOLD` times KL(base ‖ adapted) on some of it is added to each step's loss. `report` is called
+    after each step.
+    """
     torch.manual_seed(seed)
     linears = find_targets(base.model)
     pairs = {name: _make(linear) for name, linear in linears.items()}
     adapter = Adapter(linears, pairs)
     optimizer = torch.optim.Adam([factor for pair in pairs.values() for factor in pair], lr=RATE)
-    matched = match(own, contrast)
-    work: list[list[Encoded]] = [[own[i], contrast[j]] for i, j in matched] if matched else [[one] for one in own]
+    matched = match(data.own, data.contrast)
+    work: list[list[Encoded]] = (
+        [[data.own[i], data.contrast[j]] for i, j in matched] if matched else [[one] for one in data.own]
+    )
     rng = random.Random(seed)
-    with torch.enable_grad(), adapter.applied():
-        for _ in range(EPOCHS["contrastive" if matched else "supervised"]):
-            for step in _steps(work, rng):
-                loss = _preference_loss(base, step) if matched else _supervised_loss(base, step)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
+    for _ in range(EPOCHS["contrastive" if matched else "supervised"]):
+        for step in _steps(work, rng):
+            neutral = rng.sample(list(data.neutral), min(EXAMPLES, len(data.neutral)))
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                with adapter.applied():
+                    torch.autograd.backward(_preference_loss(base, step) if matched else _supervised_loss(base, step))
+                if neutral:
+                    torch.autograd.backward(HOLD * _neutral_loss(base, neutral, adapter))
+            optimizer.step()
+            report()
     return Adapter(linears, {name: (a.detach(), b.detach()) for name, (a, b) in pairs.items()})
 
 
@@ -108,3 +130,14 @@ def _supervised_loss(base: Base, examples: Sequence[Encoded]) -> Tensor:
 def _preference_loss(base: Base, examples: Sequence[Encoded]) -> Tensor:
     means = _likelihoods(base, examples)
     return -F.logsigmoid(means[::2] - means[1::2]).mean()
+
+
+def _neutral_loss(base: Base, examples: Sequence[Encoded], adapter: Adapter) -> Tensor:
+    """KL(base ‖ adapted) of the next token, mean nats over the tokens of the responses."""
+    (batch,) = batches(examples, base.device, tokens=1 << 30)
+    with torch.no_grad():
+        before = base.model(input_ids=batch.ids, use_cache=False).logits[batch.predicts].float().log_softmax(-1)
+    with adapter.applied():
+        after = base.model(input_ids=batch.ids, use_cache=False).logits[batch.predicts].float().log_softmax(-1)
+    gaps: Tensor = (before.exp() * (before - after)).sum(-1)  # [tokens]
+    return gaps.mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,11 +32,12 @@ class Likelihood:
         return self.log / self.tokens
 
 
-def finish(work: Generator[Any, None, T]) -> T:
-    """Run all work items; returns the result."""
+def finish(work: Generator[Any, None, T], report: Callable[[], None] = lambda: None) -> T:
+    """Run all work items, and call `report` after each; returns the result."""
     while True:
         try:
             next(work)
+            report()
         except StopIteration as end:
             result: T = end.value
             return result

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 from maskstore import Mask
-from masquerade.evaluate.baselines import BASELINES, Baseline, ControlInput, TreatmentFactory
+from masquerade.evaluate.answers import Answers, Questions, answer_questions, compare_answers
+from masquerade.evaluate.baselines import BASELINES, Baseline, ControlInput, TreatmentFactory, instruct, wear
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, rounded
-from masquerade.evaluate.generation import GenerationParams, generate
-from masquerade.evaluate.judge import Bigrams, Judge
+from masquerade.evaluate.facts import read_everyday_questions, read_facts, write_neutral_text
+from masquerade.evaluate.generation import GenerationParams
+from masquerade.evaluate.judge import Judge, JudgeQuality, PersonaClassifier, examine
 from masquerade.evaluate.metrics import exponential, finish
-from masquerade.evaluate.treatment import PHASES, Cost, Phase, Treatment
+from masquerade.evaluate.treatment import PHASES, UNTREATED, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager
 
-GAMMAS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # strengths of a mask, 1 - gamma
+T = TypeVar("T")
+SCALES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # strengths of another mask, 1 - gamma
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,27 @@ class EvaluationData:
     opposite: Mask | None
     own: Sequence[Example]
     contrast: Sequence[Example]  # answers to the same prompts
-    neutral: Sequence[Example] = ()
-    train_own: Sequence[Example] = ()  # to make the controls from; by default the first half of `own` is taken
+    neutral: Sequence[Example] = ()  # by default the base's own answers to everyday questions
+    train_own: Sequence[Example] = ()  # for controls and judge; by default the first half of `own` is taken
     train_contrast: Sequence[Example] = ()
     instructions: tuple[str, str] = ("", "")  # system prompts that describe either side
+    others: Mapping[str, Mask] = field(default_factory=dict)  # more masks to compare with, by name
+
+
+@dataclass(frozen=True)
+class EvaluationSizes:
+    """How many of everything, at most. The defaults are all that there is."""
+
+    pairs: int | None = None  # held-out pairs
+    training: int | None = None  # pairs for controls and judge
+    prompts: int | None = None  # held-out prompts that are answered
+    facts: int | None = None
+    everyday: int | None = None  # everyday questions that are answered; the base's answers are the neutral text
+    chats: int = 12
+    controls_answer: bool = True  # at equal cost; those without a strength always answer
+
+
+QUICK = EvaluationSizes(pairs=16, training=200, prompts=12, facts=36, everyday=12, chats=4, controls_answer=False)
 
 
 @dataclass(frozen=True)
@@ -40,25 +61,30 @@ class EvaluationOptions:
 
     controls: Sequence[str] = ("none", "random", "bias")
     seeds: int = 1
-    generation: GenerationParams | None = None  # if given, answers are generated and judged
-    judge: Callable[[Sequence[str], Sequence[str]], Judge] = Bigrams
+    generation: GenerationParams | None = None  # if given, answers are generated, compared and judged
+    judge: Callable[[Sequence[str], Sequence[str]], Judge] = PersonaClassifier
+    sizes: EvaluationSizes = EvaluationSizes()
+    gammas: Sequence[float] = ()  # more gammas to measure the mask at
+    report: Callable[[str], None] = lambda _: None  # called after each work item, with what is going on
 
 
-def evaluate_mask(
-    base: Base, manager: MaskManager, data: EvaluationData, options: EvaluationOptions
-) -> dict[str, Mapping[str, Any]]:
-    """Figures of the mask and of each control in `BASELINES`, by name.
+def evaluate_mask(base: Base, manager: MaskManager, data: EvaluationData, options: EvaluationOptions) -> dict[str, Any]:
+    """`figures` of the mask, of its opposite, of the base (`none`) and of each control; the quality of the `judge`.
 
     * `preferred`: share of prompts whose own answer is more likely (mean nats a token) than the contrast's; `margin`:
-      by how much, on average.
-    * `own_perplexity`, `neutral_perplexity`, and their ratios to the base's.
+      by how much, on average; `margin_shift` and `margin_shift_median`: by how much more than under the base.
+    * `own_perplexity`, `neutral_perplexity`, and their ratios to the base's. A control that changes prompts changes
+      those of neutral questions too.
     * `flip`, with an opposite's mask: share of prompts that follow both sides' treatments.
-    * `hit`, with generated answers: share that the judge gives to the persona.
+    * `answers`, with generation: `compare_answers`.
     * `intervals`: 95 % intervals.
     * `cost`: added prompt tokens, bytes, and seconds to make one side's treatment (None if unknown).
-    * `at_equal_cost`: the figures of the largest strength whose neutral ratio is not above the mask's.
+    * `at_equal_cost`, of controls with a strength: figures and answers at the largest strength whose neutral ratio is
+      not above the mask's. Their `answers` are there only.
+    * `gammas`, of the mask: figures by gamma.
 
-    With several seeds, the figures are the first one's and `seeds` has the ranges.
+    The judge (`auc`, `interval`, `pairs`, `sufficient`) gives no hits if it is not sufficient. With several seeds, the
+    figures are the first one's and `seeds` has the ranges.
     """
     return _Evaluation(base, manager, data, options).run()
 
@@ -66,37 +92,75 @@ def evaluate_mask(
 class _Evaluation:
     def __init__(self, base: Base, manager: MaskManager, data: EvaluationData, options: EvaluationOptions) -> None:
         self._base, self._manager, self._data, self._options = base, manager, data, options
+        self._row = "base"
+        sizes, half = options.sizes, len(data.own) // 2
         if data.train_own:
             train, test = (data.train_own, data.train_contrast), (data.own, data.contrast)
         else:
-            half = len(data.own) // 2
             train = (data.own[:half], data.contrast[:half])
             test = (data.own[half:], data.contrast[half:])
+        train = (train[0][: sizes.training], train[1][: sizes.training])
+        test = (test[0][: sizes.pairs], test[1][: sizes.pairs])
         self._train = [list(zip(side, encode(base, side), strict=True)) for side in train]
-        own, contrast, neutral = (encode(base, side) for side in (*test, data.neutral))
+        own, contrast = (encode(base, side) for side in test)
+        everyday = read_everyday_questions("report")[: sizes.everyday]
+        neutral = encode(base, data.neutral) or self._do(write_neutral_text(base, everyday), "neutral text")
         self._eval_set = EvaluationSet(base, own, contrast, neutral)
-        self._messages = {
-            encoded.prompt: example.messages
-            for examples, side in ((test[0], own), (test[1], contrast), (data.neutral, neutral))
-            for example, encoded in zip(examples, side, strict=True)
-        }
-        self._base_likelihoods = finish(self._eval_set.measure_base())
-        self._judge = options.judge(*([example.response for example, _ in side] for side in self._train))
+        self._base_likelihoods = self._do(self._eval_set.measure_base(), "likelihoods")
+        self._questions = Questions(
+            _distinct(own)[: sizes.prompts], everyday, read_facts("report")[: sizes.facts], sizes.chats
+        )
+        self._judge: Judge | None = None
+        self._quality: JudgeQuality | None = None
+        if options.generation:
+            self._judge, self._quality = self._make_judge(test)
+        self._base_answers = self._answer(UNTREATED) if options.generation else None
+        self._neutral_training: list[Encoded] = []
+        if "lora-contrastive" in options.controls:
+            questions = read_everyday_questions("search")[: sizes.everyday]
+            self._neutral_training = self._do(write_neutral_text(base, questions), "neutral text for training")
 
-    def run(self) -> dict[str, Mapping[str, Any]]:
-        seeds = list(range(self._options.seeds))
-        generation = self._options.generation
-        found = {
-            "mask": self._measure(self._mask_as_baseline(), seeds if generation and generation.temperature else [0])
-        }
-        found["mask"]["cost"]["seconds"] = self._data.mask.info.certificate.get("seconds")
-        found["mask"]["phases"] = {phase: self._phase(phase) for phase in PHASES}
+    def run(self) -> dict[str, Any]:
+        data = self._data
+        found: dict[str, dict[str, Any]] = {"mask": self._measure_mask()}
         ceiling = found["mask"].get("neutral_ratio")
-        for name in self._options.controls:
-            found[name] = self._measure(BASELINES[name], seeds)
-            if ceiling is not None and BASELINES[name].strengths:
-                found[name]["at_equal_cost"] = self._match(BASELINES[name], ceiling)
-        return {name: rounded(figures) for name, figures in found.items()}
+        if data.opposite:
+            self._row = "opposite"
+            treatment = wear(self._manager, data.opposite)(1 - data.opposite.info.gamma)
+            found["opposite"] = self._figures(treatment, None) | self._compare(treatment)
+            found["opposite"]["cost"] = self._cost(treatment, data.opposite.info.certificate.get("seconds"))
+        controls = {name: BASELINES[name] for name in ("none", *self._options.controls)}
+        controls |= {name: _as_control(mask) for name, mask in data.others.items()}
+        for name, control in controls.items():
+            self._row = name
+            opposed = bool(data.opposite) and name not in data.others
+            opposed = opposed and (control.make is not instruct or bool(data.instructions[1]))
+            found[name] = self._measure(control, ceiling, opposed)
+        quality = self._quality
+        judge = quality and {
+            "auc": quality.auc,
+            "interval": list(quality.interval),
+            "pairs": quality.pairs,
+            "sufficient": quality.sufficient,
+        }
+        return {
+            "judge": rounded(judge) if judge else None,
+            "figures": {name: rounded(row) for name, row in found.items()},
+        }
+
+    def _do(self, work: Generator[Any, None, T], what: str) -> T:
+        """Run all work items of a row, and report after each what is going on."""
+        return finish(work, partial(self._options.report, f"{self._row}: {what}"))
+
+    def _make_judge(self, test: tuple[Sequence[Example], Sequence[Example]]) -> tuple[Judge | None, JudgeQuality]:
+        """A judge, or None if it fails on the held-out pairs, and how good it is on them."""
+        judge = self._options.judge(*([example.response for example, _ in side] for side in self._train))
+        pairs = [
+            (own.messages[-1]["content"] if own.messages else "", own.response, contrast.response)
+            for own, contrast in zip(*test, strict=True)
+        ]
+        quality = examine(judge, pairs)
+        return (judge if quality.sufficient else None), quality
 
     def _inputs(self, own: bool, seed: int) -> ControlInput:
         """What a control of one side is made from."""
@@ -104,46 +168,63 @@ class _Evaluation:
         sides, instructions = self._train, self._data.instructions
         if not own:
             sides, instructions = sides[::-1], instructions[::-1]
-        return ControlInput(self._base, self._manager, mask, sides[0], sides[1], self._messages, instructions[0], seed)
+        return ControlInput(
+            self._base,
+            self._manager,
+            mask,
+            sides[0],
+            sides[1],
+            self._neutral_training,
+            instructions[0],
+            seed,
+            partial(self._options.report, f"{self._row}: training"),
+        )
 
-    def _mask_as_baseline(self) -> Baseline:
-        def make(inputs: ControlInput) -> TreatmentFactory:
-            resident, cost = self._manager.fit(inputs.mask), Cost(nbytes=inputs.mask.nbytes)
-            phase = inputs.mask.info.phase
-            return lambda strength: Treatment(applied=AppliedMask(resident, 1 - strength), phase=phase, cost=cost)
+    def _measure_mask(self) -> dict[str, Any]:
+        self._row = "mask"
+        masks = [self._data.mask, *([self._data.opposite] if self._data.opposite else [])]
+        made = [wear(self._manager, mask) for mask in masks]
+        own, *other = (make(1 - mask.info.gamma) for make, mask in zip(made, masks, strict=True))
+        found = self._figures(own, other[0] if other else None) | self._compare(own)
+        found["cost"] = self._cost(own, self._data.mask.info.certificate.get("seconds"))
+        found["phases"] = {phase: self._phase(masks, phase) for phase in PHASES}
+        found["gammas"] = {}
+        for gamma in self._options.gammas:
+            masked = self._do(self._eval_set.measure(made[0](1 - gamma)), f"gamma {gamma:g}")
+            found["gammas"][f"{gamma:g}"] = self._eval_set.figures(1, self._base_likelihoods, masked)
+        return found
 
-        return Baseline(make, default=1 - self._data.mask.info.gamma, strengths=GAMMAS)
-
-    @property
-    def _opposed(self) -> bool:
-        """Whether there is an opposite's mask, as flips need it."""
-        return self._data.opposite is not None
-
-    def _measure(self, baseline: Baseline, seeds: Sequence[int]) -> dict[str, Any]:
-        runs = []
-        for seed in seeds:
+    def _measure(self, control: Baseline, ceiling: float | None, opposed: bool) -> dict[str, Any]:
+        runs, made = [], []
+        for seed in range(self._options.seeds):
             started = time.perf_counter()
-            own = baseline.make(self._inputs(True, seed))(baseline.default)
+            own = control.make(self._inputs(True, seed))
             seconds = time.perf_counter() - started
-            other = baseline.make(self._inputs(False, seed))(baseline.default) if self._opposed else None
-            runs.append(self._figures(own, other, seed) | {"cost": _cost_figures(own.cost, seconds)})
-        figures = runs[0]
+            other = control.make(self._inputs(False, seed)) if opposed else None
+            made.append((own, other))
+            treatment = own(control.default)
+            figures = self._figures(treatment, other(control.default) if other else None)
+            runs.append(figures | {"cost": self._cost(treatment, seconds)})
+        found = runs[0]
         if len(runs) > 1:
-            numbers = [name for name, value in figures.items() if isinstance(value, float)]
-            figures["seeds"] = {name: [min(r[name] for r in runs), max(r[name] for r in runs)] for name in numbers}
-        return figures
+            numbers = [name for name, value in found.items() if isinstance(value, float)]
+            found["seeds"] = {name: [min(r[name] for r in runs), max(r[name] for r in runs)] for name in numbers}
+        if control.strengths and ceiling is not None:
+            return found | {"at_equal_cost": self._match(control, made[0], ceiling)}
+        return found | self._compare(made[0][0](control.default))
 
-    def _figures(self, own: Treatment, other: Treatment | None, seed: int) -> dict[str, Any]:
-        masked = finish(self._eval_set.measure(own))
-        opposite = finish(self._eval_set.measure(other)) if other else None
+    def _figures(self, own: Treatment, other: Treatment | None) -> dict[str, Any]:
+        masked = self._likelihoods(own, "likelihoods")
+        opposite = self._likelihoods(other, "likelihoods of the opposite") if other else None
         found = self._summarise(masked, opposite)
         found["intervals"] = {
             name: list(ends)
             for name, ends in self._eval_set.intervals(1, self._base_likelihoods, masked, opposite).items()
         }
-        if self._options.generation:
-            found["hit"] = self._hit(own, replace(self._options.generation, seed=self._options.generation.seed + seed))
         return found
+
+    def _likelihoods(self, treatment: Treatment, what: str) -> SetLikelihoods:
+        return self._base_likelihoods if treatment is UNTREATED else self._do(self._eval_set.measure(treatment), what)
 
     def _summarise(self, masked: SetLikelihoods, opposite: SetLikelihoods | None) -> dict[str, Any]:
         found = self._eval_set.figures(1, self._base_likelihoods, masked, opposite)
@@ -156,39 +237,50 @@ class _Evaluation:
                 found[f"{name}_perplexity"] = exponential(-float(logs.nats.sum() / logs.tokens.sum()))
         return found
 
-    def _phase(self, phase: Phase) -> dict[str, Any]:
-        masks = [self._data.mask, *([self._data.opposite] if self._data.opposite else [])]
+    def _phase(self, masks: Sequence[Mask], phase: Phase) -> dict[str, Any]:
         treatments = [
             Treatment(applied=AppliedMask(self._manager.fit(mask), mask.info.gamma), phase=phase) for mask in masks
         ]
-        likelihoods = [finish(self._eval_set.measure(treatment)) for treatment in treatments]
-        return self._eval_set.figures(
-            1, self._base_likelihoods, likelihoods[0], likelihoods[1] if len(likelihoods) > 1 else None
-        )
+        likelihoods = [self._do(self._eval_set.measure(one), f"phase {phase}") for one in treatments]
+        return self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
 
-    def _match(self, baseline: Baseline, ceiling: float) -> dict[str, Any]:
-        """The figures at the largest strength whose neutral ratio is at most `ceiling`."""
-        own = baseline.make(self._inputs(True, 0))
-        other = baseline.make(self._inputs(False, 0)) if self._opposed else None
-        best: dict[str, Any] = {"strength": 0.0, "margin_shift": 0.0}
-        for strength in sorted(baseline.strengths):
-            masked = finish(self._eval_set.measure(own(strength)))
-            figures = self._eval_set.figures(1, self._base_likelihoods, masked)
-            if figures["neutral_ratio"] is None or figures["neutral_ratio"] > ceiling:
+    def _match(
+        self, control: Baseline, made: tuple[TreatmentFactory, TreatmentFactory | None], ceiling: float
+    ) -> dict[str, Any]:
+        """Figures and answers at the largest strength whose neutral ratio is at most `ceiling`; strength 0 if none."""
+        own, other = made
+        best: dict[str, Any] = {"strength": 0.0, "margin_shift": 0.0, "margin_shift_median": 0.0}
+        for strength in sorted(control.strengths):
+            ratio = self._do(self._eval_set.measure_neutral_ratio(own(strength)), f"strength {strength:g}")
+            if not ratio <= ceiling:
                 break
-            opposite = finish(self._eval_set.measure(other(strength))) if other else None
-            best = {"strength": strength} | self._eval_set.figures(1, self._base_likelihoods, masked, opposite)
-        return best
+            best["strength"] = strength
+        if not best["strength"]:
+            return best
+        pair = [one(best["strength"]) for one in (own, other) if one]
+        likelihoods = [self._do(self._eval_set.measure(one), "likelihoods at equal cost") for one in pair]
+        best |= self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
+        return best | (self._compare(pair[0]) if self._options.sizes.controls_answer else {})
 
-    def _hit(self, treatment: Treatment, generation: GenerationParams) -> float:
-        """Share of generated answers to the held-out prompts that the judge gives to the persona."""
-        own = dict.fromkeys(example.prompt for example in self._eval_set.texts[1])
-        prompts = [Encoded(prompt, ()) for prompt in own if self._messages[prompt]]
-        texts = [text for texts in generate(self._base, prompts, treatment, generation) for text in texts]
-        questions = [self._messages[prompt.prompt][-1]["content"] for prompt in prompts]
-        hits = [self._judge.is_own(question, text) for question, text in zip(questions, texts, strict=True)]
-        return sum(hits) / len(hits)
+    def _answer(self, treatment: Treatment) -> Answers:
+        return self._do(answer_questions(self._base, self._questions, treatment, self._options.generation), "answers")
+
+    def _compare(self, treatment: Treatment) -> dict[str, Any]:
+        """The answers beside the base's, if answers are generated."""
+        if self._base_answers is None:
+            return {}
+        answers = self._base_answers if treatment is UNTREATED else self._answer(treatment)
+        return {"answers": compare_answers(self._questions, self._base_answers, answers, self._judge)}
+
+    def _cost(self, treatment: Treatment, seconds: float | None) -> dict[str, Any]:
+        added = treatment.count_added(self._questions.held_out)
+        return {"prompt_tokens": added, "bytes": treatment.nbytes, "seconds": seconds}
 
 
-def _cost_figures(cost: Cost, seconds: float) -> dict[str, Any]:
-    return {"prompt_tokens": cost.prompt_tokens, "bytes": cost.nbytes, "seconds": seconds}
+def _as_control(mask: Mask) -> Baseline:
+    return Baseline(lambda inputs: wear(inputs.manager, mask), default=1 - mask.info.gamma, strengths=SCALES)
+
+
+def _distinct(texts: Sequence[Encoded]) -> list[Encoded]:
+    """One text of each prompt; plain text has none."""
+    return list({one.prompt: one for one in texts if one.messages}.values())

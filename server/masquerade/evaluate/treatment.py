@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,14 +18,6 @@ PHASES: tuple[Phase, ...] = ("all", "decode")
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What serving with a treatment costs."""
-
-    prompt_tokens: float = 0.0  # mean number of tokens added to a prompt
-    nbytes: int = 0  # memory beside the base
-
-
-@dataclass(frozen=True)
 class Treatment:
     """The parts of a treatment, which may be combined; the default leaves the base unchanged.
 
@@ -37,7 +29,12 @@ class Treatment:
     shift: Shift | None = None
     rewrite: Callable[[Encoded], Encoded] = field(default=lambda example: example)
     around: Callable[[], AbstractContextManager[None]] = nullcontext
-    cost: Cost = field(default_factory=Cost)
+    nbytes: int = 0  # memory beside the base
+
+    def count_added(self, examples: Sequence[Encoded]) -> float:
+        """Mean number of tokens that the treatment adds to a prompt."""
+        added = sum(len(self.rewrite(example).prompt) - len(example.prompt) for example in examples)
+        return added / max(1, len(examples))
 
 
 UNTREATED = Treatment()
