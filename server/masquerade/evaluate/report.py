@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from masquerade.evaluate.generation import GenerationParams
 from masquerade.evaluate.judge import Judge, JudgeQuality, PersonaClassifier, examine
 from masquerade.evaluate.metrics import exponential, finish
 from masquerade.evaluate.treatment import PHASES, UNTREATED, Phase, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager
+from masquerade.model import Base, MaskManager
 
 T = TypeVar("T")
 SCALES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # strengths of another mask, 1 - gamma
@@ -107,6 +107,10 @@ class _Evaluation:
         neutral = encode(base, data.neutral) or self._do(write_neutral_text(base, everyday), "neutral text")
         self._eval_set = EvaluationSet(base, own, contrast, neutral)
         self._base_likelihoods = self._do(self._eval_set.measure_base(), "likelihoods")
+        masks = [data.mask, *([data.opposite] if data.opposite else [])]
+        self._wear = [wear(manager, mask) for mask in masks]
+        self._worn = [make(1 - mask.info.gamma) for make, mask in zip(self._wear, masks, strict=True)]
+        self._known = {UNTREATED: self._base_likelihoods}
         self._questions = Questions(
             _distinct(own)[: sizes.prompts], everyday, read_facts("report")[: sizes.facts], sizes.chats
         )
@@ -126,7 +130,7 @@ class _Evaluation:
         ceiling = found["mask"].get("neutral_ratio")
         if data.opposite:
             self._row = "opposite"
-            treatment = wear(self._manager, data.opposite)(1 - data.opposite.info.gamma)
+            treatment = self._worn[1]
             found["opposite"] = self._figures(treatment, None) | self._compare(treatment)
             found["opposite"]["cost"] = self._cost(treatment, data.opposite.info.certificate.get("seconds"))
         controls = {name: BASELINES[name] for name in ("none", *self._options.controls)}
@@ -182,15 +186,13 @@ class _Evaluation:
 
     def _measure_mask(self) -> dict[str, Any]:
         self._row = "mask"
-        masks = [self._data.mask, *([self._data.opposite] if self._data.opposite else [])]
-        made = [wear(self._manager, mask) for mask in masks]
-        own, *other = (make(1 - mask.info.gamma) for make, mask in zip(made, masks, strict=True))
+        own, *other = self._worn
         found = self._figures(own, other[0] if other else None) | self._compare(own)
         found["cost"] = self._cost(own, self._data.mask.info.certificate.get("seconds"))
-        found["phases"] = {phase: self._phase(masks, phase) for phase in PHASES}
+        found["phases"] = {phase: self._phase([own, *other], phase) for phase in PHASES}
         found["gammas"] = {}
         for gamma in self._options.gammas:
-            masked = self._do(self._eval_set.measure(made[0](1 - gamma)), f"gamma {gamma:g}")
+            masked = self._likelihoods(self._wear[0](1 - gamma), f"gamma {gamma:g}")
             found["gammas"][f"{gamma:g}"] = self._eval_set.figures(1, self._base_likelihoods, masked)
         return found
 
@@ -224,7 +226,13 @@ class _Evaluation:
         return found
 
     def _likelihoods(self, treatment: Treatment, what: str) -> SetLikelihoods:
-        return self._base_likelihoods if treatment is UNTREATED else self._do(self._eval_set.measure(treatment), what)
+        """The likelihoods of all texts; of the base and of a mask that has been measured, the ones that are known."""
+        if treatment not in self._known:
+            found = self._do(self._eval_set.measure(treatment), what)
+            if treatment.applied is None:
+                return found
+            self._known[treatment] = found
+        return self._known[treatment]
 
     def _summarise(self, masked: SetLikelihoods, opposite: SetLikelihoods | None) -> dict[str, Any]:
         found = self._eval_set.figures(1, self._base_likelihoods, masked, opposite)
@@ -237,11 +245,8 @@ class _Evaluation:
                 found[f"{name}_perplexity"] = exponential(-float(logs.nats.sum() / logs.tokens.sum()))
         return found
 
-    def _phase(self, masks: Sequence[Mask], phase: Phase) -> dict[str, Any]:
-        treatments = [
-            Treatment(applied=AppliedMask(self._manager.fit(mask), mask.info.gamma), phase=phase) for mask in masks
-        ]
-        likelihoods = [self._do(self._eval_set.measure(one), f"phase {phase}") for one in treatments]
+    def _phase(self, treatments: Sequence[Treatment], phase: Phase) -> dict[str, Any]:
+        likelihoods = [self._likelihoods(replace(one, phase=phase), f"phase {phase}") for one in treatments]
         return self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
 
     def _match(
@@ -258,7 +263,7 @@ class _Evaluation:
         if not best["strength"]:
             return best
         pair = [one(best["strength"]) for one in (own, other) if one]
-        likelihoods = [self._do(self._eval_set.measure(one), "likelihoods at equal cost") for one in pair]
+        likelihoods = [self._likelihoods(one, "likelihoods at equal cost") for one in pair]
         best |= self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
         return best | (self._compare(pair[0]) if self._options.sizes.controls_answer else {})
 
