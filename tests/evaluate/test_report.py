@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from masquerade.evaluate.lora import AdapterData, train_adapter
 from masquerade.evaluate.metrics import divergence, likelihoods, perplexity
 from masquerade.evaluate.report import EvaluationData, EvaluationOptions, EvaluationSizes, evaluate_mask
 from masquerade.evaluate.treatment import UNTREATED, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager
+from masquerade.model import AppliedMask, Base, MaskManager, load
 from tests import world
 
 
@@ -127,6 +128,14 @@ def test_an_adapter_learns_its_side_and_can_be_taken_off(tiny: Base, manager: Ma
         assert perplexity(after[0]) < perplexity(before[0])
     assert [likelihoods(tiny, side) for side in sides] == before
     assert not any(parameter.requires_grad for parameter in tiny.model.parameters())
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_controls_are_made_for_a_base_in_bfloat16(tiny_folder: Path, name: str) -> None:
+    base = load(str(tiny_folder), device="cpu", dtype="bfloat16")
+    manager = MaskManager.attach(base.model)
+    found = likelihoods(base, encode(base, OWN[6:]), applied(base, manager, name))
+    assert all(math.isfinite(one.log) for one in found)
 
 
 def test_training_an_adapter_is_repeatable(tiny: Base, manager: MaskManager) -> None:
