@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from maskstore import write_mask
-from masquerade.cli.progress import report_quarters
+from masquerade.cli.progress import QUIET, report_quarters, report_stages
 from masquerade.model import load
 from tests import world
 from tests.cli.running import fail, masquerade, succeed
@@ -120,3 +120,12 @@ def test_progress_is_told_by_quarters() -> None:
     for done in range(0, 2_000_001, 100_000):
         report(done, 2_000_000)
     assert said == [f"loading the model: {share} % of 2 MB" for share in (25, 50, 75, 100)]
+
+
+def test_a_stage_is_told_once_and_again_if_it_takes_long() -> None:
+    said: list[str] = []
+    times = iter([0, 1, 2, 3, 3 + QUIET, 4 + QUIET])
+    report = report_stages(said.append, clock=lambda: next(times))
+    for stage in ("a", "a", "b", "b", "b"):
+        report(stage)
+    assert said == ["1 s: a", "3 s: b", f"{3 + QUIET} s: b"]
