@@ -43,7 +43,7 @@ class EvaluationData:
 class EvaluationSizes:
     """How many of everything, at most. The defaults are all that there is."""
 
-    pairs: int | None = None  # held-out pairs
+    pairs: int | None = None  # held-out pairs whose likelihoods are read; all of them examine the judge
     training: int | None = None  # pairs for controls and judge
     prompts: int | None = None  # held-out prompts that are answered
     facts: int | None = None
@@ -52,7 +52,7 @@ class EvaluationSizes:
     controls_answer: bool = True  # at equal cost; those without a strength always answer
 
 
-QUICK = EvaluationSizes(pairs=16, training=200, prompts=12, facts=36, everyday=12, chats=4, controls_answer=False)
+QUICK = EvaluationSizes(pairs=12, training=200, prompts=12, facts=36, everyday=12, chats=4, controls_answer=False)
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,8 @@ class _Evaluation:
             train = (data.own[:half], data.contrast[:half])
             test = (data.own[half:], data.contrast[half:])
         train = (train[0][: sizes.training], train[1][: sizes.training])
-        test = (test[0][: sizes.pairs], test[1][: sizes.pairs])
         self._train = [list(zip(side, encode(base, side), strict=True)) for side in train]
-        own, contrast = (encode(base, side) for side in test)
+        own, contrast = (encode(base, side[: sizes.pairs]) for side in test)
         everyday = read_everyday_questions("report")[: sizes.everyday]
         neutral = encode(base, data.neutral) or self._do(write_neutral_text(base, everyday), "neutral text")
         self._eval_set = EvaluationSet(base, own, contrast, neutral)
