@@ -13,13 +13,13 @@ import torch
 
 from maskstore import InvalidName, Mask
 from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MaskRefused
-from masquerade.evaluate.dataset import Example, encode
+from masquerade.evaluate.dataset import Example
 from masquerade.evaluate.evaluation_set import EvaluationSet
-from masquerade.evaluate.generation import generate
+from masquerade.evaluate.facts import read_facts, write_neutral_text
 from masquerade.evaluate.metrics import likelihoods, perplexity
 from masquerade.model import Base, MaskManager
 from masquerade.pruning import SCORES, Builder, PersonaExamples, Progress, Recipe, Scratch, certificate, neutral
-from masquerade.pruning.tuning import Budgets, TuningTrial
+from masquerade.pruning.tuning import Budgets
 
 QUIET = [Example((), f"neutral text {index}") for index in range(6)]
 FREE = Recipe(score="attribution", rho=0.01, force=True)  # the tiny model is random: no mask would pass
@@ -147,12 +147,7 @@ def test_without_neutral_text_the_base_answers_questions(tiny: Base, manager: Ma
 def test_neutral_answers_are_those_that_the_base_is_surest_of(tiny: Base, manager: MaskManager) -> None:
     """A base that knows no facts, as the tiny one."""
     kept = finish(neutral.generate_neutral_text(tiny, "report"))
-    asked = encode_questions(tiny, [fact.question for fact in read_facts("report")])
-    answers = finish(write_answers(tiny, asked, params=GenerationParams(neutral.TOKENS)))
-    texts = [
-        Encoded(one.prompt, tuple(tiny.tokenizer(text, add_special_tokens=False)["input_ids"])[: neutral.TOKENS])
-        for one, text in zip(asked, answers, strict=True)
-    ]
+    texts = finish(write_neutral_text(tiny, [fact.question for fact in read_facts("report")]))
     doubts = {one: perplexity(likelihoods(tiny, [one])) for one in texts}
     assert set(kept) == set(sorted(doubts, key=lambda one: doubts[one])[: neutral.FEWEST])
 

@@ -67,15 +67,12 @@ def check_facts(base: Base, facts: Sequence[Fact], treatment: Treatment = UNTREA
 def write_neutral_text(base: Base, questions: Iterable[str], tokens: int = NEUTRAL_TOKENS) -> Items[list[Encoded]]:
     """The base's greedy answers to questions, as text of which the likelihood is to stay; empty ones are left out.
 
-    The token that ends an answer is not part of it, since answers are cut. A work item is a pass of the model.
+    An answer that was cut at `tokens` tokens has no token for its end. A work item is a pass of the model.
     """
     prompts = encode_questions(base, questions)
     texts = yield from write_answers(base, prompts, params=GenerationParams(tokens))
     answered = [Example(one.messages, text) for one, text in zip(prompts, texts, strict=True) if text]
-    return [
-        replace(one, response=one.response[:-1]) if one.response[-1] == base.tokenizer.eos_token_id else one
-        for one in encode(base, answered)
-    ]
+    return [replace(one, response=one.response[:tokens]) for one in encode(base, answered)]
 
 
 def share_kept(before: Sequence[bool], after: Sequence[bool]) -> float | None:
