@@ -224,7 +224,7 @@ def test_auto_gives_up_rather_than_ruin_the_model(
 ) -> None:
     Bench(monkeypatch, cost=1000, flip=1)
     with pytest.raises(
-        BuildFailed, match=r"no rho .* attribution 0\.001 \(own x1\.000, neutral x1\.\d+, shift 0\.\d+\)"
+        BuildFailed, match=r"no rho .* attribution 0\.0001 \(own x1\.000, neutral x1\.\d+, shift 0\.\d+\)"
     ):
         run(make(tiny, manager, Recipe(score="attribution", phase="all", strength="gentle")))
     _, masks = run(make(tiny, manager, Recipe(score="attribution", phase="all", strength="gentle", force=True)))

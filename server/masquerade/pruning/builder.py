@@ -16,10 +16,11 @@ from maskstore import Mask, MaskInfo, Target, check_name
 from masquerade.errors import BuildFailed, MaskRefused, MasqueradeError
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, Example, batches
 from masquerade.evaluate.splits import check_contrast
-from masquerade.evaluate.treatment import PHASES, Phase, Treatment
+from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks
+from masquerade.pruning.certificate import CertifiedMask
 from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
 from masquerade.pruning.data import BuildData, PersonaExamples, gather
 from masquerade.pruning.layerwise import layer_number
@@ -154,7 +155,7 @@ class Builder:
         eval_set = data.evaluation_set(self._base, "tune", JUDGED)
         phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
         tuners = {
-            side: StrengthTuner(eval_set, partial(self._draft, phase), side, self._recipe.limits, settings.rho)
+            side: StrengthTuner(eval_set, partial(self._apply, phase=phase), side, self._recipe.limits, settings.rho)
             for side in self._built
         }
         found = {}
@@ -184,7 +185,7 @@ class Builder:
         eval_set = data.evaluation_set(self._base, "tune")
 
         def draft(found: Mapping[str, Target], phase: Phase) -> Treatment:
-            return self._draft(phase, found, gamma)
+            return self._apply(found, phase, gamma)
 
         tuner = Tuner(eval_set, candidates, draft, self._built, self._recipe.limits, -1 in self._sides)
         choice = yield from track("tune", tuner.choose(self._plan))
@@ -253,19 +254,18 @@ class Builder:
 
     def _certify(self, data: BuildData, chosen: Mapping[int, _ChosenMask]) -> Work[list[Mask]]:
         """Measure the masks on the report split; refuse or return them."""
-        treatments = {
-            side: {phase: self._draft(phase, mask.targets, mask.gamma) for phase in PHASES}
+        masks = {
+            side: CertifiedMask(partial(self._apply, mask.targets), mask.phase, mask.gamma)
             for side, mask in chosen.items()
         }
-        phases = {side: chosen[side].phase for side in self._built}
         eval_set = data.evaluation_set(self._base, "report")
-        measuring = certificate.measure_figures(self._base, eval_set, treatments, phases, self._recipe.seed)
+        measuring = certificate.measure_figures(self._base, eval_set, masks, self._built, self._recipe.seed)
         figures = yield from track("certify", measuring, model_after=False)
-        masks = []
-        for side in self._built:
-            found = self._complete(figures[side], side, chosen, data)
-            masks.append(Mask(self._mask_base, chosen[side].targets, self._mask_info(data, side, chosen[side], found)))
-        return masks
+        found = {side: self._complete(figures[side], side, chosen, data) for side in self._built}
+        return [
+            Mask(self._mask_base, chosen[side].targets, self._mask_info(data, side, chosen[side], found[side]))
+            for side in self._built
+        ]
 
     def _complete(
         self, figures: dict[str, Any], side: int, chosen: Mapping[int, _ChosenMask], data: BuildData
@@ -295,7 +295,7 @@ class Builder:
             "versions": certificate.versions(),
         }
 
-    def _draft(self, phase: Phase, targets: Mapping[str, Target], gamma: float) -> Treatment:
+    def _apply(self, targets: Mapping[str, Target], phase: Phase, gamma: float) -> Treatment:
         """The treatment with targets that are not published."""
         return Treatment(applied=AppliedMask(self._manager.fit(self._as_mask(targets)), gamma), phase=phase)
 

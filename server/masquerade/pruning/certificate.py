@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy
 import torch
@@ -15,50 +16,62 @@ from maskstore import Mask, Target, diff
 from masquerade import __version__
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.evaluation_set import EvaluationSet, rounded
-from masquerade.evaluate.generation import GenerationParams, generate
-from masquerade.evaluate.metrics import read_divergence
-from masquerade.evaluate.treatment import PHASES, UNTREATED, Phase, Treatment
+from masquerade.evaluate.facts import Fact, check_facts, read_facts
+from masquerade.evaluate.generation import GenerationParams, write_answers
+from masquerade.evaluate.metrics import Items, read_divergence
+from masquerade.evaluate.repetition import loops
+from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import Base
 from masquerade.pruning.tuning import Budgets
 
 LIKELIER = 0.9  # at a smaller neutral ratio, the base models the text badly
 FEWEST_PAIRS = 16  # with fewer pairs the interval begins below 0.8 even if all flip
-ANSWERS = 16  # most held-out prompts that are answered greedily, to count changed answers
-ANSWER_TOKENS = 32  # most tokens of such an answer
+ANSWERS = 24  # most held-out prompts that are answered greedily
+ANSWER_TOKENS = 64  # most tokens of such an answer
+CURVE = (0.9, 0.75, 0.5, 0.25, 0.0)  # gammas of the dose-response curve
+CURVE_TEXTS = 32  # most texts of a kind that it is measured on
+CURVE_FACTS = 20  # most known facts that it is measured on
 MANY = 0.5  # a smaller share of changed answers gives a remark
 PASSED, REFUSED, TOO_FEW = "passed", "refused", "too few to tell"
 SLACK = 2.0  # a cost of more than this multiple of the budget's excess is refused, whatever its interval
 
 
-def measure_figures(
-    base: Base,
-    eval_set: EvaluationSet,
-    treatments: Mapping[int, Mapping[Phase, Treatment]],
-    phases: Mapping[int, Phase],
-    seed: int,
-) -> Generator[None, None, dict[int, dict[str, Any]]]:
-    """Figures by side: of the default phase with intervals, of both phases, KL from the base, and changed answers.
+@dataclass(frozen=True)
+class CertifiedMask:
+    """A mask to certify: how it is applied in a phase at a gamma, and its default phase and gamma."""
 
-    `treatments` has both phases of every side, `phases` the default phase of every side to certify. The code after the
-    last item uses no model.
+    apply: Callable[[Phase, float], Treatment]
+    phase: Phase
+    gamma: float
+
+    def at(self, phase: Phase | None = None, gamma: float | None = None) -> Treatment:
+        """The mask with its defaults for what is not given."""
+        return self.apply(phase or self.phase, self.gamma if gamma is None else gamma)
+
+
+def measure_figures(
+    base: Base, eval_set: EvaluationSet, masks: Mapping[int, CertifiedMask], sides: Sequence[int], seed: int
+) -> Generator[None, None, dict[int, dict[str, Any]]]:
+    """Figures of the masks of `sides`: of the default phase with intervals, of both phases, of answers, and by gamma.
+
+    `masks` may have the opposite's too, for flips. The code after the last item uses no model.
     """
     untreated = yield from eval_set.measure_base()
     likelihoods = {}
-    for side, of_side in treatments.items():
+    for side, mask in masks.items():
         for phase in PHASES:
-            likelihoods[side, phase] = yield from eval_set.measure(of_side[phase])
-    prompts = _held_out_prompts(eval_set)
-    base_answers = yield from _answer(base, prompts, UNTREATED)
-    found: dict[int, dict[str, Any]] = {side: {} for side in phases}
-    for side, phase in phases.items():
+            likelihoods[side, phase] = yield from eval_set.measure(mask.at(phase))
+    answers = yield from _Answers.of_base(base, _held_out_prompts(eval_set))
+    part = EvaluationSet(base, *(eval_set.texts[kind][:CURVE_TEXTS] for kind in (1, -1, 0)))
+    found: dict[int, dict[str, Any]] = {side: {} for side in sides}
+    for side in sides:
         if eval_set.texts[0]:
-            found[side]["kl"] = yield from read_divergence(base, eval_set.texts[0], treatments[side][phase])
-        if prompts:
-            answers = yield from _answer(base, prompts, treatments[side][phase])
-            changed = sum(new != old for new, old in zip(answers, base_answers, strict=True))
-            found[side]["changed_answers"] = {"changed": changed, "of": len(prompts), "share": changed / len(prompts)}
-    for side, default in phases.items():
+            found[side]["kl"] = yield from read_divergence(base, eval_set.texts[0], masks[side].at())
+        found[side] |= yield from answers.compare(base, masks[side].at())
+        found[side]["curve"] = yield from _measure_curve(base, part, side, masks[side], answers.known[:CURVE_FACTS])
+    for side in sides:
         both = {phase: (likelihoods[side, phase], likelihoods.get((-side, phase))) for phase in PHASES}
+        default = masks[side].phase
         intervals = eval_set.intervals(side, untreated, *both[default], seed=seed)
         found[side] = rounded(
             eval_set.figures(side, untreated, *both[default])
@@ -67,6 +80,62 @@ def measure_figures(
             | {"phases": {phase: eval_set.figures(side, untreated, *both[phase]) for phase in PHASES}}
         )
     return found
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The base's greedy answers to held-out prompts, and the facts that it knows."""
+
+    prompts: Sequence[Encoded]
+    texts: Sequence[str]
+    facts: Sequence[Fact]
+    known: Sequence[Fact]
+
+    @classmethod
+    def of_base(cls, base: Base, prompts: Sequence[Encoded]) -> Items[Self]:
+        """Ask the base; a work item is a pass of the model."""
+        texts = yield from write_answers(base, prompts, params=GenerationParams(ANSWER_TOKENS))
+        facts = read_facts("report")
+        right = yield from check_facts(base, facts)
+        return cls(prompts, texts, facts, [fact for fact, is_right in zip(facts, right, strict=True) if is_right])
+
+    def compare(self, base: Base, treatment: Treatment) -> Items[dict[str, Any]]:
+        """How many answers a mask changes, how many repeat themselves, and how many facts are kept."""
+        right = yield from check_facts(base, self.known, treatment)
+        kept = sum(right) / len(right) if right else None
+        found: dict[str, Any] = {"facts": {"of": len(self.facts), "known": len(self.known), "kept": kept}}
+        if not self.prompts:
+            return found
+        texts = yield from write_answers(base, self.prompts, treatment, GenerationParams(ANSWER_TOKENS))
+        number = len(texts)
+        changed = sum(new != old for new, old in zip(texts, self.texts, strict=True))
+        return found | {
+            "changed_answers": {"changed": changed, "of": number, "share": changed / number},
+            "loops": {"masked": _share_looping(texts), "base": _share_looping(self.texts), "of": number},
+        }
+
+
+def _measure_curve(
+    base: Base, eval_set: EvaluationSet, side: int, mask: CertifiedMask, known: Sequence[Fact]
+) -> Items[list[dict[str, Any]]]:
+    """Shift, costs and the share of known facts kept at each gamma of `CURVE`, in the default phase."""
+    untreated = yield from eval_set.measure_base()
+    points = []
+    for gamma in CURVE:
+        masked = yield from eval_set.measure(mask.at(gamma=gamma))
+        right = yield from check_facts(base, known, mask.at(gamma=gamma))
+        figures = eval_set.figures(side, untreated, masked)
+        names = ("margin_shift_median", "own_ratio", "neutral_ratio")
+        points.append(
+            {"gamma": gamma}
+            | {name: figures[name] for name in names if name in figures}
+            | {"facts_kept": sum(right) / len(right) if right else None}
+        )
+    return points
+
+
+def _share_looping(texts: Sequence[str]) -> float:
+    return sum(map(loops, texts)) / len(texts)
 
 
 def describe(targets: Mapping[str, Target]) -> dict[str, Any]:
@@ -169,12 +238,3 @@ def _held_out_prompts(eval_set: EvaluationSet) -> list[Encoded]:
     """At most `ANSWERS` different prompts of both sides. Plain text has none."""
     prompts = dict.fromkeys(one.prompt for side in (1, -1) for one in eval_set.texts[side] if len(one.prompt) > 1)
     return [Encoded(prompt, ()) for prompt in list(prompts)[:ANSWERS]]
-
-
-def _answer(base: Base, prompts: Sequence[Encoded], treatment: Treatment) -> Generator[None, None, list[str]]:
-    """Greedy answers; a work item is a pass of the model."""
-    answers: list[str] = []
-    for texts in generate(base, prompts, treatment, GenerationParams(ANSWER_TOKENS)):
-        answers += texts
-        yield
-    return answers

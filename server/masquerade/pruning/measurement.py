@@ -11,9 +11,10 @@ from maskstore import Mask
 from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Encoded, Example, encode_fitting
 from masquerade.evaluate.evaluation_set import EvaluationSet
-from masquerade.evaluate.treatment import PHASES, Phase, Treatment
+from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager
 from masquerade.pruning import certificate, neutral
+from masquerade.pruning.certificate import CertifiedMask
 from masquerade.pruning.progress import Work, track
 from masquerade.pruning.recipe import Recipe
 
@@ -58,10 +59,11 @@ def measure(
             f"{len(own)} of {len(held.own)} held-out examples fit the base's context; give at least {LEAST}"
         )
     neutral_texts = neutral_texts or (yield from track("neutral", neutral.generate_neutral_text(base, "report")))
-    sides = {1: persona} | ({-1: opposite} if opposite and contrast else {})
-    treatments = {side: {at: _treat(manager, served, at) for at in PHASES} for side, served in sides.items()}
+    masks = {1: _certify(manager, persona, phase)}
+    if opposite and contrast:
+        masks[-1] = _certify(manager, opposite, phase)
     eval_set = EvaluationSet(base, own, contrast, neutral_texts)
-    figures = yield from track("certify", certificate.measure_figures(base, eval_set, treatments, {1: phase}, seed))
+    figures = yield from track("certify", certificate.measure_figures(base, eval_set, masks, (1,), seed))
     found = figures[1] | certificate.describe(persona.mask.targets)
     found |= certificate.conclude(found, Recipe().limits)
     if opposite:
@@ -82,6 +84,10 @@ def _encode(base: Base, examples: Sequence[Example]) -> list[Encoded]:
     return [encoded for _, encoded in encode_fitting(base, examples)] if examples else []
 
 
-def _treat(manager: MaskManager, served: ServedMask, phase: Phase) -> Treatment:
-    applied = AppliedMask(manager.fit(served.mask), served.gamma) if served.gamma < 1 else None
-    return Treatment(applied=applied, phase=phase)
+def _certify(manager: MaskManager, served: ServedMask, phase: Phase) -> CertifiedMask:
+    resident = manager.fit(served.mask)
+
+    def apply(phase: Phase, gamma: float) -> Treatment:
+        return Treatment(applied=AppliedMask(resident, gamma) if gamma < 1 else None, phase=phase)
+
+    return CertifiedMask(apply, phase, served.gamma)

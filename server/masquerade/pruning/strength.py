@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from maskstore import Target
 from masquerade.errors import BuildFailed
@@ -18,7 +19,12 @@ GAMMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # from the gentlest
 
 TINY = 1e-4  # cost that is as good as none
 
-Draft = Callable[[Mapping[str, Target], float], Treatment]  # targets and gamma -> the mask as it would be served
+
+class Draft(Protocol):
+    """Makes treatments of targets that are not published."""
+
+    def __call__(self, targets: Mapping[str, Target], *, gamma: float) -> Treatment:
+        """The treatment with targets at a gamma, as the mask would be served."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class StrengthTuner:
     def measure(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, TuningTrial]:
         """The figures of a mask at a gamma."""
         base = yield from self._eval_set.measure_base()
-        masked = yield from self._eval_set.measure(self._draft(targets, gamma))
+        masked = yield from self._eval_set.measure(self._draft(targets, gamma=gamma))
         found = self._eval_set.figures(self._side, base, masked)
         own = math.inf if found["own_ratio"] is None else found["own_ratio"]
         neutral = math.inf if found["neutral_ratio"] is None else found["neutral_ratio"]
