@@ -68,10 +68,10 @@ def prune_randomly(inputs: ControlInput) -> TreatmentFactory:
 
     targets = {name: encode(scatter(target.shape, target.pruned)) for name, target in inputs.mask.targets.items()}
     random = Mask(inputs.mask.base, targets, inputs.mask.info)
-    return wear(inputs.manager, random)
+    return apply_mask(inputs.manager, random)
 
 
-def wear(manager: MaskManager, mask: Mask) -> TreatmentFactory:
+def apply_mask(manager: MaskManager, mask: Mask) -> TreatmentFactory:
     """A mask in its default phase; its strength is 1 - gamma."""
     resident, phase, nbytes = manager.fit(mask), mask.info.phase, mask.nbytes
     return lambda strength: Treatment(applied=AppliedMask(resident, 1 - strength), phase=phase, nbytes=nbytes)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from maskstore import Mask
 from masquerade.evaluate.answers import Answers, Questions, answer_questions, compare_answers
-from masquerade.evaluate.baselines import BASELINES, Baseline, ControlInput, TreatmentFactory, instruct, wear
+from masquerade.evaluate.baselines import BASELINES, Baseline, ControlInput, TreatmentFactory, apply_mask, instruct
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, rounded
 from masquerade.evaluate.facts import read_everyday_questions, read_facts, write_neutral_text
@@ -107,8 +107,8 @@ class _Evaluation:
         self._eval_set = EvaluationSet(base, own, contrast, neutral)
         self._base_likelihoods = self._do(self._eval_set.measure_base(), "likelihoods")
         masks = [data.mask, *([data.opposite] if data.opposite else [])]
-        self._wear = [wear(manager, mask) for mask in masks]
-        self._worn = [make(1 - mask.info.gamma) for make, mask in zip(self._wear, masks, strict=True)]
+        self._makers = [apply_mask(manager, mask) for mask in masks]
+        self._applied = [make(1 - mask.info.gamma) for make, mask in zip(self._makers, masks, strict=True)]
         self._known = {UNTREATED: self._base_likelihoods}
         self._questions = Questions(
             _distinct(own)[: sizes.prompts], everyday, read_facts("report")[: sizes.facts], sizes.chats
@@ -129,7 +129,7 @@ class _Evaluation:
         ceiling = found["mask"].get("neutral_ratio")
         if data.opposite:
             self._row = "opposite"
-            treatment = self._worn[1]
+            treatment = self._applied[1]
             found["opposite"] = self._figures(treatment, None) | self._compare(treatment)
             found["opposite"]["cost"] = self._cost(treatment, data.opposite.info.certificate.get("seconds"))
         controls = {name: BASELINES[name] for name in ("none", *self._options.controls)}
@@ -185,13 +185,13 @@ class _Evaluation:
 
     def _measure_mask(self) -> dict[str, Any]:
         self._row = "mask"
-        own, *other = self._worn
+        own, *other = self._applied
         found = self._figures(own, other[0] if other else None) | self._compare(own)
         found["cost"] = self._cost(own, self._data.mask.info.certificate.get("seconds"))
         found["phases"] = {phase: self._phase([own, *other], phase) for phase in PHASES}
         found["gammas"] = {}
         for gamma in self._options.gammas:
-            masked = self._likelihoods(self._wear[0](1 - gamma), f"gamma {gamma:g}")
+            masked = self._likelihoods(self._makers[0](1 - gamma), f"gamma {gamma:g}")
             found["gammas"][f"{gamma:g}"] = self._eval_set.figures(1, self._base_likelihoods, masked)
         return found
 
@@ -282,7 +282,7 @@ class _Evaluation:
 
 
 def _as_control(mask: Mask) -> Baseline:
-    return Baseline(lambda inputs: wear(inputs.manager, mask), default=1 - mask.info.gamma, strengths=SCALES)
+    return Baseline(lambda inputs: apply_mask(inputs.manager, mask), default=1 - mask.info.gamma, strengths=SCALES)
 
 
 def _distinct(texts: Sequence[Encoded]) -> list[Encoded]:
