@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, Target
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, batches
@@ -12,11 +14,35 @@ from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
-from masquerade.pruning.candidates import CandidateMasks, ScorePlan
-from masquerade.pruning.collector import CalibrationText, Role, StatisticsCollector, layer_number
+from masquerade.pruning.candidates import CandidateKey, CandidateMasks, ScorePlan
+from masquerade.pruning.collector import CalibrationText, Role, StatisticsCollector
+from masquerade.pruning.layerwise import layer_number
 from masquerade.pruning.scores import SCORES, ScoreSettings
 from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.statistics import LinearStatistics, Statistic
+
+
+class Candidates:
+    """Candidates of several scores, from one collection of statistics."""
+
+    def __init__(self, plans: Sequence[ScorePlan], scratch: Scratch) -> None:
+        self._by_score = {plan.score: CandidateMasks(plan, (1, -1), ScoreSettings(), scratch) for plan in plans}
+
+    def score_layer(
+        self, key: str, backward: bool, linears: Mapping[str, nn.Linear], statistics: Mapping[str, LinearStatistics]
+    ) -> Iterator[int]:
+        """Score a layer's Linears with every score that needs a backward pass, or with all others."""
+        for score, candidates in self._by_score.items():
+            yield from candidates.score_layer(f"{score}-{key}", backward, linears, statistics)
+
+    def load(self, key: str) -> None:
+        """Read what `score_layer` kept under a key."""
+        for score, candidates in self._by_score.items():
+            candidates.load(f"{score}-{key}")
+
+    def targets(self, key: CandidateKey) -> dict[str, Target]:
+        """The targets of a score, side and rho."""
+        return self._by_score[key[0]].targets(key)
 
 
 def calibrate(
@@ -26,7 +52,7 @@ def calibrate(
     scratch: Scratch | None = None,
     tokens: int = BATCH_TOKENS,
     scoring: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> CandidateMasks:
+) -> Candidates:
     """Candidates of all plans for both sides, from one collection; `scoring` wraps all work beside the statistics."""
     scores = [SCORES[plan.score] for plan in plans]
     wanted: frozenset[Statistic] = frozenset().union(*(score.needs for score in scores))
@@ -44,7 +70,7 @@ def calibrate(
     kept = scratch or Scratch()
     collector, candidates = (
         StatisticsCollector(base, targets, texts, kept),
-        CandidateMasks(tuple(plans), (1, -1), ScoreSettings(), kept),
+        Candidates(plans, kept),
     )
 
     def on_layer(stage: str, number: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[None]:

@@ -129,7 +129,7 @@ def select(base: Base, score: str, examples_by_role: Mapping[Role, list[Encoded]
         yield
         spent += time.process_time() - started
 
-    plans = Recipe(score=score, rho=RHOS[score]).plans(contrast=True)
+    plans = [Recipe(score=score, rho=RHOS[score]).plan(contrast=True)]
     calibrate(base, plans, examples_by_role, scratch, BATCH, scoring)
     return spent
 

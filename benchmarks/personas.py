@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._methods import as_mask, calibrate, draft, summarise
+from benchmarks._methods import Candidates, as_mask, calibrate, draft, summarise
 from benchmarks._report import Figure, arguments, report
 from masquerade import demo
 from masquerade.demo import grammar
@@ -27,7 +27,7 @@ from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.report import EvaluationData, EvaluationOptions, EvaluationSizes, evaluate_mask
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, MaskManager, load
-from masquerade.pruning.candidates import CandidateMasks, ScorePlan
+from masquerade.pruning.candidates import ScorePlan
 from masquerade.pruning.prompts import CalibrationPrompts, generate_examples
 from masquerade.pruning.scores import SCORES
 
@@ -160,7 +160,7 @@ class Bench:
         own: Sequence[Example],
         contrast: Sequence[Example],
         neutral: Sequence[Encoded] = (),
-    ) -> CandidateMasks:
+    ) -> Candidates:
         examples = {"own": encode(self._base, own), "contrast": encode(self._base, contrast), "neutral": neutral}
         return calibrate(self._base, plans, examples)
 
