@@ -168,6 +168,10 @@ def test_the_certificate_says_everything(tiny: Base, manager: MaskManager) -> No
         "reasons",
     }
     assert found["phases"].keys() == {"all", "decode"}
+    assert [point["gamma"] for point in found["curve"]] == list(certificate.CURVE)
+    assert all(point.keys() >= {"own_ratio", "neutral_ratio", "margin_shift_median"} for point in found["curve"])
+    assert found["facts"] == {"of": 100, "known": 0, "kept": None}  # the tiny model is random
+    assert found["loops"].keys() == {"masked", "base", "of"}
     assert found["phases"][masks[0].info.phase]["flip"] == found["flip"]
     assert found["phases"]["all"] != found["phases"]["decode"]
     assert {trial["score"] for trial in found["choice"]["tried"]} == {"refined"}
