@@ -22,7 +22,7 @@ from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks
 from masquerade.pruning.certificate import CertifiedMask
 from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
-from masquerade.pruning.data import BuildData, PersonaExamples, gather
+from masquerade.pruning.data import BuildData, PersonaExamples, cut, gather
 from masquerade.pruning.layerwise import layer_number
 from masquerade.pruning.progress import Progress, Work, count, track
 from masquerade.pruning.recipe import Recipe
@@ -34,6 +34,7 @@ from masquerade.pruning.strength import GammaChoice, StrengthTuner
 from masquerade.pruning.tuning import Tuner, TuningTrial
 
 JUDGED = 32  # most examples of a kind that a search's states are judged by, of the tune split
+JUDGED_TOKENS = 64  # most tokens of their responses
 TRACED = 64  # most pairs, and neutral texts, whose statistics a search starts from
 
 
@@ -152,7 +153,7 @@ class Builder:
 
         yield from self._collect(targets, self._pad(data, TRACED, settings.tokens), add)
         yield from track("prepare", search.prepare(data.calibration_pairs(), data.neutral.calibration))
-        eval_set = data.evaluation_set(self._base, "tune", JUDGED)
+        eval_set = data.evaluation_set(self._base, "tune", JUDGED, JUDGED_TOKENS)
         phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
         tuners = {
             side: StrengthTuner(eval_set, partial(self._apply, phase=phase), side, self._recipe.limits, settings.rho)
@@ -247,7 +248,7 @@ class Builder:
         found = {}
         for role in sorted(examples):
             if self._needs(role):
-                texts = [Encoded(one.prompt, one.response[:tokens]) for one in examples[role][:most]]
+                texts = [cut(one, tokens) for one in examples[role][:most]]
                 padded = list(batches(texts, self._base.device, self._batch_tokens, everything))
                 found[role] = CalibrationText(padded, self._needs(role))
         return found

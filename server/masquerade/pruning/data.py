@@ -45,10 +45,15 @@ class BuildData:
         fits = [splits.count_within(of_side, self.recipe.judged_tokens) for of_side in texts.values()]
         return texts.get(side, [])[: max(1, min(self.recipe.judged, *fits))]
 
-    def evaluation_set(self, base: Base, part: str, most: int | None = None) -> EvaluationSet:
-        """The held-out examples of the part `tune` or `report`, at most `most` of a kind."""
+    def evaluation_set(
+        self, base: Base, part: str, most: int | None = None, tokens: int | None = None
+    ) -> EvaluationSet:
+        """The held-out examples of the part `tune` or `report`.
+
+        At most `most` of a kind are taken, and at most `tokens` tokens of each response.
+        """
         texts = self.held_out(1, part), self.held_out(-1, part), getattr(self.neutral, part)
-        return EvaluationSet(base, *(of_kind[:most] for of_kind in texts))
+        return EvaluationSet(base, *([cut(one, tokens) for one in of_kind[:most]] for of_kind in texts))
 
     def calibration_pairs(self) -> list[tuple[Encoded, Encoded]]:
         """Both sides' calibration answers to each prompt; any two if too few prompts have both."""
@@ -87,6 +92,11 @@ class BuildData:
             f"give {2 * splits.HELD_OUT * more} more pairs with prompts of their own (one in {splits.HELD_OUT} is held "
             f"out, and half of those judge), or {2 * certificate.FEWEST_PAIRS} validation pairs"
         ]
+
+
+def cut(example: Encoded, tokens: int | None) -> Encoded:
+    """The example with at most `tokens` tokens of its response."""
+    return replace(example, response=example.response[:tokens])
 
 
 def gather(

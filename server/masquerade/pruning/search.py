@@ -38,7 +38,7 @@ class SearchSettings:
 
     gamma: float = 0.5  # strength at which gradients are taken
     rho: float = 0.0008  # share of each Linear that is pruned at the end
-    steps: int = 24
+    steps: int = 18
     judged_every: int = 6  # steps
     patience: int = 2  # judgements without improvement that end the search
     pairs: int = 256  # most pairs, drawn by seed
