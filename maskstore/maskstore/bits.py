@@ -78,8 +78,10 @@ def to_csr(pruned: Bool) -> tuple[Rows, Cols]:
 
 def split_places(places: Places, out: int, columns: int) -> tuple[Rows, Cols]:
     """Ascending positions in the flattened module -> rows, cols."""
-    rows = np.searchsorted(places, np.arange(out + 1, dtype=np.int64) * columns).astype(ROW)
-    return rows, (places % columns).astype(column_type(columns))
+    owners = places // columns
+    rows = np.zeros(out + 1, ROW)
+    np.cumsum(np.bincount(owners, minlength=out), out=rows[1:])
+    return rows, (places - owners * columns).astype(column_type(columns))
 
 
 def join_places(rows: Rows, cols: Cols, columns: int) -> Places:

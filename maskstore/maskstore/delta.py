@@ -9,7 +9,6 @@ import numpy as np
 from maskstore import algebra, bits
 from maskstore.errors import DeltaCorrupt, DigestMismatch, MaskMismatch, NotAMask
 from maskstore.format import Arrays, MaskReader, write_file
-from maskstore.header import Header
 from maskstore.layout import Module
 from maskstore.mask import Mask, leaf
 from maskstore.target import Target
@@ -26,9 +25,7 @@ def write_delta(mask: Mask, parent: Mask, path: str | os.PathLike[str]) -> None:
     """Write a mask as its difference from a parent, for each module where that is smaller; atomic like write_mask."""
     _check_parent(mask.base.fingerprint, parent)
     arrays = {name: _arrays(target, parent.targets.get(name)) for name, target in mask.targets.items()}
-    shapes = {name: (*target.shape, mask.leaves[name]) for name, target in mask.targets.items()}
-    head = Header(mask.base, mask.info, mask.digest, {}, mask.signature, parent.digest)
-    write_file(Path(path), head, shapes, arrays)
+    write_file(Path(path), mask, arrays, parent.digest)
 
 
 class DeltaReader(MaskReader):
@@ -92,13 +89,14 @@ def _check_parent(fingerprint: str, parent: Mask) -> None:
 def _arrays(target: Target, before: Target | None) -> Arrays:
     """The smaller of the target and its flips; equal sizes are the target."""
     if before is None or before.shape != target.shape:
-        return target.tensors
-    stream = encode_gaps(algebra.flips(before, target))
-    fits = stream.size < target.nbytes and stream.size <= _limit(*target.shape)
-    return {f"flips_{target.kind}": stream} if fits else target.tensors
+        return target.stored
+    stream, stored = encode_flips(algebra.flips(before, target)), target.stored
+    size = sum(array.nbytes for array in stored.values())
+    fits = stream.size < size and stream.size <= _limit(*target.shape)
+    return {f"flips_{target.kind}": stream} if fits else stored
 
 
-def encode_gaps(places: bits.Places) -> bits.Bytes:
+def encode_flips(places: bits.Places) -> bits.Bytes:
     """Ascending positions -> one byte each, plus one for every 255 positions skipped."""
     skips, rest = np.divmod(np.diff(places, prepend=-1) - 1, SKIP)
     stream = np.full(places.size + int(skips.sum()), SKIP, np.uint8)
@@ -106,7 +104,7 @@ def encode_gaps(places: bits.Places) -> bits.Bytes:
     return stream
 
 
-def decode_gaps(stream: bits.Bytes, size: int) -> Iterator[bits.Places]:
+def decode_flips(stream: bits.Bytes, size: int) -> Iterator[bits.Places]:
     """The positions, in runs; DeltaCorrupt when one is not below `size` or the last byte skips."""
     if stream.size and stream[-1] == SKIP:
         raise DeltaCorrupt("the last byte skips and flips nothing")
@@ -125,7 +123,7 @@ def _decode(stream: bits.Bytes, module: Module) -> Iterator[bits.Places]:
     limit = _limit(module.out, module.columns)
     if stream.size > limit:
         raise DeltaCorrupt(f"{stream.size} bytes of flips, the module itself would take {limit} at most")
-    return decode_gaps(stream, module.out * module.columns)
+    return decode_flips(stream, module.out * module.columns)
 
 
 def _limit(out: int, columns: int) -> int:

@@ -21,6 +21,7 @@ MaskError
     ├── TensorOffsets    tensors overlap, leave gaps, are misaligned or leave bytes behind
     ├── PadBits          a bit beyond the last column is set
     ├── ColumnOrder      pruned columns unsorted, repeated or out of range
+    ├── GapsCorrupt      gaps of a sparse module that do not decode
     ├── DigestMismatch   a tensor is not the one that was written (a flipped bit)
     └── DeltaCorrupt     a delta that does not decode
 """
@@ -130,6 +131,10 @@ class PadBits(MaskCorrupt):
 
 class ColumnOrder(MaskCorrupt):
     """Row offsets fall, or columns are unsorted, repeated or out of range."""
+
+
+class GapsCorrupt(MaskCorrupt):
+    """Gaps of a sparse module that do not decode into its pruned weights."""
 
 
 class DigestMismatch(MaskCorrupt):

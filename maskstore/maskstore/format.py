@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from maskstore import files, layout
+from maskstore import bits, files, layout
 from maskstore import header as headers
 from maskstore.errors import DigestMismatch, MaskError, MaskExists, MaskMismatch, MaskNotFound
 from maskstore.header import Header
@@ -40,19 +40,15 @@ def read_mask(
 
 def write_mask(mask: Mask, path: str | os.PathLike[str]) -> None:
     """Write a mask file atomically: a reader sees the old one or the whole new one, also after a crash."""
-    shapes = {name: (*target.shape, mask.leaves[name]) for name, target in mask.targets.items()}
-    arrays = {name: target.tensors for name, target in mask.targets.items()}
-    write_file(Path(path), Header(mask.base, mask.info, mask.digest, {}, mask.signature), shapes, arrays)
+    write_file(Path(path), mask, {name: target.stored for name, target in mask.targets.items()})
 
 
-def write_file(
-    path: Path, head: Header, shapes: Mapping[str, tuple[int, int, str]], arrays: Mapping[str, Arrays]
-) -> None:
-    """Write a file from a header without modules and each module's (out, in, sha256) and tensors."""
+def write_file(path: Path, mask: Mask, arrays: Mapping[str, Arrays], parent: str | None = None) -> None:
+    """Write a mask, or its delta against a parent's digest, from the tensors that are to hold each module."""
     placed = layout.place({name: _outline(tensors) for name, tensors in arrays.items()})
-    modules = {name: Module(*shapes[name], placed[name]) for name in placed}
+    modules = {name: _module(mask.targets[name], mask.leaves[name], placed[name]) for name in placed}
     with files.replacing(path) as file:
-        file.write(headers.encode(replace(head, modules=modules)))
+        file.write(headers.encode(Header(mask.base, mask.info, mask.digest, modules, mask.signature, parent)))
         for _, name, suffix in layout.order(modules):
             array = arrays[name][suffix]
             file.write(array.data if array.size else b"")
@@ -67,7 +63,7 @@ def read_header(file: int, size: int, lenient: bool = False) -> Header:
 class MaskReader:
     """An open mask file: its header is read at once, its modules one at a time, each verified before it is returned.
 
-    A target owns its mapped pages, so iterating over a large mask takes the memory of one module.
+    A target owns its mapped pages or its decoded arrays, so iterating over a large mask takes the memory of one module.
     `lenient` is that of `header.decode`.
     """
 
@@ -136,25 +132,28 @@ class MaskReader:
             self[name]
 
     def mask(self) -> Mask:
-        """The whole mask in one mapping, verified."""
+        """The whole mask, verified: gaps decoded into memory, all else in one mapping."""
         try:
-            for name, module in self.header.modules.items():
-                self._verify(name, module)
             data = mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
-            views = {
-                name: [_view(data, self.header.start + tensor.offset, tensor) for tensor in module.tensors.values()]
-                for name, module in self.header.modules.items()
-            }
-            targets = {name: _target(name, self.header.modules[name], arrays) for name, arrays in views.items()}
+            targets = {name: self._open(name, module, data) for name, module in self.header.modules.items()}
         except MaskError as error:
             raise error.at(path=self.path) from None
         return self._known(targets)
+
+    def _open(self, name: str, module: Module, data: mmap.mmap) -> Target:
+        if "gaps" in module.tensors:
+            return self._decode(name, module)
+        self._verify(name, module)
+        start = self.header.start
+        return _target(name, module, [_view(data, start + each.offset, each) for each in module.tensors.values()])
 
     def _known(self, targets: Mapping[str, Target]) -> Mask:
         leaves = {name: module.sha256 for name, module in self.header.modules.items()}
         return Mask.known(self.base, targets, self.info, self.header.signature, leaves)
 
     def _target(self, name: str, module: Module) -> Target:
+        if "gaps" in module.tensors:
+            return self._decode(name, module)
         self._verify(name, module)
         return _target(name, module, [self._map(tensor) for tensor in module.tensors.values()])
 
@@ -180,8 +179,25 @@ class MaskReader:
             for chunk in files.chunks(self._file, self.header.start + tensor.offset, tensor.nbytes, self._buffer):
                 state.update(chunk)
         if state.hexdigest() != module.sha256:
-            found = f"recorded sha256 {module.sha256[:16]}, computed {state.hexdigest()[:16]}"
-            raise DigestMismatch(f"{found}: the bytes are damaged", tensor=f"{name}.{'+'.join(module.tensors)}")
+            raise _damaged(module.sha256, state.hexdigest(), f"{name}.{'+'.join(module.tensors)}")
+
+    def _decode(self, name: str, module: Module) -> Sparse:
+        """A sparse target from its gaps. The sha256 is that of its rows and columns, so it follows the decoding."""
+        gaps, pruned = self._read(module.tensors["gaps"]), module.pruned or 0
+        try:
+            target = Sparse.from_gaps(gaps, pruned, module.out, module.columns)
+        except MaskError as error:
+            raise _named(error, name) from None
+        if self.verify and (computed := leaf(target)) != module.sha256:
+            raise _damaged(module.sha256, computed, f"{name}.gaps")
+        return target
+
+    def _read(self, tensor: Tensor) -> bits.Bytes:
+        array, done = np.empty(tensor.nbytes, np.uint8), 0
+        for chunk in files.chunks(self._file, self.header.start + tensor.offset, tensor.nbytes, self._buffer):
+            array[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        return array
 
     def _map(self, tensor: Tensor) -> NDArray[Any]:
         begin = self.header.start + tensor.offset
@@ -210,10 +226,10 @@ class MaskWriter:
         if check_module(name) in self._modules:
             raise MaskExists("was added before", path=self.path, tensor=name)
         tensors = {}
-        for suffix, array in target.tensors.items():
+        for suffix, array in target.stored.items():
             tensors[suffix] = Tensor(array.dtype, array.shape, self._spool.tell())
             self._spool.write(array.data if array.size else b"")
-        self._modules[name] = Module(*target.shape, leaf(target), tensors)
+        self._modules[name] = _module(target, leaf(target), tensors)
 
     def __enter__(self) -> Self:
         self._spool = tempfile.TemporaryFile(dir=self.path.parent)
@@ -245,6 +261,11 @@ def identity(base: BaseRef, modules: Mapping[str, Module]) -> str:
     return identify(base.fingerprint, lines)
 
 
+def _module(target: Target, sha256: str, tensors: Mapping[str, Tensor]) -> Module:
+    pruned = target.pruned if isinstance(target, Sparse) else None
+    return Module(*target.shape, sha256, tensors, pruned)
+
+
 def _outline(arrays: Arrays) -> dict[str, Tensor]:
     return {suffix: Tensor(array.dtype, array.shape) for suffix, array in arrays.items()}
 
@@ -253,8 +274,18 @@ def _target(name: str, module: Module, arrays: list[NDArray[Any]]) -> Target:
     try:
         return _KINDS[tuple(module.tensors)](*arrays, module.columns)
     except MaskError as error:
-        error.tensor = f"{name}.{error.tensor}" if error.tensor else name
-        raise
+        raise _named(error, name) from None
+
+
+def _named(error: MaskError, name: str) -> MaskError:
+    """The error with its tensor's full name: a target knows the suffix only."""
+    error.tensor = f"{name}.{error.tensor}" if error.tensor else name
+    return error
+
+
+def _damaged(recorded: str, computed: str, tensor: str) -> DigestMismatch:
+    found = f"recorded sha256 {recorded[:16]}, computed {computed[:16]}"
+    return DigestMismatch(f"{found}: the bytes are damaged", tensor=tensor)
 
 
 def _view(data: mmap.mmap | None, begin: int, tensor: Tensor) -> NDArray[Any]:

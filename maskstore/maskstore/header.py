@@ -6,7 +6,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from maskstore import layout, metadata, strictjson
@@ -22,23 +22,29 @@ from maskstore.errors import (
     TensorShape,
     UnknownVersion,
 )
-from maskstore.layout import Module, Tensor
+from maskstore.layout import Module, Sets, Tensor
 from maskstore.mask import FORMAT, BaseRef, MaskInfo
 from maskstore.names import check_digest, check_module
-from maskstore.target import check_shape
+from maskstore.target import GAPS_LIMIT, check_shape, has_gaps
 
-DELTA_FORMAT = "masquerade-delta/1"
+# Format -> the sets of tensors that a module may have. Version 2 adds gaps; a file without gaps is of version 1.
+_SETS: dict[str, Sets] = {
+    FORMAT: layout.MASK,
+    "masquerade-mask/2": layout.MASK + layout.GAPS,
+    "masquerade-delta/1": layout.MASK + layout.FLIPS,
+    "masquerade-delta/2": layout.MASK + layout.FLIPS + layout.GAPS,
+}
 PREFIX = 8
 ALIGNMENT = 64
 HEADER_LIMIT = 4 << 20
 MODULE_LIMIT = 8192
+ROW_LIMIT = 1 << 25  # rows of all modules in gaps: their offsets take memory that the file does not have
 _BLANK = "0" * 64
 _SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')
 _SIGNATURE = re.compile(r"(?:2:)?[0-9a-f]{64}:[0-9a-f]{128}")
 _INFO = tuple(item.name for item in fields(MaskInfo))
 _JSON = (*_INFO, "base", "modules")
-_REQUIRED = {FORMAT: {*_JSON, "format", "digest", "seal"}, DELTA_FORMAT: {*_JSON, "format", "digest", "seal", "parent"}}
-_SETS = {FORMAT: layout.MASK, DELTA_FORMAT: layout.DELTA}
+_REQUIRED = {*_JSON, "format", "digest", "seal"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,12 @@ class Header:
 
 def encode(header: Header) -> bytes:
     """The first bytes of the file, sealed and padded with spaces to a multiple of 64; the same for the same header."""
-    modules = {name: [module.out, module.columns, module.sha256] for name, module in header.modules.items()}
+    _check_rows(header.modules)
+    modules = {name: _entry(module) for name, module in header.modules.items()}
     values = {name: getattr(header.info, name) for name in _INFO}
     base = {"fingerprint": header.base.fingerprint, "name": header.base.name}
     texts = {key: strictjson.dump(value) for key, value in {**values, "base": base, "modules": modules}.items()}
-    texts |= {"format": DELTA_FORMAT if header.parent else FORMAT, "digest": header.digest, "seal": _BLANK}
+    texts |= {"format": _format(header), "digest": header.digest, "seal": _BLANK}
     texts |= {key: text for key in ("parent", "signature") if (text := getattr(header, key)) is not None}
     document: dict[str, Any] = {"__metadata__": texts}
     for tensor, name, suffix in layout.order(header.modules):
@@ -79,6 +86,20 @@ def encode(header: Header) -> bytes:
         raise HeaderCorrupt(f"the header would take {len(raw)} bytes, the limit is {HEADER_LIMIT}")
     sealed = raw.replace(_line(_BLANK), _line(hashlib.sha256(raw).hexdigest()))
     return len(raw).to_bytes(PREFIX, "little") + sealed
+
+
+def _format(header: Header) -> str:
+    kind, version = "delta" if header.parent else "mask", 1 + any(map(_is_coded, header.modules.values()))
+    return f"masquerade-{kind}/{version}"
+
+
+def _is_coded(module: Module) -> bool:
+    return "gaps" in module.tensors
+
+
+def _entry(module: Module) -> list[Any]:
+    entry = [module.out, module.columns, module.sha256]
+    return [*entry, module.pruned] if _is_coded(module) else entry
 
 
 def check_length(prefix: bytes, size: int) -> int:
@@ -159,10 +180,11 @@ def _check_format(texts: dict[str, Any]) -> None:
     found = texts.get("format")
     if not isinstance(found, str) or not found.startswith(("masquerade-mask/", "masquerade-delta/")):
         raise NotAMask(f"safetensors without masks: format is {found!r:.40}, expected {FORMAT!r}")
-    if found not in _REQUIRED:
-        raise UnknownVersion(f"format {found!r:.40} is not known here, this reader knows {', '.join(_REQUIRED)}")
-    missing = sorted(_REQUIRED[found] - texts.keys())
-    extra = sorted(texts.keys() - _REQUIRED[found] - {"signature"})
+    if found not in _SETS:
+        raise UnknownVersion(f"format {found!r:.40} is not known here, this reader knows {', '.join(_SETS)}")
+    required = _REQUIRED | {"parent"} if found.startswith("masquerade-delta/") else _REQUIRED
+    missing = sorted(required - texts.keys())
+    extra = sorted(texts.keys() - required - {"signature"})
     if missing or extra:
         raise HeaderCorrupt(f"metadata keys: missing {missing}, unknown {extra!s:.160}")
     wrong = sorted(key for key, value in texts.items() if not isinstance(value, str))
@@ -197,30 +219,53 @@ def _counts(value: Any, what: str, name: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _modules(value: Any, sets: tuple[tuple[str, ...], ...], found: dict[str, tuple[Tensor, int]]) -> dict[str, Module]:
+def _modules(value: Any, sets: Sets, found: dict[str, tuple[Tensor, int]]) -> dict[str, Module]:
     """Match the declared modules with the tensors found: none missing, none extra, each as its module implies."""
     declared = _object(value, "modules")
     if not 1 <= len(declared) <= MODULE_LIMIT:
         raise HeaderCorrupt(f"{len(declared)} modules, 1 to {MODULE_LIMIT} are possible")
     modules = {}
     for name, entry in sorted(declared.items()):
-        out, columns, sha256 = _module(name, entry)
-        modules[name] = Module(out, columns, sha256, layout.take(name, (out, columns), sets, found))
+        out, columns, sha256, *counts = _module(name, entry)
+        module = Module(out, columns, sha256, layout.take(name, (out, columns), sets, found))
+        modules[name] = replace(module, pruned=_pruned(name, module, counts))
     if found:
         raise TensorSet(f"belongs to no module ({len(found)} such tensors)", tensor=min(found))
+    _check_rows(modules)
     return modules
 
 
-def _module(name: str, value: Any) -> tuple[int, int, str]:
+def _module(name: str, value: Any) -> tuple[Any, ...]:
+    """(out, in, sha256), with the count of pruned weights if there is one."""
     try:
         check_module(name)
-        out, columns, sha256 = value
-        if type(out) is not int or type(columns) is not int:
+        out, columns, sha256, *counts = value
+        if any(type(count) is not int for count in (out, columns, *counts)) or len(counts) > 1:
             raise ValueError
         check_digest(sha256)
     except (InvalidName, TypeError, ValueError):
-        raise HeaderCorrupt(f"module {name!r:.80} is {value!r:.120}, expected name: [out, in, sha256]") from None
-    return *check_shape(out, columns), sha256
+        expected = "name: [out, in, sha256] or, in gaps, name: [out, in, sha256, pruned]"
+        raise HeaderCorrupt(f"module {name!r:.80} is {value!r:.120}, expected {expected}") from None
+    return *check_shape(out, columns), sha256, *counts
+
+
+def _pruned(name: str, module: Module, counts: list[int]) -> int | None:
+    """How many weights a module prunes, where its entry or its columns tell."""
+    if len(counts) != _is_coded(module):
+        fault = "is in gaps and does not count" if not counts else "is not in gaps and counts"
+        raise HeaderCorrupt(f"module {name!r:.80} {fault} its pruned weights")
+    if not counts:
+        return module.tensors["cols"].shape[0] if "cols" in module.tensors else None
+    if counts[0] < 0 or not has_gaps(module.out, module.columns, counts[0]):
+        limit = f"0 to {GAPS_LIMIT}, fewer than make the bitmap of {module.out} x {module.columns} smaller"
+        raise HeaderCorrupt(f"module {name!r:.80} in gaps counts {counts[0]} pruned weights, possible are {limit}")
+    return counts[0]
+
+
+def _check_rows(modules: Mapping[str, Module]) -> None:
+    rows = sum(module.out for module in modules.values() if _is_coded(module))
+    if rows > ROW_LIMIT:
+        raise HeaderCorrupt(f"the modules in gaps have {rows} rows, the limit is {ROW_LIMIT}")
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from maskstore.errors import MaskTruncated, TensorOffsets, TensorSet, TensorShap
 
 DTYPES: dict[str, "np.dtype[Any]"] = {"U8": bits.BYTE, "I32": bits.ROW, "U32": bits.WIDE, "U16": bits.NARROW}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_KINDS = {"keep": "bitmap", "rows": "sparse", "flips_bitmap": "bitmap", "flips_sparse": "sparse"}
+_KINDS = {"keep": "bitmap", "rows": "sparse", "gaps": "sparse", "flips_bitmap": "bitmap", "flips_sparse": "sparse"}
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,15 @@ class Tensor:
 class Module:
     """A module as a header describes it: the weight's shape, sha256 of its target's tensors, the tensors in the file.
 
-    In a mask these are the target's own, in hash order; in a delta they may be `flips_<kind>` against the parent.
+    These are the target's own, in hash order; or `gaps` of a sparse one; or in a delta `flips_<kind>` against the
+    parent. `pruned` counts the pruned weights; None where the header does not tell (bitmaps and flips).
     """
 
     out: int
     columns: int
     sha256: str
     tensors: Mapping[str, Tensor]
+    pruned: int | None = None
 
     @property
     def kind(self) -> str:
@@ -49,20 +51,23 @@ class Module:
         return _KINDS[next(iter(self.tensors))]
 
 
-MASK = (("keep",), ("rows", "cols"))
-DELTA = (*MASK, ("flips_bitmap",), ("flips_sparse",))
+Sets = tuple[tuple[str, ...], ...]
+MASK: Sets = (("keep",), ("rows", "cols"))
+GAPS: Sets = (("gaps",),)
+FLIPS: Sets = (("flips_bitmap",), ("flips_sparse",))
 _Expected = tuple["np.dtype[Any]", tuple[int | None, ...]]
 _EXPECTED: dict[str, Callable[[int, int], _Expected]] = {
     "keep": lambda out, columns: (bits.BYTE, (out, bits.stride(columns))),
     "rows": lambda out, _: (bits.ROW, (out + 1,)),
     "cols": lambda _, columns: (bits.column_type(columns), (None,)),
+    "gaps": lambda _, __: (bits.BYTE, (None,)),
     "flips_bitmap": lambda _, __: (bits.BYTE, (None,)),
     "flips_sparse": lambda _, __: (bits.BYTE, (None,)),
 }
 
 
 def place(outlines: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Give every tensor its offset, without gaps: keep, then 4-byte items, 2-byte items, flips; then by module."""
+    """Give every tensor its offset, without gaps: keep, then 4-byte items, 2-byte items, bytes; then by module."""
     placed: dict[str, dict[str, Tensor]] = {name: dict(outlines[name]) for name in sorted(outlines)}
     every = [(_rank(suffix, tensor), name, suffix) for name in placed for suffix, tensor in placed[name].items()]
     offset = 0
@@ -78,9 +83,7 @@ def _rank(suffix: str, tensor: Tensor) -> tuple[bool, int, str]:
     return suffix != "keep", -tensor.dtype.itemsize, "" if suffix == "keep" else CODES[tensor.dtype]
 
 
-def take(
-    name: str, shape: tuple[int, int], sets: tuple[tuple[str, ...], ...], found: dict[str, tuple[Tensor, int]]
-) -> dict[str, Tensor]:
+def take(name: str, shape: tuple[int, int], sets: Sets, found: dict[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
     """Take a module's tensors out of those found (each with its claimed end): one whole set, as the weight implies."""
     suffixes = next((each for each in sets if f"{name}.{each[0]}" in found), sets[1])
     tensors = {suffix: _take(f"{name}.{suffix}", found) for suffix in suffixes}

@@ -5,16 +5,17 @@ The constructors validate columns and pad bits, so kernels need not.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskstore import bits
-from maskstore.errors import ColumnOrder, InvalidMaskValue, PadBits, TensorShape
+from maskstore import bits, rice
+from maskstore.errors import ColumnOrder, GapsCorrupt, InvalidMaskValue, PadBits, TensorShape
 
 SIDE_LIMIT = 1 << 20
 SIZE_LIMIT = 1 << 32
+GAPS_LIMIT = 1 << 20  # pruned weights of a module in gaps: decoding takes 50 MB at most
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -62,6 +63,11 @@ class Bitmap:
     def tensors(self) -> Tensors:
         """Suffix -> array, in the order in which they are hashed."""
         return {"keep": self.keep}
+
+    @property
+    def stored(self) -> Tensors:
+        """Suffix -> array, as a file holds them."""
+        return self.tensors
 
     def to_keep(self) -> bits.Bool:
         """bool[out, in], True where kept."""
@@ -140,6 +146,23 @@ class Sparse:
         """Suffix -> array, in the order in which they are hashed."""
         return {"rows": self.rows, "cols": self.cols}
 
+    @property
+    def stored(self) -> Tensors:
+        """Suffix -> array, as a file holds them: gaps where the format allows them, which are always smaller."""
+        if not has_gaps(*self.shape, self.pruned):
+            return self.tensors
+        out, columns = self.shape
+        return {"gaps": rice.encode(bits.join_places(self.rows, self.cols, columns), out * columns)}
+
+    @classmethod
+    def from_gaps(cls, gaps: bits.Bytes, pruned: int, out: int, columns: int) -> Self:
+        """The target that a file holds as uint8[n] gaps of so many pruned weights. Raises GapsCorrupt."""
+        try:
+            places = rice.decode(gaps, pruned, out * columns)
+        except GapsCorrupt as error:
+            raise error.at(tensor="gaps") from None
+        return cls(*bits.split_places(places, out, columns), columns)
+
     def to_keep(self) -> bits.Bool:
         """bool[out, in], True where kept."""
         return ~bits.from_csr(self.rows, self.cols, self.columns)
@@ -186,6 +209,11 @@ def is_thin(out: int, columns: int, pruned: int) -> bool:
     """Whether CSR of so many pruned weights is smaller than the bitmap."""
     sparse = 4 * (out + 1) + bits.column_type(columns).itemsize * pruned
     return sparse < out * bits.stride(columns)
+
+
+def has_gaps(out: int, columns: int, pruned: int) -> bool:
+    """Whether a file may hold a sparse target as gaps: it is thin and cheap to decode."""
+    return pruned <= GAPS_LIMIT and is_thin(out, columns, pruned)
 
 
 def _freeze(array: NDArray[Any]) -> NDArray[Any]:

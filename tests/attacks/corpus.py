@@ -72,9 +72,19 @@ class Attack:
 
 
 def sound() -> bytes:
+    """A bitmap, and sparse modules as rows and columns."""
+    return _written(world.write_rows, world.mixed())
+
+
+def coded() -> bytes:
+    """A bitmap, and sparse modules as gaps."""
+    return _written(maskstore.write_mask, world.mixed())
+
+
+def _written(write: Callable[[maskstore.Mask, Path], object], mask: maskstore.Mask) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m"
-        maskstore.write_mask(world.mixed(), path)
+        write(mask, path)
         return path.read_bytes()
 
 
@@ -94,6 +104,7 @@ def attacks() -> Iterator[Attack]:
         not_files,
     ):
         yield from family(raw)
+    yield from gaps(coded())
 
 
 def truncated(raw: bytes) -> Iterator[Attack]:
@@ -201,7 +212,7 @@ def metadata(raw: bytes) -> Iterator[Attack]:
     yield Attack("metadata-missing", corrupt, forge.edit(raw, lambda d: d["__metadata__"].pop("certificate")))
     yield said("unknown-key", note='"x"')
     yield said("format-foreign", errors.NotAMask, format="pt")
-    yield said("format-later", maskstore.UnknownVersion, format="masquerade-mask/2")
+    yield said("format-later", maskstore.UnknownVersion, format="masquerade-mask/3")
     yield said("format-negative", maskstore.UnknownVersion, format="masquerade-mask/-1")
     yield said("format-delta-without-parent", corrupt, format="masquerade-delta/1")
     yield said("delta-as-mask", maskstore.MaskMismatch, format="masquerade-delta/1", parent="a" * 64)
@@ -325,12 +336,60 @@ def contents(raw: bytes) -> Iterator[Attack]:
     yield patched("cols-largest", order, f"{OUT}.cols", 0, struct.pack("<H", 65535))
     busy = np.zeros((16, 64), bool)
     busy[3, [5, 9]] = True
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "m"
-        maskstore.write_mask(maskstore.Mask(world.BASE, {OUT: maskstore.encode(busy)}, world.info()), path)
-        two = path.read_bytes()
+    two = _written(world.write_rows, maskstore.Mask(world.BASE, {OUT: maskstore.encode(busy)}, world.info()))
     yield Attack("content-cols-unsorted", order, forge.patch(two, f"{OUT}.cols", lambda c: c.__setitem__(0, 10)))
     yield Attack("content-cols-repeated", order, forge.patch(two, f"{OUT}.cols", lambda c: c.__setitem__(0, 9)))
+
+
+def gaps(raw: bytes) -> Iterator[Attack]:
+    """Gaps that do not decode, or decode to more than a file may hold."""
+    error, corrupt, name = maskstore.GapsCorrupt, maskstore.HeaderCorrupt, f"{OUT}.gaps"
+    document, data = forge.split(raw)
+    begin, end = document[name]["data_offsets"]
+    sound = data[begin:end]
+
+    def swapped(content: bytes) -> bytes:
+        changed = json.loads(json.dumps(document))
+        changed[name].update(shape=[len(content)], data_offsets=[begin, begin + len(content)])
+        for other, entry in changed.items():
+            if "data_offsets" in entry and other != name and entry["data_offsets"][0] >= end:
+                entry["data_offsets"] = [at + len(content) - len(sound) for at in entry["data_offsets"]]
+        return forge.join(changed, data[:begin] + content + data[end:])
+
+    def counted(count: object) -> bytes:
+        return forge.edit_json(raw, "modules", lambda modules: modules[OUT].__setitem__(3, count))
+
+    for label, content in (
+        ("none", b""),
+        ("cut", sound[:-1]),
+        ("long", sound + bytes(100)),
+        ("zeros", bytes(len(sound))),
+    ):
+        yield Attack(f"gaps-{label}", error, swapped(content))
+    yield Attack("gaps-ones", error, swapped(b"\xff" * len(sound)))
+    yield Attack("gaps-flipped", error, _flip(raw, len(raw) - len(data) + end - 1))
+    for count in (-1, 2**20 + 1, 2**63, True, None, "text", []):
+        yield Attack(f"gaps-count-{str(count).strip('[]') or 'list'}", corrupt, counted(count))
+    for count in (0, 1, 20):
+        yield Attack(f"gaps-count-{count}", error, counted(count))
+    lost = forge.edit_json(raw, "modules", lambda modules: modules[OUT].pop())
+    yield Attack("gaps-count-lost", corrupt, lost)
+    first = forge.edit(raw, lambda each: each["__metadata__"].update(format="masquerade-mask/1"))
+    yield Attack("gaps-in-version-1", maskstore.TensorSet, first)
+    extra = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    yield Attack("gaps-beside-keep", maskstore.TensorSet, forge.edit(raw, _add(f"{DOWN}.gaps", extra)))
+    wide = forge.edit(raw, lambda each: each[name].update(dtype="U16", shape=[len(sound) // 2]))
+    yield Attack("gaps-wide", maskstore.TensorShape, wide)
+    yield Attack("gaps-of-many-rows", corrupt, _many_rows(document))
+
+
+def _many_rows(document: dict) -> bytes:
+    """8,192 empty modules whose row offsets would take 32 GiB."""
+    empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    names = [f"m{at}" for at in range(8192)]
+    modules = json.dumps({name: [1 << 20, 1, "0" * 64, 0] for name in names})
+    changed = {"__metadata__": document["__metadata__"] | {"modules": modules}}
+    return forge.join(changed | {f"{name}.gaps": empty for name in names}, b"")
 
 
 def other_files(raw: bytes) -> Iterator[Attack]:

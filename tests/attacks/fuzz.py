@@ -15,16 +15,31 @@ import atheris
 with atheris.instrument_imports(include=["maskstore"]):
     from maskstore import DeltaReader, MaskError, read_mask, write_delta
 
-from tests.attacks.corpus import sound
+from tests.attacks.corpus import OUT, coded, sound
 from tests.maskstore import forge, world
 from tests.maskstore.test_delta import relative
 
 RAW = sound()
 DOCUMENT, DATA = forge.split(RAW)
+CODED, CODED_DATA = forge.split(coded())
 TENSORS = [name for name in DOCUMENT if name != "__metadata__"]
 KEYS = sorted(DOCUMENT["__metadata__"])
 WORDS = (
-    *("U8", "I32", "U16", "U32", "dtype", "shape", "data_offsets", "keep", "rows", "cols", "flips_bitmap", "NaN"),
+    *(
+        "U8",
+        "I32",
+        "U16",
+        "U32",
+        "dtype",
+        "shape",
+        "data_offsets",
+        "keep",
+        "rows",
+        "cols",
+        "gaps",
+        "flips_bitmap",
+        "NaN",
+    ),
     *(
         "true",
         "null",
@@ -37,6 +52,7 @@ WORDS = (
         "decode",
         "\\\\u202e",
         "masquerade-delta/1",
+        "masquerade-mask/2",
     ),
 )
 PARENT = world.mask(share=0.5, shapes={"a": (24, 100)})
@@ -93,7 +109,23 @@ def as_flips(data: bytes) -> bytes:
     return forge.join(document, data)
 
 
-FORMS = (as_bytes, as_header, as_value, as_entry, as_tensor, as_flips)
+def as_gaps(data: bytes) -> bytes:
+    """The input is a count and the gaps of a module, the last of its file."""
+    document = json.loads(json.dumps(CODED))
+    begin, _ = document[f"{OUT}.gaps"]["data_offsets"]
+    modules = json.loads(document["__metadata__"]["modules"])
+    modules[OUT][3] = data[0]
+    document["__metadata__"]["modules"] = json.dumps(modules)
+    document[f"{OUT}.gaps"].update(shape=[len(data) - 1], data_offsets=[begin, begin + len(data) - 1])
+    for name, entry in document.items():
+        if name.endswith(".gaps") and name != f"{OUT}.gaps":
+            entry["data_offsets"] = [begin + len(data) - 1] * 2
+    content = CODED_DATA[:begin] + data[1:]
+    forge.rehash(document, content)
+    return forge.join(document, content)
+
+
+FORMS = (as_bytes, as_header, as_value, as_entry, as_tensor, as_flips, as_gaps)
 
 
 def attempt(path: Path, data: bytes) -> None:
@@ -116,7 +148,9 @@ def seeds(folder: Path) -> None:
     header = RAW[8 : 8 + struct.unpack("<Q", RAW[:8])[0]].replace(
         DOCUMENT["__metadata__"]["seal"].encode(), forge.BLANK.encode()
     )
-    samples = [RAW, header, b"", b"\0" + json.dumps(DOCUMENT[TENSORS[0]]).encode(), b"\0\0", b"\x05\x10\xff\x20"]
+    entry, gaps = json.dumps(DOCUMENT[TENSORS[0]]).encode(), CODED[f"{OUT}.gaps"]["data_offsets"][0]
+    samples = [RAW, header, b"", b"\0" + entry, b"\0\0", b"\x05\x10\xff\x20", b""]
+    samples[6] = bytes([json.loads(CODED["__metadata__"]["modules"])[OUT][3]]) + CODED_DATA[gaps:]
     samples[2] = bytes([KEYS.index("modules")]) + DOCUMENT["__metadata__"]["modules"].encode()
     for form, sample in enumerate(samples):
         (folder / f"form-{form}").write_bytes(bytes([form]) + sample)

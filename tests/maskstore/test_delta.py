@@ -14,7 +14,7 @@ from maskstore import (
     write_delta,
     write_mask,
 )
-from maskstore.delta import decode_gaps, encode_gaps
+from maskstore.delta import decode_flips, encode_flips
 from maskstore.errors import DeltaCorrupt, DigestMismatch, MaskTruncated, NotAMask
 from tests.maskstore import forge, world
 
@@ -38,8 +38,8 @@ def path(tmp_path):
 @given(st.sets(st.integers(0, 5000)))
 def test_gap_code(positions):
     places = np.array(sorted(positions), np.int64)
-    stream = encode_gaps(places)
-    runs = list(decode_gaps(stream, 5001))
+    stream = encode_flips(places)
+    runs = list(decode_flips(stream, 5001))
     assert np.array_equal(np.concatenate([np.zeros(0, np.int64), *runs]), places)
     assert stream.size == places.size + sum(gap // 255 for gap in np.diff(places, prepend=-1) - 1)
 

@@ -14,19 +14,23 @@ from tests.maskstore import world
 DTYPES = {"U8": "<u1", "I32": "<i4", "U16": "<u2", "U32": "<u4"}
 
 
-def write(path, base, name, sets, said):
+def write(path, base, name, sets, said, with_gaps):
     """sets: module -> bool[out, in] of the pruned."""
     tensors, modules, lines = {}, {}, ["masquerade-mask/1", base]
     for module in sorted(sets):
         pruned = sets[module]
         out, width = pruned.shape
         arrays = bitmap(~pruned) if len(module) % 2 else sparse(pruned)
+        kind = "bitmap" if "keep" in arrays else "sparse"
         digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()
         modules[module] = [out, width, digest]
-        lines.append(f"{module} {'bitmap' if 'keep' in arrays else 'sparse'} {out} {width} {digest}")
+        lines.append(f"{module} {kind} {out} {width} {digest}")
+        if kind == "sparse" and with_gaps and thin(pruned):
+            modules[module].append(int(pruned.sum()))
+            arrays = {"gaps": gaps(pruned)}
         tensors |= {f"{module}.{suffix}": array for suffix, array in arrays.items()}
     metadata = {key: json.dumps(value) for key, value in said.items()}
-    metadata["format"] = "masquerade-mask/1"
+    metadata["format"] = f"masquerade-mask/{1 + any(name.endswith('.gaps') for name in tensors)}"
     metadata["base"] = json.dumps({"fingerprint": base, "name": name})
     metadata["modules"] = json.dumps(modules)
     metadata["digest"] = hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
@@ -60,6 +64,36 @@ def sparse(pruned):
     return {"rows": rows, "cols": np.nonzero(pruned)[1].astype("<u2" if pruned.shape[1] <= 65536 else "<u4")}
 
 
+def thin(pruned):
+    out, width = pruned.shape
+    item = 2 if width <= 65536 else 4
+    return 4 * (out + 1) + item * pruned.sum() < out * 8 * -(-width // 64)
+
+
+def gaps(pruned):
+    places = np.flatnonzero(pruned)
+    width = int(np.log2(pruned.size / places.size)) if places.size else 0
+    bits = [gap >> bit & 1 for gap in np.diff(places, prepend=-1) - 1 for bit in range(width)]
+    for gap in np.diff(places, prepend=-1) - 1:
+        bits += [0] * (gap >> width) + [1]
+    return np.packbits(np.array(bits, np.uint8), bitorder="little")
+
+
+def from_gaps(code, out, columns, count):
+    bits = np.unpackbits(code, bitorder="little").tolist()
+    width = int(np.log2(out * columns / count)) if count else 0
+    pruned, place, at = np.zeros(out * columns, bool), -1, count * width
+    for number in range(count):
+        end = bits.index(1, at)
+        remainder = sum(bits[number * width + bit] << bit for bit in range(width))
+        place += ((end - at) << width) + remainder + 1
+        pruned[place] = True
+        at = end + 1
+    assert len(bits) == -(-at // 8) * 8
+    assert not any(bits[at:])
+    return pruned.reshape(out, columns)
+
+
 def read(path):
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -72,11 +106,13 @@ def read(path):
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         tensors[name] = np.frombuffer(data[begin:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    sets, lines = {}, [metadata["format"], json.loads(metadata["base"])["fingerprint"]]
-    for module, (out, width, recorded) in sorted(json.loads(metadata["modules"]).items()):
+    sets, lines = {}, ["masquerade-mask/1", json.loads(metadata["base"])["fingerprint"]]
+    for module, (out, width, recorded, *count) in sorted(json.loads(metadata["modules"]).items()):
         parts = [
             tensors[f"{module}.{suffix}"] for suffix in ("keep", "rows", "cols") if f"{module}.{suffix}" in tensors
         ]
+        if count:
+            parts = list(sparse(from_gaps(tensors[f"{module}.gaps"], out, width, *count)).values())
         assert hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest() == recorded
         lines.append(f"{module} {'bitmap' if len(parts) == 1 else 'sparse'} {out} {width} {recorded}")
         pruned = np.zeros((out, width), bool)
@@ -104,10 +140,11 @@ SAID = {
 }
 
 
+@pytest.mark.parametrize("with_gaps", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
-def test_what_the_second_writes_the_first_reads(tmp_path, share):
+def test_what_the_second_writes_the_first_reads(tmp_path, share, with_gaps):
     sets = {name: world.pruned(shape, share, seed) for seed, (name, shape) in enumerate(SETS.items())}
-    digest = write(tmp_path / "m", "ab" * 32, "some base", sets, SAID)
+    digest = write(tmp_path / "m", "ab" * 32, "some base", sets, SAID, with_gaps)
     mask = maskstore.read_mask(tmp_path / "m", base="ab" * 32)
     assert mask.digest == digest
     assert mask.base == maskstore.BaseRef("ab" * 32, "some base")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maskstore import MaskExists, MaskMismatch, MaskNotFound, MaskReader, MaskWriter, read_mask, write_mask
-from maskstore.errors import DigestMismatch
+from maskstore.errors import DigestMismatch, GapsCorrupt
 from tests.maskstore import world
 
 NAMES = tuple(sorted(world.SHAPES))
@@ -48,16 +48,16 @@ def test_only_the_damaged_module_is_refused(path):
     with MaskReader(path) as reader:
         bad = [name for name in NAMES if _refused(reader, name)]
         assert bad == ["model.layers.0.self_attn.o_proj"]
-        with pytest.raises(DigestMismatch):
+        with pytest.raises(GapsCorrupt):
             reader.check()
-    with pytest.raises(DigestMismatch):
+    with pytest.raises(GapsCorrupt):
         read_mask(path)
 
 
 def _refused(reader, name):
     try:
         reader[name]
-    except DigestMismatch:
+    except GapsCorrupt:
         return True
     return False
 

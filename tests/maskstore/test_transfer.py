@@ -3,7 +3,7 @@ import os
 import pytest
 
 from maskstore import MaskMismatch, MaskNotFound, Registry, Store, export_mask, fsck, import_mask
-from maskstore.errors import ColumnOrder, DigestMismatch, NotAMask
+from maskstore.errors import DigestMismatch, GapsCorrupt, NotAMask, PadBits
 from tests.maskstore import forge, world
 from tests.maskstore.test_delta import relative
 
@@ -51,8 +51,8 @@ def test_as_a_delta_when_that_is_smaller(home, away, tmp_path):
 @pytest.mark.parametrize(
     ("harm", "error"),
     [
-        (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), DigestMismatch),
-        (lambda raw: forge.patch(raw, "model.layers.0.self_attn.o_proj.cols", lambda c: c.reverse()), ColumnOrder),
+        (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), GapsCorrupt),
+        (lambda raw: forge.patch(raw, "model.layers.0.mlp.down_proj.keep", lambda k: k.reverse()), PadBits),
         (lambda _: b"not a mask at all", NotAMask),
     ],
 )

@@ -1,8 +1,11 @@
 """Tiny masks for tests: a base that does not exist, a few modules, both encodings."""
 
+from pathlib import Path
+
 import numpy as np
 
 from maskstore import BaseRef, Mask, MaskInfo, encode
+from maskstore.format import write_file
 
 BASE = BaseRef("0123456789abcdef" * 4, "tiny")
 OTHER = BaseRef("f" * 64, "other")
@@ -34,3 +37,8 @@ def mixed(seed=0, **values) -> Mask:
         name: encode(pruned(shape, share, seed)) for (name, shape), share in zip(shapes, (0.5, 0.01, 0.0), strict=True)
     }
     return Mask(BASE, targets, info(**values))
+
+
+def write_rows(mask: Mask, path: Path) -> None:
+    """The file as versions before gaps wrote it: sparse modules as rows and columns."""
+    write_file(path, mask, {name: target.tensors for name, target in mask.targets.items()})

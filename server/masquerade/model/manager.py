@@ -75,8 +75,7 @@ class MaskManager:
         total = 0
         for name, module in mask.header.modules.items():
             self._check(name, (module.out, module.columns))
-            pruned = module.tensors["cols"].shape[0] if "cols" in module.tensors else 0
-            total += footprint(self._linears[name], module.kind, pruned)
+            total += footprint(self._linears[name], module.kind, module.pruned or 0)
         return total
 
     def _check(self, name: str, shape: tuple[int, int]) -> None:
