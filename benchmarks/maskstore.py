@@ -15,7 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._report import Figure, report
-from maskstore import BaseRef, Bitmap, MaskInfo, MaskReader, MaskWriter, Registry, Target, algebra, bits, encode
+from maskstore import (
+    BaseRef,
+    Bitmap,
+    Mask,
+    MaskInfo,
+    MaskReader,
+    MaskWriter,
+    Registry,
+    Target,
+    algebra,
+    bits,
+    encode,
+    read_mask,
+    write_mask,
+)
+from maskstore.format import write_file
 
 BASE = BaseRef("8b" * 32, "8B-shaped")
 INFO = MaskInfo("bench", "random", created_at="2026-01-01T00:00:00+00:00")
@@ -27,6 +42,15 @@ LINEARS = {
     "mlp.gate_proj": (14336, 4096),
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
+}
+SMALL = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
 }
 LAYERS = 32
 SHAPE = (4096, 14336)
@@ -175,6 +199,26 @@ def measure_files(folder: Path, layers: int, repeats: int) -> Iterator[Figure]:
     yield Figure("stream write with random bits", size / (time.perf_counter() - started) / 1e9, "GB/s")
 
 
+def measure_gaps(folder: Path, repeats: int) -> Iterator[Figure]:
+    """A mask of 0.08 % of every Linear of SmolLM2-135M, stored as gaps and as rows and columns."""
+    rng = np.random.default_rng(3)
+    targets = {
+        f"model.layers.{layer}.{name}": encode(rng.random(shape, np.float32) < 0.0008)
+        for layer in range(30)
+        for name, shape in SMALL.items()
+    }
+    mask = Mask(BASE, targets, INFO)
+    gaps, rows = folder / "gaps", folder / "rows"
+    write_mask(mask, gaps)
+    write_file(rows, mask, {name: target.tensors for name, target in targets.items()})
+    sizes = gaps.stat().st_size, rows.stat().st_size
+    yield Figure(f"file of {mask.pruned} pruned weights in {len(targets)} modules", sizes[0] / 1e3, "kB", "<= 250")
+    yield Figure("the same as rows and columns", sizes[1] / 1e3, "kB")
+    seconds = race(lambda: read_mask(gaps), lambda: read_mask(rows), 2 * repeats)
+    yield Figure("read and verify it", seconds[0] * 1e3, "ms")
+    yield Figure("the same as rows and columns, to read", seconds[1] * 1e3, "ms")
+
+
 def measure_registry(folder: Path, repeats: int) -> Iterator[Figure]:
     registry = Registry(folder)
     with MaskWriter(folder / "x", BASE, INFO) as writer:
@@ -206,6 +250,7 @@ def main() -> None:
     figures = [*measure_bits(repeats), *measure_algebra(repeats)]
     with tempfile.TemporaryDirectory() as folder:
         figures += measure_files(Path(folder), layers, 2 if options.quick else 3)
+        figures += measure_gaps(Path(folder), repeats)
         figures += measure_registry(Path(folder), repeats)
     report("maskstore", figures, options.json)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maskstore import MaskExists, MaskMismatch, MaskNotFound, MaskReader, MaskWriter, read_mask, write_mask
-from maskstore.errors import DigestMismatch, GapsCorrupt
+from maskstore.errors import GapsCorrupt
 from tests.maskstore import world
 
 NAMES = tuple(sorted(world.SHAPES))

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from maskstore import MaskMismatch, MaskNotFound, Registry, Store, export_mask, fsck, import_mask
-from maskstore.errors import DigestMismatch, GapsCorrupt, NotAMask, PadBits
+from maskstore.errors import GapsCorrupt, NotAMask, PadBits
 from tests.maskstore import forge, world
 from tests.maskstore.test_delta import relative
 
