@@ -106,7 +106,11 @@ def test_eval_measures_the_mask_beside_its_controls(tiny_folder: Path, shop: Any
         ({"--data": "missing.jsonl"}, 1, "missing.jsonl cannot be read: No such file"),
         ({"--name": "a/b"}, 2, "'a/b' is not a name"),
         ({"--contrast-name": "../b"}, 2, "'../b' is not a name"),
-        ({"--score": "magic"}, 2, "score 'magic' is unknown; there are attribution-fisher, attribution, signed"),
+        (
+            {"--score": "magic"},
+            2,
+            "score 'magic' is unknown; there are refined, attribution-fisher, attribution, signed",
+        ),
         ({"--rho": "many"}, 2, "rho is 'many'; it must be a number or `auto`"),
         ({"--model": "own.jsonl"}, 1, "is a file; give the folder"),
         ({"--model": "/no/such/folder"}, 1, "is not an existing folder"),

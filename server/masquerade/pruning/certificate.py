@@ -26,11 +26,11 @@ from masquerade.pruning.tuning import Budgets
 
 LIKELIER = 0.9  # at a smaller neutral ratio, the base models the text badly
 FEWEST_PAIRS = 16  # with fewer pairs the interval begins below 0.8 even if all flip
-ANSWERS = 24  # most held-out prompts that are answered greedily
+ANSWERS = 16  # most held-out prompts that are answered greedily
 ANSWER_TOKENS = 64  # most tokens of such an answer
 CURVE = (0.9, 0.75, 0.5, 0.25, 0.0)  # gammas of the dose-response curve
 CURVE_TEXTS = 32  # most texts of a kind that it is measured on
-CURVE_FACTS = 20  # most known facts that it is measured on
+CURVE_FACTS = 16  # most known facts that it is measured on
 MANY = 0.5  # a smaller share of changed answers gives a remark
 PASSED, REFUSED, TOO_FEW = "passed", "refused", "too few to tell"
 SLACK = 2.0  # a cost of more than this multiple of the budget's excess is refused, whatever its interval
