@@ -37,7 +37,7 @@ class Recipe:
     own_budget: float | None = None  # the same for the persona's own text
     effect: float = 0.95  # share of flipped prompts that is enough: no larger rho is tried
     samples: int | None = None  # most calibration examples of a side
-    judged: int = 100  # most examples of a kind in the tune split, and in the report split
+    judged: int = 64  # most examples of a kind in the tune split, and in the report split
     judged_tokens: int = 8192  # most tokens of a kind in the tune split, and in the report split
     seed: int = 0
     force: bool = False  # publish a mask that would be refused, marked as forced
