@@ -27,7 +27,14 @@ from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.search import MaskSearch, SearchSettings, exchange
 
 SETTINGS = SearchSettings(
-    rho=0.05, steps=6, judged_every=2, pairs_a_batch=2, batches_a_step=2, neutral_a_batch=2, neutral_batches_a_step=1
+    rho=0.05,
+    steps=6,
+    judged_every=2,
+    saved_every=1,
+    pairs_a_batch=2,
+    batches_a_step=2,
+    neutral_a_batch=2,
+    neutral_batches_a_step=1,
 )
 
 

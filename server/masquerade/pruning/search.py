@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class SearchSettings:
     rho: float = 0.0008  # share of each Linear that is pruned at the end
     steps: int = 18
     judged_every: int = 6  # steps
+    saved_every: int = 3  # steps
     patience: int = 2  # judgements without improvement that end the search
     pairs: int = 256  # most pairs, drawn by seed
     pairs_a_batch: int = 4
@@ -73,6 +75,7 @@ class _State:
     best_step: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)  # `pruned` of the best state
     unimproved: int = 0  # judgements since then
+    saved: int = 0  # the step that is in the scratch
 
 
 class MaskSearch:
@@ -156,7 +159,7 @@ class MaskSearch:
             yield
 
     def run(self, side: int, judge: Judge) -> Generator[int | None, None, dict[str, Target]]:
-        """The targets of the best state that `judge` saw; continues from the last finished step in `scratch`.
+        """The targets of the best state that `judge` saw; continues from the last step that `scratch` has.
 
         Its own work items yield 1, and those of the judge None.
         """
@@ -171,7 +174,8 @@ class MaskSearch:
                 if worth > state.best:
                     state.best, state.best_step, state.unimproved = worth, state.step, 0
                     state.kept = {name: pruned.clone() for name, pruned in state.pruned.items()}
-            self._save(side, state)
+            if state.step % self._settings.saved_every == 0:
+                self._save(side, state)
         return _encode(state.kept or state.pruned)
 
     def _batch(self, name: str, rows: Sequence[Encoded]) -> ResponseBatch:
@@ -193,7 +197,7 @@ class MaskSearch:
         return hidden[batch.counted]
 
     def _start(self, side: int) -> Generator[int, None, _State]:
-        if f"search/{side}" in self._scratch:
+        if f"search/{side}/state" in self._scratch:
             state = self._load(side)
         else:
             gains = {name: self._scratch.get(f"start/{side}/{name}")["gains"].float() for name in self._targets}
@@ -288,31 +292,30 @@ class MaskSearch:
             yield 1
 
     def _save(self, side: int, state: _State) -> None:
+        """Keep the state; a Linear is a file, and the numbers, written last, say which step's files are whole."""
+        for name, gains in state.gains.items():
+            found = {"gains": gains, "pruned": _pack(state.pruned[name])}
+            if state.kept:
+                found["kept"] = _pack(state.kept[name])
+            self._scratch.put(f"search/{side}/{state.step}/{name}", found)
         numbers = [state.step, state.pressure, state.divergence or 0.0, state.best, state.best_step, state.unimproved]
-        found = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
-        for kind, tensors in (("gains", state.gains), ("pruned", state.pruned), ("kept", state.kept)):
-            found |= {f"{kind}|{name}": tensor for name, tensor in tensors.items()}
-        self._scratch.put(f"search/{side}", found)
+        self._scratch.put(f"search/{side}/state", {"numbers": torch.tensor(numbers, dtype=torch.float64)})
+        self._scratch.drop(f"search/{side}/{state.saved}")
+        state.saved = state.step
 
     def _load(self, side: int) -> _State:
-        stored = self._scratch.get(f"search/{side}")
-        step, pressure, divergence, best, best_step, unimproved = stored.pop("numbers").tolist()
-        parts: dict[str, dict[str, Tensor]] = {"gains": {}, "pruned": {}, "kept": {}}
-        for label, tensor in stored.items():
-            kind, name = label.split("|")
-            parts[kind][name] = tensor.to(self._base.device)
-        return _State(
-            parts["gains"],
-            parts["pruned"],
-            {},
-            int(step),
-            pressure,
-            divergence,
-            best,
-            int(best_step),
-            parts["kept"],
-            int(unimproved),
-        )
+        numbers = self._scratch.get(f"search/{side}/state")["numbers"].tolist()
+        step, pressure, divergence, best, best_step, unimproved = numbers
+        state = _State({}, {}, {}, int(step), pressure, divergence, best, int(best_step))
+        state.unimproved, state.saved = int(unimproved), int(step)
+        for name, linear in self._targets.items():
+            stored = self._scratch.get(f"search/{side}/{state.step}/{name}")
+            shape = torch.Size((linear.out_features, linear.in_features))
+            state.gains[name] = stored["gains"].to(self._base.device)
+            state.pruned[name] = _unpack(stored["pruned"], shape).to(self._base.device)
+            if "kept" in stored:
+                state.kept[name] = _unpack(stored["kept"], shape).to(self._base.device)
+        return state
 
 
 def exchange(values: Tensor, pruned: Tensor, count: int, share: float) -> Tensor:
@@ -353,6 +356,14 @@ def _draw(count: int, size: int, step: int, seed: int) -> Iterator[int]:
         order = list(range(count))
         random.Random(f"{seed}/{turn}").shuffle(order)
         yield order[within]
+
+
+def _pack(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool)).view(shape)
 
 
 def _encode(pruned: Mapping[str, Tensor]) -> dict[str, Target]:
