@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -104,14 +105,15 @@ def _checked(expected: str, check: Callable[[object], str]) -> Kind:
 
 
 _TEXT = _a("text", str)
-_NUMBER = _a("a number", int, float)
+_NUMBER = _a("a number", int, float, test=lambda value: abs(value) <= sys.float_info.max)
 _COUNT = _a("a count", int, test=lambda value: value >= 0)
 _FLAG = _or_null(_a("true, false or null", bool))
 _FIGURE = _or_null(_NUMBER)
 _PHASE = _a('"all" or "decode"', str, test=lambda value: value in ("all", "decode"))
+_GAMMA = _a("a number from 0 to 1", int, float, test=lambda value: 0 <= value <= 1)
 _ANY_OBJECT = _object({})
 _FIGURES: Mapping[str, Kind] = {
-    **dict.fromkeys(("own_ratio", "neutral_ratio", "margin_shift", "flip", "kl"), _FIGURE),
+    **dict.fromkeys(("own_ratio", "neutral_ratio", "margin_shift", "margin_shift_median", "flip", "kl"), _FIGURE),
     "pairs": _COUNT,
     "preferred": _object({"base": _NUMBER, "masked": _NUMBER}, required=True),
 }
@@ -119,8 +121,13 @@ _CERTIFICATE: Mapping[str, Kind] = {
     **_FIGURES,
     "intervals": _object({}, rest=_list(_FIGURE, length=2)),
     "phases": _object({}, rest=_object(_FIGURES)),
+    "curve": _list(_object({"gamma": _GAMMA}, required=True, rest=_FIGURE)),
+    "facts": _object({"of": _COUNT, "known": _COUNT, "kept": _FIGURE}, required=True),
+    "changed_answers": _object({"changed": _COUNT, "of": _COUNT, "share": _NUMBER}, required=True),
+    "loops": _object({"masked": _NUMBER, "base": _NUMBER, "of": _COUNT}, required=True),
     "phase": _object({"default": _PHASE, "why": _TEXT}),
     "choice": _object({"why": _TEXT, "tried": _list(_ANY_OBJECT)}),
+    "verdict": _TEXT,
     "passed": _FLAG,
     "forced": _FLAG,
     "reasons": _list(_TEXT),

@@ -158,7 +158,14 @@ def test_a_character_card_becomes_a_persona(http: httpx.Client, serving: Serving
 
 def test_everything_that_a_method_may_say_may_be_said_in_a_form(http: httpx.Client, serving: Serving) -> None:
     said = {"score": "attribution", "rho": "0.1", "group": "layer", "scope": "mlp", "phi": "softplus", "tokens": "all"}
-    said |= {"gamma": "0.25", "phase": "all", "neutral_budget": "1.5", "own_budget": "1.4", "effect": "0.5"}
+    said |= {
+        "gamma": "0.25",
+        "phase": "all",
+        "strength": "gentle",
+        "neutral_budget": "1.5",
+        "own_budget": "1.4",
+        "effect": "0.5",
+    }
     said |= {"samples": "12", "seed": "3", "force": "yes", "replace": "0", "contrast_name": "other"}
     files = {"file": OWN, "contrast": OTHER, "validation": OWN, "contrast_validation": OTHER, "neutral": CALM}
     with busy(serving):
@@ -190,6 +197,7 @@ def test_a_bad_form_is_refused_by_its_field_and_nothing_of_it_is_kept(http: http
         ({"name": "p", "system_prompt": "x"}, {"prompts": b"no"}, "bad_dataset", "prompts"),
         ({"name": "p", "rho": "2"}, {"file": OWN, "contrast": OTHER}, "invalid_value", "rho"),
         ({"name": "p", "rho": "nan"}, {"file": OWN, "contrast": OTHER}, "invalid_value", "rho"),
+        ({"name": "p", "strength": "brutal"}, {"file": OWN, "contrast": OTHER}, "invalid_value", "strength"),
         ({"name": "p", "contrast_name": "p"}, {"file": OWN, "contrast": OTHER}, "invalid_value", "contrast_name"),
         ({"name": "p", "score": "attribution"}, {"file": OWN}, "invalid_value", "score"),
         ({"name": "p"}, {"file": OWN, "contrast": OWN}, "bad_dataset", "contrast"),
@@ -212,6 +220,8 @@ def test_a_bad_job_is_refused_by_its_field(http: httpx.Client, serving: Serving)
         ({"metadata": {"a": "b" * 513}}, "metadata.a"),
         ({"hyperparameters": {"n_epochs": 3}}, "hyperparameters.n_epochs"),
         ({"mask": {"neutral_budget": 1e999}}, "method.mask.neutral_budget"),
+        ({"mask": {"strength": "brutal"}}, "method.mask.strength"),
+        ({"mask": {"strength": 2}}, "method.mask.strength"),
         ({"mask": {"card_file": "CARD", "system_prompt": "x"}}, "method.mask.card_file"),
         ({"mask": {"contrast_file": None, "contrast_validation_file": file}}, "method.mask.contrast_validation_file"),
     ]

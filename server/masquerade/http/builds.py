@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Header
 from pydantic import Field, field_validator
 
+from masquerade.http.certificates import CertificateObject
 from masquerade.http.wire import Schema, Text, show
 from masquerade.jobs import Job, JobService, Repeat, State
 from masquerade.pruning import Recipe
@@ -34,8 +35,8 @@ class MaskRecipe(Schema, extra="forbid"):
     tokens: Text | None = None
     gamma: float | None = None
     phase: Text | None = None
-    strength: Text | None = None
-    neutral_budget: float | None = None
+    strength: Text | None = None  # gentle, normal or strong: what the mask may cost
+    neutral_budget: float | None = None  # in place of the strength's
     own_budget: float | None = None
     effect: float | None = None
     samples: Annotated[int, Field(lt=2**31)] | None = None
@@ -133,7 +134,7 @@ class BuiltPersona(Schema):
 
     persona: str
     digest: str
-    certificate: dict[str, Any]
+    certificate: CertificateObject
     file: str | None = None
 
 
@@ -152,7 +153,7 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "training_file": "file-6ab1f0c2d3e4f5061728394a",
     "validation_file": None,
     "hyperparameters": {},
-    "method": {"type": "mask", "mask": {"score": "attribution", "contrast_file": "file-94a82715f6e0d3c4b5a60718"}},
+    "method": {"type": "mask", "mask": {"strength": "normal", "contrast_file": "file-94a82715f6e0d3c4b5a60718"}},
     "seed": 0,
     "error": None,
     "trained_tokens": None,

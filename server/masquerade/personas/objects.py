@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from masquerade.http.certificates import CERTIFICATE_EXAMPLE, CertificateObject
 from masquerade.http.wire import Schema, show
 
 
@@ -84,7 +85,7 @@ class PersonaDetails(PersonaObject):
             "notes": "soft-spoken",
             "history": [{key: _PERSONA_EXAMPLE[key] for key in ("generation", "number", "created_at")}],
             "built": {"score": "attribution", "parameters": {"rho": 0.003}, "opposite": "cheerful"},
-            "certificate": {"flip": 0.98, "passed": True},
+            "certificate": CERTIFICATE_EXAMPLE,
             "certificate_source": "measured",
             "measurement": {
                 "measured_at": "2026-11-22T10:00:00+00:00",
@@ -99,7 +100,7 @@ class PersonaDetails(PersonaObject):
     notes: str
     history: list[RevisionObject]
     built: dict[str, Any]
-    certificate: dict[str, Any]
+    certificate: CertificateObject
     certificate_source: Literal["measured", "claimed"] | None
     measurement: MeasurementObject | None
     signature: SignatureObject | None
