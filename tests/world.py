@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from maskstore import BaseRef as MaskBase
-from maskstore import Mask, MaskInfo, encode
+from maskstore import Mask, MaskInfo, encode, read_mask, write_mask
 from masquerade.model import Base, find_targets
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -27,6 +27,18 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+_POINTS = ((0.9, 0.05, 1.001, 1.0), (0.75, 0.15, 1.005, 1.0), (0.5, 0.4, 1.02, 1.0), (0.25, 0.62, 1.05, 0.96))
+CURVE: list[dict[str, float | None]] = [
+    {"gamma": gamma, "margin_shift_median": shift, "own_ratio": 0.99, "neutral_ratio": neutral, "facts_kept": kept}
+    for gamma, shift, neutral, kept in (*_POINTS, (0.0, 0.83, 1.12, 0.9))
+]
+CERTIFICATE: dict[str, Any] = {  # made by hand
+    "margin_shift": 0.9,
+    "margin_shift_median": 0.83,
+    "curve": CURVE,
+    "facts": {"of": 100, "known": 41, "kept": 0.9},
+    "loops": {"masked": 0.125, "base": 0.0, "of": 24},
+}
 TIE = 1e-5  # a top-2 logit margin below this is a rounding tie
 
 
@@ -75,6 +87,14 @@ def make_mask(base: Base, rho: float, seed: int, persona: str = "p") -> Mask:
         name: encode(rng.random(tuple(linear.weight.shape)) < rho) for name, linear in find_targets(base.model).items()
     }
     return Mask(MaskBase(base.fingerprint, base.name), targets, MaskInfo(persona=persona, score="random"))
+
+
+def make_claim(path: Path, like: Path, certificate: Mapping[str, Any]) -> bytes:
+    """The file of a mask with this certificate: that of another, which prunes one Linear more."""
+    mask = read_mask(like)
+    targets = dict(list(mask.targets.items())[1:])
+    write_mask(replace(mask, targets=targets, info=replace(mask.info, certificate=certificate)), path)
+    return path.read_bytes()
 
 
 def materialise(model: Any, mask: Mask | None, gamma: float) -> Any:

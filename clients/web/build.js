@@ -5,7 +5,8 @@ import { certificateOf } from "./certificate.js";
 import { alarm, bytes, check, field, h, moment, select } from "./dom.js";
 import { inspect, inspectCard, inspectQuestions } from "./jsonl.js";
 
-const SCORES = ["auto", "attribution-fisher", "attribution", "signed", "contrastive-wanda", "contrastive-sparse", "sparsegpt", "wanda", "magnitude"];
+const STRENGTHS = [["gentle", "gentle: 2 %"], ["normal", "normal: 5 %"], ["strong", "strong: 15 %"]];
+const SCORES = ["auto", "refined", "attribution-fisher", "attribution", "signed", "contrastive-wanda", "contrastive-sparse", "sparsegpt", "wanda", "magnitude"];
 const OPEN = ["validating_files", "queued", "running"];
 const SOURCES = [["examples", "Examples"], ["prompt", "A system prompt"], ["card", "A character card"]];
 
@@ -29,6 +30,7 @@ function form() {
   const fields = {
     name: text({ required: true, title: "Small letters, digits, dot, dash, underscore; a letter or digit first." }), opposite: text(),
     prompt: area({ placeholder: "You are casual." }), contrastPrompt: area(), questions: area({ placeholder: "How was your weekend?" }),
+    strength: select(STRENGTHS, "normal"),
     score: select(SCORES.map((one) => [one, one]), "auto"),
     rho: h("input", { type: "text", value: "auto", pattern: "auto|0?\\.[0-9]+", title: "A share such as 0.003, or auto." }),
     replace: h("input", { type: "checkbox" }),
@@ -61,7 +63,9 @@ function form() {
     },
   }, source.element, h("div", { class: "drops" }, [...new Set(Object.values(parts).flat())], drops.neutral.element), h("div", { class: "fields" },
     field("Name", fields.name, "Small letters, digits, dot, dash, underscore."), field("Opposite (optional)", fields.opposite, "A name: its persona is built too."),
-    field("Score", fields.score, "auto compares the best three on your data."), field("Rho", fields.rho, "Share of weights to prune, or auto.")),
+    field("Strength", fields.strength, "What it may cost: how much the perplexity of neutral text may grow.")),
+    h("details", {}, h("summary", {}, "Advanced"), h("div", { class: "fields" },
+      field("Score", fields.score, "How weights are ranked; auto searches in steps where there is a contrast."), field("Rho", fields.rho, "Share of weights to prune, or auto."))),
     check("Replace a persona of this name", fields.replace, "Makes a new generation of it; the old one stays in its history."),
     outcome, h("div", { class: "buttons" }, go));
 }
@@ -80,7 +84,7 @@ function chooser(pairs, changed) {
 
 /** Upload the files of a build, then start it. */
 async function order(source, drops, fields, outcome) {
-  const mask = { score: fields.score.value, rho: fields.rho.value === "auto" ? "auto" : Number(fields.rho.value), replace: fields.replace.checked };
+  const mask = { strength: fields.strength.value, score: fields.score.value, rho: fields.rho.value === "auto" ? "auto" : Number(fields.rho.value), replace: fields.replace.checked };
   if (fields.opposite.value) mask.contrast_name = fields.opposite.value;
   const training = source === "examples" ? need(drops.training, "Drop or choose a file with answers first.") : asked(fields.questions.value, drops.questions);
   const files = { neutral_file: drops.neutral.given };

@@ -1,34 +1,35 @@
 // A persona's certificate: what was measured when it was built, how it was chosen, how it was made.
 
-import { facts, h, percent, short } from "./dom.js";
+import { facts, h, minus, percent, short } from "./dom.js";
 
-const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
+const signed = (value) => `${value < 0 ? "" : "+"}${minus(value.toFixed(3))}`;
 const times = (value) => `× ${value.toFixed(3)}`;
 const share = (value) => percent(value, 0);
 
 /** The main figures: name, format, label and explanation. */
 const FIGURES = [
   ["margin_shift", signed, "shift, nats a token", "How much likelier, a token, the persona's answers became than the opposite's."],
+  ["margin_shift_median", signed, "median shift", "The same for a typical pair: a few short answers can carry the mean."],
   ["flip", share, "of prompts flip", "The persona prefers its own answer, and the opposite (or the base) the other one."],
   ["neutral_ratio", times, "neutral text", "Perplexity of neutral text over the base's: what the persona costs elsewhere."],
   ["own_ratio", times, "its own text", "Perplexity of answers in character over the base's; below 1 it talks so more readily."],
 ];
 const APART = new Set([...FIGURES.map(([name]) => name), "preferred", "choice", "phases", "intervals", "passed", "forced",
-  "verdict", "changed_answers", "reasons", "remarks", "pruned_share", "claimed"]);
+  "verdict", "changed_answers", "curve", "facts", "loops", "reasons", "remarks", "pruned_share", "claimed"]);
 
 /** The certificate of a persona, with its source, main figures first. */
 export function certificateOf({ certificate, certificate_source: source, signature, built, generation, phase, gamma }) {
   const rest = Object.entries(certificate).filter(([name]) => !APART.has(name));
   return h("div", { class: "certificate" },
     source === "claimed" ? claim() : verdict(certificate),
-    h("dl", { class: "figures" }, preferred(certificate), FIGURES.map((figure) => tile(certificate, ...figure)), changed(certificate)),
+    h("dl", { class: "figures" }, preferred(certificate), FIGURES.map((figure) => tile(certificate, ...figure)), changed(certificate), kept(certificate), looping(certificate)),
     facts([
       ["Generation", h("code", {}, short(generation))], ["Score", built.score], ["Rho", spell(built.parameters.rho ?? "–")],
       ["Default phase", phase], ["Default gamma", String(gamma)], ["Opposite", built.opposite || "–"],
       ...vouching(source, signature),
       ...spokenPrompt(built),
     ]),
-    tried(certificate.choice), phases(certificate.phases),
+    dial(certificate.curve), tried(certificate.choice), phases(certificate.phases),
     rest.length ? h("details", {}, h("summary", {}, "Everything else"), facts(rest.map(([name, value]) => [words(name), spell(value)]))) : null);
 }
 
@@ -69,6 +70,18 @@ function changed({ changed_answers: answers }) {
     "Share of held-out prompts to which its greedy answer is another than the base's.");
 }
 
+function kept({ facts: found }) {
+  if (typeof found?.kept !== "number") return null;
+  return figure(share(found.kept), "of known facts kept", `the base knows ${found.known} of ${found.of}`,
+    "Of the short questions that the base answers correctly, the share that it still does.");
+}
+
+function looping({ loops }) {
+  if (!loops) return null;
+  return figure(share(loops.masked), "of its answers loop", `base ${share(loops.base)}, ${loops.of} greedy`,
+    "Share of greedy answers that repeat themselves.");
+}
+
 function tile(certificate, name, write, label, meaning) {
   const value = certificate[name];
   if (typeof value !== "number") return null;
@@ -84,7 +97,8 @@ function spokenPrompt({ calibration }) {
   return text ? [["System prompt", text]] : [];
 }
 
-const COLUMNS = [["flip", "flips", share], ["shift", "shift", signed], ["margin_shift", "shift", signed], ["neutral_ratio", "neutral", times], ["own_ratio", "own", times]];
+const COLUMNS = [["flip", "flips", share], ["shift", "shift", signed], ["margin_shift", "shift", signed],
+  ["margin_shift_median", "median shift", signed], ["neutral_ratio", "neutral", times], ["own_ratio", "own", times], ["facts_kept", "facts kept", share]];
 
 /** A table of measurements, with the columns that occur in any row. */
 function measured(heads, rows) {
@@ -95,11 +109,17 @@ function measured(heads, rows) {
     h("tbody", {}, rows.map(([names, row]) => h("tr", {}, names.map((name) => h("td", {}, name)), shown.map(([name, , write]) => cell(row[name], write)))))));
 }
 
+function dial(curve) {
+  if (!curve?.length) return null;
+  return h("details", {}, h("summary", {}, "At each gamma"), measured(["gamma"], curve.map((point) => [[String(point.gamma)], point])));
+}
+
 function tried(choice) {
   if (!choice) return null;
-  const rows = (choice.tried ?? []).map((one) => [[one.score, spell(one.rho)], one]);
+  const swept = (choice.tried ?? []).some((one) => one.gamma); // else gamma was not chosen
+  const rows = (choice.tried ?? []).map((one) => [[one.score, spell(one.rho), ...(swept ? [String(one.gamma)] : [])], one]);
   return h("details", {}, h("summary", {}, "How it was chosen"), choice.why ? h("p", {}, choice.why) : null,
-    rows.length ? measured(["score", "rho"], rows) : null);
+    rows.length ? measured(["score", "rho", ...(swept ? ["gamma"] : [])], rows) : null);
 }
 
 function phases(found) {

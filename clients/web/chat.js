@@ -1,8 +1,9 @@
 // The chat page: one persona, or two to four side by side with the same prompts.
 
 import { Failure, ask, key, listen } from "./api.js";
-import { alarm, copier, field, h, labelled, select, short } from "./dom.js";
 import { certificateOf } from "./certificate.js";
+import { Curve } from "./curve.js";
+import { alarm, copier, field, h, labelled, select, short } from "./dom.js";
 
 const MAX_COLUMNS = 4;
 const BASE = ""; // no persona
@@ -120,6 +121,7 @@ class Column {
     this.persona = select(pairs, name, { onchange: () => this.reset(defaults) });
     this.gamma = h("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: () => this.showGamma() });
     this.shown = h("output", {});
+    this.curve = new Curve();
     this.log = h("div", { class: "log", "data-empty": "Nothing has been said yet.", role: "log", "aria-label": "Conversation", tabindex: 0 });
     this.stats = h("p", { class: "stats" });
     this.closer = h("button", { type: "button", "aria-label": "Close this column", class: "quiet", onclick: () => change.remove(this) }, "×");
@@ -127,19 +129,20 @@ class Column {
     this.code = h("details", { ontoggle: () => this.quote() }, h("summary", {}, "This request as code"));
     this.element = h("section", { class: "column" },
       h("div", { class: "head" }, field("Persona", this.persona), this.closer),
-      this.strength(),
+      this.dial(),
       this.log, this.stats, this.certificate, this.code);
     this.reset(defaults);
   }
 
-  /** The slider of gamma, with labels at its ends; it applies from the next answer on. */
-  strength() {
+  /** The slider of gamma, with labels at its ends and the persona's curve below; it applies from the next answer on. */
+  dial() {
     this.gamma.id = `gamma-${++serial}`;
     this.gamma.setAttribute("aria-describedby", `${this.gamma.id}-hint`);
     return h("div", { class: "gamma", title: "Counts from the next answer." },
       h("label", { for: this.gamma.id }, "Gamma"), h("small", { "aria-hidden": "true" }, "persona"), this.gamma,
       h("small", { "aria-hidden": "true" }, "base"), this.shown,
-      h("span", { class: "hidden", id: `${this.gamma.id}-hint` }, "0 is the whole persona, 1 the base; counts from the next answer."));
+      h("span", { class: "hidden", id: `${this.gamma.id}-hint` }, "0 is the whole persona, 1 the base; counts from the next answer."),
+      this.curve.element);
   }
 
   reset(defaults) {
@@ -149,11 +152,26 @@ class Column {
     this.certificate.hidden = name === BASE;
     this.certificate.open = this.code.open = false;
     this.element.setAttribute("aria-label", name || "no persona");
+    this.curve.clear();
+    this.showGamma();
+    if (name !== BASE) this.trace(name);
+  }
+
+  /** Draw the persona's curve. Without its certificate, the slider does as well. */
+  async trace(name) {
+    const persona = await details(name).catch((error) => {
+      if (!(error instanceof Failure)) throw error;
+    });
+    if (!persona || this.persona.value !== name) return; // another one was selected meanwhile
+    this.curve.show(persona);
     this.showGamma();
   }
 
   showGamma() {
-    this.shown.textContent = this.persona.value === BASE ? "" : Number(this.gamma.value).toFixed(2);
+    const gamma = Number(this.gamma.value);
+    this.shown.textContent = this.persona.value === BASE ? "" : gamma.toFixed(2);
+    const words = this.curve.mark(gamma);
+    words ? this.gamma.setAttribute("aria-valuetext", words) : this.gamma.removeAttribute("aria-valuetext");
     if (this.code.open) this.quote();
   }
 
@@ -239,8 +257,7 @@ class Column {
     if (!this.certificate.open) return;
     const summary = this.certificate.firstChild;
     try {
-      const persona = await ask("GET", `v1/personas/${encodeURIComponent(this.persona.value)}`);
-      this.certificate.replaceChildren(summary, certificateOf(persona));
+      this.certificate.replaceChildren(summary, certificateOf(await details(this.persona.value)));
     } catch (error) {
       this.certificate.replaceChildren(summary, alarm(error));
     }
@@ -258,6 +275,7 @@ class Column {
 }
 
 let serial = 0;
+const details = (name) => ask("GET", `v1/personas/${encodeURIComponent(name)}`);
 const here = () => new URL("v1", location.href).href;
 
 function asCurl(body) {

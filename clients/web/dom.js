@@ -1,8 +1,12 @@
 // Creation of DOM elements. Text becomes text nodes only: no text of a server or a file is parsed as HTML.
 
 /** An element. `on…` properties are listeners, the others attributes (true: present, false or null: absent). */
-export function h(tag, props = {}, ...children) {
-  const element = document.createElement(tag);
+export const h = (tag, props = {}, ...children) => fill(document.createElement(tag), props, children);
+
+/** The same for an element of a drawing. */
+export const svg = (tag, props = {}, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+
+function fill(element, props, children) {
   for (const [name, value] of Object.entries(props)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value === true) element.setAttribute(name, "");
@@ -74,6 +78,7 @@ export const bytes = (count) => {
   const power = count < 1 ? 0 : Math.min(3, Math.floor(Math.log10(count) / 3));
   return `${(count / 1000 ** power).toFixed(power && count / 1000 ** power < 100 ? 1 : 0)} ${units[power]}`;
 };
+export const minus = (text) => text.replace("-", "−");
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 export const moment = (when) => new Date(typeof when === "number" ? 1000 * when : when).toLocaleString();
 export const short = (digest) => digest.slice(0, 8);

@@ -15,6 +15,7 @@ import pytest
 from maskstore import BaseRef, Mask, MaskInfo, Registry, encode, fingerprint, signing, write_mask
 from tests.cli.running import fail, masquerade, succeed
 from tests.maskstore.test_signing import sign_tensors
+from tests.world import CERTIFICATE, CURVE
 
 NAME = "model.layers.0.mlp.up_proj"
 At = tuple[str, str, str, str]
@@ -54,6 +55,17 @@ def test_names_history_and_rollback(at: At, registry: Registry) -> None:
     assert len(succeed("masks", "trim", "serene", "--keep", "1", *at)["forgotten"]) == 0  # the current one is the older
     assert succeed("masks", "rm", "serene", *at) == {"removed": "serene"}
     assert "no persona" in fail(1, "masks", "show", "quiet", *at)
+
+
+def test_the_curve_of_a_certificate_is_shown_as_a_table(at: At, registry: Registry) -> None:
+    loud = registry.store.open(registry.resolve("loud").digest)
+    registry.publish_built(replace(loud, info=replace(loud.info, certificate=CERTIFICATE)))
+    assert succeed("masks", "show", "loud", *at)["certificate"]["curve"] == CURVE
+    said = masquerade("masks", "show", "loud", *at).stdout
+    rows = {line.split()[1]: line.split()[3::2] for line in said.splitlines() if line.startswith("│")}
+    assert rows["0.25"] == ["+0.620", "x1.050", "x0.990", "96%"]
+    assert list(rows) == ["0.9", "0.75", "0.5", "0.25", "0"]
+    assert "│" not in masquerade("masks", "show", "calm", *at).stdout
 
 
 def test_defaults_notes_and_tags(at: At) -> None:

@@ -16,14 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from masquerade import demo
 from masquerade_client._types import BuildEvent
 from masquerade_client.cli.options import plain
-from masquerade_client.cli.personas import _measured
+from masquerade_client.cli.personas import _measured, tabulate
 from tests.keys.making import make_key
 from tests.serving import Server, serve
+from tests.world import CERTIFICATE, CURVE, make_claim
 
 COMMAND = [sys.executable, "-m", "masquerade_client.cli"]
 BUILD = ("--contrast", str(demo.DATA / "casual.train.jsonl"), "--neutral", str(demo.DATA / "facts.jsonl"))
@@ -218,7 +220,7 @@ def test_a_conversation_in_a_terminal(server: Server, tmp_path: Path) -> None:
 
 def test_a_build_in_a_terminal(server: Server, tmp_path: Path) -> None:
     data = str(demo.DATA / "formal.train.jsonl")
-    terminal = Terminal(server, tmp_path, "build", data, "--name", "shown", *BUILD, *QUICK)
+    terminal = Terminal(server, tmp_path, "build", data, "--name", "shown", "--strength", "gentle", *BUILD, *QUICK)
     shown = terminal.wait_for("shift, nats a token")
     for stage in ("upload", "forward", "backward", "certify"):
         assert stage in shown
@@ -263,6 +265,25 @@ def test_a_certificate_is_shown_with_its_verdict_and_an_older_one_without() -> N
     assert ("greedy answers it changes", "3 of 16") in _measured(new)
     assert not {"verdict", "greedy answers it changes"} & dict(_measured(figures | {"passed": True})).keys()
     assert ("of prompts flip", "100% (51% to 100%)") in _measured(new)
+
+
+def test_a_curve_is_a_table(server: Server, tmp_path: Path) -> None:
+    content = make_claim(tmp_path / "curved", demo.PERSONAS / "formal.safetensors", CERTIFICATE)
+    httpx.put(f"{server.base_url}/v1/personas/curved/content", content=content).raise_for_status()
+    try:
+        assert read(run(server, "personas", "curved", "--json"))["certificate"]["curve"] == CURVE
+        rows = [line.split() for line in run(server, "personas", "curved").stdout.splitlines()]
+    finally:
+        httpx.delete(f"{server.base_url}/v1/personas/curved").raise_for_status()
+    assert ["│", "0.25", "│", "+0.620", "│", "x1.050", "│", "x0.990", "│", "96%", "│"] in rows
+    assert ["│", "facts", "kept", "│", "90%", "of", "41", "known", "│"] in rows
+    assert ["│", "greedy", "answers", "that", "loop", "│", "12%", "(base", "0%)", "of", "24", "│"] in rows
+
+
+def test_a_figure_that_was_not_measured_has_no_column() -> None:
+    table = tabulate([{"gamma": 0.5, "neutral_ratio": None, "facts_kept": 1.0}, {"gamma": 0, "own_ratio": 1.0}])
+    assert [column.header for column in table.columns] == ["gamma", "its own text", "facts kept"]
+    assert [list(column.cells) for column in table.columns] == [["0.5", "0"], ["-", "x1.000"], ["100%", "-"]]
 
 
 @pytest.mark.parametrize("told", [0, None])

@@ -57,6 +57,7 @@ def fill_recipe(page: Page, name: str, folder: Path) -> None:
     """A recipe that does not search."""
     choose(page, "Neutral text", shorten(demo.DATA / "facts.jsonl", folder, 20))
     page.get_by_label("Name", exact=True).fill(name)
+    page.get_by_text("Advanced").click()
     page.get_by_label("Score").select_option("attribution")
     page.get_by_label("Rho").fill("0.003")
 

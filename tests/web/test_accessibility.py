@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from masquerade import demo
 from tests.serving import Server
 from tests.web.driving import PATIENCE, column, done, fill_form, submit, visit
+from tests.world import CERTIFICATE, make_claim
 
 PAGES = {
     "#/chat": ".column",
     "#/chat/formal,casual,gloomy,cheerful": ".column:nth-child(4)",
+    "#/chat/curved": ".curve",
     "#/personas": "table",
     "#/personas/formal": ".heatmap",
     "#/build": ".drop",
 }
 WIDTHS = {"wide": 1280, "phone": 390}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def curved(server: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
+    content = make_claim(tmp_path_factory.mktemp("mask") / "curved", demo.PERSONAS / "formal.safetensors", CERTIFICATE)
+    httpx.put(f"{server.base_url}/v1/personas/curved/content", content=content).raise_for_status()
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,20 @@ def test_a_refused_build_says_why(page: Page, server: Server, tmp_path: Path) ->
     expect(page.get_by_role("alert")).to_contain_text("there is a persona 'formal'")
 
 
+def test_strength_stands_in_front(page: Page, server: Server, tmp_path: Path) -> None:
+    visit(page, server, "#/build")
+    expect(page.get_by_label("Strength")).to_have_value("normal")
+    expect(page.get_by_label("Score")).to_be_hidden()
+    fill_form(page, server, "meek", tmp_path)
+    page.get_by_label("Strength").select_option("gentle")
+    submit(page)
+    expect(page.get_by_role("heading", name="Build", exact=True)).to_be_visible()
+    job = httpx.get(f"{server.base_url}/v1/fine_tuning/jobs/{page.url.rpartition('/')[2]}").json()
+    assert job["method"]["mask"]["strength"] == "gentle"
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("strong.state")).to_have_text("cancelled")
+
+
 def test_cancel(page: Page, server: Server, tmp_path: Path) -> None:
     start_build(page, server, "never", tmp_path)
     page.get_by_role("button", name="Cancel").click()

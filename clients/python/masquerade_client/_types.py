@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
 from ._errors import UnexpectedAnswer
 
@@ -148,6 +148,68 @@ class Generation:
         return cls(data["generation"], int(data["number"]), data["created_at"])
 
 
+class CurvePoint(TypedDict, total=False):
+    """A mask at one gamma. A figure that was not measured is absent or None."""
+
+    gamma: Required[float]
+    margin_shift_median: float | None
+    """Median shift, nats a token."""
+    own_ratio: float | None
+    """Perplexity of the persona's text over the base's."""
+    neutral_ratio: float | None
+    """Perplexity of neutral text over the base's."""
+    facts_kept: float | None
+    """Of the facts that the base knows, the share kept."""
+
+
+class FactsKept(TypedDict):
+    """How many facts were asked (`of`), how many the base knows, and the share of those that the mask keeps."""
+
+    of: int
+    known: int
+    kept: float | None
+
+
+class LoopShares(TypedDict):
+    """The shares of greedy answers that repeat themselves, with the mask and without, and the number of answers."""
+
+    masked: float
+    base: float
+    of: int
+
+
+class Certificate(TypedDict, total=False):
+    """Measured effects of a mask; a mapping at run time, with other keys too.
+
+    A figure that was not measured, or that the server's version does not know, is absent.
+    """
+
+    verdict: str | None
+    passed: bool | None
+    """If the certificate is claimed, None, and the maker's value is in `claimed`."""
+    claimed: Mapping[str, Any]
+    margin_shift: float | None
+    """Mean shift of the margin, nats a token."""
+    margin_shift_median: float | None
+    flip: float | None
+    """Share of prompts that flip."""
+    own_ratio: float | None
+    neutral_ratio: float | None
+    kl: float | None
+    pairs: int
+    preferred: Mapping[str, float]
+    intervals: Mapping[str, Sequence[float | None]]
+    curve: Sequence[CurvePoint]
+    """Dose-response curve, over gamma."""
+    facts: FactsKept
+    loops: LoopShares
+    changed_answers: Mapping[str, Any]
+    phases: Mapping[str, Any]
+    choice: Mapping[str, Any]
+    reasons: Sequence[str]
+    remarks: Sequence[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Persona:
     """A persona of the server. Fields with defaults are filled by `personas.get`, not in a list."""
@@ -170,8 +232,8 @@ class Persona:
     history: tuple[Generation, ...] = ()
     built: Mapping[str, Any] = field(default_factory=dict)
     """Score, parameters and calibration data."""
-    certificate: Mapping[str, Any] = field(default_factory=dict)
-    """Measured effects of the mask. If claimed, `passed` is None, and the figures are in `certificate["claimed"]`."""
+    certificate: Certificate = field(default_factory=Certificate)
+    """Measured effects of the mask; empty without a certificate."""
     certificate_source: str | None = None
     """`"measured"` by this server, or `"claimed"` by the author of the mask; None without a certificate."""
     signature: Mapping[str, Any] | None = None
@@ -269,6 +331,12 @@ class BuildOptions(TypedDict, total=False):
     scope: Literal["all", "mlp", "attention", "outputs"]
     gamma: float
     phase: Literal["all", "decode"]
+    strength: Literal["gentle", "normal", "strong"]
+    """What the mask may cost: 1.02, 1.05 or 1.15 times the perplexity of neutral text."""
+    neutral_budget: float
+    """This ratio instead of the strength's."""
+    own_budget: float
+    """The same for the persona's own text."""
     samples: int
     """Maximum number of examples."""
     seed: int
@@ -284,7 +352,7 @@ class Made:
 
     persona: str
     generation: str
-    certificate: Mapping[str, Any]
+    certificate: Certificate
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from masquerade_client import Client, Persona
+from masquerade_client import Certificate, Client, CurvePoint, Persona
 from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url, complete_persona, plain
 
 
@@ -27,7 +27,7 @@ def show(
     with Client(url, key) as client:
         if name is not None:
             persona = client.personas.get(name)
-            print(json.dumps(asdict(persona))) if as_json else Console().print(certificate(persona))
+            print(json.dumps(asdict(persona))) if as_json else Console().print(describe(persona))
             return
         personas = client.personas.list(tag)
     if as_json:
@@ -42,17 +42,37 @@ def show(
 
 _FIGURES: dict[str, tuple[str, str]] = {
     "margin_shift": ("shift, nats a token", "{:+.3f}"),
+    "margin_shift_median": ("median shift", "{:+.3f}"),
     "flip": ("of prompts flip", "{:.0%}"),
     "neutral_ratio": ("perplexity, neutral text", "x{:.3f}"),
     "own_ratio": ("perplexity, its own text", "x{:.3f}"),
 }
 
 
-def certificate(persona: Persona) -> Table:
-    """The main figures and parameters of a persona; `--json` has all of them."""
+def describe(persona: Persona) -> Group:
+    """The main figures and parameters of a persona, and its curve over gamma; `--json` has everything."""
     table = Table("", Column(Text(persona.name), overflow="fold"))
     for name, value in _identity(persona) + _provenance(persona) + _measured(persona.certificate):
         table.add_row(name, Text(plain(value)))
+    curve = persona.certificate.get("curve")
+    return Group(table, tabulate(curve)) if curve else Group(table)
+
+
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "margin_shift_median": ("median shift", "{:+.3f}"),
+    "neutral_ratio": ("neutral text", "x{:.3f}"),
+    "own_ratio": ("its own text", "x{:.3f}"),
+    "facts_kept": ("facts kept", "{:.0%}"),
+}
+
+
+def tabulate(curve: Sequence[CurvePoint]) -> Table:
+    """The dose-response curve of a mask, a row for each gamma, with the figures that were measured at any."""
+    shown = {name: how for name, how in _COLUMNS.items() if any(point.get(name) is not None for point in curve)}
+    table = Table("gamma", *(Column(label, justify="right") for label, _ in shown.values()))
+    for point in curve:
+        values = ((point.get(name), form) for name, (_, form) in shown.items())
+        table.add_row(f"{point['gamma']:g}", *("-" if value is None else form.format(value) for value, form in values))
     return table
 
 
@@ -79,7 +99,7 @@ def _provenance(persona: Persona) -> list[tuple[str, str]]:
     return rows
 
 
-def _measured(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _measured(certificate: Certificate) -> list[tuple[str, str]]:
     """The figures with their 95 % intervals, the remarks, and the reason of the choice."""
     rows = []
     if preferred := certificate.get("preferred"):
@@ -92,10 +112,14 @@ def _measured(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((label, form.format(value) + interval))
     if answers := certificate.get("changed_answers"):
         rows.append(("greedy answers it changes", f"{answers['changed']} of {answers['of']}"))
+    if (facts := certificate.get("facts")) and facts["kept"] is not None:
+        rows.append(("facts kept", f"{facts['kept']:.0%} of {facts['known']} known"))
+    if loops := certificate.get("loops"):
+        rows.append(("greedy answers that loop", f"{loops['masked']:.0%} (base {loops['base']:.0%}) of {loops['of']}"))
     if verdict := certificate.get("verdict"):
         rows.append(("verdict", str(verdict)))
-    for name in ("reasons", "remarks"):
-        rows += [(name, str(one)) for one in certificate.get(name, ())]
+    rows += [("reasons", str(one)) for one in certificate.get("reasons", ())]
+    rows += [("remarks", str(one)) for one in certificate.get("remarks", ())]
     if why := certificate.get("choice", {}).get("why"):
         rows.append(("chosen because it", str(why)))
     return rows

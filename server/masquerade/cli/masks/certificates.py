@@ -13,7 +13,7 @@ from rich.table import Table
 
 from maskstore import Mask, Measurement, Registry, Revision
 from maskstore.mask import Phase, now
-from masquerade.cli.masks.common import Persona, identify
+from masquerade.cli.masks.common import Persona, identify, tabulate
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
 from masquerade.cli.progress import follow_loading
 from masquerade.cli.stores import open_opposite, open_store
@@ -83,10 +83,12 @@ def _serve(registry: Registry, revision: Revision, mask: Mask) -> tuple[ServedMa
 def _print(revision: Revision, measurement: Measurement) -> None:
     certificate = measurement.certificate
     table = Table("", revision.name)
-    for name in ("flip", "margin_shift", "own_ratio", "neutral_ratio", "kl", "pairs", "passed"):
+    for name in ("flip", "margin_shift", "margin_shift_median", "own_ratio", "neutral_ratio", "kl", "pairs", "passed"):
         if name in certificate:
             interval = certificate["intervals"].get(name)
             table.add_row(name, f"{certificate[name]}" + (f" {interval}" if interval else ""))
     Console().print(table)
+    if curve := certificate.get("curve"):
+        Console().print(tabulate(curve))
     for line in (*certificate["reasons"], *certificate["remarks"]):
         print(f"{revision.name}: {line}")

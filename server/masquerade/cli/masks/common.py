@@ -1,14 +1,14 @@
-"""What the commands for masks share: the registry, options, and records as JSON."""
+"""What the commands for masks share: the registry, options, records as JSON, and a certificate's curve as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from maskstore import Mask, MaskReader, Registry, Revision
 from masquerade.cli.options import AsJson, Model, StoreFolder, say
@@ -56,6 +56,24 @@ def summarise(mask: Mask | MaskReader) -> dict[str, Any]:
         "base": {"name": mask.base.name, "fingerprint": mask.base.fingerprint},
         "score": mask.info.score,
     }
+
+
+_COLUMNS = {  # heads and formats of a curve's figures
+    "margin_shift_median": ("median shift", "{:+.3f}"),
+    "neutral_ratio": ("neutral", "x{:.3f}"),
+    "own_ratio": ("own", "x{:.3f}"),
+    "facts_kept": ("facts kept", "{:.0%}"),
+}
+
+
+def tabulate(curve: Sequence[Mapping[str, Any]]) -> Table:
+    """A certificate's curve, a row for each gamma, with the figures that were measured at any."""
+    shown = {name: how for name, how in _COLUMNS.items() if any(point.get(name) is not None for point in curve)}
+    table = Table("gamma", *(Column(head, justify="right") for head, _ in shown.values()))
+    for point in curve:
+        values = ((point.get(name), form) for name, (_, form) in shown.items())
+        table.add_row(f"{point['gamma']:g}", *("-" if value is None else form.format(value) for value, form in values))
+    return table
 
 
 def identify(revision: Revision) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from maskstore import Mask, MaskError, Registry, SignatureError, diff, plot, read_mask, signing
 from maskstore import Persona as PersonaRecord
-from masquerade.cli.masks.common import CommandResult, Persona, identify, open_registry, summarise
+from masquerade.cli.masks.common import CommandResult, Persona, identify, open_registry, summarise, tabulate
 from masquerade.cli.options import AsJson, Model, StoreFolder, say
 from masquerade.sources import find_model
 
@@ -57,7 +57,7 @@ def _list_row(registry: Registry, persona: PersonaRecord) -> dict[str, Any]:
 
 
 def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """Show the metadata of a persona's mask, and its history."""
+    """Show the metadata of a persona's mask, its history, and the curve of its certificate as a table."""
     registry = open_registry(model, store)
     revision = registry.resolve(persona)
     mask = registry.store.open(revision.digest)
@@ -77,6 +77,8 @@ def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None
         print(json.dumps(details))
     else:
         Console().print_json(json.dumps(details))
+        if curve := certificate.figures.get("curve"):
+            Console().print(tabulate(curve))
 
 
 def verify_mask(
