@@ -14,7 +14,7 @@ PACKAGES = ("server/masquerade", "maskstore/maskstore", "clients/python/masquera
 SHARED = {
     # The client is a distribution of its own, and its public names are those of the server's concepts.
     *("BadRequest", "BuildFailed", "MasqueradeError", "NotFound", "Overloaded", "TimedOut", "Usage"),
-    *("Diff", "Overlap", "Persona"),
+    *("Certificate", "Diff", "Overlap", "Persona"),
 }
 
 

@@ -14,7 +14,7 @@ _OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 @with_config(_OPEN)
-class CurvePoint(TypedDict, total=False):
+class CurvePointObject(TypedDict, total=False):
     """The mask at a gamma: median shift in nats a token, perplexities over the base's, and the share of known facts
     that are kept.
     """
@@ -61,7 +61,7 @@ class CertificateObject(TypedDict, total=False):
     kl: float | None
     pairs: int
     intervals: dict[str, list[float | None]]
-    curve: list[CurvePoint]
+    curve: list[CurvePointObject]
     facts: FactsObject
     loops: LoopsObject
 
