@@ -86,7 +86,7 @@ function tile(certificate, name, write, label, meaning) {
   const value = certificate[name];
   if (typeof value !== "number") return null;
   const interval = certificate.intervals?.[name];
-  return figure(write(value), label, interval && `95 %: ${write(interval[0])} to ${write(interval[1])}`, meaning);
+  return figure(write(value), label, interval?.every((end) => typeof end === "number") && `95 %: ${write(interval[0])} to ${write(interval[1])}`, meaning);
 }
 
 const figure = (value, label, note, meaning) =>

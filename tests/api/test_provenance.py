@@ -59,6 +59,18 @@ def test_a_certificate_that_came_with_a_file_is_claimed_until_it_is_measured(
     assert again["generation"] == shown["generation"]
 
 
+def test_a_certificate_keeps_its_curve_and_what_nobody_knows(
+    http: httpx.Client, serving: Serving, tmp_path: Path
+) -> None:
+    said = world.CERTIFICATE | {
+        "stars": [1, None],
+        "curve": [*world.CURVE, {"gamma": 0, "neutral_ratio": None, "x": 1}],
+    }
+    shown = bring(http, "calm", spell(make(serving, certificate=said), tmp_path))
+    assert shown["certificate"] == said | {"passed": None, "claimed": {"passed": None}}
+    assert http.get("/v1/personas/calm").json()["certificate"] == shown["certificate"]
+
+
 @pytest.mark.parametrize("where", WRONG)
 def test_an_import_with_metadata_of_the_wrong_type_publishes_nothing(
     http: httpx.Client, serving: Serving, tmp_path: Path, where: str

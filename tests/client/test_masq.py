@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from masquerade import demo
+from masquerade_client import Certificate
 from masquerade_client._types import BuildEvent
 from masquerade_client.cli.options import plain
 from masquerade_client.cli.personas import _measured, tabulate
@@ -265,6 +266,8 @@ def test_a_certificate_is_shown_with_its_verdict_and_an_older_one_without() -> N
     assert ("greedy answers it changes", "3 of 16") in _measured(new)
     assert not {"verdict", "greedy answers it changes"} & dict(_measured(figures | {"passed": True})).keys()
     assert ("of prompts flip", "100% (51% to 100%)") in _measured(new)
+    unbounded: Certificate = {"own_ratio": 1.5, "intervals": {"own_ratio": [1.2, None]}}
+    assert ("perplexity, its own text", "x1.500") in _measured(unbounded)
 
 
 def test_a_curve_is_a_table(server: Server, tmp_path: Path) -> None:

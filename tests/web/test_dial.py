@@ -136,3 +136,11 @@ def test_the_page_of_a_persona_has_the_figures(page: Page, server: Server) -> No
     page.get_by_text("At each gamma").click()
     expect(shown.get_by_role("row", name="0.25")).to_contain_text("× 1.050")  # noqa: RUF001
     expect(shown.get_by_role("row", name="0.25")).to_contain_text("96 %")
+
+
+def test_an_interval_without_an_end_is_left_out(page: Page, server: Server) -> None:
+    """As of a perplexity without a bound."""
+    serve_certificate(page, server, {"own_ratio": 1.5, "intervals": {"own_ratio": [1.2, None]}})
+    visit(page, server, "#/personas/formal")
+    expect(page.locator(".figures")).to_contain_text("× 1.500")  # noqa: RUF001
+    expect(page.locator(".figures")).not_to_contain_text("95 %")

@@ -107,8 +107,9 @@ def _measured(certificate: Certificate) -> list[tuple[str, str]]:
     for name, (label, form) in _FIGURES.items():
         value = certificate.get(name)
         if isinstance(value, int | float):
-            low_high = certificate.get("intervals", {}).get(name)
-            interval = f" ({' to '.join(map(form.format, low_high))})" if low_high else ""
+            low_high = certificate.get("intervals", {}).get(name, ())
+            bounded = None not in low_high  # an end is None where a perplexity has no bound
+            interval = f" ({' to '.join(map(form.format, low_high))})" if low_high and bounded else ""
             rows.append((label, form.format(value) + interval))
     if answers := certificate.get("changed_answers"):
         rows.append(("greedy answers it changes", f"{answers['changed']} of {answers['of']}"))
