@@ -73,5 +73,5 @@ CERTIFICATE_EXAMPLE: dict[str, Any] = {
     "neutral_ratio": 1.04,
     "curve": [{"gamma": 0.5, "margin_shift_median": 0.26, "own_ratio": 0.97, "neutral_ratio": 1.01, "facts_kept": 1.0}],
     "facts": {"of": 100, "known": 41, "kept": 0.98},
-    "loops": {"masked": 0.0, "base": 0.0, "of": 24},
+    "loops": {"masked": 0.0, "base": 0.0, "of": 16},
 }
