@@ -353,7 +353,7 @@ def contents(raw: bytes) -> Iterator[Attack]:
 
 def gaps(raw: bytes) -> Iterator[Attack]:
     """Gaps that do not decode, or decode to more than a file may hold."""
-    error, corrupt, name = maskstore.GapsCorrupt, maskstore.HeaderCorrupt, f"{OUT}.gaps"
+    error, corrupt, name = errors.GapsCorrupt, errors.HeaderCorrupt, f"{OUT}.gaps"
     document, data = forge.split(raw)
     begin, end = document[name]["data_offsets"]
     sound = data[begin:end]
@@ -385,11 +385,11 @@ def gaps(raw: bytes) -> Iterator[Attack]:
     lost = forge.edit_json(raw, "modules", lambda modules: modules[OUT].pop())
     yield Attack("gaps-count-lost", corrupt, lost)
     first = forge.edit(raw, lambda each: each["__metadata__"].update(format="masquerade-mask/1"))
-    yield Attack("gaps-in-version-1", maskstore.TensorSet, first)
+    yield Attack("gaps-in-version-1", errors.TensorSet, first)
     extra = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
-    yield Attack("gaps-beside-keep", maskstore.TensorSet, forge.edit(raw, _add(f"{DOWN}.gaps", extra)))
+    yield Attack("gaps-beside-keep", errors.TensorSet, forge.edit(raw, _add(f"{DOWN}.gaps", extra)))
     wide = forge.edit(raw, lambda each: each[name].update(dtype="U16", shape=[len(sound) // 2]))
-    yield Attack("gaps-wide", maskstore.TensorShape, wide)
+    yield Attack("gaps-wide", errors.TensorShape, wide)
     yield Attack("gaps-of-many-rows", corrupt, _many_rows(document))
 
 
