@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from maskstore import write_mask
-from masquerade.cli.progress import QUIET, report_quarters, report_stages
+from masquerade.cli.progress import LINE_SECONDS, report_quarters, report_stages
 from masquerade.model import load
 from tests import world
 from tests.cli.running import fail, masquerade, succeed
@@ -124,8 +124,8 @@ def test_progress_is_told_by_quarters() -> None:
 
 def test_a_stage_is_told_once_and_again_if_it_takes_long() -> None:
     said: list[str] = []
-    times = iter([0, 1, 2, 3, 3 + QUIET, 4 + QUIET])
+    times = iter([0, 1, 2, 3, 3 + LINE_SECONDS, 4 + LINE_SECONDS])
     report = report_stages(said.append, clock=lambda: next(times))
     for stage in ("a", "a", "b", "b", "b"):
         report(stage)
-    assert said == ["1 s: a", "3 s: b", f"{3 + QUIET} s: b"]
+    assert said == ["1 s: a", "3 s: b", f"{3 + LINE_SECONDS} s: b"]

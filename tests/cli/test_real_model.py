@@ -29,7 +29,7 @@ def test_stories_can_be_served_and_given_a_persona(tmp_path: Path) -> None:
         sides[-1].write_text("\n".join(lines))
     command = [sys.executable, "-m", "masquerade", "build", "--model", str(STORIES), "--store", str(store), "--json"]
     options = ["--name", "extravert", "--data", str(sides[0]), "--contrast", str(sides[1])]
-    options += ["--score", "attribution", "--rho", "0.003", "--force"]
+    options += ["--score", "attribution", "--rho", "0.003", "--force", "--neutral", str(sides[1])]  # any text
     built = json.loads(subprocess.run([*command, *options], check=True, capture_output=True).stdout)["personas"][0]
     assert built["certificate"]["margin_shift"] > 0
 

@@ -11,16 +11,12 @@ from hypothesis import strategies as st
 from maskstore import (
     Bitmap,
     DeltaReader,
-    DigestMismatch,
-    GapsCorrupt,
-    HeaderCorrupt,
     Mask,
     MaskCorrupt,
     MaskReader,
     MaskWriter,
     Registry,
     Sparse,
-    TensorSet,
     encode,
     export_mask,
     fsck,
@@ -31,6 +27,7 @@ from maskstore import (
     write_mask,
 )
 from maskstore import header as headers
+from maskstore.errors import DigestMismatch, GapsCorrupt, HeaderCorrupt, TensorSet
 from maskstore.target import GAPS_LIMIT
 from tests.maskstore import forge, world
 from tests.maskstore.test_delta import relative
