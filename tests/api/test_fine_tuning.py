@@ -256,7 +256,8 @@ def test_a_long_line_is_cut_to_the_context_and_builds(
     line = json.dumps({"prompt": "question 99?", "completion": "a" * 1_000_000}).encode()
     body = order(http, serving) | {"training_file": upload(http, OWN + b"\n" + line)}
     assert finish(http, start(http, body)["id"])["status"] == "succeeded"
-    assert seen == {("jobs", False)}
+    assert ("jobs", False) in seen
+    assert not any(beyond for _, beyond in seen)  # the engine's thread tokenises built-in questions, which are short
 
 
 def test_a_field_that_would_be_lost_is_refused(http: httpx.Client, serving: Serving) -> None:
