@@ -24,9 +24,9 @@ def main() -> None:
     for axis in grammar.axes().values():
         for split, count in LINES.items():
             pairs = list(_pairs(axis, split, count))
-            _write(folder / f"{axis.negative}.{split}.jsonl", (negative for negative, _ in pairs))
-            _write(folder / f"{axis.positive}.{split}.jsonl", (positive for _, positive in pairs))
-    _write(folder / "facts.jsonl", grammar.facts())
+            write_turns(folder / f"{axis.negative}.{split}.jsonl", (negative for negative, _ in pairs))
+            write_turns(folder / f"{axis.positive}.{split}.jsonl", (positive for _, positive in pairs))
+    write_turns(folder / "facts.jsonl", grammar.facts())
 
 
 def _pairs(axis: grammar.Axis, split: grammar.Split, count: int) -> Iterator[tuple[grammar.Turn, grammar.Turn]]:
@@ -41,7 +41,8 @@ def _pairs(axis: grammar.Axis, split: grammar.Split, count: int) -> Iterator[tup
         yield grammar.Turn(question.text, negative), grammar.Turn(question.text, positive)
 
 
-def _write(path: Path, turns: Iterable[grammar.Turn]) -> None:
+def write_turns(path: Path, turns: Iterable[grammar.Turn]) -> None:
+    """Write a JSONL file with a chat of one turn a line."""
     lines = [
         {"messages": [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]}
         for turn in turns
