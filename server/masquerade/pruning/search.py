@@ -72,7 +72,6 @@ class _State:
     pressure: float = 6.0  # weight of the divergence in the loss
     divergence: float | None = None  # moving mean over steps, nats a token
     best: float = -math.inf
-    best_step: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)  # `pruned` of the best state
     unimproved: int = 0  # judgements since then
     saved: int = 0  # the step that is in the scratch
@@ -161,7 +160,7 @@ class MaskSearch:
     def run(self, side: int, judge: Judge) -> Generator[int | None, None, dict[str, Target]]:
         """The targets of the best state that `judge` saw; continues from the last step that `scratch` has.
 
-        Its own work items yield 1, and those of the judge None.
+        Its own work items yield 1, or 0 where they only convert or keep a Linear, and those of the judge None.
         """
         state = yield from self._start(side)
         while state.step < self._settings.steps and state.unimproved < self._settings.patience:
@@ -169,14 +168,14 @@ class MaskSearch:
             state.step += 1
             yield from self._select(side, state)
             if state.step % self._settings.judged_every == 0 or state.step == self._settings.steps:
-                worth = yield from judge(_encode(state.pruned))
+                targets = yield from _encode(state.pruned)
+                worth = yield from judge(targets)
                 state.unimproved += 1
                 if worth > state.best:
-                    state.best, state.best_step, state.unimproved = worth, state.step, 0
-                    state.kept = {name: pruned.clone() for name, pruned in state.pruned.items()}
+                    state.best, state.unimproved, state.kept = worth, 0, dict(state.pruned)
             if state.step % self._settings.saved_every == 0:
-                self._save(side, state)
-        return _encode(state.kept or state.pruned)
+                yield from self._save(side, state)
+        return (yield from _encode(state.kept or state.pruned))
 
     def _batch(self, name: str, rows: Sequence[Encoded]) -> ResponseBatch:
         return ResponseBatch(self._base, self._model, self._scratch, name, rows, self._settings.tokens)
@@ -198,10 +197,13 @@ class MaskSearch:
 
     def _start(self, side: int) -> Generator[int, None, _State]:
         if f"search/{side}/state" in self._scratch:
-            state = self._load(side)
+            state = yield from self._load(side)
         else:
-            gains = {name: self._scratch.get(f"start/{side}/{name}")["gains"].float() for name in self._targets}
-            state = _State(gains, {name: torch.zeros_like(one, dtype=torch.bool) for name, one in gains.items()})
+            state = _State({}, {})
+            for name in self._targets:
+                state.gains[name] = self._scratch.get(f"start/{side}/{name}")["gains"].float()
+                state.pruned[name] = torch.zeros_like(state.gains[name], dtype=torch.bool)
+                yield 0
         yield from self._select(side, state)
         return state
 
@@ -291,23 +293,22 @@ class MaskSearch:
             state.weights[name] = torch.where(state.pruned[name], weight * settings.gamma, weight)
             yield 1
 
-    def _save(self, side: int, state: _State) -> None:
+    def _save(self, side: int, state: _State) -> Items:
         """Keep the state; a Linear is a file, and the numbers, written last, say which step's files are whole."""
         for name, gains in state.gains.items():
             found = {"gains": gains, "pruned": _pack(state.pruned[name])}
             if state.kept:
                 found["kept"] = _pack(state.kept[name])
             self._scratch.put(f"search/{side}/{state.step}/{name}", found)
-        numbers = [state.step, state.pressure, state.divergence or 0.0, state.best, state.best_step, state.unimproved]
+            yield 0
+        numbers = [state.step, state.pressure, state.divergence or 0.0, state.best, state.unimproved]
         self._scratch.put(f"search/{side}/state", {"numbers": torch.tensor(numbers, dtype=torch.float64)})
         self._scratch.drop(f"search/{side}/{state.saved}")
         state.saved = state.step
 
-    def _load(self, side: int) -> _State:
-        numbers = self._scratch.get(f"search/{side}/state")["numbers"].tolist()
-        step, pressure, divergence, best, best_step, unimproved = numbers
-        state = _State({}, {}, {}, int(step), pressure, divergence, best, int(best_step))
-        state.unimproved, state.saved = int(unimproved), int(step)
+    def _load(self, side: int) -> Generator[int, None, _State]:
+        step, pressure, divergence, best, unimproved = self._scratch.get(f"search/{side}/state")["numbers"].tolist()
+        state = _State({}, {}, {}, int(step), pressure, divergence, best, unimproved=int(unimproved), saved=int(step))
         for name, linear in self._targets.items():
             stored = self._scratch.get(f"search/{side}/{state.step}/{name}")
             shape = torch.Size((linear.out_features, linear.in_features))
@@ -315,6 +316,7 @@ class MaskSearch:
             state.pruned[name] = _unpack(stored["pruned"], shape).to(self._base.device)
             if "kept" in stored:
                 state.kept[name] = _unpack(stored["kept"], shape).to(self._base.device)
+            yield 0
         return state
 
 
@@ -366,5 +368,9 @@ def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool)).view(shape)
 
 
-def _encode(pruned: Mapping[str, Tensor]) -> dict[str, Target]:
-    return {name: encode_target(one.cpu().numpy()) for name, one in pruned.items()}
+def _encode(pruned: Mapping[str, Tensor]) -> Generator[int, None, dict[str, Target]]:
+    found = {}
+    for name, one in pruned.items():
+        found[name] = encode_target(one.cpu().numpy())
+        yield 0
+    return found
