@@ -197,7 +197,7 @@ def _rewrite(inputs: ControlInput, change: Callable[[Sequence[Message]], Sequenc
         if example.prompt not in changed:
             changed[example.prompt] = find(example.prompt, example.messages)
         prompt = changed[example.prompt]
-        return replace(example, prompt=prompt, response=example.response[: base.context - len(prompt)])
+        return replace(example.cut(base.context - len(prompt)), prompt=prompt)
 
     treatment = Treatment(rewrite=rewrite)
     return lambda _: treatment

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -66,6 +66,10 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    def cut(self, tokens: int | None) -> Encoded:
+        """The example with at most `tokens` tokens of its response."""
+        return replace(self, response=self.response[:tokens])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -72,7 +72,7 @@ def write_neutral_text(base: Base, questions: Iterable[str], tokens: int = NEUTR
     prompts = encode_questions(base, questions)
     texts = yield from write_answers(base, prompts, params=GenerationParams(tokens))
     answered = [Example(one.messages, text) for one, text in zip(prompts, texts, strict=True) if text]
-    return [replace(one, response=one.response[:tokens]) for one in encode(base, answered)]
+    return [one.cut(tokens) for one in encode(base, answered)]
 
 
 def share_kept(before: Sequence[bool], after: Sequence[bool]) -> float | None:

@@ -22,7 +22,7 @@ from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks
 from masquerade.pruning.certificate import CertifiedMask
 from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
-from masquerade.pruning.data import BuildData, PersonaExamples, cut, gather
+from masquerade.pruning.data import BuildData, PersonaExamples, gather
 from masquerade.pruning.layerwise import layer_number
 from masquerade.pruning.progress import Progress, Work, count, track
 from masquerade.pruning.recipe import Recipe
@@ -248,7 +248,7 @@ class Builder:
         found = {}
         for role in sorted(examples):
             if self._needs(role):
-                texts = [cut(one, tokens) for one in examples[role][:most]]
+                texts = [one.cut(tokens) for one in examples[role][:most]]
                 padded = list(batches(texts, self._base.device, self._batch_tokens, everything))
                 found[role] = CalibrationText(padded, self._needs(role))
         return found

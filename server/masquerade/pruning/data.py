@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from masquerade.errors import BuildFailed
 from masquerade.evaluate import splits
 from masquerade.evaluate.dataset import Encoded, Example, PromptTooLong, encode_fitting
 from masquerade.evaluate.evaluation_set import EvaluationSet
@@ -53,7 +54,7 @@ class BuildData:
         At most `most` of a kind are taken, and at most `tokens` tokens of each response.
         """
         texts = self.held_out(1, part), self.held_out(-1, part), getattr(self.neutral, part)
-        return EvaluationSet(base, *([cut(one, tokens) for one in of_kind[:most]] for of_kind in texts))
+        return EvaluationSet(base, *([one.cut(tokens) for one in of_kind[:most]] for of_kind in texts))
 
     def calibration_pairs(self) -> list[tuple[Encoded, Encoded]]:
         """Both sides' calibration answers to each prompt; any two if too few prompts have both."""
@@ -92,11 +93,6 @@ class BuildData:
             f"give {2 * splits.HELD_OUT * more} more pairs with prompts of their own (one in {splits.HELD_OUT} is held "
             f"out, and half of those judge), or {2 * certificate.FEWEST_PAIRS} validation pairs"
         ]
-
-
-def cut(example: Encoded, tokens: int | None) -> Encoded:
-    """The example with at most `tokens` tokens of its response."""
-    return replace(example, response=example.response[:tokens])
 
 
 def gather(
@@ -143,6 +139,11 @@ def _gather_neutral(
     before = [one for texts in searched for one in texts]
     tune = before[::TUNED] if chooses else []
     calibration = [one for number, one in enumerate(before) if not chooses or number % TUNED] if calibrates else []
+    if calibrates and not calibration:
+        raise BuildFailed(
+            f"the base answers {len(before)} of the built-in questions, too few to find a mask by; give neutral text "
+            "(--neutral)"
+        )
     return splits.Split(calibration, tune, report[: max(1, splits.count_within(report, recipe.judged_tokens))])
 
 
