@@ -128,4 +128,4 @@ def test_a_stage_is_told_once_and_again_if_it_takes_long() -> None:
     report = report_stages(said.append, clock=lambda: next(times))
     for stage in ("a", "a", "b", "b", "b"):
         report(stage)
-    assert said == ["1 s: a", "3 s: b", f"{3 + LINE_SECONDS} s: b"]
+    assert said == ["1 s: a", "3 s: b", f"{3 + LINE_SECONDS:.0f} s: b"]
