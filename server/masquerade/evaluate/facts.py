@@ -1,8 +1,9 @@
-"""Neutral questions that come with this package: facts with checkable answers, and everyday requests.
+"""Neutral questions that come with this package: facts with checkable answers, everyday requests, short questions.
 
 `data/facts.jsonl` and `data/everyday.jsonl` are in mixed order: each prefix, and each half, has questions of every
 kind. The even lines (`search`) are for whoever looks for a mask, the odd lines (`report`) for whoever measures it, so a
-mask is never chosen by the questions that it is judged by.
+mask is never chosen by the questions that it is judged by. `data/short.jsonl` has more questions with short answers,
+for a search only; none is among those for a report.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def read_facts(part: Part = "all") -> list[Fact]:
 def read_everyday_questions(part: Part = "all") -> list[str]:
     """The 96 open-ended requests, or the half of them for one purpose."""
     return [line["question"] for line in _read("everyday.jsonl", part)]
+
+
+def read_short_questions() -> list[str]:
+    """Questions with short answers that are not checked, for a search."""
+    return [line["question"] for line in _read("short.jsonl", "all")]
 
 
 def encode_questions(base: Base, questions: Iterable[str]) -> list[Encoded]:

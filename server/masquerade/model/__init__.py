@@ -1,6 +1,6 @@
 """The base model and its masks: loading, chat templates, maskable Linears, routes, residency."""
 
-from masquerade.model.chat import render_chat
+from masquerade.model.chat import open_user_message, render_chat
 from masquerade.model.cuda import SlotMap, Slots, SlotShape, Staging, find_entries
 from masquerade.model.dequantized import Report
 from masquerade.model.encoding import Room, check_bytes, encode, longest_token, too_long
@@ -45,6 +45,7 @@ __all__ = [
     "load",
     "longest_token",
     "make_route",
+    "open_user_message",
     "render_chat",
     "too_long",
     "trim_heap",

@@ -95,6 +95,19 @@ def render_chat(
     return ids
 
 
+def open_user_message(tokenizer: Any) -> list[int]:
+    """The token ids of a chat up to where its first user's message begins; empty without a chat template."""
+    if not tokenizer.chat_template:
+        return []
+    messages = [{"role": "user", "content": _OPEN}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError):
+        return []
+    opening: list[int] = tokenizer.encode(text.split(_OPEN)[0], add_special_tokens=False)
+    return opening
+
+
 def _texts(value: Any) -> Iterator[str]:
     """Every text in a value, names included."""
     if isinstance(value, str):

@@ -114,7 +114,9 @@ class Builder:
         try:
             weights = len(list(self._base.model.parameters()))
             yield from track("check", _check(self._base.model), weights, model=False, model_after=False)
-            data = yield from gather(self._base, self._recipe, self._personas, self._neutral, calibrates, chooses)
+            data = yield from gather(
+                self._base, self._recipe, self._personas, self._neutral, calibrates, chooses, self._score.searched
+            )
             choose = self._search if self._score.searched else self._compare
             chosen = yield from choose(targets, data)
             masks = yield from self._certify(data, chosen)

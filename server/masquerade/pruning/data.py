@@ -102,10 +102,12 @@ def gather(
     neutral_examples: Sequence[Example],
     calibrates: bool,
     chooses: bool,
+    searches: bool,
 ) -> Work[BuildData]:
     """Encode and split all examples; without neutral examples the base generates some.
 
-    `calibrates` is whether a score reads neutral text, and `chooses` whether there are several candidates.
+    `calibrates` is whether the score reads neutral text, `chooses` whether there are several candidates, and `searches`
+    whether the mask is searched for, which takes more neutral text.
     """
     parts = 1 + calibrates + chooses
     texts: dict[str, Sequence[Example]] = {"neutral": neutral_examples[: parts * recipe.judged]}
@@ -121,12 +123,12 @@ def gather(
         too_long[side] = given - len(examples[side]) - len(validation[side])
     sides, notes = splits.divide(examples, validation, recipe.seed)
     notes = {side: replace(note, too_long=too_long[side]) for side, note in notes.items()}
-    quiet = yield from _gather_neutral(base, recipe, encoded["neutral"], calibrates, chooses)
+    quiet = yield from _gather_neutral(base, recipe, encoded["neutral"], calibrates, chooses, searches)
     return BuildData(recipe, sides, notes, quiet)
 
 
 def _gather_neutral(
-    base: Base, recipe: Recipe, given: Sequence[Encoded], calibrates: bool, chooses: bool
+    base: Base, recipe: Recipe, given: Sequence[Encoded], calibrates: bool, chooses: bool, searches: bool
 ) -> Work[splits.Split]:
     """The given neutral texts, divided; else generated ones, of other questions for the report than before it."""
     if given:
@@ -135,7 +137,9 @@ def _gather_neutral(
         return splits.divide_neutral(given[: max(fit, parts)], calibrates, chooses)
     yield Progress("divide", 1, 1)
     asked: tuple[Part, ...] = ("search", "report") if calibrates or chooses else ("report",)
-    *searched, report = yield from track("neutral", neutral.generate_neutral_texts(base, asked), model_after=False)
+    seed = recipe.seed if searches else None
+    generating = _generate_neutral(base, asked, seed)
+    (*searched, report), more = yield from track("neutral", generating, model_after=False)
     before = [one for texts in searched for one in texts]
     tune = before[::TUNED] if chooses else []
     calibration = [one for number, one in enumerate(before) if not chooses or number % TUNED] if calibrates else []
@@ -144,7 +148,18 @@ def _gather_neutral(
             f"the base answers {len(before)} of the built-in questions, too few to find a mask by; give neutral text "
             "(--neutral)"
         )
-    return splits.Split(calibration, tune, report[: max(1, splits.count_within(report, recipe.judged_tokens))])
+    return splits.Split(
+        [*calibration, *more], tune, report[: max(1, splits.count_within(report, recipe.judged_tokens))]
+    )
+
+
+def _generate_neutral(
+    base: Base, parts: Sequence[Part], seed: int | None
+) -> Generator[None, None, tuple[list[list[Encoded]], list[Encoded]]]:
+    """The neutral text of each part and, with a seed, more for a search."""
+    texts = yield from neutral.generate_neutral_texts(base, parts)
+    more = [] if seed is None else (yield from neutral.generate_more_neutral_text(base, texts[0], seed))
+    return texts, more
 
 
 def _encode(base: Base, texts: Mapping[str, Sequence[Example]]) -> Generator[None, None, dict[str, list[Encoded]]]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import zip_longest
 
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.facts import Part, read_everyday_questions, read_facts, write_neutral_text
+from masquerade.evaluate.facts import (
+    Part,
+    read_everyday_questions,
+    read_facts,
+    read_short_questions,
+    write_neutral_text,
+)
+from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items, read_likelihoods
-from masquerade.model import Base
+from masquerade.model import Base, open_user_message
 
 FEWEST = 12  # answers that are kept in any case
 FLUENT = 1 / 3  # share of facts; a base that knows as many also answers everyday requests
+WRITTEN = 256  # most questions that the base writes itself
+WRITTEN_TOKENS = 48  # of such a question
+WRITTEN_TEMPERATURE = 0.7
+_WHOLE = re.compile(r"\S.*[.?!]", re.DOTALL)
 
 
 def generate_neutral_texts(base: Base, parts: Sequence[Part]) -> Items[list[list[Encoded]]]:
@@ -46,3 +58,30 @@ def generate_neutral_text(base: Base, part: Part) -> Items[list[Encoded]]:
         return known
     requests = yield from write_neutral_text(base, read_everyday_questions(part))
     return [one for pair in zip_longest(known, requests) for one in pair if one]
+
+
+def generate_more_neutral_text(base: Base, texts: Sequence[Encoded], seed: int) -> Items[list[Encoded]]:
+    """More texts beside those of the part `search`, so that a search does not keep these few and harm all others.
+
+    They are the base's greedy answers to short questions, and to questions that it writes itself. There are none if the
+    base answers no everyday requests. A work item is a pass of the model.
+    """
+    everyday = {*read_everyday_questions("search")}
+    if not any(one.messages[-1]["content"] in everyday for one in texts):
+        return []
+    questions = yield from write_questions(base, seed)
+    return (yield from write_neutral_text(base, [*read_short_questions(), *questions]))
+
+
+def write_questions(base: Base, seed: int) -> Items[list[str]]:
+    """At most `WRITTEN` different messages of users, sampled from the base; none without a chat template.
+
+    An instruct model that continues its chat template from where a user's message begins writes one (Magpie, Xu et al.,
+    arXiv 2406.08464). Those that end without a full stop were cut, and are left out.
+    """
+    opening = tuple(open_user_message(base.tokenizer))
+    if not opening:
+        return []
+    params = GenerationParams(WRITTEN_TOKENS, WRITTEN_TEMPERATURE, seed)
+    texts = yield from write_answers(base, [Encoded(opening, ())] * WRITTEN, params=params)
+    return [text for text in dict.fromkeys(texts) if _WHOLE.fullmatch(text)]

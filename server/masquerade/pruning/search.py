@@ -46,7 +46,7 @@ class SearchSettings:
     pairs: int = 256  # most pairs, drawn by seed
     pairs_a_batch: int = 4
     batches_a_step: int = 4  # of pairs
-    neutral: int = 96  # most neutral texts
+    neutral: int = 512  # most neutral texts
     neutral_a_batch: int = 8
     neutral_batches_a_step: int = 2
     tokens: int = 48  # most tokens of a response
