@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from masquerade.engine import Token, token_bytes
+from masquerade.errors import MasqueradeError
+from masquerade.http import errors
 from masquerade.http.request_log import Usage
-from masquerade.http.wire import encode
-from masquerade.model import Base, CallStart, ResponsePart, ToolCallParser
+from masquerade.http.wire import encode, sse
+from masquerade.model import Base, CallStart, ResponsePart
 from masquerade.openai.tools import ToolSet
 from masquerade.service.serving import ResolvedPersona
 
@@ -34,57 +36,130 @@ class OutputDelta:
     finish_reason: str | None = None
 
 
+class OutputParser:
+    """Parses the content and the calls of tools out of the deltas of one answer."""
+
+    def __init__(self, tool_set: ToolSet) -> None:
+        self._tool_set = tool_set
+        self._parser = tool_set.make_parser()
+
+    def parse(self, delta: OutputDelta) -> Sequence[ResponsePart]:
+        """What a delta adds."""
+        tools = self._tool_set
+        parts = self._parser.push(delta.text, triggered=any(token.id in tools.trigger_ids for token in delta.tokens))
+        if delta.finish_reason:
+            parts += self._parser.flush()
+        if tools.required:  # content can only be a truncated call
+            parts = [part for part in parts if not isinstance(part, str)]
+        return parts
+
+
 class Answer(ABC):
-    """The answer to one request: the fields that all its objects share, and how they are written."""
+    """The face of one API for the answer to one request: the object of a whole answer, and the events of a stream.
+
+    A stream is `first_chunks`, then `chunks` of every delta, then `last_chunks`. After an error it ends with
+    `error_chunk` instead. `ping` is sent in silence. Each method returns the text of any number of events.
+    """
 
     prefix: ClassVar[str]  # of the id
-    object_type: ClassVar[str]
-    chunk_type: ClassVar[str]
+    ping: ClassVar[str] = ": ping\n\n"
 
     def __init__(self, base: Base, resolved: ResolvedPersona) -> None:
         self._tokenizer = base.tokenizer
         self._resolved = replace(resolved, applied=None)  # a slow client must not keep a mask on the device
-        self._shared: Json = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
+        self._id = f"{self.prefix}{uuid.uuid4().hex}"
+        self._created = int(time.time())  # unix seconds
+        self._source: Json = {
             "model": resolved.model,
             "system_fingerprint": f"{base.fingerprint[:8]}-{(resolved.digest or 'base')[:8]}",
             "persona": resolved.persona,
             "generation": resolved.digest,
             "gamma": resolved.gamma,
         }
-        self._chunk_start = encode({"object": self.chunk_type, **self._shared})[:-1]  # without the closing brace
 
     @property
     def headers(self) -> dict[str, str]:
         """Response headers that name the revision of the persona."""
         return {"X-Persona-Generation": self._resolved.digest} if self._resolved.digest else {}
 
-    def body(self, deltas: Sequence[OutputDelta], usage: Usage) -> Json:
+    @abstractmethod
+    async def body(self, deltas: Sequence[OutputDelta], usage: Usage) -> Json:
         """The answer in one object."""
+
+    @abstractmethod
+    def first_chunks(self, count: int, usage: Usage) -> str:
+        """The events before the output of `count` choices; `usage` has the tokens of the prompt only."""
+
+    @abstractmethod
+    def chunks(self, delta: OutputDelta) -> str:
+        """The events of a delta."""
+
+    @abstractmethod
+    async def last_chunks(self, usage: Usage) -> str:
+        """The events after the output of all choices."""
+
+    @abstractmethod
+    def error_chunk(self, error: MasqueradeError) -> str:
+        """The last event of a stream that an error ends."""
+
+    def _logprobs(self, tokens: Sequence[Token]) -> list[Json] | None:
+        """The log probabilities of the tokens, as chats have them; None if the request did not ask for them."""
+        if not tokens or tokens[0].logprob is None:
+            return None
+        return [
+            {
+                **self._logprob(token.id, token.logprob),
+                "top_logprobs": [self._logprob(other, logprob) for other, logprob in token.top],
+            }
+            for token in tokens
+        ]
+
+    def _logprob(self, token: int, logprob: float | None) -> Json:
+        content = token_bytes(self._tokenizer, token)
+        return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
+
+
+class ChoicesAnswer(Answer):
+    """What chat completions and text completions have in common: a list of choices."""
+
+    object_type: ClassVar[str]
+    chunk_type: ClassVar[str]
+
+    def __init__(self, base: Base, resolved: ResolvedPersona, *, wants_usage: bool = False) -> None:
+        super().__init__(base, resolved)
+        self._wants_usage = wants_usage  # at the end of a stream
+        self._shared: Json = {"id": self._id, "created": self._created, **self._source}
+        self._chunk_start = encode({"object": self.chunk_type, **self._shared})[:-1]  # without the closing brace
+
+    async def body(self, deltas: Sequence[OutputDelta], usage: Usage) -> Json:
+        """The choices in one object."""
         by_choice: dict[int, list[OutputDelta]] = {}
         for delta in deltas:
             by_choice.setdefault(delta.index, []).append(delta)
         choices = [self._render_choice(index, by_choice[index]) for index in sorted(by_choice)]
         return {"object": self.object_type, **self._shared, "choices": choices, "usage": _render_usage(usage)}
 
-    def first_chunk(self, index: int) -> str:  # noqa: ARG002 - for subclasses
-        """The event before the output of a choice; empty for none."""
+    def first_chunks(self, count: int, usage: Usage) -> str:  # noqa: ARG002 - for subclasses
+        """No events."""
         return ""
 
     def chunks(self, delta: OutputDelta) -> str:
-        """The events of a delta."""
+        """The chunks of a delta."""
         return "".join(map(self._chunk, self._render_delta(delta)))
 
-    def usage_chunk(self, usage: Usage) -> str:
-        """The last event of a stream with `include_usage`."""
-        return f'data: {self._chunk_start},"choices":[],"usage":{encode(_render_usage(usage))}}}\n\n'
+    async def last_chunks(self, usage: Usage) -> str:
+        """The chunk with the usage, if the request asked for it, and the end of the stream."""
+        end = sse("[DONE]")
+        if not self._wants_usage:
+            return end
+        return f'data: {self._chunk_start},"choices":[],"usage":{encode(_render_usage(usage))}}}\n\n{end}'
+
+    def error_chunk(self, error: MasqueradeError) -> str:
+        """The error's body."""
+        return sse(errors.body(error))
 
     def _chunk(self, choice: str) -> str:
         return f'data: {self._chunk_start},"choices":[{choice}],"usage":null}}\n\n'
-
-    def _token_bytes(self, token: int) -> bytes:
-        return token_bytes(self._tokenizer, token)
 
     @abstractmethod
     def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
@@ -95,20 +170,22 @@ class Answer(ABC):
         """The choices of the chunks of a delta, as JSON; a chunk has one choice."""
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChoicesAnswer):
     """A chat completion. With tools, calls are parsed out of the text."""
 
-    prefix, object_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, object_type, chunk_type = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, base: Base, resolved: ResolvedPersona, tool_set: ToolSet | None = None) -> None:
-        super().__init__(base, resolved)
+    def __init__(
+        self, base: Base, resolved: ResolvedPersona, tool_set: ToolSet | None = None, *, wants_usage: bool = False
+    ) -> None:
+        super().__init__(base, resolved, wants_usage=wants_usage)
         self._tool_set = tool_set
-        self._parsers: dict[int, ToolCallParser] = {}  # by choice
+        self._parsers: dict[int, OutputParser] = {}  # by choice
         self._num_calls = Counter[int]()  # by choice
 
-    def first_chunk(self, index: int) -> str:
-        """The chunk with the role."""
-        return self._chunk(_chunk_choice(index, '{"role":"assistant","content":""}'))
+    def first_chunks(self, count: int, usage: Usage) -> str:  # noqa: ARG002 - the last chunk has it
+        """The chunks with the role."""
+        return "".join(self._chunk(_chunk_choice(index, '{"role":"assistant","content":""}')) for index in range(count))
 
     def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
         text, calls = "", list[Json]()
@@ -128,11 +205,11 @@ class ChatAnswer(Answer):
             "index": index,
             "message": message,
             "finish_reason": self._finish_reason(deltas[-1]),
-            "logprobs": self._logprobs([token for delta in deltas for token in delta.tokens]),
+            "logprobs": self._chat_logprobs([token for delta in deltas for token in delta.tokens]),
         }
 
     def _render_delta(self, delta: OutputDelta) -> Sequence[str]:
-        index, logprobs = delta.index, self._logprobs(delta.tokens)
+        index, logprobs = delta.index, self._chat_logprobs(delta.tokens)
         messages = [self._render_part(index, part) for part in self._parse(delta)]
         if logprobs and not messages:
             messages = [_content("")]
@@ -145,18 +222,12 @@ class ChatAnswer(Answer):
 
     def _parse(self, delta: OutputDelta) -> Sequence[ResponsePart]:
         """The content and the calls in a delta."""
-        tools = self._tool_set
-        if tools is None:
+        if self._tool_set is None:
             return [delta.text] if delta.text else []
         parser = self._parsers.get(delta.index)
         if parser is None:
-            parser = self._parsers[delta.index] = tools.make_parser()
-        parts = parser.push(delta.text, triggered=any(token.id in tools.trigger_ids for token in delta.tokens))
-        if delta.finish_reason:
-            parts += parser.flush()
-        if tools.required:  # content can only be a truncated call
-            parts = [part for part in parts if not isinstance(part, str)]
-        return parts
+            parser = self._parsers[delta.index] = OutputParser(self._tool_set)
+        return parser.parse(delta)
 
     def _render_part(self, index: int, part: ResponsePart) -> str:
         if isinstance(part, str):
@@ -169,31 +240,18 @@ class ChatAnswer(Answer):
     def _finish_reason(self, last: OutputDelta) -> str | None:
         return "tool_calls" if last.finish_reason == "stop" and self._num_calls[last.index] else last.finish_reason
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
-        """The log probabilities of the tokens; None if the request did not ask for them."""
-        if not tokens or tokens[0].logprob is None:
-            return None
-        content = [
-            {
-                **self._logprob(token.id, token.logprob),
-                "top_logprobs": [self._logprob(other, logprob) for other, logprob in token.top],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _logprob(self, token: int, logprob: float | None) -> Json:
-        content = self._token_bytes(token)
-        return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> Json | None:
+        content = self._logprobs(tokens)
+        return None if content is None else {"content": content, "refusal": None}
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoicesAnswer):
     """A text completion. Its chunks are text completions too."""
 
-    prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
+    prefix, object_type, chunk_type = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, base: Base, resolved: ResolvedPersona) -> None:
-        super().__init__(base, resolved)
+    def __init__(self, base: Base, resolved: ResolvedPersona, *, wants_usage: bool = False) -> None:
+        super().__init__(base, resolved, wants_usage=wants_usage)
         self._lengths: dict[int, int] = {}  # in characters so far, by choice
 
     def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
@@ -208,11 +266,11 @@ class CompletionAnswer(Answer):
         return {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": self._logprobs(delta.index, delta.tokens),
+            "logprobs": self._older_logprobs(delta.index, delta.tokens),
             "finish_reason": delta.finish_reason,
         }
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Json | None:
+    def _older_logprobs(self, index: int, tokens: Sequence[Token]) -> Json | None:
         if not tokens or tokens[0].logprob is None:
             return None
         texts = [self._token_text(token.id) for token in tokens]
@@ -232,7 +290,7 @@ class CompletionAnswer(Answer):
         }
 
     def _token_text(self, token: int) -> str:
-        return self._token_bytes(token).decode(errors="replace")
+        return token_bytes(self._tokenizer, token).decode(errors="replace")
 
 
 def _render_usage(usage: Usage) -> Json:

@@ -24,7 +24,7 @@ async def complete_text(request: CompletionRequest, serving: Served, caller: Cha
     resolved = await resolve_persona(serving, request, caller, http)
     size, room = len(await http.body()), context_room(serving)
     prompts = await tokenise_texts(serving, caller, size, request.prompts(), room)
-    answer = CompletionAnswer(serving.base, resolved)
+    answer = CompletionAnswer(serving.base, resolved, wants_usage=request.wants_usage)
     try:
         return await respond(serving, resolved, request, caller, prompts, answer, http.receive)
     except BadRequest as error:

@@ -14,16 +14,18 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from masquerade.engine import AnswerText, Event, Finished, Grammar, Request, Token
+from masquerade.engine import AnswerFormat, AnswerText, Event, Finished, Grammar, Request, Token
 from masquerade.errors import AnswerTimedOut, ContextTooLong, MasqueradeError, NotReady
 from masquerade.http import errors
 from masquerade.http.access import Caller
 from masquerade.http.dependencies import read_persona
 from masquerade.http.request_log import Usage
-from masquerade.http.wire import respond_events, sse
+from masquerade.http.wire import respond_events
+from masquerade.model import Base, find_dialect
 from masquerade.openai.answers import Answer, OutputDelta
-from masquerade.openai.prompts import CONTEXT
-from masquerade.openai.schemas import GenerationRequest
+from masquerade.openai.prompts import CONTEXT, context_room, tokenise_chat
+from masquerade.openai.schemas import ChatRequest, GenerationRequest
+from masquerade.openai.tools import ToolSet, select_tools
 from masquerade.service.serving import ResolvedPersona, Serving
 
 DEFAULT_MAX_TOKENS = 2048  # of an answer to a request that sets no limit
@@ -42,6 +44,38 @@ async def resolve_persona(
     caller.check_reference(reference)
     gone = partial(wait_for_disconnect, http.receive)
     return await serving.resolve_persona(reference, request.gamma, request.persona_phase, gone)
+
+
+async def respond_chat(
+    serving: Serving,
+    request: ChatRequest,
+    caller: Caller,
+    http: HTTPRequest,
+    make_answer: Callable[[Base, ResolvedPersona, ToolSet | None], Answer],
+    size: int | None = None,
+) -> Response:
+    """Answer a chat in the form of any API: `make_answer` makes its face.
+
+    `size` is the bytes of all messages and tools; by default those of the body. Raises as `resolve_persona`,
+    `tokenise_chat` and `respond` do, with the names of a chat's fields in `param`.
+    """
+    tokenizer = serving.base.tokenizer
+    size = len(await http.body()) if size is None else size
+    resolved = await resolve_persona(serving, request, caller, http)
+    tool_set = select_tools(request, find_dialect(tokenizer), tokenizer) if request.tools else None
+    tools = request.tools if tool_set else None
+    prompt = await tokenise_chat(serving, caller, size, request.messages, tools, context_room(serving))
+    json_format = request.json_format
+    if tool_set:
+        answer_format = tool_set.answer_format(json_format)
+    else:
+        answer_format = AnswerFormat([json_format]) if json_format else None
+    grammars = None
+    if answer_format:
+        compile_format = partial(serving.engine.grammars.compile, answer_format, request.n or 1)
+        grammars = await serving.workers.run(caller.owner, size, compile_format)
+    answer = make_answer(serving.base, resolved, tool_set)
+    return await respond(serving, resolved, request, caller, [prompt], answer, http.receive, grammars)
 
 
 async def respond(
@@ -81,7 +115,7 @@ async def respond(
     caller.record.begin(resolved, lambda: outputs.usage)
     outputs.start()
     if request.stream:
-        return respond_events(_stream(outputs, answer, request.wants_usage), answer.headers)
+        return respond_events(_stream(outputs, answer), answer.headers)
     return await _respond_whole(outputs, answer, receive)
 
 
@@ -212,7 +246,7 @@ async def _respond_whole(outputs: OutputCollector, answer: Answer, receive: Rece
             await watch
     if outputs.disconnected:
         return Response(status_code=499)  # nobody reads it
-    return JSONResponse(answer.body(deltas, outputs.usage), headers=answer.headers)
+    return JSONResponse(await answer.body(deltas, outputs.usage), headers=answer.headers)
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
@@ -229,17 +263,15 @@ async def _watch(receive: Receive, outputs: OutputCollector) -> None:
         outputs.disconnect()
 
 
-async def _stream(outputs: OutputCollector, answer: Answer, wants_usage: bool) -> AsyncIterator[str]:
+async def _stream(outputs: OutputCollector, answer: Answer) -> AsyncIterator[str]:
     """Server-sent events; the framework closes the iterator when the client disconnects."""
     try:
-        yield "".join(map(answer.first_chunk, range(outputs.count)))
+        yield answer.first_chunks(outputs.count, outputs.usage)
         async for deltas in outputs.deltas():
-            yield "".join(map(answer.chunks, deltas)) if deltas else ": ping\n\n"
-        if wants_usage:
-            yield answer.usage_chunk(outputs.usage)
-        yield sse("[DONE]")
+            yield "".join(map(answer.chunks, deltas)) if deltas else answer.ping
+        yield await answer.last_chunks(outputs.usage)
     except Exception as failure:  # the status has been sent
-        yield sse(errors.body(outputs.fail(failure)))
+        yield answer.error_chunk(outputs.fail(failure))
     finally:
         outputs.cancel()
 
