@@ -24,9 +24,9 @@ from masquerade.http.limits import EXPOSED, CorsMiddleware, LimitsMiddleware, Po
 from masquerade.http.metrics import Metrics
 from masquerade.http.request_log import RequestLogMiddleware
 from masquerade.http.throttle import Throttle
-from masquerade.jobs import JobService
+from masquerade.jobs import JobService, JobTable, Quotas, ResponseTable
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
-from masquerade.openai import chat, completions, files, fine_tuning, models, tokens
+from masquerade.openai import chat, completions, files, fine_tuning, models, responses, tokens
 from masquerade.personas import build, routes
 from masquerade.service import building
 from masquerade.service.serving import Serving
@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 _ROUTERS = (
     chat.router,
     completions.router,
+    responses.router,
     tokens.router,
     models.router,
     routes.router,
@@ -62,7 +63,9 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         serving.notifier.bind(serving.engine)
         serving.engine.start()
-        app.state.job_service = job_service = _open_job_service(serving, keyring)
+        quotas = Quotas(response_days=policy.response_days)
+        app.state.job_service = job_service = _open_job_service(serving, keyring, quotas)
+        app.state.responses = job_service.responses if job_service else _open_responses(serving, quotas)
         yield
         if job_service:
             job_service.close()
@@ -124,12 +127,17 @@ def _can_trace() -> bool:
     return False
 
 
-def _open_job_service(serving: Serving, keyring: Keyring) -> JobService | None:
+def _open_responses(serving: Serving, quotas: Quotas) -> ResponseTable:
+    """The stored responses, for a server that does not run the jobs of its store."""
+    return ResponseTable(JobTable(serving.store.root / "jobs" / "jobs.sqlite", quotas).database, quotas)
+
+
+def _open_job_service(serving: Serving, keyring: Keyring, quotas: Quotas) -> JobService | None:
     """The jobs of the store, or None if another server runs them. Their work runs on the engine's thread."""
     folder, engine = serving.store.root / "jobs", serving.engine
     try:
         job_service = JobService(
-            folder, partial(building.build, serving, keyring), lambda item: engine.run_background(item).result()
+            folder, partial(building.build, serving, keyring), lambda item: engine.run_background(item).result(), quotas
         )
     except NotReady as error:
         _log.warning("%s", error)

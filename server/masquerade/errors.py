@@ -155,6 +155,10 @@ class JobNotFound(NotFound, code="job_not_found"):
     """The key has no such job."""
 
 
+class ResponseNotFound(NotFound, code="response_not_found"):
+    """The key has no such response, or has none any more."""
+
+
 class KeyNotFound(NotFound, code="key_not_found"):
     """The store has no such key."""
 

@@ -85,6 +85,9 @@ def serve(
         ),
     ] = None,
     answer_seconds: Annotated[float, typer.Option(min=1, help="Maximum seconds for the answers to a request.")] = 600,
+    response_days: Annotated[
+        float, typer.Option(min=0, help="Days for which answers of /v1/responses are stored; 0 stores none.")
+    ] = 30,
     log_format: Annotated[Literal["text", "json"], typer.Option(help="Format of log lines.")] = "text",
 ) -> None:
     """Serve a model and its personas over OpenAI's API."""
@@ -113,6 +116,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         answer_seconds=answer_seconds,
         wrong_key_seconds=WRONG_KEY_SECONDS,
+        response_days=response_days,
     )
     logs.configure(log_format)
     hide_loading_bars()

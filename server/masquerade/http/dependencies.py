@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from masquerade.errors import PersonaConflict, WorkedElsewhere
-from masquerade.jobs import JobService
+from masquerade.jobs import JobService, ResponseTable
 from masquerade.service.serving import Serving
 
 
@@ -36,6 +36,12 @@ async def find_job_service(http: Request) -> JobService:
     return job_service
 
 
+async def find_responses(http: Request) -> ResponseTable:
+    """The store's responses."""
+    responses: ResponseTable = http.app.state.responses
+    return responses
+
+
 PERSONA_HEADER: dict[str, Any] = {
     "parameters": [
         {
@@ -49,3 +55,4 @@ PERSONA_HEADER: dict[str, Any] = {
 }
 Served = Annotated[Serving, Depends(find_serving)]
 ServedJobs = Annotated[JobService, Depends(find_job_service)]
+ServedResponses = Annotated[ResponseTable, Depends(find_responses)]

@@ -44,6 +44,7 @@ class Policy:
     upload_rate: float = 2**15  # bytes a second that extend the time for an upload
     wrong_key_seconds: float = 0.0  # delay of the error for an invalid key
     answer_seconds: float = 600.0  # for all answers to a request
+    response_days: float = 30.0  # for which responses are stored; 0 stores none
 
 
 class LimitsMiddleware:

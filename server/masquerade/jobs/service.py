@@ -1,4 +1,4 @@
-"""The uploads, table and runner of a store, locked for one process."""
+"""The uploads, tables and runner of a store, locked for one process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import IO
 
 from masquerade.errors import WorkedElsewhere
 from masquerade.jobs.records import Job
+from masquerade.jobs.responses import ResponseTable
 from masquerade.jobs.runner import Execute, Runner, Work
 from masquerade.jobs.table import JobTable, Quotas
 from masquerade.jobs.uploads import Uploads
@@ -18,7 +19,7 @@ FILE_BYTES = 2**28  # most bytes of one uploaded file
 
 
 class JobService:
-    """Uploads, table and runner below a folder, with a lock that the kernel releases when the process dies.
+    """Uploads, tables and runner below a folder, with a lock that the kernel releases when the process dies.
 
     Raises `WorkedElsewhere` if another process has the lock.
     """
@@ -30,12 +31,14 @@ class JobService:
         self._lock = _lock(folder / "lock")
         self.table = JobTable(folder / "jobs.sqlite", quotas)
         self.uploads = Uploads(folder / "files", self.table, FILE_BYTES)
+        self.responses = ResponseTable(self.table.database, self.table.quotas)
         self.tidy()
         self.runner = Runner(self.table, lambda job: prepare(self, job), execute, self.tidy)
 
     def tidy(self) -> None:
-        """Delete expired files and jobs."""
+        """Delete expired files, jobs and responses."""
         self.uploads.expire(time.time())
+        self.responses.expire(time.time())
 
     def close(self) -> None:
         """Stop the runner and release the lock."""

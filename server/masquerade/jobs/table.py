@@ -35,7 +35,15 @@ alter table job add column key text;
 alter table job add column cancelling integer not null default 0;
 delete from job where json_extract(spec, '$.base') is null;
 """
-MIGRATIONS = (FIRST, SECOND)
+RESPONSES = """
+create table response (
+    id text primary key, owner text not null, bytes integer not null, created_at real not null,
+    body text not null, input text not null
+) strict;
+create index response_of_owner on response (owner, bytes);
+create index response_by_age on response (created_at);
+"""
+MIGRATIONS = (FIRST, SECOND, RESPONSES)
 _JOB = "id, owner, state, spec, created_at, started_at, finished_at, error, result, key, cancelling"
 _OPEN = f"state in ({', '.join(repr(state) for state in sorted(OPEN))})"
 _NEXT = """
@@ -58,6 +66,9 @@ class Quotas:
     open_jobs: int = 16
     rows: int = 100_000  # examples of one file
     days: float = 30.0  # after which ended jobs, and files, are deleted
+    responses: int = 10_000  # stored ones; beyond that, and beyond the bytes, the oldest are deleted
+    response_bytes: int = 2**28  # of all stored responses together
+    response_days: float = 30.0  # after which responses are deleted; 0 stores none
 
 
 @dataclass(frozen=True)

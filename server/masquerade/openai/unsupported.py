@@ -124,3 +124,28 @@ MESSAGE: Table = {"audio": (), "function_call": (), "prefix": (False,)}
 TOKENIZE: Table = {**_TEMPLATE, "tool_choice": ("auto",)}
 JOB: Table = {"integrations": ([],), "name": ()}
 DETOKENIZE: Table = {"skip_special_tokens": (False,)}
+RESPONSES: Table = {
+    **{name: values for name, values in GENERATION.items() if name != "max_output_tokens"},
+    **_TEMPLATE,
+    "audio": (),
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+    "messages": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "prediction": (),
+    "prompt": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "system": ("",),
+    "truncation": ("disabled",),
+    "web_search_options": (),
+}

@@ -1,0 +1,369 @@
+"""The body of `POST /v1/responses`: its items and tools, and the chat that it stands for."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+
+from masquerade.engine import MAX_LOGPROBS
+from masquerade.errors import InvalidValue, MasqueradeError, UnsupportedParameter
+from masquerade.http.wire import Refusal, Schema, Text
+from masquerade.openai import unsupported
+from masquerade.openai.messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    CalledFunction,
+    Function,
+    FunctionName,
+    FunctionReference,
+    Message,
+    NamedTool,
+    Tool,
+    ToolCall,
+)
+from masquerade.openai.schemas import (
+    ChatRequest,
+    GenerationRequest,
+    JsonSchema,
+    Label,
+    PlainFormat,
+    Remark,
+    SchemaFormat,
+    at_most,
+)
+
+LOGPROBS = "message.output_text.logprobs"  # the one value of `include` that adds something
+MAX_INCLUDE = 32
+
+_RESPONSE: dict[str, Any] = {
+    "model": "demo",
+    "persona": "introvert",
+    "input": "Would you like to come to a party?",
+    "temperature": 0,
+}
+_HIDDEN = ("n", "max_tokens", "stream_options")  # fields of chats that responses do not have
+
+Json = dict[str, Any]
+
+
+class ContentText(Schema):
+    """A text in a message or in the output of a function."""
+
+    type: Literal["input_text", "output_text"]
+    text: Text
+
+
+class Refused(Schema):
+    """What an assistant of another server refused to say."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        """The refusal."""
+        return self.refusal
+
+
+def _refuse_parts(value: Any) -> Any:
+    """Refuse parts of other types than text by name."""
+    for number, part in enumerate(value if isinstance(value, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in ("input_text", "output_text", "refusal"):
+            param = f"{number}.type"
+            raise Refusal(UnsupportedParameter(f"parts of the type {kind!r:.40} are not supported", param=param))
+    return value
+
+
+Part = ContentText | Refused
+
+
+def _text_or_list(value: Any) -> str:
+    return "Text" if isinstance(value, str) else "List"  # with one of them, an error names the place inside of it
+
+
+Content = Annotated[
+    Annotated[Text, Tag("Text")] | Annotated[list[Part], Tag("List"), Field(fail_fast=True, min_length=1)],
+    Discriminator(_text_or_list),
+    BeforeValidator(_refuse_parts),
+]
+
+
+class Item(Schema):
+    """An item of the input; items of responses can be sent back as they are."""
+
+    id: Text | None = None
+
+    def render(self) -> Json:
+        """The item as `/input_items` shows it."""
+        raise NotImplementedError
+
+    def _draw_id(self, prefix: str) -> str:
+        return self.id or f"{prefix}{uuid.uuid4().hex}"
+
+
+class MessageItem(Item):
+    """A message; `type` may be left out."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+    def message(self) -> Message:
+        """The message of a chat."""
+        return Message(role=self.role, content=_text(self.content))
+
+    def render(self) -> Json:
+        """The message, with a list of parts."""
+        text = _text(self.content)
+        part: Json = {"type": "input_text", "text": text}
+        if self.role == "assistant":
+            part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        fields = {"type": "message", "status": "completed", "role": self.role, "content": [part]}
+        return {"id": self._draw_id("msg_"), **fields}
+
+
+class FunctionCallItem(Item):
+    """A call that the model made; `arguments` is JSON as text."""
+
+    type: Literal["function_call"]
+    call_id: Text
+    name: Text
+    arguments: Text
+
+    def call(self) -> ToolCall:
+        """The call of a chat."""
+        return ToolCall(id=self.call_id, function=CalledFunction(name=self.name, arguments=self.arguments))
+
+    def render(self) -> Json:
+        """The call."""
+        fields = {"call_id": self.call_id, "name": self.name, "arguments": self.arguments}
+        return {"id": self._draw_id("fc_"), "type": "function_call", "status": "completed", **fields}
+
+
+class FunctionOutputItem(Item):
+    """What the function of a call returned."""
+
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Content
+
+    def message(self) -> Message:
+        """The message of a chat."""
+        return Message(role="tool", tool_call_id=self.call_id, content=_text(self.output))
+
+    def render(self) -> Json:
+        """The output."""
+        fields = {"call_id": self.call_id, "output": _text(self.output)}
+        return {"id": self._draw_id("fco_"), "type": "function_call_output", "status": "completed", **fields}
+
+
+class ReasoningItem(Item):
+    """Reasoning of a model; it is kept with the input and has no effect."""
+
+    type: Literal["reasoning"]
+    summary: list[dict[str, Any]] = Field([])
+
+    def render(self) -> Json:
+        """The reasoning, without encrypted content."""
+        return {"id": self._draw_id("rs_"), "type": "reasoning", "status": "completed", "summary": self.summary}
+
+
+_ITEMS = {
+    "message": "MessageItem",
+    "function_call": "FunctionCallItem",
+    "function_call_output": "FunctionOutputItem",
+    "reasoning": "ReasoningItem",
+}
+
+
+def _find_tag(item: Any) -> str | None:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return _ITEMS.get(kind) if isinstance(kind, str) else None
+
+
+def _refuse_item(item: Any) -> Any:
+    """Refuse items of other types by name."""
+    kind = item.get("type", "message") if isinstance(item, dict) else None
+    if isinstance(kind, str) and kind not in _ITEMS:
+        raise Refusal(UnsupportedParameter(f"items of the type {kind!r:.40} are not supported", param="type"))
+    return item
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("MessageItem")]
+    | Annotated[FunctionCallItem, Tag("FunctionCallItem")]
+    | Annotated[FunctionOutputItem, Tag("FunctionOutputItem")]
+    | Annotated[ReasoningItem, Tag("ReasoningItem")],
+    Discriminator(_find_tag, custom_error_type="item_type", custom_error_message="an item needs a known `type`"),
+    BeforeValidator(_refuse_item),
+]
+Items = Annotated[list[InputItem], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+_STORED = TypeAdapter[list[InputItem]](list[InputItem])
+
+
+def read_items(stored: Sequence[Json]) -> list[InputItem]:
+    """Items that `Item.render` or an answer wrote."""
+    return _STORED.validate_python(list(stored))
+
+
+def _refuse_type(value: Any) -> Any:
+    """Refuse tools, and choices of tools, of other types than functions by name."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind != "function":
+        raise Refusal(UnsupportedParameter(f"the type {kind!r:.40} is not supported; `function` is", param="type"))
+    return value
+
+
+class FunctionTool(Schema):
+    """A function that the model may call. Its arguments match the schema unless `strict` is false."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def tool(self) -> Tool:
+        """The tool of a chat."""
+        function = Function(
+            name=self.name,
+            description=self.description,
+            parameters=self.parameters,
+            strict=self.strict is not False,
+        )
+        return Tool(type="function", function=function)
+
+
+class FunctionChoice(Schema):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+
+class TextSchema(JsonSchema):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+
+
+class TextConfig(Schema):
+    """The format of the text."""
+
+    format: Annotated[PlainFormat | TextSchema, Field(discriminator="type")] | None = None
+
+
+def _describe(schema: Json) -> None:
+    """Add the example, and leave out what responses do not have."""
+    schema["example"] = _RESPONSE
+    for name in _HIDDEN:
+        del schema["properties"][name]
+
+
+class ResponseRequest(GenerationRequest):
+    """`POST /v1/responses`. The fields of sampling are those of chats."""
+
+    model_config = ConfigDict(json_schema_extra=_describe)
+    refused = unsupported.RESPONSES
+
+    input: Annotated[Annotated[Text, Tag("Text")] | Annotated[Items, Tag("List")], Discriminator(_text_or_list)]
+    instructions: Text | None = None
+    previous_response_id: Text | None = None
+    store: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    include: Annotated[list[Text], Field(fail_fast=True, max_length=MAX_INCLUDE)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    text: TextConfig | None = None
+    tools: (
+        Annotated[
+            list[Annotated[FunctionTool, BeforeValidator(_refuse_type)]], Field(fail_fast=True, max_length=MAX_TOOLS)
+        ]
+        | None
+    ) = None
+    tool_choice: (
+        Annotated[Literal["none", "auto", "required"] | FunctionChoice, BeforeValidator(_refuse_type)] | None
+    ) = None
+    parallel_tool_calls: bool | None = None
+    metadata: Annotated[dict[Label, Remark], Field(max_length=16), at_most(16)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """As `include` and `top_logprobs` say."""
+        return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
+
+    def items(self) -> list[InputItem]:
+        """The input; a string is the message of a user."""
+        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+
+    def chat(self, history: Sequence[InputItem]) -> ChatRequest:
+        """The chat that this stands for, after the items of earlier responses.
+
+        Raises `InvalidValue` as `ChatRequest` does, and if there is no message.
+        """
+        messages = list(_join([*history, *self.items()]))
+        if self.instructions:
+            messages.insert(0, Message(role="system", content=self.instructions))
+        if not messages:
+            raise InvalidValue("`input` has no message", param="input")
+        shared = {name: getattr(self, name) for name in GenerationRequest.model_fields if name not in _HIDDEN}
+        try:
+            return ChatRequest(
+                **shared,
+                messages=messages,
+                tools=[tool.tool() for tool in self.tools] if self.tools else None,
+                tool_choice=self._tool_choice(),
+                parallel_tool_calls=self.parallel_tool_calls,
+                response_format=self._response_format(),
+                logprobs=self.num_logprobs is not None,
+                top_logprobs=self.num_logprobs,
+                max_completion_tokens=self.max_output_tokens,
+            )
+        except ValidationError as invalid:
+            raise _translate(invalid) from None
+
+    def _tool_choice(self) -> Literal["none", "auto", "required"] | NamedTool | None:
+        if isinstance(self.tool_choice, FunctionChoice):
+            return NamedTool(type="function", function=FunctionReference(name=self.tool_choice.name))
+        return None if self.tool_choice == "auto" else self.tool_choice  # clients send it also without tools
+
+    def _response_format(self) -> PlainFormat | SchemaFormat | None:
+        given = self.text.format if self.text else None
+        return SchemaFormat(type="json_schema", json_schema=given) if isinstance(given, TextSchema) else given
+
+
+def _text(content: str | Sequence[ContentText | Refused]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _join(items: Sequence[InputItem]) -> Iterator[Message]:
+    """The messages of a chat: calls belong to the assistant's message before them, and reasoning is left out."""
+    text: str | None = None  # of an assistant's message that calls may follow
+    calls: list[ToolCall] = []
+    for item in (*items, None):
+        if isinstance(item, ReasoningItem):
+            continue
+        if isinstance(item, FunctionCallItem):
+            calls.append(item.call())
+            continue
+        if text is not None or calls:
+            yield Message(role="assistant", content=text, tool_calls=calls or None)
+            text, calls = None, []
+        if isinstance(item, MessageItem) and item.role == "assistant":
+            text = _text(item.content)
+        elif item is not None:
+            yield item.message()
+
+
+def _translate(invalid: ValidationError) -> MasqueradeError:
+    """The error of a chat, with the names of a response's fields."""
+    fault = invalid.errors()[0]
+    field = str(fault["loc"][0]) if fault["loc"] else None
+    refusal = fault.get("ctx", {}).get("error")
+    error = refusal.error if isinstance(refusal, Refusal) else InvalidValue(fault["msg"], param=field)
+    if field == "messages":
+        error.param = "input"
+    return error

@@ -1,0 +1,139 @@
+"""`/v1/responses`: answers to chats as OpenAI's newer API has them, stored for later turns."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from fastapi import Request as HTTPRequest
+from fastapi.responses import Response
+
+from masquerade.errors import BadRequest, ResponseNotFound, StateConflict, UnsupportedParameter
+from masquerade.http import errors
+from masquerade.http.access import Chatting, ScopedRoute
+from masquerade.http.dependencies import PERSONA_HEADER, Served, ServedResponses
+from masquerade.http.wire import Deleted, Page, encode
+from masquerade.jobs import ResponseTable, StoredResponse
+from masquerade.openai.generation import respond_chat
+from masquerade.openai.response_answer import ResponseAnswer
+from masquerade.openai.response_input import InputItem, ResponseRequest, read_items
+from masquerade.openai.response_objects import InputItemObject, ResponseObject, describe_answers
+
+Json = dict[str, Any]
+
+router = APIRouter(prefix="/v1/responses", route_class=ScopedRoute)
+# Fields in the errors of a chat, and what they are called here.
+_FIELDS = (
+    (re.compile(r"^messages\b.*"), "input"),
+    (re.compile(r"^response_format\b"), "text.format"),
+    (re.compile(r"^tools\.(\d+)\.function\b"), r"tools.\1"),
+)
+
+
+@router.post("", responses=describe_answers(), openapi_extra=PERSONA_HEADER)
+async def create_response(
+    request: ResponseRequest, serving: Served, caller: Chatting, responses: ServedResponses, http: HTTPRequest
+) -> Response:
+    """Answer as a persona. With `previous_response_id`, the model is given that response and its input first.
+
+    The persona and `instructions` are this request's, not the previous one's.
+    """
+    history, size = list[Json](), len(await http.body())
+    if request.previous_response_id is not None:
+        previous = await asyncio.to_thread(
+            responses.get, request.previous_response_id, caller.owner, "previous_response_id"
+        )
+        history = [item for item in [*previous.input, *previous.body["output"]] if item["type"] != "reasoning"]
+        size += len(encode(history))
+    items = request.items()
+    chat = request.chat(read_items(history))
+    wanted = request.store is not False and responses.quotas.response_days > 0
+    save = partial(_save, responses, caller.owner, history, items)
+    make_answer = partial(ResponseAnswer, request=request, store=wanted, save=save)
+    try:
+        return await respond_chat(serving, chat, caller, http, make_answer, size)
+    except BadRequest as error:
+        _rename(error)
+        raise
+
+
+@router.get("/{response_id}", response_model=ResponseObject)
+def show_response(
+    response_id: str, caller: Chatting, responses: ServedResponses, stream: bool | None = None
+) -> Response:
+    """A stored response of the key."""
+    if stream:
+        raise UnsupportedParameter("a stored response is not streamed again", param="stream")
+    return _json(responses.get(response_id, caller.owner).body)
+
+
+@router.delete("/{response_id}")
+def delete_response(response_id: str, caller: Chatting, responses: ServedResponses) -> Deleted:
+    """Delete a stored response. Responses that continue it keep copies of its items."""
+    responses.remove(response_id, caller.owner)
+    return Deleted(id=response_id, object="response")
+
+
+@router.post("/{response_id}/cancel", response_model=ResponseObject)
+def cancel_response(response_id: str, caller: Chatting, responses: ServedResponses) -> Response:
+    """Always an error: only background responses can be cancelled, and there are none.
+
+    To end a response early, close the connection.
+    """
+    responses.get(response_id, caller.owner)
+    raise StateConflict("the response is finished; only one with `background` could be cancelled")
+
+
+@router.get("/{response_id}/input_items")
+def list_input_items(
+    response_id: str,
+    caller: Chatting,
+    responses: ServedResponses,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> Page[InputItemObject]:
+    """What the model was given for a response, with the items of the responses that it continues.
+
+    The last item is first, unless `order` is `asc`; `after` is the id of an item.
+    """
+    items = [*responses.get(response_id, caller.owner).input]
+    items = items if order == "asc" else items[::-1]
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise ResponseNotFound(f"there is no item {after!r:.80} to continue after", param="after")
+        items = items[ids.index(after) + 1 :]
+    shown = [InputItemObject.model_validate(item) for item in items[:limit]]
+    first, last = (items[0]["id"], items[len(shown) - 1]["id"]) if shown else (None, None)
+    return Page(data=shown, has_more=len(items) > limit, first_id=first, last_id=last)
+
+
+def _rename(error: BadRequest) -> None:
+    """Let the error of a chat name the field of the response."""
+    param = error.param or ""
+    for pattern, name in _FIELDS:
+        if pattern.search(param):
+            error.param = pattern.sub(name, param)
+            error.args = (str(error).replace(f"`{param}`", f"`{error.param}`"),)
+
+
+async def _save(
+    responses: ResponseTable, owner: str, history: Sequence[Json], items: Sequence[InputItem], body: Json
+) -> bool:
+    """Store a response with its input. An error is logged, and the response is sent all the same."""
+    stored = StoredResponse(body, [*history, *(item.render() for item in items)])
+    try:
+        await asyncio.to_thread(responses.add, owner, stored)
+    except Exception as failure:
+        errors.translate(failure, "storing a response")
+        return False
+    return True
+
+
+def _json(value: Json) -> Response:
+    return Response(encode(value), media_type="application/json")
