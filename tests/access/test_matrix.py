@@ -29,6 +29,11 @@ DECISIONS: dict[tuple[str, str], Decision] = {
     ("GET", "/metrics"): "metrics",
     ("POST", "/v1/chat/completions"): "chat",
     ("POST", "/v1/completions"): "chat",
+    ("POST", "/v1/responses"): "chat",
+    ("GET", "/v1/responses/{response_id}"): "chat",
+    ("DELETE", "/v1/responses/{response_id}"): "chat",
+    ("POST", "/v1/responses/{response_id}/cancel"): "chat",
+    ("GET", "/v1/responses/{response_id}/input_items"): "chat",
     ("POST", "/tokenize"): "chat",
     ("POST", "/detokenize"): "chat",
     ("GET", "/v1/models"): "chat",
@@ -64,6 +69,7 @@ NOBODY = (None, "wrong", "unknown", "expired", "revoked")
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "ghost", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "ghost", "prompt": "hi"},
+    "/v1/responses": {"model": "ghost", "input": "hi"},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [1]},
     JOBS: {"model": "ghost", "training_file": "file-0", "suffix": "npc-x", "method": {"type": "mask"}},
@@ -80,6 +86,7 @@ PLACES = {
     "{model:path}": "ghost",
     "{file_id}": "file-0",
     "{job_id}": "ftjob-0",
+    "{response_id}": "resp_0",
 }
 
 
@@ -152,6 +159,8 @@ def theirs(keyed: Keyed) -> dict[str, str]:
     job = keyed.ask("royal build", "POST", JOBS, json=body | {"method": method}).json()["id"]
     keyed.ask("royal build", "POST", f"{JOBS}/{job}/cancel")
     model = f"{keyed.serving.base.name}:royal"
+    asked = {"model": model, "input": "hi", "max_output_tokens": 1}
+    response = keyed.ask("royal build", "POST", "/v1/responses", json=asked).json()["id"]
     return {
         "{name}": "royal",
         "{other}": "royal",
@@ -159,12 +168,13 @@ def theirs(keyed: Keyed) -> dict[str, str]:
         "{file_id}": file,
         "{job_id}": job,
         "{model:path}": model,
+        "{response_id}": response,
     }
 
 
 # The same places, with what nobody has.
 NOWHERE = {"{name}": "ghost", "{other}": "ghost", "{alias}": "ghost", "{model:path}": "{base}:ghost"}
-NOWHERE |= {"{file_id}": "file-0", "{job_id}": "ftjob-0"}
+NOWHERE |= {"{file_id}": "file-0", "{job_id}": "ftjob-0", "{response_id}": "resp_0"}
 
 
 def places(paths: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:

@@ -13,6 +13,7 @@ SAID = [{"role": "user", "content": "Hi."}]
 ROUTES: dict[str, tuple[unsupported.Table, Json]] = {
     CHAT: (unsupported.CHAT, {"messages": SAID}),
     "/v1/completions": (unsupported.COMPLETIONS, {"prompt": "Hi."}),
+    "/v1/responses": (unsupported.RESPONSES, {"input": "Hi."}),
     "/tokenize": (unsupported.TOKENIZE, {"messages": SAID}),
     "/detokenize": (unsupported.DETOKENIZE, {"tokens": [5]}),
 }

@@ -95,9 +95,12 @@ def fuzz(url: str, key: str, examples: int, *, coverage: bool = True) -> Outcome
         described = http.get("/openapi.json").json()
         file_id = upload(http)
         job_id = queue(http, file_id)
+        asked = {"model": "demo", "input": "Hi.", "max_output_tokens": 2}
+        response_id = str(http.post("/v1/responses", json=asked).raise_for_status().json()["id"])
     models, personas = ["demo", "demo:introvert", "demo:formal"], list(PERSONAS)
     known = {"model": models, "persona": personas, "name": personas, "other": personas, "expression": personas}
     known |= {"training_file": [file_id], "contrast_file": [file_id], "file_id": [file_id], "job_id": [job_id]}
+    known |= {"response_id": [response_id], "previous_response_id": [response_id]}
     config = schemathesis.Config.from_dict(settings(url, key, examples, coverage=coverage))
     schema = schemathesis.openapi.from_dict(suggest(described, known), config=config)
     outcome, started = Outcome(), time.monotonic()

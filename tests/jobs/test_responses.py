@@ -1,0 +1,98 @@
+"""Stored responses: whose they are, for how long, and how many."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masquerade.errors import ResponseNotFound
+from masquerade.jobs import JobService, JobTable, Quotas, ResponseTable, StoredResponse
+
+DAY = 86_400.0
+
+
+def make(path: Path, **quotas: Any) -> ResponseTable:
+    limits = Quotas(**quotas)
+    return ResponseTable(JobTable(path / "jobs.sqlite", limits).database, limits)
+
+
+def response(name: str, size: int = 0) -> StoredResponse:
+    return StoredResponse({"id": name, "text": "x" * size, "word": "Köln"}, [{"type": "message", "id": "msg_1"}])
+
+
+def has(table: ResponseTable, name: str, owner: str = "a") -> bool:
+    try:
+        return table.get(name, owner).body["id"] == name
+    except ResponseNotFound:
+        return False
+
+
+def test_what_was_stored_comes_back(tmp_path: Path) -> None:
+    make(tmp_path).add("a", response("resp_1"))
+    assert make(tmp_path).get("resp_1", "a") == response("resp_1")
+
+
+def test_only_its_owner_has_it(tmp_path: Path) -> None:
+    table = make(tmp_path)
+    table.add("a", response("resp_1"))
+    assert not has(table, "resp_1", "b")
+    with pytest.raises(ResponseNotFound):
+        table.remove("resp_1", "b")
+    table.remove("resp_1", "a")
+    assert not has(table, "resp_1")
+    with pytest.raises(ResponseNotFound):
+        table.remove("resp_1", "a")
+
+
+def test_the_oldest_go_first_beyond_the_number(tmp_path: Path) -> None:
+    table = make(tmp_path, responses=3)
+    table.add("b", response("resp_b"))
+    for number in range(5):
+        table.add("a", response(f"resp_{number}"))
+    assert [has(table, f"resp_{number}") for number in range(5)] == [False, False, True, True, True]
+    assert has(table, "resp_b", "b")
+
+
+def test_the_oldest_go_first_beyond_the_bytes(tmp_path: Path) -> None:
+    table = make(tmp_path, response_bytes=1000)
+    for number, size in enumerate((300, 300, 300, 700)):
+        table.add("a", response(f"resp_{number}", size))
+    assert [has(table, f"resp_{number}") for number in range(4)] == [False, False, False, True]
+    table.add("a", response("resp_4", 2000))  # more than all may have together
+    assert not any(has(table, f"resp_{number}") for number in range(5))
+
+
+@pytest.mark.parametrize("deletes", [True, False], ids=["expired", "before that"])
+def test_it_is_gone_after_its_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deletes: bool) -> None:
+    table, now = make(tmp_path, response_days=2), time.time()
+    table.add("a", response("resp_1"))
+    monkeypatch.setattr(time, "time", lambda: now + 1.9 * DAY)
+    table.add("a", response("resp_2"))
+    assert has(table, "resp_1")
+    monkeypatch.setattr(time, "time", lambda: now + 2.1 * DAY)
+    if deletes:
+        table.expire(time.time())
+        with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
+            assert db.execute("select id from response").fetchall() == [("resp_2",)]
+    assert not has(table, "resp_1")
+    assert has(table, "resp_2")
+
+
+def test_the_service_deletes_what_has_expired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_service() -> JobService:
+        nothing: Callable[..., Any] = lambda *_: iter(())  # noqa: E731 - there are no jobs
+        return JobService(tmp_path, nothing, nothing, Quotas(response_days=1))
+
+    service, now = open_service(), time.time()
+    service.responses.add("a", response("resp_1"))
+    service.close()
+    monkeypatch.setattr(time, "time", lambda: now + 2 * DAY)
+    open_service().close()
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
+        assert db.execute("select count(*) from response").fetchone() == (0,)
