@@ -46,6 +46,7 @@ class Client:
 CLIENTS = {
     "openai-3": Client("with_openai", ("openai==3.54.0",)),
     "openai-2": Client("with_openai", ("openai==2.54.0",)),
+    "openai-agents": Client("with_openai_agents", ("openai-agents==0.24.0",)),
     "langchain": Client("with_langchain", ("langchain-openai==1.7.3",)),
     "litellm": Client("with_litellm", ("litellm==1.106.2", "mcp==2.3.0")),
     "instructor": Client("with_instructor", ("instructor==1.17.0",)),

@@ -95,6 +95,30 @@ def report_logprobs() -> None:
     assert all(len(token["top_logprobs"]) == 2 for token in tokens)
 
 
+@checks.check("responses")
+def use_responses() -> None:
+    by = connect(use_responses_api=True)
+    answer = by.invoke([SystemMessage("Be brief."), HumanMessage(QUESTION)])
+    assert answer.text == connect().invoke([SystemMessage("Be brief."), HumanMessage(QUESTION)]).text
+    assert answer.response_metadata["id"].startswith("resp_")
+    assert answer.usage_metadata["input_token_details"]["cache_read"] >= 0
+    streamed = None
+    for chunk in by.stream(QUESTION):
+        streamed = chunk if streamed is None else streamed + chunk
+    assert streamed is not None
+    assert streamed.text == by.invoke(QUESTION).text
+    bound = by.bind_tools([WEATHER], tool_choice="weather")
+    said = bound.invoke(QUESTION)
+    (call,) = said.tool_calls
+    assert call["args"]["city"] in ("Bonn", "Aachen")
+    assert by.invoke([HumanMessage(QUESTION), said, ToolMessage("dry", tool_call_id=call["id"])]).text
+    person = by.with_structured_output(Person, method="json_schema").invoke(QUESTION)
+    assert isinstance(person, Person)
+    chained = connect(use_responses_api=True, use_previous_response_id=True)
+    first = chained.invoke(QUESTION)
+    assert chained.invoke([HumanMessage(QUESTION), first, HumanMessage("Why?")]).text
+
+
 def status(error: Any) -> int:
     """langchain wraps some of the SDK's errors, as classes that are both."""
     return int(error.status_code)

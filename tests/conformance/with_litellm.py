@@ -97,6 +97,24 @@ def report_logprobs() -> None:
     assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
 
 
+@checks.check("responses")
+def use_responses() -> None:
+    plain: Any = {"model": "openai/demo:introvert", "input": QUESTION, "temperature": 0, **place()}
+    response = litellm.responses(**plain)
+    assert response.output[0].content[0].text == chat(model="openai/demo:introvert").choices[0].message.content
+    *_, last = litellm.responses(**plain, stream=True)
+    assert last.type == "response.completed"
+    assert last.response.output[0].content[0].text == response.output[0].content[0].text
+    again = litellm.responses(**plain | {"input": "Why?"}, previous_response_id=response.id)
+    assert again.usage.input_tokens > response.usage.input_tokens
+    tool = {"type": "function", **WEATHER["function"]}
+    (call,) = litellm.responses(**plain, tools=[tool], tool_choice="required", parallel_tool_calls=False).output
+    assert json.loads(call.arguments)["city"] in ("Bonn", "Aachen")
+    found = litellm.get_responses(response_id=response.id, custom_llm_provider="openai", **place())
+    assert found.output[0].content[0].text == response.output[0].content[0].text
+    assert litellm.delete_responses(response_id=response.id, custom_llm_provider="openai", **place()).deleted
+
+
 @checks.check("files")
 def keep_files() -> None:
     file_id = upload("facts")

@@ -11,6 +11,7 @@ from checks import OVERSIZE, PERSON, QUESTION, RECIPE, WEATHER, Checks, finish, 
 from openai import OpenAI
 
 checks = Checks()
+LOGPROBS: Any = "message.output_text.logprobs"
 world = checks.world
 
 
@@ -121,6 +122,33 @@ def report_logprobs() -> None:
         assert len(token.top_logprobs) == 3
         assert token.top_logprobs[0].token == token.token  # greedy: what was chosen is the likeliest
     assert chat(logit_bias={"5": -100}, max_tokens=2).choices[0].message.content is not None
+
+
+@checks.check("responses")
+def use_responses() -> None:
+    plain: Any = {"model": "demo:introvert", "input": QUESTION, "temperature": 0}
+    response = client.responses.create(**plain)
+    assert response.output_text == chat(model="demo:introvert").choices[0].message.content
+    assert response.usage.input_tokens_details.cached_tokens >= 0
+    with client.responses.stream(**plain) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert text == stream.get_final_response().output_text == response.output_text
+    second = client.responses.create(**plain | {"input": "Why?"}, previous_response_id=response.id)
+    assert len(list(client.responses.input_items.list(second.id))) == 3
+    assert client.responses.retrieve(second.id).output_text == second.output_text
+    form = {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}
+    assert json.loads(client.responses.create(**plain, text={"format": form}).output_text)["mood"] in ("calm", "wild")
+    tool = {"type": "function", **WEATHER["function"]}
+    (call,) = client.responses.create(
+        **plain, tools=[tool], tool_choice="required", parallel_tool_calls=False, include=[LOGPROBS]
+    ).output
+    told = {"type": "function_call_output", "call_id": call.call_id, "output": "dry"}
+    said = [*QUESTION, call.model_dump(exclude_none=True), told]
+    assert client.responses.create(**plain | {"input": said}).output_text
+    client.responses.delete(second.id)
+    assert refused(lambda: client.responses.retrieve(second.id), openai.NotFoundError).code == "response_not_found"
+    error = refused(lambda: client.responses.create(**plain, background=True), openai.BadRequestError)
+    assert (error.code, error.param) == ("unsupported_parameter", "background")
 
 
 @checks.check("files")

@@ -173,7 +173,7 @@ class ResponseAnswer(Answer):
 
 def _echo(request: ResponseRequest) -> Json:
     """What a response repeats of its request."""
-    choice, form = request.tool_choice, request.text.format if request.text else None
+    choice = request.tool_choice
     return {
         "instructions": request.instructions,
         "previous_response_id": request.previous_response_id,
@@ -183,8 +183,8 @@ def _echo(request: ResponseRequest) -> Json:
         "top_p": 1.0 if request.top_p is None else request.top_p,
         "top_logprobs": request.top_logprobs or 0,
         "tool_choice": choice.model_dump() if isinstance(choice, FunctionChoice) else choice or "auto",
-        "tools": [{**tool.model_dump(), "strict": tool.strict is not False} for tool in request.tools or ()],
-        "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}},
+        "tools": [tool.render() for tool in request.tools or ()],
+        "text": {"format": request.text.render() if request.text else {"type": "text"}},
         "truncation": "disabled",
         "metadata": request.metadata or {},
     }

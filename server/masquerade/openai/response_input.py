@@ -233,9 +233,19 @@ class FunctionTool(Schema):
             name=self.name,
             description=self.description,
             parameters=self.parameters,
-            strict=self.strict is not False,
+            strict=self.is_strict,
         )
         return Tool(type="function", function=function)
+
+    def render(self) -> Json:
+        """The function as a response repeats it; the schema is not copied, because it may be large."""
+        fields = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", **fields, "strict": self.is_strict}
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether arguments must match the schema."""
+        return self.strict is not False
 
 
 class FunctionChoice(Schema):
@@ -255,6 +265,14 @@ class TextConfig(Schema):
     """The format of the text."""
 
     format: Annotated[PlainFormat | TextSchema, Field(discriminator="type")] | None = None
+
+    def render(self) -> Json:
+        """The format as a response repeats it."""
+        given = self.format
+        if not isinstance(given, TextSchema):
+            return {"type": given.type if given else "text"}
+        fields = {"name": given.name, "description": given.description, "schema": given.definition}
+        return {"type": "json_schema", **fields, "strict": given.strict}
 
 
 def _describe(schema: Json) -> None:
