@@ -13,6 +13,7 @@ class SQLiteFile:
     Each session is one transaction on a connection of its own. The file's `user_version` is the number of migrations it
     has had; of a file that has had more than are known, `too_new(path, version, known)` is raised. `translate` returns
     what is raised for an error of SQLite; without it the error itself is. `timeout` is in seconds, for locks.
+    Unless `durable`, with `wal`, no transaction waits for the disk: a power failure may undo the last ones.
     """
 
     def __init__(
@@ -23,10 +24,12 @@ class SQLiteFile:
         *,
         timeout: float,
         wal: bool = False,
+        durable: bool = True,
         translate: Callable[[sqlite3.Error], Exception] | None = None,
     ) -> None:
         self.path = path
         self.timeout = timeout
+        self._durable = durable
         self._translate = translate
         if wal:
             with closing(self.connect()) as db:
@@ -40,7 +43,10 @@ class SQLiteFile:
 
     def connect(self) -> sqlite3.Connection:
         """A connection that any thread may use, one at a time."""
-        return sqlite3.connect(self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
+        if not self._durable:
+            db.execute("pragma synchronous = normal")
+        return db
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:

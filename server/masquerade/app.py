@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -24,7 +25,7 @@ from masquerade.http.limits import EXPOSED, CorsMiddleware, LimitsMiddleware, Po
 from masquerade.http.metrics import Metrics
 from masquerade.http.request_log import RequestLogMiddleware
 from masquerade.http.throttle import Throttle
-from masquerade.jobs import JobService, JobTable, Quotas, ResponseTable
+from masquerade.jobs import JobService, Quotas, ResponseTable
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
 from masquerade.openai import chat, completions, files, fine_tuning, models, responses, tokens
 from masquerade.personas import build, routes
@@ -65,10 +66,12 @@ def create_app(
         serving.engine.start()
         quotas = Quotas(response_days=policy.response_days)
         app.state.job_service = job_service = _open_job_service(serving, keyring, quotas)
-        app.state.responses = job_service.responses if job_service else _open_responses(serving, quotas)
+        table = job_service.responses if job_service else ResponseTable(_jobs(serving) / "jobs.sqlite", quotas)
+        app.state.responses = table
         yield
         if job_service:
             job_service.close()
+        table.close()
         serving.engine.stop()
         serving.residency.close()
         serving.registry_cache.close()
@@ -127,14 +130,16 @@ def _can_trace() -> bool:
     return False
 
 
-def _open_responses(serving: Serving, quotas: Quotas) -> ResponseTable:
-    """The stored responses, for a server that does not run the jobs of its store."""
-    return ResponseTable(JobTable(serving.store.root / "jobs" / "jobs.sqlite", quotas).database, quotas)
+def _jobs(serving: Serving) -> Path:
+    """The folder of the store's jobs and responses."""
+    folder = serving.store.root / "jobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _open_job_service(serving: Serving, keyring: Keyring, quotas: Quotas) -> JobService | None:
     """The jobs of the store, or None if another server runs them. Their work runs on the engine's thread."""
-    folder, engine = serving.store.root / "jobs", serving.engine
+    folder, engine = _jobs(serving), serving.engine
     try:
         job_service = JobService(
             folder, partial(building.build, serving, keyring), lambda item: engine.run_background(item).result(), quotas

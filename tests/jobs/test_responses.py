@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from masquerade.errors import ResponseNotFound
-from masquerade.jobs import JobService, JobTable, Quotas, ResponseTable, StoredResponse
+from masquerade.jobs import JobService, Quotas, ResponseTable, StoredResponse
 
 DAY = 86_400.0
 
 
 def make(path: Path, **quotas: Any) -> ResponseTable:
-    limits = Quotas(**quotas)
-    return ResponseTable(JobTable(path / "jobs.sqlite", limits).database, limits)
+    return ResponseTable(path / "jobs.sqlite", Quotas(**quotas))
 
 
 def response(name: str, size: int = 0) -> StoredResponse:

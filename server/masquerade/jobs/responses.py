@@ -6,24 +6,18 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from maskstore.sqlite import SQLiteFile
-from masquerade.errors import ResponseNotFound
-from masquerade.jobs.table import Quotas
+from masquerade.errors import ResponseNotFound, StoreTooNew
+from masquerade.jobs.table import BUSY_SECONDS, MIGRATIONS, Quotas
 
 Json = dict[str, Any]
 
 _FIELDS = "select body, input from response where id = ? and owner = ? and created_at >= ?"
 _SIZE = "select count(*), coalesce(sum(bytes), 0) from response where owner = ?"
-_OVERFLOW = """
-delete from response where rowid in (
-    select rowid from (
-        select rowid, row_number() over newest as place, sum(bytes) over newest as total
-        from response where owner = ? window newest as (order by rowid desc)
-    ) where place > ? or total > ?
-)
-"""
+_OLDEST = "select rowid, bytes from response where owner = ? order by created_at limit 1"
 
 
 @dataclass(frozen=True)
@@ -35,11 +29,21 @@ class StoredResponse:
 
 
 class ResponseTable:
-    """Responses by owner, for the days of the quotas. Threads and processes may use it at the same time."""
+    """Responses by owner, for the days of the quotas. Threads and processes may use it at the same time.
 
-    def __init__(self, database: SQLiteFile, quotas: Quotas) -> None:
-        self._database = database
+    A power failure may undo the last changes; what is stored is there for every process at once.
+    """
+
+    def __init__(self, path: Path, quotas: Quotas) -> None:
         self.quotas = quotas
+        self._database = SQLiteFile(path, MIGRATIONS, StoreTooNew, timeout=BUSY_SECONDS, wal=True, durable=False)
+        # While a connection is open, closing another one does not copy the log into the file, for which it would wait.
+        self._kept = self._database.connect()
+        self._kept.execute("select 1 from response limit 1").fetchone()
+
+    def close(self) -> None:
+        """Copy the log into the file, if no other process uses it. Has no effect when repeated."""
+        self._kept.close()
 
     def add(self, owner: str, response: StoredResponse) -> None:
         """Store a response under its id. The owner's oldest ones are deleted beyond the quotas of number and bytes."""
@@ -51,8 +55,10 @@ class ResponseTable:
                 "insert into response (id, owner, bytes, created_at, body, input) values (?, ?, ?, ?, ?, ?)", row
             )
             count, total = db.execute(_SIZE, (owner,)).fetchone()
-            if count > self.quotas.responses or total > self.quotas.response_bytes:
-                db.execute(_OVERFLOW, (owner, self.quotas.responses, self.quotas.response_bytes))
+            while count > self.quotas.responses or total > self.quotas.response_bytes:
+                oldest, size = db.execute(_OLDEST, (owner,)).fetchone()
+                db.execute("delete from response where rowid = ?", (oldest,))
+                count, total = count - 1, total - size
 
     def get(self, response_id: str, owner: str, param: str | None = None) -> StoredResponse:
         """A response of an owner. Raises `ResponseNotFound`, with the request's field `param`."""

@@ -31,7 +31,7 @@ class JobService:
         self._lock = _lock(folder / "lock")
         self.table = JobTable(folder / "jobs.sqlite", quotas)
         self.uploads = Uploads(folder / "files", self.table, FILE_BYTES)
-        self.responses = ResponseTable(self.table.database, self.table.quotas)
+        self.responses = ResponseTable(self.table.database.path, self.table.quotas)
         self.tidy()
         self.runner = Runner(self.table, lambda job: prepare(self, job), execute, self.tidy)
 
@@ -41,8 +41,9 @@ class JobService:
         self.responses.expire(time.time())
 
     def close(self) -> None:
-        """Stop the runner and release the lock."""
+        """Stop the runner, close the table of responses and release the lock."""
         self.runner.stop()
+        self.responses.close()
         self._lock.close()
 
 

@@ -40,7 +40,7 @@ create table response (
     id text primary key, owner text not null, bytes integer not null, created_at real not null,
     body text not null, input text not null
 ) strict;
-create index response_of_owner on response (owner, bytes);
+create index response_of_owner on response (owner, created_at, bytes);
 create index response_by_age on response (created_at);
 """
 MIGRATIONS = (FIRST, SECOND, RESPONSES)
