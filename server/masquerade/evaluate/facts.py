@@ -22,7 +22,7 @@ from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base
 
 Part = Literal["search", "report", "all"]
-TOKENS = 24  # of an answer to a fact's question; it is greedy
+TOKENS = 40  # of an answer to a fact's question; it is greedy
 NEUTRAL_TOKENS = 48  # of an answer that is neutral text
 _LINES: dict[Part, slice] = {"search": slice(0, None, 2), "report": slice(1, None, 2), "all": slice(None)}
 
