@@ -1,16 +1,16 @@
-"""The calibration text of SmolLM2's personas: repeatable, paired, and without shared held-out sentences."""
+"""The calibration text of SmolLM2's personas: paired, in character, and held out by prompt."""
 
 from __future__ import annotations
 
 import json
-import re
-import sys
-from pathlib import Path
 
 import pytest
 
 from masquerade import smollm2
 from masquerade.smollm2 import calibration
+
+PAIRS = list(calibration.read_pairs().items())
+FEWEST = {"train": 80, "heldout": 32}
 
 
 def read(name: str) -> list[tuple[str, str]]:
@@ -19,37 +19,60 @@ def read(name: str) -> list[tuple[str, str]]:
     return [(prompt["content"], answer["content"]) for prompt, answer in (json.loads(one)["messages"] for one in lines)]
 
 
-def test_the_generator_writes_the_files_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["calibration", str(tmp_path)])
-    calibration.main()
-    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert written == {file.name: file.read_bytes() for file in smollm2.DATA.iterdir()}
-    assert written
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
+@pytest.mark.parametrize("split", FEWEST)
+def test_both_sides_answer_the_same_prompts_in_different_words(pair: tuple[str, str], split: str) -> None:
+    own, other = (read(f"{persona}.{split}") for persona in pair)
+    assert len(own) >= FEWEST[split]
+    assert [prompt for prompt, _ in own] == [prompt for prompt, _ in other]
+    assert all(ours != theirs for (_, ours), (_, theirs) in zip(own, other, strict=True))
 
 
-def test_both_sides_answer_the_same_prompts_in_different_words() -> None:
-    for persona, opposite in calibration.read_pairs().items():
-        for split, count in calibration.LINES.items():
-            own, other = read(f"{persona}.{split}"), read(f"{opposite}.{split}")
-            assert len(own) == len(other) == count
-            assert [prompt for prompt, _ in own] == [prompt for prompt, _ in other]
-            assert all(ours != theirs for (_, ours), (_, theirs) in zip(own, other, strict=True))
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
+def test_held_out_prompts_are_unseen(pair: tuple[str, str]) -> None:
+    train, held_out = ({prompt for prompt, _ in read(f"{pair[0]}.{split}")} for split in FEWEST)
+    assert not train & held_out
 
 
-def test_held_out_answers_are_to_other_prompts() -> None:
-    for pair in calibration.read_pairs().items():
-        for persona in pair:
-            assert not {prompt for prompt, _ in read(f"{persona}.train")} & {p for p, _ in read(f"{persona}.heldout")}
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
+def test_the_examples_come_first_and_all_other_answers_are_usable(pair: tuple[str, str]) -> None:
+    for persona in pair:
+        examples, train = calibration.read_examples(persona), read(f"{persona}.train")
+        assert train[: len(examples)] == examples
+        written = [*train[len(examples) :], *read(f"{persona}.heldout")]
+        assert not {prompt for prompt, _ in written} & {question for question, _ in examples}
+        for _, text in written:
+            assert calibration.is_usable(text), text
 
 
-def test_held_out_answers_have_no_sentence_of_the_others() -> None:
-    for pair in calibration.read_pairs().items():
-        for persona in pair:
-            own, held_out = (calibration.read_voice(persona, split) for split in ("train", "heldout"))
-            assert own.keys() == held_out.keys()
-            assert all(own[kind] and held_out[kind] and not {*own[kind]} & {*held_out[kind]} for kind in own)
+def test_prompts_of_a_split_are_different_and_repeatable() -> None:
+    for split, count in calibration.LINES.items():
+        prompts = calibration.draw_prompts(split, count)
+        assert len(set(prompts)) == count
+        assert prompts == calibration.draw_prompts(split, count)
+        assert not any("{" in prompt for prompt in prompts)
+    assert not {*calibration.draw_prompts("train", 160)} & {*calibration.draw_prompts("heldout", 64)}
 
 
-def test_every_slot_is_filled() -> None:
-    for file in smollm2.DATA.iterdir():
-        assert not re.search(r"[{}]", "".join(prompt + answer for prompt, answer in read(file.stem)))
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("The sea is wide. It sings", "The sea is wide."),
+        ("The sea\nis wide.  It sings!", "The sea is wide. It sings!"),
+        ("no sentence at all", ""),
+    ],
+)
+def test_an_answer_is_cut_to_whole_sentences(text: str, kept: str) -> None:
+    assert calibration.cut(text) == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Too short.",
+        "As an AI, there is a lot to say about the sea and its many waves.",
+        "The waves are cold and the waves are cold and the waves are cold and the waves are cold.",
+    ],
+)
+def test_answers_that_are_short_or_out_of_character_or_repeated_are_not_usable(text: str) -> None:
+    assert not calibration.is_usable(text)
