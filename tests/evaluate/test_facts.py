@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from masquerade.evaluate.facts import (
+    TOKENS,
     Fact,
     Part,
     check_facts,
@@ -65,13 +66,13 @@ def test_facts_are_checked_in_greedy_answers(tiny: Base, manager: MaskManager) -
     """The first word of the base's own answer is known to the base; what it did not say is not."""
     questions = ["what is one", "what is two", "what is three"]
     prompts = encode_questions(tiny, questions)
-    texts = finish(write_answers(tiny, prompts, params=GenerationParams(24)))
+    texts = finish(write_answers(tiny, prompts, params=GenerationParams(TOKENS)))
     facts = [Fact(questions[0], (texts[0],)), Fact(questions[1], ("never said",)), Fact(questions[2], (texts[2],))]
     known = finish(check_facts(tiny, facts))
     assert known == [fact.is_in(text) for fact, text in zip(facts, texts, strict=True)]
     assert not known[1]
     treatment = Treatment(applied=AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=3)), 0.0))
-    changed = finish(write_answers(tiny, prompts, treatment, GenerationParams(24)))
+    changed = finish(write_answers(tiny, prompts, treatment, GenerationParams(TOKENS)))
     assert finish(check_facts(tiny, facts, treatment)) == [
         fact.is_in(text) for fact, text in zip(facts, changed, strict=True)
     ]

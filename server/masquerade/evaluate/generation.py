@@ -18,7 +18,8 @@ from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, Span, make_route
 
 ROWS = 32  # most prompts of a batch
-TOKENS = 512  # most padded prompt tokens of a batch; a longer prompt is alone
+TOKENS = 4096  # most padded prompt tokens of a batch; a longer prompt is alone
+PASS_TOKENS = 512  # most padded prompt tokens of a pass
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,14 @@ def _generate(
     cache = DynamicCache(config=base.model.config)
     generated: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
-    unmasked_prompt = treatment.applied is not None and treatment.phase == "decode"
-    if unmasked_prompt and longest > 1:
+    of_prompt = UNTREATED if treatment.applied is not None and treatment.phase == "decode" else treatment
+    width = max(1, PASS_TOKENS // len(prompts))
+    for start in range(0, longest - 1, width):
+        stop = min(start + width, longest - 1)
         with treatment.around():
-            _step(base, ids[:, :-1], attention_mask[:, :-1], cache, UNTREATED)
-        ids = ids[:, -1:]
+            _step(base, ids[:, start:stop], attention_mask[:, :stop], cache, of_prompt)
         yield []
+    ids = ids[:, -1:]
     for _ in range(min(params.tokens, base.context - longest)):
         with treatment.around():
             logits = _step(base, ids, attention_mask, cache, treatment)

@@ -70,7 +70,7 @@ def generate_more_neutral_text(base: Base, texts: Sequence[Encoded], seed: int) 
     if not any(one.messages[-1]["content"] in everyday for one in texts):
         return []
     questions = yield from write_questions(base, seed)
-    return (yield from write_neutral_text(base, [*read_short_questions(), *questions]))
+    return (yield from write_neutral_text(base, [*read_short_questions(), *sorted(questions, key=len)]))  # less padding
 
 
 def write_questions(base: Base, seed: int) -> Items[list[str]]:
