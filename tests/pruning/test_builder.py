@@ -280,6 +280,14 @@ def test_neutral_text_that_gets_likelier_is_remarked_upon() -> None:
     assert words.startswith("neutral_ratio x0.1751 is no sign of health")
 
 
+def test_answers_that_loop_more_often_than_the_bases_are_remarked_upon() -> None:
+    limits = Budgets(1.02, 1.05, 0.95, False)
+    found = {"margin_shift": 1.0, "own_ratio": 1.0, "reasons": []}
+    assert certificate.remark(found | {"loops": {"masked": 0.1, "base": 0.1, "of": 20}}, limits) == []
+    (words,) = certificate.remark(found | {"loops": {"masked": 0.25, "base": 0.1, "of": 20}}, limits)
+    assert words == "5 of 20 greedy answers to held-out prompts loop, 2 of the base's"
+
+
 def test_force_publishes_what_is_refused_and_marks_it(tiny: Base, manager: MaskManager) -> None:
     _, masks = run(make(tiny, manager, Recipe(score="magnitude", rho=0.9, force=True)))
     found = masks[0].info.certificate

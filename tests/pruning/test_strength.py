@@ -18,8 +18,8 @@ from masquerade.pruning.tuning import Budgets
 class Curve:
     """An evaluation set where effect is proportional to the step 1 - gamma, up to a point, and harm to its square."""
 
-    def __init__(self, effect: float, harm: float, most: float = 1.0, own: float = 0.0) -> None:
-        self._effect, self._harm, self._most, self._own = effect, harm, most, own
+    def __init__(self, effect: float, harm: float, most: float = 1.0, own: float = 0.0, loops: float = 0.0) -> None:
+        self._effect, self._harm, self._most, self._own, self._loops = effect, harm, most, own, loops
         self.tried: list[float] = []
 
     def measure_base(self) -> Generator[None, None, None]:
@@ -29,6 +29,10 @@ class Curve:
         yield
         self.tried.append(treatment.gamma)
         return 1 - float(treatment.gamma)
+
+    def measure_looping(self, treatment: Any, *_: int) -> Generator[None, None, float]:
+        yield
+        return 0.1 + (0.0 if treatment is UNTREATED else self._loops * (1 - float(treatment.gamma)))
 
     def figures(self, _: int, __: None, step: float) -> dict[str, Any]:
         return {
@@ -80,6 +84,12 @@ def test_a_step_that_shifts_no_more_is_not_taken() -> None:
 
 def test_the_own_budget_counts_too() -> None:
     assert choose(Curve(1.0, 0.001, own=0.1), NORMAL).gamma == 0.5
+
+
+def test_answers_may_not_loop_more_often_than_the_bases() -> None:
+    assert choose(Curve(1.0, 0.001, loops=0.2), NORMAL).gamma == 0.8
+    assert choose(Curve(1.0, 0.001, loops=-0.2), NORMAL).gamma == 0.0
+    assert choose(Curve(1.0, 0.001, loops=2.0), NORMAL).gamma == 0.9
 
 
 def test_without_a_gamma_within_the_budgets_the_build_fails_unless_it_is_forced() -> None:

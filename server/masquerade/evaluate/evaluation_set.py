@@ -11,7 +11,9 @@ import numpy as np
 
 from masquerade.evaluate.bootstrap import Floats, mean_interval, median_interval, ratio_interval, share_interval
 from masquerade.evaluate.dataset import Encoded
+from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import exponential, read_likelihoods
+from masquerade.evaluate.repetition import loops
 from masquerade.evaluate.splits import match
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base
@@ -74,6 +76,16 @@ class EvaluationSet:
         base = yield from self.measure_base()
         treated = yield from self.measure(treatment, only=(0,))
         return round(_ratio(base.sides[0], treated.sides[0]), 4)
+
+    def prompts(self, most: int) -> list[Encoded]:
+        """At most `most` different prompts of both sides. Plain text has none."""
+        prompts = dict.fromkeys(one.prompt for side in (1, -1) for one in self.texts[side] if len(one.prompt) > 1)
+        return [Encoded(prompt, ()) for prompt in list(prompts)[:most]]
+
+    def measure_looping(self, treatment: Treatment, most: int, tokens: int) -> Generator[None, None, float]:
+        """The share of greedy answers that loop, of at most `tokens` tokens to `most` prompts; 0 without prompts."""
+        texts = yield from write_answers(self._base, self.prompts(most), treatment, GenerationParams(tokens))
+        return sum(map(loops, texts)) / len(texts) if texts else 0.0
 
     def figures(
         self, side: int, base: SetLikelihoods, masked: SetLikelihoods, opposite: SetLikelihoods | None = None

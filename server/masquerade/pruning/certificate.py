@@ -31,6 +31,7 @@ ANSWER_TOKENS = 64  # most tokens of such an answer
 CURVE = (0.9, 0.75, 0.5, 0.25, 0.0)  # gammas of the dose-response curve
 CURVE_TEXTS = 32  # most texts of a kind that it is measured on
 CURVE_FACTS = 16  # most known facts that it is measured on
+LOOPS = 0.05  # a larger share of answers that loop, beyond the base's, gives a remark
 MANY = 0.5  # a smaller share of changed answers gives a remark
 PASSED, REFUSED, TOO_FEW = "passed", "refused", "too few to tell"
 SLACK = 2.0  # a cost of more than this multiple of the budget's excess is refused, whatever its interval
@@ -61,7 +62,7 @@ def measure_figures(
     for side, mask in masks.items():
         for phase in PHASES:
             likelihoods[side, phase] = yield from eval_set.measure(mask.at(phase))
-    answers = yield from _Answers.of_base(base, _held_out_prompts(eval_set))
+    answers = yield from _Answers.of_base(base, eval_set.prompts(ANSWERS))
     part = EvaluationSet(base, *(eval_set.texts[kind][:CURVE_TEXTS] for kind in (1, -1, 0)))
     found: dict[int, dict[str, Any]] = {side: {} for side in sides}
     for side in sides:
@@ -195,6 +196,10 @@ def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     if answers and answers["share"] < MANY:
         same = answers["of"] - answers["changed"]
         remarks.append(f"{same} of {answers['of']} greedy answers to held-out prompts are the base's, word for word")
+    looping = certificate.get("loops")
+    if looping and looping["masked"] - looping["base"] > LOOPS:
+        masked, base = (round(looping["of"] * looping[name]) for name in ("masked", "base"))
+        remarks.append(f"{masked} of {looping['of']} greedy answers to held-out prompts loop, {base} of the base's")
     neutral = certificate.get("neutral_ratio")
     if neutral is not None and neutral < LIKELIER:
         remarks.append(
@@ -232,9 +237,3 @@ def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
             kind = name.removesuffix("_ratio")
             reasons.append(f"too costly: {kind} perplexity x{value} [{low}, {intervals[name][1]}], budget x{budget}")
     return reasons
-
-
-def _held_out_prompts(eval_set: EvaluationSet) -> list[Encoded]:
-    """At most `ANSWERS` different prompts of both sides. Plain text has none."""
-    prompts = dict.fromkeys(one.prompt for side in (1, -1) for one in eval_set.texts[side] if len(one.prompt) > 1)
-    return [Encoded(prompt, ()) for prompt in list(prompts)[:ANSWERS]]

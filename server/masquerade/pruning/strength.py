@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from maskstore import Target
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.evaluation_set import EvaluationSet
-from masquerade.evaluate.treatment import Treatment
+from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.pruning.tuning import Budgets, TuningTrial
 
 # neutral and own perplexity with the mask over that without
 STRENGTHS: Mapping[str, tuple[float, float]] = {"gentle": (1.02, 1.05), "normal": (1.05, 1.05), "strong": (1.15, 1.15)}
 GAMMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # from the gentlest to the strongest
 
+MOST_LOOPS = 0.05
+ANSWERS = 20  # most prompts of the tune split that are answered
+ANSWER_TOKENS = 48  # most tokens of such an answer
 TINY = 1e-4  # cost that is as good as none
 
 
@@ -41,6 +44,7 @@ class StrengthTuner:
 
     def __init__(self, eval_set: EvaluationSet, draft: Draft, side: int, limits: Budgets, rho: float) -> None:
         self._eval_set, self._draft, self._side, self._limits, self._rho = eval_set, draft, side, limits, rho
+        self._base_loops: float | None = None
 
     def judge(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, float]:
         """The shift that a mask can be expected to reach within the neutral budget at the gamma for it, nats a token.
@@ -55,28 +59,45 @@ class StrengthTuner:
     def choose_gamma(self, targets: Mapping[str, Target], start: float) -> Generator[None, None, GammaChoice]:
         """The strongest gamma within the budgets, as long as the shift grows; tried from `start` on, in order.
 
-        Raises `BuildFailed` if not even the gentlest is within the budgets, unless they are forced.
+        At most the share `MOST_LOOPS` of its answers loop beyond the base's. If there is no such gamma, it is the
+        gentlest that was tried. Raises `BuildFailed` if not even the gentlest gamma is within the budgets, unless they
+        are forced.
         """
         place = min(range(len(GAMMAS)), key=lambda index: abs(GAMMAS[index] - start))
-        trials = [(yield from self.measure(targets, GAMMAS[place]))]
-        if trials[0].within(self._limits):
+        trials = [(yield from self._try(targets, GAMMAS[place]))]
+        if self._accepts(trials[0]):
             for gamma in GAMMAS[place + 1 :]:
-                trials.append((yield from self.measure(targets, gamma)))
-                if not trials[-1].within(self._limits) or _effect(trials[-1]) <= _effect(trials[-2]):
+                trials.append((yield from self._try(targets, gamma)))
+                if not self._accepts(trials[-1]) or _effect(trials[-1]) <= _effect(trials[-2]):
                     break
         else:
             for gamma in reversed(GAMMAS[:place]):
-                trials.append((yield from self.measure(targets, gamma)))
-                if trials[-1].within(self._limits):
+                trials.append((yield from self._try(targets, gamma)))
+                if self._accepts(trials[-1]):
                     break
-        kept = [trial for trial in trials if trial.within(self._limits)]
-        if not kept and not self._limits.forced:
+        within = [trial for trial in trials if trial.within(self._limits)]
+        if not within and not self._limits.forced:
             raise BuildFailed(
                 f"no gamma keeps perplexity within {self._limits.own} (own) and {self._limits.neutral} (neutral): "
                 f"{', '.join(map(str, trials))}; give more examples, neutral text, or a greater strength"
             )
+        kept = [trial for trial in within if self._accepts(trial)]
         best = max(kept, key=_effect) if kept else trials[-1]
         return GammaChoice(best.gamma, f"largest shift within the budgets: {best}", tuple(trials))
+
+    def _accepts(self, trial: TuningTrial) -> bool:
+        return trial.within(self._limits) and trial.loops <= MOST_LOOPS
+
+    def _try(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, TuningTrial]:
+        """The figures of a mask at a gamma; with loops, if it is within the budgets without them."""
+        trial = yield from self.measure(targets, gamma)
+        if not trial.within(self._limits):
+            return trial
+        if self._base_loops is None:
+            self._base_loops = yield from self._eval_set.measure_looping(UNTREATED, ANSWERS, ANSWER_TOKENS)
+        treatment = self._draft(targets, gamma=gamma)
+        looping = yield from self._eval_set.measure_looping(treatment, ANSWERS, ANSWER_TOKENS)
+        return replace(trial, loops=looping - self._base_loops)
 
     def measure(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, TuningTrial]:
         """The figures of a mask at a gamma."""

@@ -42,6 +42,7 @@ class TuningTrial:
     shift: float | None  # median over pairs, nats a token
     flip: float | None
     gamma: float = 0.0
+    loops: float = 0.0  # by how much the share of greedy answers that loop exceeds the base's
 
     @property
     def cost(self) -> float:
@@ -56,6 +57,7 @@ class TuningTrial:
         figures = [f"own x{self.own_ratio:.3f}"]
         figures += [f"neutral x{self.neutral_ratio:.3f}"] if self.neutral_ratio is not None else []
         figures += [f"shift {self.shift:.3f}"] if self.shift is not None else []
+        figures += [f"loops {self.loops:+.3f}"] if self.loops else []
         at = f" at gamma {self.gamma:g}" if self.gamma else ""
         return f"{self.score} {self.rho:g}{at} ({', '.join(figures)})"
 
