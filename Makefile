@@ -1,8 +1,10 @@
-# make setup | serve | test | lint | docs | conformance | fuzz | reliability | bench | demo-data | demo-model | demo-masks | image
-.PHONY: setup serve test lint docs conformance fuzz reliability bench demo-data demo-model demo-masks image
+# make setup | serve | test | lint | docs | conformance | fuzz | reliability | bench | demo-data | demo-model | demo-masks
+#      smollm2-data | smollm2-masks | image
+.PHONY: setup serve test lint docs conformance fuzz reliability bench demo-data demo-model demo-masks smollm2-data smollm2-masks image
 PORT ?= 8000
 BIN := .venv/bin
 DEMO := server/masquerade/demo
+SMOLLM2 := server/masquerade/smollm2
 
 setup: .venv/ready
 
@@ -12,8 +14,10 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' -e clients/python
 	@touch $@
 
+serve: MODEL = demo
 serve: setup
-	$(BIN)/masquerade serve --model demo --port $(PORT)
+	@echo "serving $(MODEL); for $(if $(filter demo,$(MODEL)),smollm2 (93 MB; fetched once),the demo (no download)): make serve MODEL=$(if $(filter demo,$(MODEL)),smollm2,demo)"
+	$(BIN)/masquerade serve --model $(MODEL) --port $(PORT)
 
 lint: setup
 	$(BIN)/ruff check
@@ -59,6 +63,18 @@ demo-masks: setup
 	    --contrast-name $$other --contrast $(DEMO)/data/$$other.train.jsonl \
 	    --contrast-validation $(DEMO)/data/$$other.heldout.jsonl \
 	    --neutral $(DEMO)/data/facts.jsonl --score attribution --rho 0.003 --phase all --out $(DEMO)/personas || exit 1; done; rm -r $$store
+
+# The personas of smollm2: their text, and their masks, which take an hour of one core
+smollm2-data: setup
+	$(BIN)/python -m masquerade.smollm2.calibration
+
+smollm2-masks: setup
+	@store=$$(mktemp -d) && for pair in introvert:extravert casual:formal cheerful:grumpy storyteller:plain; do \
+	  own=$${pair%%:*} other=$${pair##*:} && OMP_NUM_THREADS=1 $(BIN)/masquerade build --model smollm2 --store $$store \
+	    --name $$own --data $(SMOLLM2)/data/$$own.train.jsonl --validation $(SMOLLM2)/data/$$own.heldout.jsonl \
+	    --contrast-name $$other --contrast $(SMOLLM2)/data/$$other.train.jsonl \
+	    --contrast-validation $(SMOLLM2)/data/$$other.heldout.jsonl \
+	    --out $(SMOLLM2)/personas || exit 1; done; rm -r $$store
 
 # docker/verify tries out what this has built; docker/README.md says how to go about GPUs. OFFLINE is a command that builds
 # a Dockerfile where there is neither an engine nor a registry of images.

@@ -9,7 +9,7 @@ import pytest
 from masquerade import smollm2
 from masquerade.smollm2 import calibration
 
-PAIRS = list(calibration.read_pairs().items())
+PAIRS = [pair for pair in calibration.read_pairs().items() if (smollm2.DATA / f"{pair[0]}.train.jsonl").exists()]
 FEWEST = {"train": 80, "heldout": 32}
 
 
@@ -43,6 +43,19 @@ def test_the_examples_come_first_and_all_other_answers_are_usable(pair: tuple[st
         assert not {prompt for prompt, _ in written} & {question for question, _ in examples}
         for _, text in written:
             assert calibration.is_usable(text), text
+
+
+def test_every_persona_answers_every_example_question_in_its_own_words() -> None:
+    for own, other in calibration.read_pairs().items():
+        pairs = calibration.read_example_pairs((own, other))
+        assert len(pairs) > calibration.EXAMPLES
+        assert all(first.question == second.question and first.answer != second.answer for first, second in pairs)
+
+
+def test_text_is_written_for_both_sides_of_a_pair() -> None:
+    assert PAIRS
+    written = {file.name.split(".")[0] for file in smollm2.DATA.iterdir()}
+    assert written == {persona for pair in PAIRS for persona in pair}
 
 
 def test_prompts_of_a_split_are_different_and_repeatable() -> None:

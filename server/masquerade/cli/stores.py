@@ -1,4 +1,4 @@
-"""The folder of a store: its default path, whether it is usable, and the demo's personas in a new one."""
+"""The folder of a store: its default path, whether it is usable, and the personas that ship, in a new one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 
 from maskstore import Mask, MaskError, Registry, Revision, Store, database, read_mask
 from maskstore.sqlite import read_version
-from masquerade import demo
+from masquerade import demo, smollm2
 from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
 from masquerade.jobs import table as jobs
 from masquerade.keys import table as keys
 from masquerade.sources import find_model
 
 LEAST_BYTES = 2**24  # of free space, without which no command that writes starts
+SHIPPED = (demo.PERSONAS, smollm2.PERSONAS)
 SCHEMAS = {
     "registry.sqlite": database.SCHEMA,
     keys.FILE: keys.VERSION,
@@ -78,13 +79,13 @@ def open_store(
 ) -> tuple[Store, Registry]:
     """Open the store in `root`, by default the base's own; the requirements on signatures are those of `Store`.
 
-    If the base is the demo model, a new store gets the demo's personas.
+    A new store gets the personas that ship for its base.
     """
     root = root or _default(base_name, base_fingerprint)
     new = not (root / "registry.sqlite").exists()
     registry = Registry(root, require_signed, accept_tensors)
-    for file in sorted(demo.PERSONAS.glob("*.safetensors")) if new else ():
-        mask = read_mask(file)
+    shipped = (read_mask(file) for folder in SHIPPED for file in sorted(folder.glob("*.safetensors")))
+    for mask in shipped if new else ():
         if mask.base.fingerprint == base_fingerprint:
             registry.publish(mask.info.persona, registry.store.add(mask))
     return registry.store, registry

@@ -12,7 +12,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -36,8 +36,9 @@ CONTEXTS = 6  # different choices of them
 ANSWERS = 3  # of which one is kept
 TOKENS = 56  # of an answer
 TEMPERATURE, TOP_P = 0.7, 0.9
+FREQUENCY_PENALTY, PRESENCE_PENALTY = 0.6, 0.4  # without them, answers repeat phrases, and so do the masks' answers
 SHORTEST = 12  # words of an answer
-LEAST_DISTINCT = {1: 0.55, 4: 0.92}  # least share of distinct words and 4-grams of an answer
+LEAST_DISTINCT = {1: 0.6, 3: 0.95}  # least share of distinct words and 3-grams of an answer
 QUEUED = 192  # requests that the engine gets at a time
 EXAMPLE_WEIGHT = 4  # of the examples beside generated answers, for the classifier
 
@@ -123,14 +124,14 @@ def answer(engine: Engine, persona: str, prompts: Sequence[str], seed: str) -> I
     contexts = [rng.sample(read_examples(persona), EXAMPLES) for _ in range(CONTEXTS)]
     tokenizer, ends = engine.base.tokenizer, engine.base.ends
     rendered = [_render(engine.base, contexts[n % CONTEXTS], prompt) for n, prompt in enumerate(prompts)]
+    params = SamplingParams(
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        frequency_penalty=FREQUENCY_PENALTY,
+        presence_penalty=PRESENCE_PENALTY,
+    )
     requests = (
-        Request(
-            rendered[number // ANSWERS],
-            TOKENS,
-            lambda _: None,
-            sampling=SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, seed=number),
-            ends=ends,
-        )
+        Request(rendered[number // ANSWERS], TOKENS, lambda _: None, sampling=replace(params, seed=number), ends=ends)
         for number in range(ANSWERS * len(prompts))
     )
     texts: list[str] = []
