@@ -1,5 +1,6 @@
 """Continuous batching over the unmodified transformers forward: requests go in, tokens come out as events."""
 
+from masquerade.engine.embedding import Embedding, Pooling
 from masquerade.engine.engine import Engine, EngineConfig
 from masquerade.engine.request import MAX_LOGPROBS, Event, Finished, Grammar, Phase, Request, SamplingParams, Token
 from masquerade.engine.structured import AnswerFormat, JsonFormat
@@ -10,6 +11,7 @@ __all__ = [
     "AnswerFormat",
     "AnswerText",
     "Detokenizer",
+    "Embedding",
     "Engine",
     "EngineConfig",
     "Event",
@@ -17,6 +19,7 @@ __all__ = [
     "Grammar",
     "JsonFormat",
     "Phase",
+    "Pooling",
     "Request",
     "SamplingParams",
     "Token",

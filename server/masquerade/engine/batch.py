@@ -10,6 +10,7 @@ from torch import Tensor
 
 from masquerade.engine.attention import AttentionPlan, DecodeRows, PrefillRows, RowGroup
 from masquerade.engine.cuda import attention as cuda_attention
+from masquerade.engine.embedding import EmbeddedRows
 from masquerade.engine.kv_cache import Index, KVCache
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.scheduler import Chunk
@@ -25,6 +26,7 @@ class Batch:
     route: Route
     plan: AttentionPlan
     sampled: Tensor  # rows whose logits are needed: int64 [samples]
+    embedded: Sequence[EmbeddedRows]
 
 
 def pack(
@@ -38,6 +40,7 @@ def pack(
     decode_indices: list[int] = []
     sampled: list[int] = []
     spans: list[Span] = []
+    embedded: list[EmbeddedRows] = []
     prefills: list[tuple[Chunk, int]] = []  # with their first rows
     prefill_positions: list[Index] = []
     prefill_indices: list[Index] = []
@@ -57,6 +60,8 @@ def pack(
             prefill_indices.append(np.full(stop - start, request.batch_index))
         if samples:
             sampled.append(len(ids) - 1)
+        if request.embedding is not None:
+            embedded.append(EmbeddedRows(request.embedding, row, len(ids), start))
     decoding = np.array(decode_indices, np.int64)
     positions = _join(np.array(decode_positions, np.int64), prefill_positions)
     blocks = block_table[_join(decoding, prefill_indices), positions // BLOCK_SIZE]
@@ -73,6 +78,7 @@ def pack(
         make_route(spans),
         AttentionPlan(cache, cache.to_device(slots), groups),
         cache.to_device(np.array(sampled, np.int64)),
+        embedded,
     )
 
 

@@ -20,6 +20,7 @@ from masquerade.engine.batch import pack
 from masquerade.engine.block_manager import BlockManager
 from masquerade.engine.counts import Counts, Occupancy
 from masquerade.engine.cuda import graphs
+from masquerade.engine.embedding import collect_states
 from masquerade.engine.kv_cache import KVCache, bytes_per_position
 from masquerade.engine.prefix import BLOCK_SIZE, Salts
 from masquerade.engine.request import Request
@@ -264,15 +265,16 @@ class Engine:
 
     def _run_model(self, chunks: Sequence[Chunk]) -> Tensor:
         batch = pack(chunks, self._scheduler.block_table, self._cache, self._find_route)
-        logits: Tensor = self.base.model(
-            input_ids=batch.ids,
-            position_ids=batch.positions,
-            attention_mask=attention.NO_MASK,
-            use_cache=False,
-            logits_to_keep=batch.sampled,
-            route=batch.route,
-            plan=batch.plan,
-        ).logits[0]  # [samples, vocabulary]
+        with collect_states(self.base.model, batch.embedded):
+            logits: Tensor = self.base.model(
+                input_ids=batch.ids,
+                position_ids=batch.positions,
+                attention_mask=attention.NO_MASK,
+                use_cache=False,
+                logits_to_keep=batch.sampled,
+                route=batch.route,
+                plan=batch.plan,
+            ).logits[0]  # [samples, vocabulary]
         return logits
 
     def _find_route(self, spans: list[Span]) -> Route:
@@ -288,6 +290,7 @@ class Engine:
                 continue
             if token is None:
                 self._scheduler.complete(chunk)
+                self._finish_embedding(chunk.request)
             elif token.token is None:
                 self._block_manager.unregister(chunk.request.blocks)  # their content may be the cause
                 self._fail(chunk.request, "the model's output is not a number, or the grammar allows no token")
@@ -305,6 +308,15 @@ class Engine:
         else:
             if reason:
                 self._scheduler.retire(request, reason)
+
+    def _finish_embedding(self, request: Request) -> None:
+        """End a request for an embedding if its prompt is computed."""
+        if request.embedding is None or request.num_uncomputed:
+            return
+        if request.embedding.finish():
+            self._scheduler.retire(request, "stop")
+        else:
+            self._fail(request, "the model's hidden states are not numbers")
 
     def _fail(self, request: Request, message: str) -> None:
         self._scheduler.retire(request, "error", StepFailed(message))
@@ -372,7 +384,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         context, prompt, vocabulary = self.base.context, len(request.prompt), self.base.vocabulary
-        if request.max_tokens < 1:
+        if request.max_tokens < 1 and request.embedding is None:
             raise InvalidValue(f"max_tokens is {request.max_tokens}; it must be at least 1", param="max_tokens")
         if not 0 <= request.min_tokens <= request.max_tokens:
             raise InvalidValue(

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from masquerade.engine.embedding import Embedding
 from masquerade.engine.prefix import BLOCK_SIZE, PrefixHashes, Salts
 from masquerade.engine.text import AnswerText
 from masquerade.errors import InvalidValue, MasqueradeError
@@ -118,6 +119,8 @@ class Request:
 
     In phase `all` every position is under the mask; in phase `decode` only those from the last prompt token on, so that
     the keys and values of the prompt are the base's.
+
+    With an `embedding` there is no answer: `max_tokens` is 0, and the request ends when its prompt is computed.
     """
 
     prompt: list[int]
@@ -131,7 +134,8 @@ class Request:
     text: AnswerText | None = None  # converts the tokens to text and finds stop strings
     grammar: Grammar | None = None
     owner: str = ""  # the work counts towards its fair share
-    priority: int = 0  # higher goes first
+    priority: int = 0  # higher goes first; below 0 is background work, see `Scheduler`
+    embedding: Embedding | None = None
 
     cancelled: bool = field(default=False, init=False)
     finished: bool = field(default=False, init=False)
@@ -172,14 +176,21 @@ class Request:
         """Set up the prefix hashes."""
         self._hashes = PrefixHashes(salts.of(None), salts.of(self.applied), self.first_masked)
 
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether blocks are found and kept by their hashes. An embedding needs the hidden states of all positions, so
+        it computes them all, and it takes no room from the prefixes of chats.
+        """
+        return self.embedding is None
+
     def block_hashes(self, count: int) -> list[bytes]:
-        """The hashes of the first blocks, all of whose tokens are known."""
-        return self._hashes.full(self.ids, count)
+        """The hashes of the first blocks, all of whose tokens are known; none if the request does not share blocks."""
+        return self._hashes.full(self.ids, count) if self.shares_blocks else []
 
     @property
     def partial_length(self) -> int:
-        """Prompt positions in the block of the last prompt token, without that token."""
-        return (len(self.prompt) - 1) % BLOCK_SIZE
+        """Prompt positions in the block of the last prompt token, without that token; 0 without shared blocks."""
+        return (len(self.prompt) - 1) % BLOCK_SIZE if self.shares_blocks else 0
 
     def partial_hash(self) -> bytes:
         """The hash of these positions."""

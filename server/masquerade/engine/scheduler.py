@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
     request: Request
     start: int
     stop: int
-    samples: bool  # whether it includes the request's last token, so that the next one is sampled
+    samples: bool  # whether it includes the request's last token, and the next one is sampled
 
     @property
     def is_decode(self) -> bool:
@@ -93,7 +93,7 @@ class Scheduler:
         """Record that a chunk is computed, and register the blocks that it filled."""
         request, start, stop, _ = chunk
         request.num_computed = stop
-        if stop // BLOCK_SIZE > request.num_registered:
+        if request.shares_blocks and stop // BLOCK_SIZE > request.num_registered:
             self._register(request, stop // BLOCK_SIZE)
         prompt = len(request.prompt)
         if start < prompt <= stop and request.partial_length:
@@ -120,7 +120,8 @@ class Scheduler:
         stop = start + size
         if stop > len(request.blocks) * BLOCK_SIZE and not self._extend(request, stop, chunks):
             return 0
-        chunks[request] = Chunk(request, start, stop, stop == len(request.ids))
+        samples = stop == len(request.ids) and request.embedding is None
+        chunks[request] = Chunk(request, start, stop, samples)
         return size
 
     def _extend(self, request: Request, stop: int, chunks: dict[Request, Chunk]) -> bool:
