@@ -27,7 +27,7 @@ from masquerade.http.request_log import RequestLogMiddleware
 from masquerade.http.throttle import Throttle
 from masquerade.jobs import JobService, Quotas, ResponseTable
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
-from masquerade.openai import chat, completions, files, fine_tuning, models, responses, tokens
+from masquerade.openai import chat, completions, embeddings, files, fine_tuning, models, responses, tokens
 from masquerade.personas import build, routes
 from masquerade.service import building
 from masquerade.service.serving import Serving
@@ -37,6 +37,7 @@ _ROUTERS = (
     chat.router,
     completions.router,
     responses.router,
+    embeddings.router,
     tokens.router,
     models.router,
     routes.router,

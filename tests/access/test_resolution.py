@@ -51,7 +51,7 @@ class Case:
         return f"{self.method} {self.path} {json.dumps(self.body or self.form) if self.body or self.form else ''}"
 
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 SAID: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
 
@@ -65,6 +65,9 @@ CASES = [
     Case("POST", CHAT, CHAT, NAMED, SAID | {"model": "{base}", "persona": "{}"}, generations=True),
     Case("POST", CHAT, CHAT, NAMED, SAID | {"model": "{base}"}, header=True, generations=True),
     Case("POST", TEXT, TEXT, NAMED, {"model": "{base}:{}", "prompt": "hi", "max_tokens": 1}, generations=True),
+    Case("POST", EMBED, EMBED, NAMED, {"model": "{base}:{}", "input": "hi"}, generations=True),
+    Case("POST", EMBED, EMBED, NAMED, {"model": "{base}", "input": "hi", "persona": "{}"}, generations=True),
+    Case("POST", EMBED, EMBED, NAMED, {"model": "{base}", "input": "hi"}, header=True, generations=True),
     Case("POST", "/tokenize", "/tokenize", NAMED, {"model": "{base}:{}", "prompt": "hi"}, generations=True),
     Case("POST", "/detokenize", "/detokenize", NAMED, {"model": "{base}:{}", "tokens": [9]}, generations=True),
     Case("GET", "/v1/models/{model:path}", "/v1/models/{base}:{}", NAMED, generations=True),

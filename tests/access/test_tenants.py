@@ -50,6 +50,7 @@ def ways(keyed: Keyed, name: str) -> list[Any]:
         chat(keyed, "npc chat", persona=name, stream=True),
         keyed.ask("npc chat", "POST", "/v1/completions", json=body | {"prompt": "hi"}),
         keyed.ask("npc chat", "POST", "/v1/responses", json=body | {"input": "hi"}),
+        keyed.ask("npc chat", "POST", "/v1/embeddings", json=body | {"input": "hi"}),
         keyed.ask("npc chat", "POST", "/tokenize", json=body | {"prompt": "hi"}),
         keyed.ask("npc chat", "GET", f"/v1/personas/{name}"),
         keyed.ask("npc build", "GET", f"/v1/personas/{name}/diff/npc-bob"),

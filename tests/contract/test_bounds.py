@@ -51,6 +51,8 @@ TOO_LONG: dict[str, tuple[str, Json, str]] = {
     "a prompt": (COMPLETIONS, {"prompt": HUGE}, "prompt"),
     "one of several prompts": (COMPLETIONS, {"prompt": ["Hi.", HUGE]}, "prompt"),
     "token ids": (COMPLETIONS, {"prompt": [5] * 200_000}, "prompt"),
+    "a text to embed": ("/v1/embeddings", {"input": ["Hi.", HUGE]}, "input"),
+    "token ids to embed": ("/v1/embeddings", {"input": [5] * 200_000}, "input"),
     "text to count": ("/tokenize", {"prompt": HUGE}, "prompt"),
     "a chat to count": ("/tokenize", {"messages": [say("user", HUGE)]}, "messages"),
 }

@@ -14,6 +14,7 @@ ROUTES: dict[str, tuple[unsupported.Table, Json]] = {
     CHAT: (unsupported.CHAT, {"messages": SAID}),
     "/v1/completions": (unsupported.COMPLETIONS, {"prompt": "Hi."}),
     "/v1/responses": (unsupported.RESPONSES, {"input": "Hi."}),
+    "/v1/embeddings": (unsupported.EMBEDDINGS, {"input": "Hi."}),
     "/tokenize": (unsupported.TOKENIZE, {"messages": SAID}),
     "/detokenize": (unsupported.DETOKENIZE, {"tokens": [5]}),
 }

@@ -1,6 +1,6 @@
 """Continuous batching over the unmodified transformers forward: requests go in, tokens come out as events."""
 
-from masquerade.engine.embedding import Embedding, Pooling
+from masquerade.engine.embedding import Embedding, Pooling, Vector
 from masquerade.engine.engine import Engine, EngineConfig
 from masquerade.engine.request import MAX_LOGPROBS, Event, Finished, Grammar, Phase, Request, SamplingParams, Token
 from masquerade.engine.structured import AnswerFormat, JsonFormat
@@ -23,5 +23,6 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Token",
+    "Vector",
     "token_bytes",
 ]

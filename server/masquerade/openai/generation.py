@@ -24,7 +24,7 @@ from masquerade.http.wire import respond_events
 from masquerade.model import Base, find_dialect
 from masquerade.openai.answers import Answer, OutputDelta
 from masquerade.openai.prompts import CONTEXT, context_room, tokenise_chat
-from masquerade.openai.schemas import ChatRequest, GenerationRequest
+from masquerade.openai.schemas import ChatRequest, EmbeddingRequest, GenerationRequest
 from masquerade.openai.tools import ToolSet, select_tools
 from masquerade.service.serving import ResolvedPersona, Serving
 
@@ -35,7 +35,7 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 async def resolve_persona(
-    serving: Serving, request: GenerationRequest, caller: Caller, http: HTTPRequest
+    serving: Serving, request: GenerationRequest | EmbeddingRequest, caller: Caller, http: HTTPRequest
 ) -> ResolvedPersona:
     """The persona of a request, with its mask on the device. Raises as `Serving.resolve_persona` does, and
     `PersonaForbidden`.
@@ -150,15 +150,18 @@ class OutputCollector:
             sum(request.num_cached for request in prompts),
         )
 
-    def start(self) -> None:
-        """Submit to the engine. If that raises, no tokens are counted and no mask stays referenced."""
+    def start(self, began: float | None = None) -> None:
+        """Submit to the engine. If that raises, no tokens are counted and no mask stays referenced.
+
+        The time limit counts from `began`, of the loop's clock; by default from now.
+        """
         try:
             self._engine.submit(*self._requests)
         except MasqueradeError:
             self._requests.clear()
             raise
         self._last_output = self._loop.time()
-        self._deadline = self._last_output + self._caller.answer_seconds
+        self._deadline = (self._last_output if began is None else began) + self._caller.answer_seconds
         self._check_time()
 
     def disconnect(self) -> None:
@@ -235,18 +238,23 @@ class OutputCollector:
 
 
 async def _respond_whole(outputs: OutputCollector, answer: Answer, receive: Receive) -> Response:
-    """The answers in one piece; a disconnect of the client cancels them."""
+    """The answers in one piece."""
+    deltas = await collect_deltas(outputs, receive)
+    if outputs.disconnected:
+        return Response(status_code=499)  # nobody reads it
+    return JSONResponse(await answer.body(deltas, outputs.usage), headers=answer.headers)
+
+
+async def collect_deltas(outputs: OutputCollector, receive: Receive) -> list[OutputDelta]:
+    """All output; a disconnect of the client ends it and cancels the rest. Raises as `OutputCollector.deltas`."""
     watch = asyncio.create_task(_watch(receive, outputs))
     try:
-        deltas = [delta async for deltas in outputs.deltas() for delta in deltas]
+        return [delta async for deltas in outputs.deltas() for delta in deltas]
     finally:
         outputs.cancel()
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
-    if outputs.disconnected:
-        return Response(status_code=499)  # nobody reads it
-    return JSONResponse(await answer.body(deltas, outputs.usage), headers=answer.headers)
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -293,6 +293,47 @@ TEXT_CHUNK: dict[str, Any] = {
 }
 
 
+class EmbeddingObject(WireObject):
+    """A vector of length 1: its numbers, or base64 of them as little-endian fp32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(WireObject):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(WireObject):
+    """The embeddings in the order of the inputs; `persona`, `generation` and `gamma` are null for the base."""
+
+    model_config = show(
+        {
+            "object": "list",
+            "model": "demo:introvert",
+            "persona": "introvert",
+            "generation": _DIGEST,
+            "gamma": 0.0,
+            "pooling": "mean",
+            "data": [{"object": "embedding", "index": 0, "embedding": [0.0124, -0.0871, 0.0312]}],
+            "usage": {"prompt_tokens": 4, "total_tokens": 4},
+        }
+    )
+
+    object: Literal["list"]
+    model: str
+    persona: str | None
+    generation: str | None
+    gamma: float | None
+    pooling: Literal["mean", "last"]
+    data: list[EmbeddingObject]
+    usage: EmbeddingUsage
+
+
 class FileObject(Schema):
     """A file: uploaded (`fine-tune`), or made by a job (`fine-tune-results`)."""
 

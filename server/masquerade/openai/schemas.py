@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from masquerade.engine import MAX_LOGPROBS, JsonFormat, Phase, SamplingParams
+from masquerade.engine import MAX_LOGPROBS, JsonFormat, Phase, Pooling, SamplingParams
 from masquerade.errors import InvalidValue, UnsupportedParameter, quote
 from masquerade.http.builds import MaskMethod, Method, Seed, make_build_request
 from masquerade.http.wire import Refusal, RequestBody, Schema, Text, show
@@ -16,6 +16,7 @@ from masquerade.service.build_requests import BuildRequest
 
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # in one request for completions
+MAX_INPUTS = 2048  # in one request for embeddings, as with OpenAI
 MAX_STOPS = 4
 MAX_BIASES = 4096  # tokens with a bias
 
@@ -26,6 +27,7 @@ _CHAT: dict[str, Any] = {
     "temperature": 0,
 }
 _COMPLETION: dict[str, Any] = {"model": "demo:introvert", "prompt": "On Sunday I like", "max_tokens": 8}
+_EMBEDDING: dict[str, Any] = {"model": "demo", "persona": "introvert", "input": ["A party tonight", "A quiet evening"]}
 
 
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON has no other keys than strings
@@ -220,6 +222,36 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
+
+
+_INPUTS = Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)
+
+
+class EmbeddingRequest(RequestBody):
+    """`POST /v1/embeddings`. A text is embedded as it is, without a chat template."""
+
+    model_config = show(_EMBEDDING)
+    refused = unsupported.EMBEDDINGS
+
+    model: Text = Field(examples=["demo", "demo:introvert"])
+    persona: Text | None = None
+    gamma: Annotated[float, Field(ge=0, le=1)] | None = None
+    persona_phase: Literal["all"] | None = None  # an embedding is all prompt
+    input: (
+        Text
+        | Annotated[list[Text], _INPUTS]
+        | Annotated[Ids, Field(min_length=1)]
+        | Annotated[list[Annotated[Ids, Field(min_length=1)]], _INPUTS]
+    )
+    pooling: Pooling = "mean"  # of the last hidden states: their mean, or that of the last token
+    encoding_format: Literal["float", "base64"] | None = None  # base64 of little-endian fp32
+    dimensions: Annotated[int, Field(ge=1)] | None = None  # no other than the hidden size
+
+    def inputs(self) -> list[str | list[int]]:
+        """Each input, as text or as token ids."""
+        if isinstance(self.input, str):
+            return [self.input]
+        return [self.input] if isinstance(self.input[0], int) else list(self.input)
 
 
 class JobRequest(RequestBody):

@@ -120,6 +120,28 @@ COMPLETIONS: Table = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
+EMBEDDINGS: Table = {
+    "adapter": (),
+    "adapter_id": (),
+    "add_special_tokens": (True,),
+    "embed_dtype": ("float32",),
+    "embedding_types": (["float"],),
+    "input_type": (),
+    "instruction": ("",),
+    "lora": ([],),
+    "lora_path": (),
+    "messages": ([],),
+    "normalize": (True,),
+    "output_dimensionality": (),
+    "phase": (),
+    "prompt": ("",),
+    "prompt_name": (),
+    "steering": (),
+    "strength": (),
+    "task": (),
+    "truncate": (),
+    "truncate_prompt_tokens": (),
+}
 MESSAGE: Table = {"audio": (), "function_call": (), "prefix": (False,)}
 TOKENIZE: Table = {**_TEMPLATE, "tool_choice": ("auto",)}
 JOB: Table = {"integrations": ([],), "name": ()}
