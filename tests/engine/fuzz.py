@@ -75,7 +75,7 @@ def make(rng: random.Random, shared: World) -> list[Asked]:
             temperature=rng.choice([0, 0, 0, 1.0]), seed=rng.randrange(9), top_p=rng.choice([1, 0.8])
         )
         ends = frozenset(rng.sample(range(6, 260), rng.choice([0, 10])))
-        phase, priority, owner = rng.choice(["all", "decode"]), rng.choice([0, 0, 0, 1]), rng.choice("ab")
+        phase, priority, owner = rng.choice(["all", "decode"]), rng.choice([0, 0, 0, 1, -1]), rng.choice("ab")
         for _ in range(rng.choice([1, 1, 1, 3])):  # n
             request = Request(
                 list(prompt),

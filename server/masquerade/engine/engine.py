@@ -96,11 +96,14 @@ class Engine:
         self._thread.start()
 
     def drain(self, grace: float) -> None:
-        """Refuse new requests, let the others run for `grace` seconds, and cancel what is left. The worker thread goes
-        on: it ends the cancelled requests and runs background tasks.
+        """Refuse new requests, let the others run for `grace` seconds, and cancel what is left, background requests at
+        once. The worker thread goes on: it ends the cancelled requests and runs background tasks.
         """
         with self._wake:
             self._draining = True
+            for request in [*self._unfinished, *self._inbox]:
+                request.cancelled = request.cancelled or request.is_background
+            self._wake.notify_all()
             if self._thread:
                 self._wake.wait_for(lambda: not self._busy(), grace)
             for request in [*self._unfinished, *self._inbox]:

@@ -134,7 +134,7 @@ class Request:
     text: AnswerText | None = None  # converts the tokens to text and finds stop strings
     grammar: Grammar | None = None
     owner: str = ""  # the work counts towards its fair share
-    priority: int = 0  # higher goes first; below 0 is background work, see `Scheduler`
+    priority: int = 0  # higher goes first; below 0 is background, see `Scheduler`
     embedding: Embedding | None = None
 
     cancelled: bool = field(default=False, init=False)
@@ -175,6 +175,11 @@ class Request:
     def prepare_hashes(self, salts: Salts) -> None:
         """Set up the prefix hashes."""
         self._hashes = PrefixHashes(salts.of(None), salts.of(self.applied), self.first_masked)
+
+    @property
+    def is_background(self) -> bool:
+        """Whether nobody waits for it."""
+        return self.priority < 0
 
     @property
     def shares_blocks(self) -> bool:

@@ -3,6 +3,9 @@
 A request is admitted when there are enough free blocks for its tokens so far. When a running request needs a block and
 none is free, the running request that ranks last is preempted and computed again later. The first in rank is never
 preempted, so there is always progress. Masks do not affect the schedule.
+
+Requests of negative priority are background. While others wait or run, they take part in few steps. Alone, their
+prompts are computed in small chunks, so that a new request never waits for a long step.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from masquerade.engine.request import Reason, Request
 from masquerade.engine.waiting_queue import WaitingQueue
 from masquerade.errors import MasqueradeError
 
+PAUSE = 24  # steps of other requests between two with background requests: at most one token in 25 is delayed
 MIN_SHARED_BLOCKS = 4  # a request waits while a running one computes at least so many blocks for it
 
 
@@ -60,6 +64,7 @@ class Scheduler:
         self.block_table: NDArray[np.int64] = np.zeros(shape, np.int64)  # by batch index; 0 beyond a request's blocks
         self.new_blocks: list[int] = []  # allocated for this step, not yet cleared
         self.copies: list[tuple[int, int, int]] = []  # for this step: source block, target block, positions
+        self._paused = 0  # steps since the last one with background requests
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # by rank
 
@@ -75,18 +80,23 @@ class Scheduler:
         self._block_manager.release(source for source, _, _ in self.copies)
         self.copies.clear()
         self._drop_cancelled()
+        due = self._is_background_due()
         chunks: dict[Request, Chunk] = {}
         prompts: list[Request] = []
+        background: list[Request] = []  # prompts
         for request in self.running.copy():
+            if request.is_background and not due:
+                continue
             if request.num_uncomputed > 1:
-                prompts.append(request)
+                (background if request.is_background else prompts).append(request)
             elif request.batch_index >= 0:  # not preempted in this loop
                 self._schedule_chunk(request, 1, chunks)
-        budget = min(self._config.max_batch_tokens - len(chunks), self._prefill_budget(len(chunks)))
-        for request in prompts:
-            if request.batch_index >= 0 and budget:
-                budget -= self._schedule_chunk(request, min(request.num_uncomputed, budget), chunks)
-        self._admit(budget, chunks)
+        decodes = sum(not request.is_background for request in chunks)
+        budget = min(self._config.max_batch_tokens - len(chunks), self._prefill_budget(decodes, len(prompts)))
+        budget = self._admit(self._schedule_prompts(prompts, budget, chunks), chunks, background=False)
+        if due:
+            budget = self._schedule_prompts(background, min(budget, self._config.prefill_budget), chunks)
+            self._admit(budget, chunks, background=True)
         return sorted(chunks.values(), key=_batch_order)
 
     def complete(self, chunk: Chunk) -> None:
@@ -105,14 +115,27 @@ class Scheduler:
         self.waiting.forget(request)
         request.finish(reason, error)
 
-    def _prefill_budget(self, decodes: int) -> int:
+    def _is_background_due(self) -> bool:
+        """Whether background requests take part in this step."""
+        alone = not self.waiting.num_foreground and (not self.running or self.running[0].is_background)
+        self._paused = 0 if alone or self._paused == PAUSE else self._paused + 1
+        return self._paused == 0
+
+    def _prefill_budget(self, decodes: int, prompts: int) -> int:
         """Prompt tokens of a step. Beside decodes they delay every running answer, so the budget is small; it grows
-        with the number of requests that wait for their first token.
+        with the number of requests that wait for their first token. Background requests do not count.
         """
         if not decodes:
             return self._config.max_batch_tokens
-        new = len(self.running) - decodes + min(len(self.waiting), len(self._free_indices))
+        new = prompts + min(self.waiting.num_foreground, len(self._free_indices))
         return self._config.prefill_budget * max(1, (2 * new // decodes) ** 2)
+
+    def _schedule_prompts(self, requests: Iterable[Request], budget: int, chunks: dict[Request, Chunk]) -> int:
+        """Schedule chunks of running requests' prompts within the budget; returns the rest of it."""
+        for request in requests:
+            if request.batch_index >= 0 and budget:
+                budget -= self._schedule_chunk(request, min(request.num_uncomputed, budget), chunks)
+        return budget
 
     def _schedule_chunk(self, request: Request, size: int, chunks: dict[Request, Chunk]) -> int:
         """Schedule the next `size` positions of a running request; returns 0 if it was preempted instead."""
@@ -148,25 +171,31 @@ class Scheduler:
         self.block_table[request.batch_index, len(request.blocks)] = block
         request.blocks.append(block)
 
-    def _admit(self, budget: int, chunks: dict[Request, Chunk]) -> None:
-        """Start waiting requests while the token budget, the batch and the cache have room."""
+    def _admit(self, budget: int, chunks: dict[Request, Chunk], *, background: bool) -> int:
+        """Start waiting requests while the token budget, the batch and the cache have room; returns the rest of the
+        budget. Without `background`, requests of that kind are neither started nor waited for.
+        """
         if not self._can_admit():
-            return
+            return budget
         self._charge(self.running)
         upcoming: set[bytes] | None = None
         skipped: set[Request] = set()
         while budget > 0 and (request := self.waiting.peek(skipped)):
+            if request.is_background and not background:
+                break
             if upcoming is None:
-                upcoming = {one for running in self.running for one in self._upcoming_hashes(running)}
+                active = (running for running in self.running if background or not running.is_background)
+                upcoming = {one for running in active for one in self._upcoming_hashes(running)}
             prefix = self._find_prefix(request)
             if self._should_wait(request, len(prefix), upcoming):
                 skipped.add(request)
                 continue
             if not self._make_room(request, prefix, chunks):
-                return
+                break
             self._start(request, prefix)
             upcoming.update(self._upcoming_hashes(request))
             budget -= self._schedule_chunk(request, min(request.num_uncomputed, budget), chunks)
+        return budget
 
     def _can_admit(self) -> bool:
         """Whether a waiting request may get a batch index, perhaps by preempting a lower priority."""

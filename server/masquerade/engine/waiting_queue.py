@@ -31,6 +31,11 @@ class WaitingQueue:
     def __len__(self) -> int:
         return self._size  # a counter, since other threads read it
 
+    @property
+    def num_foreground(self) -> int:
+        """Waiting requests that are not background."""
+        return sum(len(queue) for (priority, _), queue in self._queues.items() if priority >= 0)
+
     def __iter__(self) -> Iterator[Request]:
         for queue in self._queues.values():
             yield from queue
