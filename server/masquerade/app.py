@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from masquerade import __version__
 from masquerade.errors import NotReady
-from masquerade.http import errors, health, playground, reference
+from masquerade.http import errors, health, internal, playground, reference
 from masquerade.http.access import AuthMiddleware
 from masquerade.http.limits import EXPOSED, CorsMiddleware, LimitsMiddleware, Policy
 from masquerade.http.metrics import Metrics
@@ -27,12 +27,14 @@ from masquerade.http.request_log import RequestLogMiddleware
 from masquerade.http.throttle import Throttle
 from masquerade.jobs import JobService, Quotas, ResponseTable
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
-from masquerade.openai import chat, completions, embeddings, files, fine_tuning, models, responses, tokens
+from masquerade.openai import batches, chat, completions, embeddings, files, fine_tuning, models, responses, tokens
+from masquerade.openai.batch_runner import BatchRunner
 from masquerade.personas import build, routes
 from masquerade.service import building
 from masquerade.service.serving import Serving
 
 _log = logging.getLogger(__name__)
+BATCH_SLOTS = 8  # most requests of batches in the engine
 _ROUTERS = (
     chat.router,
     completions.router,
@@ -44,6 +46,7 @@ _ROUTERS = (
     routes.aliases,
     files.router,
     fine_tuning.router,
+    batches.router,
     build.router,
     health.router,
     playground.router,
@@ -69,7 +72,12 @@ def create_app(
         app.state.job_service = job_service = _open_job_service(serving, keyring, quotas)
         table = job_service.responses if job_service else ResponseTable(_jobs(serving) / "jobs.sqlite", quotas)
         app.state.responses = table
+        app.state.batch_runner = runner = make_batch_runner(job_service) if job_service else None
+        if runner:
+            runner.start()
         yield
+        if runner:
+            await runner.stop()
         if job_service:
             job_service.close()
         table.close()
@@ -78,6 +86,10 @@ def create_app(
         serving.registry_cache.close()
         serving.workers.close()
         keyring.close()
+
+    def make_batch_runner(job_service: JobService) -> BatchRunner:
+        slots = max(1, min(BATCH_SLOTS, serving.engine.config.max_running // 2))
+        return BatchRunner(job_service, partial(internal.post, whole), slots, policy.body_bytes)
 
     def count_jobs() -> Mapping[str, int]:
         job_service: JobService | None = app.state.job_service
@@ -111,7 +123,8 @@ def create_app(
     errors.install(app)
     for router in _ROUTERS:
         app.include_router(router)
-    return RequestIdMiddleware(app)
+    whole = RequestIdMiddleware(app)
+    return whole
 
 
 def describe() -> FastAPI:

@@ -159,6 +159,10 @@ class ResponseNotFound(NotFound, code="response_not_found"):
     """The key has no such response, or has none any more."""
 
 
+class BatchNotFound(NotFound, code="batch_not_found"):
+    """The key has no such batch."""
+
+
 class KeyNotFound(NotFound, code="key_not_found"):
     """The store has no such key."""
 

@@ -16,7 +16,7 @@ from masquerade.keys import SCOPES
 from tests.access.conftest import Keyed
 
 Decision = Literal["open", "metrics", "chat", "build", "admin"]
-JOBS, PERSONA = "/v1/fine_tuning/jobs", "/v1/personas/{name}"
+JOBS, PERSONA, BATCHES = "/v1/fine_tuning/jobs", "/v1/personas/{name}", "/v1/batches"
 DECISIONS: dict[tuple[str, str], Decision] = {
     ("GET", "/"): "open",
     ("GET", "/web/{name}"): "open",
@@ -54,6 +54,10 @@ DECISIONS: dict[tuple[str, str], Decision] = {
     ("POST", JOBS + "/{job_id}/cancel"): "build",
     ("GET", JOBS + "/{job_id}/events"): "build",
     ("GET", JOBS + "/{job_id}/checkpoints"): "build",
+    ("POST", BATCHES): "build",
+    ("GET", BATCHES): "build",
+    ("GET", BATCHES + "/{batch_id}"): "build",
+    ("POST", BATCHES + "/{batch_id}/cancel"): "build",
     ("POST", "/v1/personas/compose"): "admin",
     ("PATCH", PERSONA): "admin",
     ("DELETE", PERSONA): "admin",
@@ -75,6 +79,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [1]},
     JOBS: {"model": "ghost", "training_file": "file-0", "suffix": "npc-x", "method": {"type": "mask"}},
+    BATCHES: {"input_file_id": "file-0", "endpoint": "/v1/completions", "completion_window": "24h"},
     "/v1/personas/compose": {"name": "npc-x", "expression": "npc-ghost"},
     PERSONA: {"gamma": 0.5},
     PERSONA + "/rename": {"name": "npc-y"},
@@ -89,6 +94,7 @@ PLACES = {
     "{file_id}": "file-0",
     "{job_id}": "ftjob-0",
     "{response_id}": "resp_0",
+    "{batch_id}": "batch_0",
 }
 
 
@@ -160,6 +166,10 @@ def theirs(keyed: Keyed) -> dict[str, str]:
     method = {"type": "mask", "mask": {"score": "magnitude", "rho": 0.01}}
     job = keyed.ask("royal build", "POST", JOBS, json=body | {"method": method}).json()["id"]
     keyed.ask("royal build", "POST", f"{JOBS}/{job}/cancel")
+    sent = {"file": ("requests.jsonl", b"{}")}
+    requests = keyed.ask("royal build", "POST", "/v1/files", data={"purpose": "batch"}, files=sent).json()["id"]
+    body = BODIES[BATCHES] | {"input_file_id": requests}
+    batch = keyed.ask("royal build", "POST", BATCHES, json=body).json()["id"]
     model = f"{keyed.serving.base.name}:royal"
     asked = {"model": model, "input": "hi", "max_output_tokens": 1}
     response = keyed.ask("royal build", "POST", "/v1/responses", json=asked).json()["id"]
@@ -169,6 +179,7 @@ def theirs(keyed: Keyed) -> dict[str, str]:
         "{alias}": "royal",
         "{file_id}": file,
         "{job_id}": job,
+        "{batch_id}": batch,
         "{model:path}": model,
         "{response_id}": response,
     }
@@ -176,7 +187,7 @@ def theirs(keyed: Keyed) -> dict[str, str]:
 
 # The same places, with what nobody has.
 NOWHERE = {"{name}": "ghost", "{other}": "ghost", "{alias}": "ghost", "{model:path}": "{base}:ghost"}
-NOWHERE |= {"{file_id}": "file-0", "{job_id}": "ftjob-0", "{response_id}": "resp_0"}
+NOWHERE |= {"{file_id}": "file-0", "{job_id}": "ftjob-0", "{batch_id}": "batch_0", "{response_id}": "resp_0"}
 
 
 def places(paths: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ import pytest
 from masquerade.service.serving import Serving
 from tests import world
 from tests.access.conftest import Keyed
-from tests.access.test_matrix import DECISIONS, JOBS, PERSONA
+from tests.access.test_matrix import BATCHES, DECISIONS, JOBS, PERSONA
 
 ALIASES = {"npc-pal": "npc-bob", "npc-king": "royal", "boss": "npc-bob", "crown": "royal"}
 OWN, FOREIGN = frozenset({"npc-bob", "npc-pal"}), frozenset({"royal", "boss", "crown"})
@@ -104,7 +104,7 @@ NAMELESS = {
     ("GET", "/metrics"),
     ("GET", "/v1/models"),  # of lists: tests/access/test_tenants.py
     ("GET", "/v1/personas"),
-    *((method, route) for method, route in DECISIONS if route.startswith("/v1/files")),
+    *((method, route) for method, route in DECISIONS if route.startswith(("/v1/files", BATCHES))),
     *((method, route) for method, route in DECISIONS if route.startswith(JOBS) and (method, route) != ("POST", JOBS)),
 }
 

@@ -97,10 +97,12 @@ def fuzz(url: str, key: str, examples: int, *, coverage: bool = True) -> Outcome
         job_id = queue(http, file_id)
         asked = {"model": "demo", "input": "Hi.", "max_output_tokens": 2}
         response_id = str(http.post("/v1/responses", json=asked).raise_for_status().json()["id"])
+        batch_id, requests_id = send_batch(http)
     models, personas = ["demo", "demo:introvert", "demo:formal"], list(PERSONAS)
     known = {"model": models, "persona": personas, "name": personas, "other": personas, "expression": personas}
     known |= {"training_file": [file_id], "contrast_file": [file_id], "file_id": [file_id], "job_id": [job_id]}
     known |= {"response_id": [response_id], "previous_response_id": [response_id]}
+    known |= {"batch_id": [batch_id], "input_file_id": [requests_id]}
     config = schemathesis.Config.from_dict(settings(url, key, examples, coverage=coverage))
     schema = schemathesis.openapi.from_dict(suggest(described, known), config=config)
     outcome, started = Outcome(), time.monotonic()
@@ -153,6 +155,15 @@ def queue(http: httpx.Client, file_id: str) -> str:
     job = http.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()
     http.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")  # unless it has failed already
     return str(job["id"])
+
+
+def send_batch(http: httpx.Client) -> tuple[str, str]:
+    """The ids of a batch of one request, and of its file."""
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "demo", "prompt": "I"}}
+    sent = {"file": ("requests.jsonl", json.dumps(line).encode())}
+    file_id = str(http.post("/v1/files", data={"purpose": "batch"}, files=sent).raise_for_status().json()["id"])
+    body = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    return str(http.post("/v1/batches", json=body).raise_for_status().json()["id"]), file_id
 
 
 def suggest(described: Json, known: dict[str, list[str]]) -> Json:

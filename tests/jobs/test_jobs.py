@@ -533,6 +533,7 @@ READS: dict[str, Callable[[JobTable], object]] = {
     "get_file": lambda table: table.get_file("file-1", "ann"),
     "find_file": lambda table: table.find_file("ann", "fine-tune", "a", "d"),
     "list_files": lambda table: table.list_files("ann"),
+    "check_room": lambda table: table.check_room("ann"),
     "known_files": lambda table: table.known_files(),
     "find_repeated": lambda table: table.find_repeated("ann", SPEC, Repeat()),
     "get_job": lambda table: table.get_job(table.list_jobs("ann")[0][0].id),

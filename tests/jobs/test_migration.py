@@ -42,14 +42,22 @@ ROWS = f"""
 insert into file values ('file-1', 'local', 'fine-tune', 'a.jsonl', 3, 'd', 1e9);
 insert into job (id, owner, state, spec, created_at) values ('ftjob-1', 'local', 'queued', '{SPEC}', 1e9);
 insert into event (job, created_at, level, message, data) values ('ftjob-1', 1e9, 'info', 'queued', '{{}}');
-insert into job (id, owner, state, spec, created_at, started_at, finished_at, error, result)
-    values ('ftjob-0', 'local', 'succeeded', '{SPEC}', 9e8, 9e8, 9e8, null, '{{"mask": "x"}}');
+insert into job (id, owner, state, spec, created_at, started_at, finished_at, result)
+    values ('ftjob-0', 'local', 'succeeded', '{SPEC}', 9e8, 9e8, 9e8, '{{"mask": "x"}}');
 """
 SECOND = f"""{FIRST}
 alter table job add column key text;
 alter table job add column cancelling integer not null default 0;
 """
-RECORDED = {1: FIRST, 2: SECOND}
+THIRD = f"""{SECOND}
+create table response (
+    id text primary key, owner text not null, bytes integer not null, created_at real not null,
+    body text not null, input text not null
+) strict;
+create index response_of_owner on response (owner, created_at, bytes);
+create index response_by_age on response (created_at);
+"""
+RECORDED = {1: FIRST, 2: SECOND, 3: THIRD}
 KEYS = """
 create table key (
     id text primary key, name text not null, scopes text not null, personas text not null, rpm integer, tpm integer,

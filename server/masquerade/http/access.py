@@ -26,11 +26,12 @@ from masquerade.errors import (
 )
 from masquerade.http import errors
 from masquerade.http.bodies import read_body
+from masquerade.http.internal import PRIORITY, SENDER, InternalSender
 from masquerade.http.limits import Policy
 from masquerade.http.request_log import RequestRecord
 from masquerade.keys import Key, Keyring, Rates
 from masquerade.keys import Scope as KeyScope
-from masquerade.service.rights import LOCAL, Rights
+from masquerade.service.rights import LOCAL, Rights, find_rights
 from masquerade.service.serving import PersonaReference
 
 MOST_HASHING = 16  # tokens that may wait for scrypt
@@ -46,6 +47,12 @@ class Caller(Rights):
     record: RequestRecord
     answer_seconds: float  # limit for all answers to the request
     keyring: Keyring
+    priority: int = 0  # of its requests to the engine
+
+    @property
+    def share(self) -> str:
+        """Whose fair share of the engine its requests count towards: work in the background has one of its own."""
+        return f"{self.owner} in the background" if self.priority < 0 else self.owner
 
     @property
     def owner(self) -> str:
@@ -133,8 +140,14 @@ class AuthMiddleware:
             return
         record: RequestRecord = scope["state"]["record"]
         key: Key | None = None
+        sender: InternalSender | None = scope["state"].get(SENDER)
+        record.background = sender is not None
         try:
-            if len(self._keyring):
+            if sender is not None:
+                key = record.key = find_rights(sender.owner, self._keyring).key
+                if key:
+                    self._rates.admit(key, background=True)
+            elif len(self._keyring):
                 key = await self._find(Headers(scope=scope).get("authorization", ""))
                 record.key = key
                 self._rates.admit(key)
@@ -148,7 +161,8 @@ class AuthMiddleware:
             headers = self._rates.headers(key) if key else None
             await errors.respond(error, headers)(scope, receive, send)
             return
-        scope["state"]["caller"] = Caller(key, record, self._policy.answer_seconds, self._keyring)
+        seconds, priority = (sender.answer_seconds, PRIORITY) if sender else (self._policy.answer_seconds, 0)
+        scope["state"]["caller"] = Caller(key, record, seconds, self._keyring, priority)
         try:
             await self._app(scope, receive, self._add_limits(key, send) if key else send)
         finally:

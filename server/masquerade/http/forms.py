@@ -70,7 +70,7 @@ def split_form(form: FormData) -> tuple[dict[str, str], dict[str, UploadFile]]:
 
 
 async def store_file(
-    job_service: JobService, caller: Caller, part: Any, param: str, *, tentative: bool = False
+    job_service: JobService, caller: Caller, part: Any, param: str, purpose: str = PURPOSE, *, tentative: bool = False
 ) -> File:
     """Store a file of a form; a tentative one can be given up if the rest of the form fails.
 
@@ -82,7 +82,7 @@ async def store_file(
         raise InvalidValue(f"`{param}` is empty", param=param)
     name = (part.filename or "").encode(errors="replace").decode()[:MAX_FILENAME]
     file = await asyncio.to_thread(
-        job_service.uploads.receive, caller.owner, PURPOSE, name, part.file, tentative=tentative
+        job_service.uploads.receive, caller.owner, purpose, name, part.file, tentative=tentative
     )
     caller.record.targets.append(file.id)
     return file

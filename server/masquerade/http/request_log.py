@@ -57,6 +57,7 @@ class RequestRecord:
     first_token: float | None = None  # seconds since the start
     reasons: list[str] = field(default_factory=list)  # why its answers ended
     extra_tokens: int = 0  # charged without an answer: only tokenised, or too many
+    background: bool = False  # nobody waits for the answer: its times are no measure of the server
     closed: bool = False
     _usage: Callable[[], Usage] | None = None
     _times: Histograms | None = None
@@ -65,7 +66,7 @@ class RequestRecord:
     def begin(self, resolved: ResolvedPersona, usage: Callable[[], Usage]) -> None:
         """Before generation begins. `usage` returns the tokens so far."""
         self.persona, self.digest, self._usage = resolved.persona, resolved.digest, usage  # not the mask itself
-        self._times = self.metrics.times_of(resolved.persona)
+        self._times = None if self.background else self.metrics.times_of(resolved.persona)
 
     def add_token(self, index: int, now: float) -> None:
         """One more token of an answer, at the time `now` of `time.perf_counter`."""

@@ -1,15 +1,36 @@
 """Uploaded files, stored responses and a durable queue of jobs in SQLite, and the runner that executes them."""
 
-from masquerade.jobs.records import ID, TRANSITIONS, Event, File, Job, State, draw_job_id
+from masquerade.jobs.batches import BATCH_TRANSITIONS, BatchRecord, BatchState, BatchTable
+from masquerade.jobs.records import (
+    BATCH_INPUT,
+    BATCH_OUTPUT,
+    ID,
+    TRANSITIONS,
+    Event,
+    File,
+    Job,
+    Quotas,
+    Repeat,
+    State,
+    draw_job_id,
+)
 from masquerade.jobs.responses import ResponseTable, StoredResponse
+from masquerade.jobs.results import BatchResults
 from masquerade.jobs.runner import Cancelled
 from masquerade.jobs.service import JobService
-from masquerade.jobs.table import JobTable, Quotas, Repeat
+from masquerade.jobs.table import JobTable
 from masquerade.jobs.uploads import Uploads
 
 __all__ = [
+    "BATCH_INPUT",
+    "BATCH_OUTPUT",
+    "BATCH_TRANSITIONS",
     "ID",
     "TRANSITIONS",
+    "BatchRecord",
+    "BatchResults",
+    "BatchState",
+    "BatchTable",
     "Cancelled",
     "Event",
     "File",

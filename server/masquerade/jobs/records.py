@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ State = Literal["validating_files", "queued", "running", "succeeded", "failed", 
 Level = Literal["info", "warn", "error"]
 ID = "ftjob-"  # prefix of every job id
 RESULTS = "fine-tune-results"  # OpenAI's purpose of files that jobs make; no quota counts them
+BATCH_INPUT, BATCH_OUTPUT = "batch", "batch_output"  # OpenAI's purposes of files of batches
+REPEAT_SECONDS = 900.0  # after a request in which its repeat is recognized
 
 # A running job goes back to the queue if its server dies. The last three states are final.
 TRANSITIONS: Mapping[State, frozenset[State]] = {
@@ -69,3 +72,29 @@ class Event:
     level: Level
     message: str
     data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """Limits of one owner."""
+
+    files: int = 200
+    file_bytes: int = 2**30  # of all files together
+    open_jobs: int = 16
+    rows: int = 100_000  # examples of one file
+    days: float = 30.0  # after which ended jobs, and files, are deleted
+    responses: int = 10_000  # stored ones; beyond that, and beyond the bytes, the oldest are deleted
+    response_bytes: int = 2**28  # of all stored responses together
+    response_days: float = 30.0  # after which responses are deleted; 0 stores none
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How a client marks a request, so that its repeat is recognized."""
+
+    key: str | None = None  # idempotency key of the request and its repeats
+    again: bool = False  # it retries a request that got no answer
+
+    def since(self, now: float) -> float:
+        """From when on an equal request that has been served is the same one."""
+        return now - REPEAT_SECONDS if self.again else math.inf

@@ -11,7 +11,8 @@ from typing import Any
 
 from maskstore.sqlite import SQLiteFile
 from masquerade.errors import ResponseNotFound, StoreTooNew
-from masquerade.jobs.table import BUSY_SECONDS, MIGRATIONS, Quotas
+from masquerade.jobs.records import Quotas
+from masquerade.jobs.table import BUSY_SECONDS, MIGRATIONS
 
 Json = dict[str, Any]
 

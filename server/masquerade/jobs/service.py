@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from masquerade.errors import WorkedElsewhere
-from masquerade.jobs.records import Job
+from masquerade.jobs.batches import BatchTable
+from masquerade.jobs.records import Job, Quotas
 from masquerade.jobs.responses import ResponseTable
 from masquerade.jobs.runner import Execute, Runner, Work
-from masquerade.jobs.table import JobTable, Quotas
+from masquerade.jobs.table import JobTable
 from masquerade.jobs.uploads import Uploads
 
 FILE_BYTES = 2**28  # most bytes of one uploaded file
@@ -30,6 +31,8 @@ class JobService:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder / "lock")
         self.table = JobTable(folder / "jobs.sqlite", quotas)
+        self.batches = BatchTable(self.table.database, self.table.quotas)
+        self.results = folder / "batches"  # of `BatchResults`
         self.uploads = Uploads(folder / "files", self.table, FILE_BYTES)
         self.responses = ResponseTable(self.table.database.path, self.table.quotas)
         self.tidy()

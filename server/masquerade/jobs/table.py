@@ -6,14 +6,27 @@ import json
 import sqlite3
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from maskstore.sqlite import SQLiteFile
 from masquerade.errors import InvalidValue, JobNotFound, QuotaExceeded, StateConflict, StoreTooNew, UploadNotFound
-from masquerade.jobs.records import OPEN, RESULTS, TRANSITIONS, Event, File, Job, Level, State, draw_job_id
+from masquerade.jobs import batches
+from masquerade.jobs.records import (
+    BATCH_OUTPUT,
+    OPEN,
+    RESULTS,
+    TRANSITIONS,
+    Event,
+    File,
+    Job,
+    Level,
+    Quotas,
+    Repeat,
+    State,
+    draw_job_id,
+)
 
 FIRST = """
 create table file (
@@ -43,7 +56,15 @@ create table response (
 create index response_of_owner on response (owner, created_at, bytes);
 create index response_by_age on response (created_at);
 """
-MIGRATIONS = (FIRST, SECOND, RESPONSES)
+BATCHES = """
+create table batch (
+    id text primary key, owner text not null, state text not null, endpoint text not null, input_file text not null,
+    metadata text not null, created_at real not null, times text not null default '{}',
+    total integer not null default 0, completed integer not null default 0, failed integer not null default 0,
+    output_file text, error_file text, errors text not null default '[]', key text
+) strict;
+"""
+MIGRATIONS = (FIRST, SECOND, RESPONSES, BATCHES)
 _JOB = "id, owner, state, spec, created_at, started_at, finished_at, error, result, key, cancelling"
 _OPEN = f"state in ({', '.join(repr(state) for state in sorted(OPEN))})"
 _NEXT = """
@@ -52,31 +73,8 @@ select id from job where state = 'queued' order by
 limit 1
 """
 BUSY_SECONDS = 30.0
-REPEAT_SECONDS = 900.0  # after a request in which its repeat is recognized
 LAST = 2**63 - 1  # greater than every rowid and event number
 TYPICAL = 5  # ended jobs that the estimate of a duration takes into account
-
-
-@dataclass(frozen=True)
-class Quotas:
-    """Limits of one owner."""
-
-    files: int = 200
-    file_bytes: int = 2**30  # of all files together
-    open_jobs: int = 16
-    rows: int = 100_000  # examples of one file
-    days: float = 30.0  # after which ended jobs, and files, are deleted
-    responses: int = 10_000  # stored ones; beyond that, and beyond the bytes, the oldest are deleted
-    response_bytes: int = 2**28  # of all stored responses together
-    response_days: float = 30.0  # after which responses are deleted; 0 stores none
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """How a client marks a request, so that its repeat is recognized."""
-
-    key: str | None = None  # idempotency key of the request and its repeats
-    again: bool = False  # it retries a request that got no answer
 
 
 class JobTable:
@@ -88,10 +86,10 @@ class JobTable:
         self.database = SQLiteFile(path, MIGRATIONS, StoreTooNew, timeout=BUSY_SECONDS, wal=True)
 
     def add_file(self, owner: str, purpose: str, name: str, size: int, digest: str, file_id: str) -> File:
-        """Add an uploaded file. Raises `QuotaExceeded`."""
+        """Add a file. Raises `QuotaExceeded`, unless a job or batch made it: files of batches count afterwards."""
         file = File(file_id, owner, purpose, name, size, digest, time.time())
         with self.database.write() as db:
-            if purpose != RESULTS:
+            if purpose not in (RESULTS, BATCH_OUTPUT):
                 self._check_room(db, owner, size)
             db.execute("insert into file values (?, ?, ?, ?, ?, ?, ?)", tuple(vars(file).values()))
         return file
@@ -128,13 +126,20 @@ class JobTable:
             return {row[0] for row in db.execute("select id from file")}
 
     def remove_file(self, file_id: str, owner: str) -> None:
-        """Delete a file's row. Raises `StateConflict` while an unfinished job needs it."""
+        """Delete a file's row. Raises `StateConflict` while an unfinished job or batch needs it."""
         self.get_file(file_id, owner)
         with self.database.write() as db:
             for job in self._jobs(db, f"where owner = ? and {_OPEN}", owner):
                 if file_id in job.spec["files"].values():
                     raise StateConflict(f"the file is needed by the job {job.id}; cancel it first, or wait")
+            if batch := batches.find_user(db, file_id):
+                raise StateConflict(f"the file is needed by the batch {batch}; cancel it first, or wait")
             db.execute("delete from file where id = ?", (file_id,))
+
+    def check_room(self, owner: str) -> None:
+        """Raises `QuotaExceeded` if an owner's files, with those that batches made, have reached a limit."""
+        with self.database.read() as db:
+            self._check_room(db, owner, 0)
 
     def add_job(
         self, owner: str, spec: Mapping[str, Any], request: Repeat | None = None, job_id: str | None = None
@@ -198,16 +203,16 @@ class JobTable:
         return median(row[0] for row in rows) if rows else None
 
     def expire(self, now: float) -> tuple[list[str], list[str]]:
-        """Delete ended jobs and files that are older than the quota's days; return the ids of both.
-
-        A file stays while an unfinished job needs it.
+        """Delete ended jobs and batches, and files, that are older than the quota's days; return the ids of jobs and
+        files. A file stays while an unfinished job or batch needs it.
         """
         horizon = now - self.quotas.days * 86_400
         with self.database.write() as db:
             needed = {file for job in self._jobs(db, f"where {_OPEN}") for file in job.spec["files"].values()}
             jobs = [job.id for job in self._jobs(db, "where finished_at < ?", horizon)]
             old = db.execute("select id from file where created_at < ?", (horizon,)).fetchall()
-            files = [row[0] for row in old if row[0] not in needed]
+            files = [row[0] for row in old if row[0] not in needed and not batches.find_user(db, row[0])]
+            batches.expire(db, horizon)
             db.executemany("delete from job where id = ?", [(job,) for job in jobs])
             db.executemany("delete from file where id = ?", [(file,) for file in files])
         return jobs, files
@@ -307,7 +312,7 @@ class JobTable:
             raise InvalidValue(
                 f"the key {request.key!r:.80} was used for another request, for {keyed[0].id}", param="Idempotency-Key"
             )
-        since = time.time() - REPEAT_SECONDS if request.again else LAST
+        since = request.since(time.time())
         clause = f"where owner = ? and key is ? and spec = ? and ({_OPEN} or created_at > ?) order by rowid desc"
         return next(iter(keyed or self._jobs(db, clause, owner, request.key, written, since)), None)
 

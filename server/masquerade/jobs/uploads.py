@@ -87,16 +87,16 @@ class Uploads:
                     with suppress(StateConflict, UploadNotFound):
                         self.remove(file.id, file.owner)
 
-    def adopt(self, owner: str, name: str, path: Path, digest: str) -> File:
-        """Add the result of a job by a hard link: the file is on this disk already."""
-        same = self._table.find_file(owner, RESULTS, name, digest)
+    def adopt(self, owner: str, name: str, path: Path, digest: str, purpose: str = RESULTS) -> File:
+        """Add the result of a job or batch by a hard link: the file is on this disk already."""
+        same = self._table.find_file(owner, purpose, name, digest)
         if same is not None:
             return same
         file_id = _draw_id()
         os.link(path, self.path(file_id))
         try:
             sync_folder(self._folder)
-            return self._table.add_file(owner, RESULTS, name, path.stat().st_size, digest, file_id)
+            return self._table.add_file(owner, purpose, name, path.stat().st_size, digest, file_id)
         except BaseException:
             self.path(file_id).unlink()
             raise

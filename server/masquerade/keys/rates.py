@@ -46,15 +46,17 @@ class Rates:
         self._clock = clock
         self._buckets: dict[str, dict[str, Bucket]] = {}
 
-    def admit(self, key: Key) -> None:
+    def admit(self, key: Key, *, background: bool = False) -> None:
         """Count a request. Raises `RateLimited`, and counts nothing, if the minute's requests or tokens are used up.
+
+        A request in the background is refused if less than half of them are left: the key's other requests come first.
 
         The tokens of a request are known only when its answer ends. So a request is admitted while any are left, and
         the next one waits until an overdraft is made up for.
         """
         buckets = self._of(key)
         for kind, bucket in buckets.items():
-            if seconds := bucket.wait(1):
+            if seconds := bucket.wait(max(1, bucket.size / 2) if background else 1):
                 whole = max(1, math.ceil(seconds))
                 raise RateLimited(
                     f"this key may use {bucket.size} {kind} a minute; try again in {whole} s", kind, retry_after=whole

@@ -92,7 +92,8 @@ async def embed(
                 max_tokens=0,
                 applied=resolved.applied,
                 embedding=embedding,
-                owner=caller.owner,
+                owner=caller.share,
+                priority=caller.priority,
             )
             for prompt, embedding in zip(portion, embeddings, strict=True)
         ]

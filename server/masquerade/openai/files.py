@@ -1,4 +1,4 @@
-"""`/v1/files`: uploads of clients, and masks that jobs have made."""
+"""`/v1/files`: uploads of clients, and what jobs and batches have made."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from masquerade.http.dependencies import ServedJobs
 from masquerade.http.downloads import Download
 from masquerade.http.forms import EXAMPLE, describe_form, read_form, split_form, store_file
 from masquerade.http.wire import Deleted, Page
-from masquerade.jobs import File
+from masquerade.jobs import BATCH_INPUT, File
 from masquerade.openai.objects import FileObject
 from masquerade.service.build_requests import PURPOSE
 
 router = APIRouter(prefix="/v1/files", tags=["building"], route_class=ScopedRoute)
+PURPOSES = (PURPOSE, BATCH_INPUT)
 _FORM = describe_form(
     required=["file", "purpose"],
-    properties={"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [PURPOSE]}},
+    properties={"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [*PURPOSES]}},
     example={"file": EXAMPLE, "purpose": PURPOSE},
 )
 
 
 @router.post("", openapi_extra=_FORM)
 async def upload(http: Request, job_service: ServedJobs, caller: Building) -> FileObject:
-    """Store a file; `purpose` must be `fine-tune`. The same content sent again is the same file."""
+    """Store a file; `purpose` must be `fine-tune` or `batch`. The same content sent again is the same file."""
     async with read_form(http, job_service.uploads.limit) as form:
         texts, parts = split_form(form)
         purpose = texts.get("purpose")
-        if purpose != PURPOSE:
-            raise UnsupportedParameter(f"the purpose {purpose!r:.40} is not supported; {PURPOSE!r} is", param="purpose")
+        if purpose not in PURPOSES:
+            raise UnsupportedParameter(
+                f"the purpose {purpose!r:.40} is not supported; {' and '.join(PURPOSES)} are", param="purpose"
+            )
         if any(name.startswith("expires_after") for name in texts):
             raise UnsupportedParameter("files do not expire; delete them", param="expires_after")
-        return describe(await store_file(job_service, caller, parts.get("file"), "file"))
+        return describe(await store_file(job_service, caller, parts.get("file"), "file", purpose))
 
 
 @router.get("")

@@ -106,7 +106,8 @@ async def respond(
             min_tokens=request.min_tokens or 0,
             text=AnswerText(base.tokenizer, request.stops()),
             grammar=grammars[choice] if grammars else None,
-            owner=caller.owner,
+            owner=caller.share,
+            priority=caller.priority,
         )
         for prompt in prompts
         for choice in range(request.n or 1)

@@ -27,6 +27,11 @@ _CHAT: dict[str, Any] = {
     "temperature": 0,
 }
 _COMPLETION: dict[str, Any] = {"model": "demo:introvert", "prompt": "On Sunday I like", "max_tokens": 8}
+_BATCH: dict[str, Any] = {
+    "input_file_id": "file-6ab1f0c2d3e4f5061728394a",
+    "endpoint": "/v1/chat/completions",
+    "completion_window": "24h",
+}
 _EMBEDDING: dict[str, Any] = {"model": "demo", "persona": "introvert", "input": ["A party tonight", "A quiet evening"]}
 
 
@@ -252,6 +257,18 @@ class EmbeddingRequest(RequestBody):
         if isinstance(self.input, str):
             return [self.input]
         return [self.input] if isinstance(self.input[0], int) else list(self.input)
+
+
+class BatchRequest(RequestBody):
+    """`POST /v1/batches`. The file has been uploaded with the purpose `batch`."""
+
+    model_config = show(_BATCH)
+    refused = unsupported.BATCH
+
+    input_file_id: Text
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    completion_window: Literal["24h"]
+    metadata: Annotated[dict[Label, Remark], Field(max_length=16), at_most(16)] | None = None
 
 
 class JobRequest(RequestBody):

@@ -144,6 +144,7 @@ EMBEDDINGS: Table = {
 }
 MESSAGE: Table = {"audio": (), "function_call": (), "prefix": (False,)}
 TOKENIZE: Table = {**_TEMPLATE, "tool_choice": ("auto",)}
+BATCH: Table = {"output_expires_after": ()}
 JOB: Table = {"integrations": ([],), "name": ()}
 DETOKENIZE: Table = {"skip_special_tokens": (False,)}
 RESPONSES: Table = {
