@@ -96,6 +96,9 @@ class BatchRunner:
                 if batch.is_open:
                     await self._execute(batch)
                 return
+            except FileNotFoundError:  # the store was restored without its files
+                await asyncio.to_thread(self._fail, batch, "file_not_found", "the input file is gone from the store")
+                return
             except Exception:
                 _log.exception("the batch %s cannot be run; trying again", batch_id)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -122,7 +125,7 @@ class BatchRunner:
             end = "expired"
             await asyncio.to_thread(self._give_up, batch, results)
         except KeyRefused as error:
-            await asyncio.to_thread(self._fail, batch, results, str(error))
+            await asyncio.to_thread(self._fail, batch, "invalid_api_key", str(error))
             return
         finally:
             results.close()
@@ -138,11 +141,11 @@ class BatchRunner:
         for line in self._lines(batch):
             results.append(line.custom_id, write_result(line.custom_id, error=error), failed=True)
 
-    def _fail(self, batch: BatchRecord, results: BatchResults, message: str) -> None:
-        """End a batch whose key has ended; nobody could read the results."""
-        fault = {"code": "invalid_api_key", "line": None, "message": message, "param": None}
+    def _fail(self, batch: BatchRecord, code: str, message: str) -> None:
+        """End a batch that cannot go on, without results."""
+        fault = {"code": code, "line": None, "message": message, "param": None}
         self._batches.set_state(batch.id, "failed", errors=[fault])
-        results.discard()
+        BatchResults(self._jobs.results, batch.id).discard()
 
     def _publish(self, batch: BatchRecord, results: BatchResults, end: BatchState) -> None:
         """Make files of the results, and end the batch."""
