@@ -136,8 +136,8 @@ def test_random_pieces_of_sentencepiece_say_what_they_say_together() -> None:
         assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True), ids
 
 
-def cut(tokenizer: object, ids: list[int], stops: list[str]) -> tuple[str, list[str], bool]:
-    """The text up to a stop, in pieces."""
+def cut(tokenizer: object, ids: list[int], stops: list[str]) -> tuple[str, list[str], str | None]:
+    """The text up to a stop, in pieces, and the stop."""
     text = AnswerText(tokenizer, stops)
     given = []
     for token in ids:
@@ -145,7 +145,7 @@ def cut(tokenizer: object, ids: list[int], stops: list[str]) -> tuple[str, list[
         if text.stopped:
             break
     given.append(text.flush())
-    return "".join(given), given, text.stopped
+    return "".join(given), given, text.stop
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -154,15 +154,15 @@ def test_stops_cut_where_the_whole_text_has_the_first_of_them(seed: int) -> None
     rng, tokenizer = random.Random(seed), world.make_tokenizer()
     whole = "".join(rng.choice("ab🎭") for _ in range(30))
     stops = ["".join(rng.choice("ab🎭") for _ in range(rng.randint(1, 6))) for _ in range(rng.randint(1, 3))]
-    text, given, stopped = cut(tokenizer, tokenizer.encode(whole, add_special_tokens=False), stops)
+    text, given, stop = cut(tokenizer, tokenizer.encode(whole, add_special_tokens=False), stops)
     # The stop that is complete first counts; of several that are complete at once, the one that begins first.
     ends = [whole.index(stop) + len(stop) for stop in stops if stop in whole]
     if not ends:
-        assert (text, stopped) == (whole, False)
+        assert (text, stop) == (whole, None)
         return
     seen = whole[: min(ends)]
-    assert stopped
-    assert text == seen[: min(seen.index(stop) for stop in stops if stop in seen)]
+    start, first = min((seen.index(stop), stop) for stop in stops if stop in seen)
+    assert (text, stop) == (seen[:start], first)
     assert all("".join(given[:count]) == text[: len("".join(given[:count]))] for count in range(len(given)))
 
 
@@ -173,10 +173,9 @@ def test_of_several_stops_in_a_piece_the_one_that_is_complete_first_counts(seed:
     ids = [rng.choice(words) for _ in range(12)]
     whole = tokenizer.decode(ids)
     stops = ["".join(rng.choice("aab ") for _ in range(rng.randint(1, 6))) for _ in range(3)]
-    text, _, stopped = cut(tokenizer, ids, stops)
-    found = [(whole.index(stop) + len(stop), whole.index(stop)) for stop in stops if stop in whole]
-    assert stopped == bool(found)
-    assert text == (whole[: min(found)[1]] if found else whole)
+    text, _, stop = cut(tokenizer, ids, stops)
+    found = [(whole.index(one) + len(one), whole.index(one), one) for one in stops if one in whole]
+    assert (text, stop) == ((whole[: min(found)[1]], min(found)[2]) if found else (whole, None))
 
 
 def test_a_stop_that_was_complete_before_any_counted_does_not_count_later() -> None:

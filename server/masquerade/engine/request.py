@@ -94,6 +94,7 @@ class Finished:
     reason: Reason
     error: MasqueradeError | None = None
     text: str = ""
+    stop: str | None = None  # the stop string that ended the answer
 
 
 Event = Token | Finished
@@ -241,18 +242,18 @@ class Request:
     def finish(self, reason: Reason, error: MasqueradeError | None = None) -> None:
         """Emit the last event, once."""
         if not self.finished:
-            rest = self._flush() if reason in ("stop", "length") else ""
-            self._emit(Finished(reason, error, rest))
+            rest, stop = self._flush() if reason in ("stop", "length") else ("", None)
+            self._emit(Finished(reason, error, rest, stop))
             self.finished = True
             self.applied = None  # releases the mask, however long the request is kept
 
-    def _flush(self) -> str:
-        """The withheld text. A failure here must not prevent the last event."""
+    def _flush(self) -> tuple[str, str | None]:
+        """The withheld text, and the stop string. A failure here must not prevent the last event."""
         try:
-            return self.text.flush() if self.text else ""
+            return (self.text.flush(), self.text.stop) if self.text else ("", None)
         except Exception:
             _log.exception("the end of an answer cannot be converted to text")
-            return ""
+            return "", None
 
     def _emit(self, event: Event) -> None:
         """Cancel the request if its callback fails, so that the failure does not affect other requests."""

@@ -57,7 +57,12 @@ class AnswerText:
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = [stop for stop in stops if stop]
         self._withheld = ""
-        self.stopped = False
+        self.stop: str | None = None  # the one that ended the answer
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the answer."""
+        return self.stop is not None
 
     def push(self, token: int, *, stoppable: bool = True) -> str:
         """Add a token; returns the text that is certain to be part of the answer. Stop strings that are complete by now
@@ -80,10 +85,11 @@ class AnswerText:
         if stoppable:
             # The withheld text has no stop that counts, but perhaps one that was complete when none counted.
             starts = [(stop, max(0, len(self._withheld) + 1 - len(stop))) for stop in self._stops]
-            found = [(at + len(stop), at) for stop, start in starts if (at := text.find(stop, start)) >= 0]
+            found = [(at + len(stop), at, stop) for stop, start in starts if (at := text.find(stop, start)) >= 0]
             if found:
-                self.stopped, self._withheld = True, ""
-                return text[: min(found)[1]]
+                _, at, self.stop = min(found)
+                self._withheld = ""
+                return text[:at]
         self._withheld = text[len(text) - max(_overlap(text, stop) for stop in self._stops) :]
         return text[: len(text) - len(self._withheld)]
 

@@ -34,6 +34,7 @@ class OutputDelta:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
+    stop: str | None = None  # the stop string that ended the answer
 
 
 class OutputParser:

@@ -219,17 +219,18 @@ class OutputCollector:
             while self._queue and not failure:
                 index, event, arrived = self._queue.popleft()
                 finish_reason: str | None = None
+                stop: str | None = None
                 match event:
                     case Token():
                         self._caller.record.add_token(index, arrived)
                         pending[index].append(event)
                     case Finished("stop" | "length"):
-                        finish_reason, unfinished = event.reason, unfinished - 1
+                        finish_reason, stop, unfinished = event.reason, event.stop, unfinished - 1
                         self._caller.record.end_answer(finish_reason)
                     case Finished(_, error):
                         failure = error or NotReady("the server is stopping")
                 if event.text or finish_reason:
-                    deltas.append(OutputDelta(index, event.text, pending[index], finish_reason))
+                    deltas.append(OutputDelta(index, event.text, pending[index], finish_reason, stop))
                     pending[index] = []
             if deltas or self._ping_due:
                 yield deltas
