@@ -98,7 +98,7 @@ async def respond(
         partial(
             Request,
             prompt=prompt,
-            max_tokens=request.max_new_tokens() or _default_max_tokens(base.context, len(prompt), request.min_tokens),
+            max_tokens=_max_tokens(request, base.context, len(prompt)),
             applied=resolved.applied,
             phase=resolved.phase,
             sampling=request.sampling(choice),
@@ -286,12 +286,16 @@ async def _stream(outputs: OutputCollector, answer: Answer) -> AsyncIterator[str
         outputs.cancel()
 
 
-def _default_max_tokens(context: int, prompt: int, min_tokens: int | None) -> int:
-    """`DEFAULT_MAX_TOKENS`, or the minimum if that is more, within what a prompt leaves of the context.
+def _max_tokens(request: GenerationRequest, context: int, prompt: int) -> int:
+    """The limit of a request; without one `DEFAULT_MAX_TOKENS`, or the minimum if that is more.
 
+    The default, and with `ends_at_context` every limit, is cut to what the prompt leaves of the context.
     A small model may repeat itself forever. Without the limit, its answer would take the whole context, which is longer
     than the time limit of answers allows. Raises `ContextTooLong` if the prompt leaves nothing.
     """
+    limit = request.max_new_tokens()
+    if limit and not request.ends_at_context:
+        return limit
     if prompt >= context:
         raise ContextTooLong(
             f"{CONTEXT.format(context)} However, your messages resulted in {prompt} tokens, which leaves no room for "
@@ -299,4 +303,4 @@ def _default_max_tokens(context: int, prompt: int, min_tokens: int | None) -> in
             param="messages",
             tokens=prompt,
         )
-    return min(context - prompt, max(DEFAULT_MAX_TOKENS, min_tokens or 0))
+    return min(context - prompt, limit or max(DEFAULT_MAX_TOKENS, request.min_tokens or 0))

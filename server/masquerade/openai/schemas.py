@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
@@ -86,6 +86,8 @@ class SchemaFormat(Schema):
 
 class GenerationRequest(RequestBody):
     """The fields of chats and of completions alike. Unknown fields are ignored; null is the default."""
+
+    ends_at_context: ClassVar[bool] = False  # a limit beyond the context is not an error: the answer ends there
 
     model: Text = Field(examples=["demo", "demo:introvert"])
     persona: Text | None = None
