@@ -185,6 +185,8 @@ class RequestIdMiddleware:
                 answered = True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if errors.is_anthropic(scope["path"]):
+                    headers["request-id"] = request_id  # where Anthropic's clients look for it
                 headers["openai-processing-ms"] = str(round(1000 * (time.perf_counter() - started)))
             await send(message)
 

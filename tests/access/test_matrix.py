@@ -26,6 +26,12 @@ DECISIONS: dict[tuple[str, str], Decision] = {
     ("HEAD", "/healthz"): "open",
     ("GET", "/readyz"): "open",
     ("HEAD", "/readyz"): "open",
+    ("GET", "/health"): "open",
+    ("HEAD", "/health"): "open",
+    ("GET", "/ping"): "open",
+    ("HEAD", "/ping"): "open",
+    ("POST", "/ping"): "open",
+    ("GET", "/version"): "open",
     ("GET", "/metrics"): "metrics",
     ("POST", "/v1/chat/completions"): "chat",
     ("POST", "/v1/completions"): "chat",
@@ -267,3 +273,23 @@ def test_a_header_that_is_no_bearer_token(keyed: Keyed, header: str) -> None:
 def test_the_scheme_is_written_as_one_likes(keyed: Keyed) -> None:
     headers = {"Authorization": f"bEARER {keyed.tokens['chat']}"}
     assert keyed.http.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_a_key_may_come_in_either_header_or_twice(keyed: Keyed) -> None:
+    token = keyed.tokens["chat"]
+    for headers in (
+        {"x-api-key": token},
+        {"x-api-key": token, "Authorization": f"Bearer {token}"},
+        {"x-api-key": token, "Authorization": "Basic b3RoZXI6d29ybGQ="},
+    ):
+        assert keyed.http.get("/v1/models", headers=headers).status_code == 200
+    assert keyed.http.get("/metrics", headers={"x-api-key": token}).status_code == 403
+
+
+def test_two_different_keys_are_refused_whichever_is_right(keyed: Keyed) -> None:
+    right, wrong = keyed.tokens["admin"], keyed.tokens["wrong"]
+    for authorization, own in ((right, wrong), (wrong, right), (right, keyed.tokens["chat"])):
+        headers = {"Authorization": f"Bearer {authorization}", "x-api-key": own}
+        answer = keyed.http.get("/v1/models", headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert "different" in answer.json()["error"]["message"]

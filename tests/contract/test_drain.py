@@ -55,7 +55,8 @@ def test_what_has_begun_ends_and_newcomers_are_refused(rambler: Path) -> None:
             refusal = refused(http)
             assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "not_ready")
             assert int(refusal.headers["Retry-After"]) >= 1
-            assert http.get("/readyz").status_code == 503
+            for path in ("/readyz", "/health", "/ping"):
+                assert http.get(path).status_code == 503
             assert http.get("/healthz").status_code == 200
             *_, closing, end = said
         assert closing["choices"][0]["finish_reason"] == "length"

@@ -281,7 +281,7 @@ class TestFramework:
         response = api.http.get("/v1/fine_tuning/jobs", params={"limit": "many"})
         assert (response.status_code, error_of(response)["param"]) == (400, "query.limit")
 
-    @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+    @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/health", "/ping"])
     def test_a_probe_may_ask_for_the_head_alone(self, api: Api, path: str) -> None:
         head, whole = api.http.head(path), api.http.get(path)
         assert (head.status_code, head.content) == (200, b"")

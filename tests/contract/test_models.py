@@ -38,6 +38,11 @@ def test_a_persona_has_its_base_as_parent_and_root(api: Api) -> None:
         assert (model["parent"], model["root"]) == (parent, "demo")
 
 
+def test_every_model_has_the_context_of_its_base(api: Api) -> None:
+    tokens = api.http.post("/tokenize", json={"prompt": "Hi."}).json()["max_model_len"]
+    assert {model["max_model_len"] for model in api.http.get("/v1/models").json()["data"]} == {tokens}
+
+
 @pytest.mark.parametrize("id_", sorted(IDS))
 def test_one_model_is_shown_as_it_is_listed(api: Api, id_: str) -> None:
     listed = {model["id"]: model for model in api.http.get("/v1/models").json()["data"]}

@@ -7,13 +7,20 @@ from pathlib import Path
 import httpx
 import pytest
 
+from masquerade import __version__
 from tests.contract.asking import CHAT, Api, Json, body, events_of
 from tests.serving import STOP_SECONDS, ServerDied, serve
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/health", "/ping"])
 def test_a_running_server_is_healthy(api: Api, path: str) -> None:
     assert api.http.get(path).status_code == 200
+
+
+def test_probes_of_vllm_say_no_more_than_they_must(api: Api) -> None:
+    assert [api.http.get(path).content for path in ("/health", "/ping")] == [b"", b""]
+    assert api.http.post("/ping").status_code == 200
+    assert api.http.get("/version").json() == {"version": __version__}
 
 
 def test_a_model_that_is_not_there_ends_the_start_with_its_name() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from masquerade.service.serving import PersonaReference
 
 MOST_HASHING = 16  # tokens that may wait for scrypt
 # Routes that need no key: they show nothing of any key and change nothing.
-OPEN = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN = frozenset({"/", "/healthz", "/readyz", "/health", "/ping", "/version", "/docs", "/openapi.json"})
 OPEN_FOLDER = "/web/"  # the playground's files
 
 
@@ -148,7 +148,7 @@ class AuthMiddleware:
                 if key:
                     self._rates.admit(key, background=True)
             elif len(self._keyring):
-                key = await self._find(Headers(scope=scope).get("authorization", ""))
+                key = await self._find(Headers(scope=scope))
                 record.key = key
                 self._rates.admit(key)
             else:
@@ -169,12 +169,14 @@ class AuthMiddleware:
             if key:
                 self._rates.charge(key, record.tokens)
 
-    async def _find(self, authorization: str) -> Key:
-        """The key in an `Authorization` header."""
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise InvalidKey("no API key was given; send the header `Authorization: Bearer KEY`")
-        token = token.strip()
+    async def _find(self, headers: Headers) -> Key:
+        """The key in the headers."""
+        tokens = set(_read_tokens(headers))
+        if not tokens:
+            raise InvalidKey("no API key was given; send the header `Authorization: Bearer KEY` or `x-api-key: KEY`")
+        if len(tokens) > 1:
+            raise InvalidKey("the headers `Authorization` and `x-api-key` have different API keys; send one key")
+        (token,) = tokens
         key = self._keyring.find(token)
         return key or await self._find_scrypt(token)
 
@@ -210,6 +212,15 @@ class AuthMiddleware:
             raise OriginForbidden(
                 f"pages of {origin!r:.80} may not use this server; `--cors-origin` allows it, and so do keys"
             )
+
+
+def _read_tokens(headers: Headers) -> Iterator[str]:
+    """The API keys in `Authorization`, as OpenAI's clients send them, and in `x-api-key`, as Anthropic's do."""
+    for value in headers.getlist("authorization"):
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == "bearer" and token.strip():
+            yield token.strip()
+    yield from (token.strip() for token in headers.getlist("x-api-key") if token.strip())
 
 
 def is_loopback(host: str) -> bool:

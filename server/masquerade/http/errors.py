@@ -1,4 +1,4 @@
-"""Renders every exception as OpenAI's error body, without stack traces and paths."""
+"""Renders every exception as OpenAI's error body, or Anthropic's on its routes, without stack traces and paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import re
 import sqlite3
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +16,7 @@ from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 import maskstore
 from maskstore import MaskError
@@ -43,6 +44,8 @@ from masquerade.errors import (
 from masquerade.http.wire import Refusal, show
 
 _log = logging.getLogger(__name__)
+
+ANTHROPIC = "/v1/messages"  # Anthropic's routes are this path and the paths below it
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNUSABLE = (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
@@ -90,10 +93,47 @@ class Body(BaseModel):
     error: Fault
 
 
+class AnthropicDetails(BaseModel):
+    """What Anthropic's own body does not have: the code and the field of OpenAI's."""
+
+    error_code: str
+    param: str | None
+
+
+class AnthropicFault(BaseModel):
+    """One error; Anthropic's clients show `message`, and `error_code` of the details."""
+
+    type: str
+    message: str
+    details: AnthropicDetails
+
+
+class AnthropicBody(BaseModel):
+    """The body of every error on Anthropic's routes."""
+
+    model_config = show(
+        {
+            "type": "error",
+            "error": {
+                "type": "not_found_error",
+                "message": "there is no persona 'pirate'",
+                "details": {"error_code": "persona_not_found", "param": "persona"},
+            },
+            "request_id": "5d1f0c2d3e4f5061728394a9b8c7d6e5",
+        }
+    )
+
+    type: Literal["error"]
+    error: AnthropicFault
+    request_id: str | None
+
+
 RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Body, "description": "The request is at fault"},
     "5XX": {"model": Body, "description": "The server is at fault, or not ready"},
 }
+ANTHROPIC_RESPONSES = {status: response | {"model": AnthropicBody} for status, response in RESPONSES.items()}
+_ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
 
 
 def install(app: FastAPI) -> None:
@@ -106,14 +146,42 @@ def install(app: FastAPI) -> None:
 
 
 def body(error: MasqueradeError) -> dict[str, Any]:
-    """The error's body, with a message of at most `MESSAGE_LIMIT` characters."""
-    message = _LONG_WORD.sub(r"\1...", str(error))
-    if len(message) > MESSAGE_LIMIT:
-        message = f"{message[:MESSAGE_LIMIT]}..."
-    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
+    """OpenAI's body of an error, with a message of at most `MESSAGE_LIMIT` characters."""
+    return {"error": {"message": _message(error), "type": error.type, "param": error.param, "code": error.code}}
 
 
-def respond(error: MasqueradeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def anthropic_body(error: MasqueradeError, request_id: str | None) -> dict[str, Any]:
+    """Anthropic's body of an error, with its names of the types."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else error.type)
+    details = {"error_code": error.code, "param": error.param}
+    fault = {"type": kind, "message": _message(error), "details": details}
+    return {"type": "error", "error": fault, "request_id": request_id}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path is of Anthropic's routes, or would be if there were one."""
+    return path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/")
+
+
+class ErrorResponse(JSONResponse):
+    """An error in the form of the API whose path the request has. The record of the request gets its code."""
+
+    def __init__(self, error: MasqueradeError, headers: Mapping[str, str]) -> None:
+        super().__init__(body(error), error.status, headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        state = scope.get("state", {})
+        if is_anthropic(scope["path"]):
+            self.body = self.render(anthropic_body(self._error, state.get("request_id")))
+            self.headers["content-length"] = str(len(self.body))
+        if record := state.get("record"):
+            record.fail(self._error)
+        await super().__call__(scope, receive, send)
+
+
+def respond(error: MasqueradeError, headers: Mapping[str, str] | None = None) -> ErrorResponse:
     """The error as a response."""
     headers = dict(headers or {})
     if isinstance(error, Overloaded | NotReady):
@@ -122,7 +190,7 @@ def respond(error: MasqueradeError, headers: Mapping[str, str] | None = None) ->
         headers["x-should-retry"] = str(error.retry).lower()
     if isinstance(error, TooLarge | TimedOut):
         headers["Connection"] = "close"  # the rest of the body is not read
-    return JSONResponse(body(error), status_code=error.status, headers=headers)
+    return ErrorResponse(error, headers)
 
 
 def translate(error: Exception, where: str = "an answer that had begun") -> MasqueradeError:
@@ -142,6 +210,11 @@ def translate(error: Exception, where: str = "an answer that had begun") -> Masq
     return translated
 
 
+def _message(error: MasqueradeError) -> str:
+    message = _LONG_WORD.sub(r"\1...", str(error))
+    return f"{message[:MESSAGE_LIMIT]}..." if len(message) > MESSAGE_LIMIT else message
+
+
 def _translate_system(number: int | None, sqlite: int) -> MasqueradeError | None:
     """The error for an errno, or for SQLite's primary result code."""
     if number in _FULL or sqlite == sqlite3.SQLITE_FULL:
@@ -151,13 +224,13 @@ def _translate_system(number: int | None, sqlite: int) -> MasqueradeError | None
     return NotReady("another process holds the store's tables; try again") if sqlite in _SQLITE_BUSY else None
 
 
-def _respond_failure(request: Request, error: Exception) -> JSONResponse:
+def _respond_failure(request: Request, error: Exception) -> Response:
     if isinstance(error, ContextTooLong):  # a refused prompt is charged
         request.state.record.extra_tokens += error.tokens
     return respond(translate(error, f"{request.method} {request.url.path}"))
 
 
-def _respond_invalid(_: Request, error: Exception) -> JSONResponse:
+def _respond_invalid(_: Request, error: Exception) -> Response:
     """400 for a body that does not fit the schema, with the fault, the path to it and the value."""
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
@@ -191,7 +264,7 @@ def _explain(fault: Mapping[str, Any]) -> str:
     return f"{message}; given: {quote(fault['input'])}"
 
 
-def _respond_http(request: Request, error: Exception) -> JSONResponse:
+def _respond_http(request: Request, error: Exception) -> Response:
     """Errors of the framework itself."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"

@@ -1,4 +1,4 @@
-"""`GET /healthz` (the process runs), `GET /readyz` (the engine takes requests) and `GET /metrics`.
+"""`GET /healthz` (the process runs), `GET /readyz` (the engine takes requests), their kind in vLLM, and `GET /metrics`.
 
 Load balancers may probe with HEAD.
 """
@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from masquerade import __version__
 from masquerade.errors import NotReady
 from masquerade.http.access import Measuring
 from masquerade.http.dependencies import Served
@@ -26,6 +27,14 @@ class Health(Schema):
     model_config = show({"status": "ok"})
 
     status: Literal["ok", "ready"]
+
+
+class Version(Schema):
+    """The version of the server."""
+
+    model_config = show({"version": __version__})
+
+    version: str
 
 
 _METRICS = {
@@ -48,6 +57,23 @@ async def check_readiness(serving: Served) -> dict[str, str]:
     if reason := serving.engine.unready_reason:
         raise NotReady(reason)
     return {"status": "ready"}
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health", response_class=Response, responses={200: {"content": {}}})
+@router.head("/ping", include_in_schema=False)
+@router.get("/ping", response_class=Response, responses={200: {"content": {}}})
+@router.post("/ping", response_class=Response, responses={200: {"content": {}}})
+async def check_engine(serving: Served) -> Response:
+    """As `/readyz`, with an empty body: `/health` is vLLM's, `/ping` SageMaker's."""
+    await check_readiness(serving)
+    return Response()
+
+
+@router.get("/version", response_model=Version)
+async def show_version() -> Version:
+    """The version of the server, as vLLM says it."""
+    return Version(version=__version__)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _METRICS}}})

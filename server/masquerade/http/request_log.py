@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from masquerade.service.serving import ResolvedPersona
 
 _log = logging.getLogger("masquerade.access")
-_PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+_PROBES = frozenset({"/healthz", "/readyz", "/health", "/ping", "/metrics"})
 _AUDITED: frozenset[KeyScope] = frozenset({"build", "admin"})
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _DISCONNECTED = 499  # the client left before the response began
@@ -47,7 +46,7 @@ class RequestRecord:
     started: float = field(default_factory=time.perf_counter)
     route: str = "_other"
     status: int = 0
-    code: str | None = None  # of an error, also of one within a stream
+    code: str | None = None  # of an error, also of one within a stream; `errors.py` sets that of a response
     key: Key | None = None
     scope: KeyScope | None = None  # of the route
     limited: str | None = None  # the rate limit that refused it
@@ -85,7 +84,7 @@ class RequestRecord:
         self.reasons.append(reason)
 
     def fail(self, error: MasqueradeError) -> None:
-        """An error after the status was sent."""
+        """The response is an error, or an error ends it."""
         self.code = error.code
 
     @property
@@ -158,8 +157,6 @@ class RequestLogMiddleware:
         async def send_and_record(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-            elif record.status >= 400 and record.code is None:
-                record.code = _read_code(message.get("body", b""))
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 await self._close(
                     record, scope
@@ -203,12 +200,3 @@ class RequestLogMiddleware:
             outcome=record.code or ("done" if record.status < 400 else str(record.status)),
             request_id=record.request_id,
         )
-
-
-def _read_code(body: bytes) -> str | None:
-    """The code in the body of an error."""
-    try:
-        code = json.loads(body)["error"]["code"]
-    except (ValueError, LookupError, TypeError):
-        return None
-    return code if isinstance(code, str) else None

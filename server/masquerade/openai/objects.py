@@ -38,6 +38,7 @@ _MODEL = {
     "owned_by": "masquerade",
     "root": "demo",
     "parent": "demo",
+    "max_model_len": 512,
     "generation": _DIGEST,
 }
 
@@ -237,7 +238,7 @@ class TextCompletionChunk(CompletionBase):
 
 
 class ModelObject(WireObject):
-    """The base (`parent` is null), or one of its personas with its generation."""
+    """The base (`parent` is null), or one of its personas with its generation. `max_model_len` is the context."""
 
     model_config = show(_MODEL)
 
@@ -247,6 +248,7 @@ class ModelObject(WireObject):
     owned_by: str
     root: str
     parent: str | None
+    max_model_len: int
     generation: str | None = None
 
 
