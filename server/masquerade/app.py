@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.types import Message, Receive, Scope, Send
 
 from masquerade import __version__
+from masquerade.anthropic import messages
 from masquerade.errors import NotReady
 from masquerade.http import errors, health, internal, playground, reference
 from masquerade.http.access import AuthMiddleware
@@ -41,6 +42,7 @@ _ROUTERS = (
     responses.router,
     embeddings.router,
     tokens.router,
+    messages.router,
     models.router,
     routes.router,
     routes.aliases,

@@ -34,6 +34,13 @@ class Keyed:
         return self.http.request(method, path, headers=headers, **options)  # type: ignore[arg-type]
 
 
+def code_of(refusal: httpx.Response) -> str:
+    """The code of an error, in OpenAI's body or in Anthropic's."""
+    error = refusal.json()["error"]
+    code: str = error["code"] if "code" in error else error["details"]["error_code"]
+    return code
+
+
 def publish(serving: Serving, *names: str) -> None:
     for seed, name in enumerate(names):
         mask = world.make_mask(serving.base, 0.05, seed=seed, persona=name)

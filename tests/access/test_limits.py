@@ -358,6 +358,9 @@ def test_many_at_once_get_no_more_than_the_limit(tiny_folder: Path, tmp_path: Pa
     assert sorted(told) == [200] * 10 + [429] * 20
 
 
+COUNT = "/v1/messages/count_tokens"
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "tokens"),
     [
@@ -367,8 +370,17 @@ def test_many_at_once_get_no_more_than_the_limit(tiny_folder: Path, tmp_path: Pa
         ("/v1/completions", {"prompt": "x" * 13_000}, 13_000 // 13),
         ("/v1/completions", {"prompt": [7] * 5_000}, 4 * 256),
         ("/tokenize", {"prompt": "x" * 700}, 700),
+        (COUNT, {"messages": [{"role": "user", "content": "x" * 700}]}, 700),
     ],
-    ids=["a little", "by its bytes", "with its answer", "a prompt", "token ids", "only counted"],
+    ids=[
+        "a little",
+        "by its bytes",
+        "with its answer",
+        "a prompt",
+        "token ids",
+        "only counted",
+        "a chat's count",
+    ],
 )
 def test_what_was_tried_is_charged(
     tiny_folder: Path, tmp_path: Path, path: str, fields: dict[str, Any], tokens: int
@@ -378,7 +390,7 @@ def test_what_was_tried_is_charged(
     with serve_here(tiny_folder, tmp_path / "store", clock=Clock()) as (serving, http):
         http.headers.update(bearer(token))
         answer = http.post(path, json={"model": serving.base.name} | fields)
-        assert answer.status_code == (200 if path == "/tokenize" else 400)
+        assert answer.status_code == (200 if path in ("/tokenize", COUNT) else 400)
         left = int(http.get("/v1/models").headers["x-ratelimit-remaining-tokens"])
         assert tokens <= 100_000 - left < tokens + 20
 

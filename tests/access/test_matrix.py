@@ -13,7 +13,7 @@ from fastapi.routing import iter_route_contexts
 
 from masquerade.app import create_app
 from masquerade.keys import SCOPES
-from tests.access.conftest import Keyed
+from tests.access.conftest import Keyed, code_of
 
 Decision = Literal["open", "metrics", "chat", "build", "admin"]
 JOBS, PERSONA, BATCHES = "/v1/fine_tuning/jobs", "/v1/personas/{name}", "/v1/batches"
@@ -41,6 +41,8 @@ DECISIONS: dict[tuple[str, str], Decision] = {
     ("POST", "/v1/responses/{response_id}/cancel"): "chat",
     ("GET", "/v1/responses/{response_id}/input_items"): "chat",
     ("POST", "/v1/embeddings"): "chat",
+    ("POST", "/v1/messages"): "chat",
+    ("POST", "/v1/messages/count_tokens"): "chat",
     ("POST", "/tokenize"): "chat",
     ("POST", "/detokenize"): "chat",
     ("GET", "/v1/models"): "chat",
@@ -82,6 +84,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "ghost", "prompt": "hi"},
     "/v1/responses": {"model": "ghost", "input": "hi"},
     "/v1/embeddings": {"model": "ghost", "input": "hi"},
+    "/v1/messages": {"model": "ghost", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
+    "/v1/messages/count_tokens": {"model": "ghost", "messages": [{"role": "user", "content": "hi"}]},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [1]},
     JOBS: {"model": "ghost", "training_file": "file-0", "suffix": "npc-x", "method": {"type": "mask"}},
@@ -148,7 +152,7 @@ def test_who_may_ask(keyed: Keyed, method: str, path: str) -> None:
             assert answer.status_code != 401
         else:
             assert answer.status_code == 401, who
-            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert code_of(answer) == "invalid_api_key"
             assert answer.json()["error"]["type"] == "authentication_error"
     for scope in SCOPES:
         answer = ask(keyed, scope, method, path)
@@ -157,7 +161,7 @@ def test_who_may_ask(keyed: Keyed, method: str, path: str) -> None:
             assert answer.status_code < 500, (scope, answer.text)
         else:
             assert answer.status_code == 403, scope
-            assert answer.json()["error"]["code"] == "scope_missing"
+            assert code_of(answer) == "scope_missing"
             assert answer.json()["error"]["type"] == "permission_error"
             assert needed in answer.json()["error"]["message"]
 

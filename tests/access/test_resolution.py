@@ -14,7 +14,7 @@ import pytest
 
 from masquerade.service.serving import Serving
 from tests import world
-from tests.access.conftest import Keyed
+from tests.access.conftest import Keyed, code_of
 from tests.access.test_matrix import BATCHES, DECISIONS, JOBS, PERSONA
 
 ALIASES = {"npc-pal": "npc-bob", "npc-king": "royal", "boss": "npc-bob", "crown": "royal"}
@@ -52,6 +52,8 @@ class Case:
 
 
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
+SAME = {"x-request-id": "same"}  # some errors have it in the body
 SAID: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
 
@@ -68,6 +70,12 @@ CASES = [
     Case("POST", EMBED, EMBED, NAMED, {"model": "{base}:{}", "input": "hi"}, generations=True),
     Case("POST", EMBED, EMBED, NAMED, {"model": "{base}", "input": "hi", "persona": "{}"}, generations=True),
     Case("POST", EMBED, EMBED, NAMED, {"model": "{base}", "input": "hi"}, header=True, generations=True),
+    Case("POST", MESSAGES, MESSAGES, NAMED, SAID | {"model": "{base}:{}"}, generations=True),
+    Case("POST", MESSAGES, MESSAGES, NAMED, SAID | {"model": "{base}", "persona": "{}"}, generations=True),
+    Case("POST", MESSAGES, MESSAGES, NAMED, SAID | {"model": "{base}"}, header=True, generations=True),
+    Case("POST", COUNT, COUNT, NAMED, SAID | {"model": "{base}:{}"}, generations=True),
+    Case("POST", COUNT, COUNT, NAMED, SAID | {"model": "{base}", "persona": "{}"}, generations=True),
+    Case("POST", COUNT, COUNT, NAMED, SAID | {"model": "{base}"}, header=True, generations=True),
     Case("POST", "/tokenize", "/tokenize", NAMED, {"model": "{base}:{}", "prompt": "hi"}, generations=True),
     Case("POST", "/detokenize", "/detokenize", NAMED, {"model": "{base}:{}", "tokens": [9]}, generations=True),
     Case("GET", "/v1/models/{model:path}", "/v1/models/{base}:{}", NAMED, generations=True),
@@ -164,7 +172,7 @@ def ask(named: Keyed, file: str, case: Case, reference: str) -> Any:
     def fill(text: str) -> str:
         return text.replace("{}", reference).replace("{base}", base).replace("{file}", file)
 
-    options: dict[str, Any] = {"headers": {"X-Persona": reference}} if case.header else {}
+    options: dict[str, Any] = {"headers": SAME | ({"X-Persona": reference} if case.header else {})}
     if case.body is not None:
         options["json"] = json.loads(fill(json.dumps(case.body)))
     elif case.form is not None:
@@ -198,7 +206,7 @@ def test_a_name_is_resolved_and_what_it_stands_for_is_checked(
         assert registry.history("royal") == before[2]["royal"]  # whatever became of the alias
         return
     assert answer.status_code in (403, 404), answer.text
-    assert answer.json()["error"]["code"] in ("persona_forbidden", "persona_not_found", "model_not_found")
+    assert code_of(answer) in ("persona_forbidden", "persona_not_found", "model_not_found")
     assert state(named.serving) == before
     if name in FOREIGN:
         absent = ask(named, file, case, reference.replace(name, "nobody"))

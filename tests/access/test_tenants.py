@@ -10,7 +10,7 @@ import pytest
 
 from masquerade import demo
 from masquerade.engine import Engine, Request
-from tests.access.conftest import Keyed
+from tests.access.conftest import Keyed, code_of
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 FORBIDDEN, GHOST = "royal", "nobody"  # one is there, the other is not; neither is on the list of npc keys
@@ -52,6 +52,8 @@ def ways(keyed: Keyed, name: str) -> list[Any]:
         keyed.ask("npc chat", "POST", "/v1/responses", json=body | {"input": "hi"}),
         keyed.ask("npc chat", "POST", "/v1/embeddings", json=body | {"input": "hi"}),
         keyed.ask("npc chat", "POST", "/tokenize", json=body | {"prompt": "hi"}),
+        *(keyed.ask("npc chat", "POST", f"/v1/messages{path}", json=body | {"messages": MESSAGES, "max_tokens": 2},
+                    headers={"x-request-id": "same"}) for path in ("", "/count_tokens")),
         keyed.ask("npc chat", "GET", f"/v1/personas/{name}"),
         keyed.ask("npc build", "GET", f"/v1/personas/{name}/diff/npc-bob"),
         keyed.ask("npc build", "GET", f"/v1/personas/npc-bob/diff/{name}"),
@@ -76,7 +78,7 @@ def test_a_name_that_is_not_on_the_list_is_refused_the_same_way_whether_it_is_th
     before = keyed.serving.registry.names(), keyed.serving.registry.aliases()
     for forbidden, ghost in zip(ways(keyed, FORBIDDEN), ways(keyed, GHOST), strict=True):
         assert forbidden.status_code == 403, forbidden.text
-        assert forbidden.json()["error"]["code"] == "persona_forbidden"
+        assert code_of(forbidden) == "persona_forbidden"
         assert forbidden.text.replace(FORBIDDEN, GHOST) == ghost.text
         assert forbidden.status_code == ghost.status_code
     assert (keyed.serving.registry.names(), keyed.serving.registry.aliases()) == before

@@ -57,11 +57,12 @@ class Outcome:
 
 @schemathesis.check
 def error_has_openai_form(ctx: Any, response: Any, case: Any) -> None:
-    """Every answer has an id, and every refusal the one body that OpenAI's clients read."""
+    """Every answer has an id, and every refusal the one body that OpenAI's clients read, or Anthropic's."""
     assert response.headers.get("x-request-id"), "an answer without x-request-id"
     if response.status_code >= 400:
         error = response.json()["error"]
-        assert error.keys() == {"message", "type", "param", "code"}, error
+        details = {"details"} if "details" in error else {"param", "code"}
+        assert error.keys() == {"message", "type", *details}, error
         assert "Traceback" not in error["message"], error
 
 

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from masquerade.errors import MasqueradeError, UnsupportedParameter
 
 
-def _check_unicode(text: str) -> str:
+def check_unicode(text: str) -> str:
+    """The text. Raises `ValueError` if it has half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -20,7 +21,7 @@ def _check_unicode(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_check_unicode)]
+Text = Annotated[str, AfterValidator(check_unicode)]
 
 
 class Refusal(ValueError):
