@@ -1,4 +1,4 @@
-"""`GET /healthz` (the process runs), `GET /readyz` (the engine takes requests), their kind in vLLM, and `GET /metrics`.
+"""`GET /healthz` (the process runs), `GET /readyz` (the engine takes requests), `GET /version` and `GET /metrics`.
 
 Load balancers may probe with HEAD.
 """
@@ -52,22 +52,16 @@ async def check_health() -> dict[str, str]:
 
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", response_model=None, responses={200: {"model": Health}})
+@router.head("/health", include_in_schema=False)
+@router.get("/health", response_model=None, responses={200: {"model": Health}})
+@router.head("/ping", include_in_schema=False)
+@router.get("/ping", response_model=None, responses={200: {"model": Health}})
+@router.post("/ping", response_model=None, responses={200: {"model": Health}})
 async def check_readiness(serving: Served) -> dict[str, str]:
-    """200 while the engine's thread takes requests, else 503."""
+    """200 while the engine's thread takes requests, else 503. vLLM calls it `/health`, SageMaker `/ping`."""
     if reason := serving.engine.unready_reason:
         raise NotReady(reason)
     return {"status": "ready"}
-
-
-@router.head("/health", include_in_schema=False)
-@router.get("/health", response_class=Response, responses={200: {"content": {}}})
-@router.head("/ping", include_in_schema=False)
-@router.get("/ping", response_class=Response, responses={200: {"content": {}}})
-@router.post("/ping", response_class=Response, responses={200: {"content": {}}})
-async def check_engine(serving: Served) -> Response:
-    """As `/readyz`, with an empty body: `/health` is vLLM's, `/ping` SageMaker's."""
-    await check_readiness(serving)
-    return Response()
 
 
 @router.get("/version", response_model=Version)
