@@ -51,12 +51,17 @@ CLIENTS = {
     "litellm": Client("with_litellm", ("litellm==1.106.2", "mcp==2.3.0")),
     "instructor": Client("with_instructor", ("instructor==1.17.0",)),
     "llama-index": Client("with_llama_index", ("llama-index-llms-openai-like==0.8.1",)),
+    "anthropic-2": Client("with_anthropic", ("anthropic==2.14.0",)),
+    "anthropic-0": Client("with_anthropic", ("anthropic==0.125.0",)),
+    "guidellm": Client("with_guidellm", ("guidellm==0.8.1", "torch==2.13.0")),
 }
 
 
 @dataclass
 class Outcome:
-    """What came of a client's checks: the error of each, or None; `openai` is the SDK that was installed with it."""
+    """What came of a client's checks: the error of each, or None; `openai` is the SDK that was installed with it, or
+    `-`.
+    """
 
     openai: str
     seconds: float
@@ -111,6 +116,7 @@ def start() -> Iterator[dict[str, Any]]:
                 "url": first.base_url,
                 "second": second.base_url,
                 "data": str(demo.DATA),
+                "tokenizer": str(demo.MODEL),
                 "store": store,
             }
 
@@ -141,8 +147,10 @@ def run(name: str, python: Path, world: dict[str, Any]) -> Outcome:
 
 
 def installed(python: Path) -> str:
-    """The version of the openai SDK in an environment."""
-    asked = "from importlib.metadata import version; print(version('openai'))"
+    """The version of the openai SDK in an environment; `-` without it."""
+    asked = (
+        "from importlib.metadata import distributions as all; print(*[d.version for d in all(name='openai')] or '-')"
+    )
     return subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
 
 
