@@ -135,7 +135,7 @@ def show_no_key() -> None:
     error = refused(lambda: ask(connect("sk-wrong")), anthropic.AuthenticationError)
     assert kind_of(error) == ("authentication_error", "invalid_api_key")
     assert error.request_id
-    only = {"x-api-key": world["admin"], "Authorization": anthropic.Omit()}
+    only = {"X-Api-Key": world["admin"], "Authorization": anthropic.Omit()}
     assert text(ask(connect("unused", default_headers=only)))
 
 

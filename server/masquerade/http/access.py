@@ -175,7 +175,7 @@ class AuthMiddleware:
         if not tokens:
             raise InvalidKey("no API key was given; send the header `Authorization: Bearer KEY` or `x-api-key: KEY`")
         if len(tokens) > 1:
-            raise InvalidKey("the headers `Authorization` and `x-api-key` have different API keys; send one key")
+            raise InvalidKey("the headers `Authorization` and `x-api-key` hold different API keys; send one key")
         (token,) = tokens
         key = self._keyring.find(token)
         return key or await self._find_scrypt(token)

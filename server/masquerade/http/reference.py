@@ -24,6 +24,8 @@ Written by `make docs` from the server's OpenAPI description, which is at `/open
 page at `/docs`.
 
 Every failure has the body `{"error": {"message", "type", "param", "code"}}`, every answer the header `x-request-id`.
+On `/v1/messages` and below, a failure has Anthropic's body: `{"type": "error", "error": {"type", "message", "details":
+{"error_code", "param"}}, "request_id"}`.
 Fields that are not listed are ignored, unless they would change the answer; those are refused by name.
 """
 _STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
