@@ -52,7 +52,7 @@ class Case:
 
 
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
+RESPONSES, MESSAGES, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 SAME = {"x-request-id": "same"}  # some errors have it in the body
 SAID: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
@@ -70,6 +70,9 @@ CASES = [
     Case("POST", EMBED, EMBED, NAMED, {"model": "{base}:{}", "input": "hi"}, generations=True),
     Case("POST", EMBED, EMBED, NAMED, {"model": "{base}", "input": "hi", "persona": "{}"}, generations=True),
     Case("POST", EMBED, EMBED, NAMED, {"model": "{base}", "input": "hi"}, header=True, generations=True),
+    Case("POST", RESPONSES, RESPONSES, NAMED, {"model": "{base}:{}", "input": "hi"}, generations=True),
+    Case("POST", RESPONSES, RESPONSES, NAMED, {"model": "{base}", "input": "hi", "persona": "{}"}, generations=True),
+    Case("POST", RESPONSES, RESPONSES, NAMED, {"model": "{base}", "input": "hi"}, header=True, generations=True),
     Case("POST", MESSAGES, MESSAGES, NAMED, SAID | {"model": "{base}:{}"}, generations=True),
     Case("POST", MESSAGES, MESSAGES, NAMED, SAID | {"model": "{base}", "persona": "{}"}, generations=True),
     Case("POST", MESSAGES, MESSAGES, NAMED, SAID | {"model": "{base}"}, header=True, generations=True),
@@ -113,6 +116,7 @@ NAMELESS = {
     ("GET", "/v1/models"),  # of lists: tests/access/test_tenants.py
     ("GET", "/v1/personas"),
     *((method, route) for method, route in DECISIONS if route.startswith(("/v1/files", BATCHES))),
+    *((method, route) for method, route in DECISIONS if route.startswith(RESPONSES + "/")),
     *((method, route) for method, route in DECISIONS if route.startswith(JOBS) and (method, route) != ("POST", JOBS)),
 }
 
