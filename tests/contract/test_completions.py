@@ -95,7 +95,8 @@ class TestCompletions:
     @pytest.mark.parametrize(
         ("fields", "code", "param"),
         [
-            ({"echo": True}, "unsupported_parameter", "echo"),
+            ({"echo": "yes"}, "invalid_value", "echo"),
+            ({"max_tokens": 0}, "invalid_value", "max_tokens"),
             ({"suffix": " end"}, "unsupported_parameter", "suffix"),
             ({"best_of": 2}, "unsupported_parameter", "best_of"),
             ({"prompt": ""}, "invalid_value", "prompt"),

@@ -30,6 +30,7 @@ CHATS: dict[str, Json] = {
     "a call": {"tools": [CLOCK], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 100},
     "JSON": {"response_format": {"type": "json_object"}, "max_tokens": 20},
 }
+SCORED: Json = {"prompt_logprobs": 2, "logprobs": 1, "echo": True, "max_tokens": 0}
 TEXTS: dict[str, Json] = {
     "the base": {},
     "prompts with logprobs": {"prompt": ["I like", "You are"], "n": 2, "logprobs": 2, "persona": "gloomy"},
@@ -82,6 +83,17 @@ def test_a_text_completion_matches_its_model(api: Api, fields: Json) -> None:
     completion = ask(api, COMPLETIONS, text_request(fields))
     check(TextCompletion, completion)
     Completion.model_validate(completion)
+
+
+def test_log_probabilities_of_prompts_match_their_models(api: Api) -> None:
+    chat = ask(api, CHAT, body(prompt_logprobs=1))
+    check(ChatCompletion, chat)
+    sdk.ChatCompletion.model_validate(chat)
+    text = ask(api, COMPLETIONS, text_request(SCORED))
+    check(TextCompletion, text)
+    assert chat["prompt_logprobs"][0] is None is text["choices"][0]["prompt_logprobs"][0]
+    for chunk in stream(api, COMPLETIONS, text_request({"echo": True, "logprobs": 1})):
+        check(TextCompletionChunk, chunk)
 
 
 @pytest.mark.parametrize("fields", TEXTS.values(), ids=TEXTS)

@@ -452,7 +452,6 @@ class TestRefused:
                 "input.0.content.0.type",
             ),
             ({"tools": [WEATHER, WEATHER]}, "invalid_value", "tools"),
-            ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
             ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "f"}}, "invalid_value", "tool_choice"),
             ({"input": []}, "invalid_value", "input"),
             ({"input": [{"type": "reasoning", "summary": []}]}, "invalid_value", "input"),

@@ -162,6 +162,12 @@ class TestFree:
         assert ask(family, messages=history, max_tokens=5)["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("choice", ["required", "auto", "none"])
+def test_a_choice_among_no_tools_changes_nothing(api: Api, choice: str) -> None:
+    """llama-index sends `required` with its structured output."""
+    assert api.text(tool_choice=choice) == api.text(tool_choice=choice, tools=[]) == api.text()
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -169,7 +175,6 @@ class TestFree:
         ({"tools": [{"type": "web"}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
         ({"tools": [CLOCK, CLOCK]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),

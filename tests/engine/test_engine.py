@@ -41,7 +41,7 @@ def test_the_end_token_stops_and_is_not_part_of_the_answer(make_engine: Make) ->
         ),
         ([1, 10**6], 4, InvalidValue, "1000000 is outside of the vocabulary of 262"),
         ([1, -1], 4, InvalidValue, "-1 is outside"),
-        ([1], 0, InvalidValue, "max_tokens is 0"),
+        ([1], -1, InvalidValue, "max_tokens is -1"),
     ],
 )
 def test_what_can_never_run_is_refused_with_the_numbers(

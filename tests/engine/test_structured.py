@@ -16,7 +16,7 @@ from masquerade.engine import AnswerText, Engine, Request, SamplingParams, struc
 from masquerade.engine.schemas import is_endless
 from masquerade.engine.structured import AnswerFormat, Grammars, JsonFormat, MatcherGrammar, close
 from masquerade.errors import InvalidValue, StepFailed
-from masquerade.model import Base
+from masquerade.model import Base, ThoughtStart
 from tests.engine.asking import Listener, finish
 
 Make = Callable[..., Engine]
@@ -242,7 +242,7 @@ def fits(tiny: Base, grammars: Grammars, form: AnswerFormat, text: str) -> bool:
     (grammar,) = grammars.compile(form)
     assert isinstance(grammar, MatcherGrammar)
     ids = tiny.tokenizer.encode(text, add_special_tokens=False)
-    matcher = grammar._matcher
+    (matcher,) = grammar._matchers
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
@@ -323,3 +323,49 @@ def test_an_object_that_names_its_properties_has_no_others(schema: dict[str, Any
 )
 def test_a_schema_that_closing_could_make_impossible_is_left_as_it_is(schema: dict[str, Any]) -> None:
     assert close(schema) == schema
+
+
+def allowed(grammar: MatcherGrammar, base: Base, text: str) -> bool:
+    """Feed a grammar the bytes of a text; whether all were allowed."""
+    for token in base.tokenizer.encode(text, add_special_tokens=False):
+        row = torch.zeros(base.vocabulary)
+        grammar.allow(row)
+        if not row[token].isfinite():
+            return False
+        grammar.accept(token)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("start", "text", "fits"),
+    [
+        ("begun", 'a { b</thin"k> c</think>\n\n{"a": "x", "b": []}', True),
+        ("begun", '{"a": "x", "b": []}', True),  # a thought that goes on
+        ("begun", "a</think>b", False),
+        ("optional", '<think>\na{"c":</think>{"a": "x", "b": []}', True),
+        ("optional", '{"a": "x", "b": []}', True),
+        ("optional", "a", False),
+        ("optional", "<think>a</think>\n<", False),
+        (None, "<think>", False),
+    ],
+)
+def test_the_form_is_that_of_what_follows_the_thoughts(
+    tiny: Base, grammars: Grammars, start: ThoughtStart | None, text: str, fits: bool
+) -> None:
+    (grammar,) = grammars.compile(AnswerFormat([JsonFormat(SCHEMA)]), 1, start)
+    assert isinstance(grammar, MatcherGrammar)
+    assert allowed(grammar, tiny, text) == fits
+
+
+def test_calls_may_follow_thoughts(tiny: Base, grammars: Grammars) -> None:
+    """Free text with calls that must fit, and calls that are required."""
+    call = JsonFormat(SCHEMA, prefix="<tool_call>", suffix="</tool_call>")
+    said = '<think>I say <tool_call>no</tool_call></think>\n\n%s<tool_call>{"a": "x", "b": []}</tool_call>'
+    free = AnswerFormat([call], free_text=True, trigger="<tool_call>")
+    for form, text in ((free, said % "Well: "), (AnswerFormat([call]), said % "")):
+        (grammar,) = grammars.compile(form, 1, "optional")
+        assert isinstance(grammar, MatcherGrammar)
+        assert allowed(grammar, tiny, text)
+    (grammar,) = grammars.compile(free, 1, "optional")
+    assert isinstance(grammar, MatcherGrammar)
+    assert not allowed(grammar, tiny, "<think>a</think><tool_call>no")

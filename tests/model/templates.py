@@ -56,3 +56,16 @@ LLAMA = r"""
 
 XML_CALLS = HERMES.replace("</tool_call><|end|>", "</tool_call> or <function=...><|end|>")
 UNREADABLE = HERMES.replace("tool_call>", "call>")
+
+QWEN3 = HERMES.replace(  # it thinks unless told otherwise
+    "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}",
+    r"""
+{%- if add_generation_prompt %}
+  {{- '<|assistant|>' }}
+  {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}""",
+)
+R1 = HERMES.replace(  # it always thinks
+    "{{- '<|assistant|>' }}{%- endif %}",
+    r"{{- '<|assistant|><think>\n' }}{%- endif %}{#- </think> -#}",
+)

@@ -37,9 +37,14 @@ _CHAT = (  # fields that chats have under the same names, with the same meaning
 REFUSED: unsupported.Table = {  # as `unsupported` has them for other requests
     **{name: () for name in ChatRequest.model_fields if name not in (*_CHAT, "messages", "tools", "tool_choice")},
     **{name: values for name, values in unsupported.CHAT.items() if name not in ("stop_sequences", "system")},
+    **unsupported.TEMPLATE_FIELDS,
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
     "logprobs": (False,),
     "n": (1,),
     "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
     "stream_options": ({}, {"include_usage": False}, {"include_usage": True}),  # streams always have it
     # Anthropic's own
     "container": (),

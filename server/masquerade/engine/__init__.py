@@ -2,7 +2,18 @@
 
 from masquerade.engine.embedding import Embedding, Pooling, Vector
 from masquerade.engine.engine import Engine, EngineConfig
-from masquerade.engine.request import MAX_LOGPROBS, Event, Finished, Grammar, Phase, Request, SamplingParams, Token
+from masquerade.engine.request import (
+    MAX_LOGPROBS,
+    Event,
+    Finished,
+    Grammar,
+    Phase,
+    PromptToken,
+    Request,
+    SamplingParams,
+    ScoredPrompt,
+    Token,
+)
 from masquerade.engine.structured import AnswerFormat, JsonFormat
 from masquerade.engine.text import AnswerText, Detokenizer, token_bytes
 
@@ -20,8 +31,10 @@ __all__ = [
     "JsonFormat",
     "Phase",
     "Pooling",
+    "PromptToken",
     "Request",
     "SamplingParams",
+    "ScoredPrompt",
     "Token",
     "Vector",
     "token_bytes",

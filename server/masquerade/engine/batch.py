@@ -25,7 +25,7 @@ class Batch:
     positions: Tensor  # int64 [1, rows]
     route: Route
     plan: AttentionPlan
-    sampled: Tensor  # rows whose logits are needed: int64 [samples]
+    logit_rows: Tensor  # rows whose logits are needed, in the order of rows: int64 [logit rows]
     embedded: Sequence[EmbeddedRows]
 
 
@@ -38,7 +38,7 @@ def pack(
     ids: list[int] = []
     decode_positions: list[int] = []
     decode_indices: list[int] = []
-    sampled: list[int] = []
+    logit_rows: list[int] = []
     spans: list[Span] = []
     embedded: list[EmbeddedRows] = []
     prefills: list[tuple[Chunk, int]] = []  # with their first rows
@@ -58,8 +58,10 @@ def pack(
             ids += request.ids[start:stop]
             prefill_positions.append(np.arange(start, stop))
             prefill_indices.append(np.full(stop - start, request.batch_index))
+        if request.prompt_logprobs is not None:
+            logit_rows += [row + position - start for position in chunk.scored]
         if samples:
-            sampled.append(len(ids) - 1)
+            logit_rows.append(len(ids) - 1)
         if request.embedding is not None:
             embedded.append(EmbeddedRows(request.embedding, row, len(ids), start))
     decoding = np.array(decode_indices, np.int64)
@@ -77,7 +79,7 @@ def pack(
         cache.to_device(positions[None]),
         make_route(spans),
         AttentionPlan(cache, cache.to_device(slots), groups),
-        cache.to_device(np.array(sampled, np.int64)),
+        cache.to_device(np.array(logit_rows, np.int64)),
         embedded,
     )
 

@@ -23,7 +23,8 @@ from masquerade.engine.cuda import graphs
 from masquerade.engine.embedding import collect_states
 from masquerade.engine.kv_cache import KVCache, bytes_per_position
 from masquerade.engine.prefix import BLOCK_SIZE, Salts
-from masquerade.engine.request import Request
+from masquerade.engine.prompt_logprobs import score_tokens
+from masquerade.engine.request import MAX_LOGPROBS, Request
 from masquerade.engine.sampler import SampledToken, Sampler
 from masquerade.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from masquerade.engine.structured import Grammars
@@ -264,7 +265,25 @@ class Engine:
             logits = self._run_model(chunks)
         self.counts.steps += 1
         self.counts.computed += sum(chunk.stop - chunk.start for chunk in chunks)
+        if any(chunk.request.unscored for chunk in chunks):
+            logits = self._score_prompts(chunks, logits)
         return self._sampler.sample(logits, [chunk.request for chunk in chunks if chunk.samples])
+
+    def _score_prompts(self, chunks: Sequence[Chunk], logits: Tensor) -> Tensor:
+        """Score the tokens of prompts that requests ask for. The logits that are sampled: [samples, vocabulary]."""
+        sampled: list[int] = []
+        row = 0
+        for chunk in chunks:
+            request, positions = chunk.request, chunk.scored
+            if positions and request.prompt_logprobs is not None:
+                rows = logits[row : row + len(positions)]
+                following = request.prompt[positions.start + 1 : positions.stop + 1]
+                request.add_scores(score_tokens(rows, following, request.prompt_logprobs))
+            row += len(positions)
+            if chunk.samples:
+                sampled.append(row)
+                row += 1
+        return logits[sampled]
 
     def _run_model(self, chunks: Sequence[Chunk]) -> Tensor:
         batch = pack(chunks, self._scheduler.block_table, self._cache, self._find_route)
@@ -274,10 +293,10 @@ class Engine:
                 position_ids=batch.positions,
                 attention_mask=attention.NO_MASK,
                 use_cache=False,
-                logits_to_keep=batch.sampled,
+                logits_to_keep=batch.logit_rows,
                 route=batch.route,
                 plan=batch.plan,
-            ).logits[0]  # [samples, vocabulary]
+            ).logits[0]  # [logit rows, vocabulary]
         return logits
 
     def _find_route(self, spans: list[Span]) -> Route:
@@ -289,17 +308,19 @@ class Engine:
     def _process_output(self, chunks: Sequence[Chunk], sampled: Sequence[SampledToken | None]) -> None:
         """Record the computed chunks and append the sampled tokens."""
         for chunk, token in zip(chunks, sampled, strict=True):
-            if chunk.request.batch_index < 0:  # failed in this step
+            request = chunk.request
+            if request.batch_index < 0:  # failed in this step
                 continue
-            if token is None:
-                self._scheduler.complete(chunk)
-                self._finish_embedding(chunk.request)
-            elif token.token is None:
-                self._block_manager.unregister(chunk.request.blocks)  # their content may be the cause
-                self._fail(chunk.request, "the model's output is not a number, or the grammar allows no token")
-            else:
-                self._scheduler.complete(chunk)
-                self._accept(chunk.request, token.token, token.logprob, token.top)
+            if not request.scores_are_finite or (token is not None and token.token is None):
+                self._block_manager.unregister(request.blocks)  # their content may be the cause
+                self._fail(request, "the model's output is not a number, or the grammar allows no token")
+                continue
+            self._scheduler.complete(chunk)
+            request.report_scores()
+            if token is not None and token.token is not None:
+                self._accept(request, token.token, token.logprob, token.top)
+            elif not request.num_uncomputed:
+                self._finish_prompt(request)
 
     def _accept(self, request: Request, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> None:
         self.counts.sampled += 1
@@ -312,11 +333,11 @@ class Engine:
             if reason:
                 self._scheduler.retire(request, reason)
 
-    def _finish_embedding(self, request: Request) -> None:
-        """End a request for an embedding if its prompt is computed."""
-        if request.embedding is None or request.num_uncomputed:
-            return
-        if request.embedding.finish():
+    def _finish_prompt(self, request: Request) -> None:
+        """End a request whose prompt is computed, and which has no answer to generate."""
+        if request.embedding is None:
+            self._scheduler.retire(request, "length")
+        elif request.embedding.finish():
             self._scheduler.retire(request, "stop")
         else:
             self._fail(request, "the model's hidden states are not numbers")
@@ -387,8 +408,13 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         context, prompt, vocabulary = self.base.context, len(request.prompt), self.base.vocabulary
-        if request.max_tokens < 1 and request.embedding is None:
-            raise InvalidValue(f"max_tokens is {request.max_tokens}; it must be at least 1", param="max_tokens")
+        if request.max_tokens < 0:
+            raise InvalidValue(f"max_tokens is {request.max_tokens}; it must be at least 0", param="max_tokens")
+        if request.prompt_logprobs is not None and not 0 <= request.prompt_logprobs <= MAX_LOGPROBS:
+            raise InvalidValue(
+                f"prompt_logprobs is {request.prompt_logprobs}; it must be between 0 and {MAX_LOGPROBS}",
+                param="prompt_logprobs",
+            )
         if not 0 <= request.min_tokens <= request.max_tokens:
             raise InvalidValue(
                 f"min_tokens is {request.min_tokens}; it must be between 0 and max_tokens, which is "

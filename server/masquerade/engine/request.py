@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal, NamedTuple, Protocol
@@ -97,7 +97,23 @@ class Finished:
     stop: str | None = None  # the stop string that ended the answer
 
 
-Event = Token | Finished
+class PromptToken(NamedTuple):
+    """A token of the prompt, scored by the model's own distribution after the tokens before it."""
+
+    id: int
+    logprob: float | None = None  # None for the first token, which has no tokens before it
+    rank: int = 0  # 1 is the most likely token; 0 for the first token
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their log probabilities
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """All tokens of the prompt with their log probabilities; comes before the first token of the answer."""
+
+    tokens: Sequence[PromptToken]
+
+
+Event = Token | ScoredPrompt | Finished
 
 
 class Grammar(Protocol):
@@ -125,12 +141,14 @@ class Request:
     """
 
     prompt: list[int]
-    max_tokens: int
+    max_tokens: int  # 0 only computes the prompt
     emit: Callable[[Event], None]
     applied: AppliedMask | None = None
     phase: Phase = "all"
     sampling: SamplingParams = field(default_factory=SamplingParams)
     ends: frozenset[int] = frozenset()  # token ids that end the answer
+    reports_end: bool = False  # whether the token that ends the answer is emitted; it never counts as output
+    prompt_logprobs: int | None = None  # 0 to 20: emit a `ScoredPrompt` with so many top tokens
     min_tokens: int = 0  # neither these tokens nor stop strings end a shorter answer
     text: AnswerText | None = None  # converts the tokens to text and finds stop strings
     grammar: Grammar | None = None
@@ -144,6 +162,7 @@ class Request:
     started: bool = field(default=False, init=False)  # has been admitted at least once
     num_cached: int = field(default=0, init=False)  # prompt positions found in the cache
     num_computed: int = field(default=0, init=False)  # positions whose keys and values are in the cache
+    scores_are_finite: bool = field(default=True, init=False)
     blocks: list[int] = field(default_factory=list, init=False)
     num_registered: int = field(default=0, init=False)  # blocks registered under their prefix hash
     num_charged: int = field(default=0, init=False)  # output tokens that the fair share includes
@@ -152,6 +171,7 @@ class Request:
     def __post_init__(self) -> None:
         self.max_length = len(self.prompt) + self.max_tokens  # the most positions that it needs in the cache
         self.ids = list(self.prompt)  # prompt and output so far
+        self._scores = [PromptToken(self.prompt[0])] if self.prompt and self.prompt_logprobs is not None else []
         self.flow = self.owner, self.applied.mask.digest if self.applied else None  # see `WaitingQueue`
         seed = self.sampling.seed
         self._seed = str(secrets.randbits(128) if seed is None else seed).encode()
@@ -165,6 +185,22 @@ class Request:
     def num_output_tokens(self) -> int:
         """Tokens of the answer so far."""
         return len(self.ids) - len(self.prompt)
+
+    @property
+    def unscored(self) -> range:
+        """The positions whose logits are still needed to score the prompt."""
+        return range(len(self._scores) - 1, len(self.prompt) - 1) if self._scores else range(0)
+
+    def add_scores(self, scores: Sequence[PromptToken]) -> None:
+        """Add the scores of the next tokens of the prompt. Without a number for one of them, nothing is reported."""
+        self.scores_are_finite &= all(score.logprob is not None and math.isfinite(score.logprob) for score in scores)
+        self._scores += scores
+
+    def report_scores(self) -> None:
+        """Emit the scored prompt, once, when all of it is scored."""
+        if self._scores and not self.unscored:
+            self._emit(ScoredPrompt(self._scores))
+            self._scores = []
 
     @property
     def first_masked(self) -> int:
@@ -184,10 +220,10 @@ class Request:
 
     @property
     def shares_blocks(self) -> bool:
-        """Whether blocks are found and kept by their hashes. An embedding needs the hidden states of all positions, so
-        it computes them all, and it takes no room from the prefixes of chats.
+        """Whether blocks are found and kept by their hashes. An embedding needs the hidden states of all positions, a
+        scored prompt their logits: they compute them all, and take no room from the prefixes of chats.
         """
-        return self.embedding is None
+        return self.embedding is None and self.prompt_logprobs is None
 
     def block_hashes(self, count: int) -> list[bytes]:
         """The hashes of the first blocks, all of whose tokens are known; none if the request does not share blocks."""
@@ -227,6 +263,7 @@ class Request:
     ) -> Reason | None:
         """Append a sampled token and emit it, unless it ends the answer. The reason if the answer ends here."""
         if token in self.ends:
+            self._emit_end(token, logprob, top)
             return "stop"
         if self.grammar is not None:
             self.grammar.accept(token)
@@ -238,6 +275,13 @@ class Request:
         if (text is not None and text.stopped) or (self.grammar is not None and self.grammar.complete):
             return "stop"
         return "length" if len(self.ids) >= self.max_length else None
+
+    def _emit_end(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> None:
+        """Emit the token that ends the answer, if it is to be reported or its text is part of the answer."""
+        if self.text is not None and self.text.includes_stop:
+            self._emit(Token(token, self.text.push(token, stoppable=False), logprob, top))
+        elif self.reports_end:
+            self._emit(Token(token, "", logprob, top))
 
     def finish(self, reason: Reason, error: MasqueradeError | None = None) -> None:
         """Emit the last event, once."""

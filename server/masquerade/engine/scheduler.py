@@ -47,6 +47,12 @@ class Chunk(NamedTuple):
     samples: bool  # whether it includes the request's last token, and the next one is sampled
 
     @property
+    def scored(self) -> range:
+        """The positions whose logits score the next token of the prompt."""
+        unscored = self.request.unscored
+        return range(max(self.start, unscored.start), min(self.stop, unscored.stop))
+
+    @property
     def is_decode(self) -> bool:
         """Whether this is a single position, which is computed with the decodes even if it ends a prompt."""
         return self.stop - self.start == 1
@@ -143,8 +149,7 @@ class Scheduler:
         stop = start + size
         if stop > len(request.blocks) * BLOCK_SIZE and not self._extend(request, stop, chunks):
             return 0
-        samples = stop == len(request.ids) and request.embedding is None
-        chunks[request] = Chunk(request, start, stop, samples)
+        chunks[request] = Chunk(request, start, stop, stop == len(request.ids) and request.max_tokens > 0)
         return size
 
     def _extend(self, request: Request, stop: int, chunks: dict[Request, Chunk]) -> bool:

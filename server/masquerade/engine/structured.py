@@ -16,10 +16,17 @@ from torch import Tensor
 from masquerade.engine.request import Grammar
 from masquerade.engine.schemas import MOST_PARTS, count_parts, is_endless
 from masquerade.errors import InvalidValue, UnsupportedParameter
+from masquerade.model import THOUGHTS_BEGIN, THOUGHTS_END, ThoughtStart
 
 # White space is bounded, since a weak model would write spaces up to its token limit; in calls it is that of templates.
 _FLEXIBLE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# By how thoughts start: what thoughts begin with in each alternative; None is an alternative without thoughts.
+_OPENINGS: dict[ThoughtStart | None, list[str | None]] = {
+    None: [None],
+    "begun": [""],
+    "optional": [None, THOUGHTS_BEGIN],
+}
 _LOCATION = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")  # in the grammar, which no client sees
 _EXCERPT = re.compile(r"\s*\d+ \| |<state>")  # of the grammar, below what is wrong with it
 # Keywords of JSON Schema whose value is a map of schemas, a list of them, or one; and those that compose schemas.
@@ -69,8 +76,8 @@ class Grammars:
         self._prepared: Any = None
         self._lock = threading.Lock()
 
-    def compile(self, answer: AnswerFormat, count: int = 1) -> list[Grammar]:
-        """The grammars of `count` answers of this form.
+    def compile(self, answer: AnswerFormat, count: int = 1, thoughts: ThoughtStart | None = None) -> list[Grammar]:
+        """The grammars of `count` answers of this form, after thoughts if the model has any.
 
         Raises `InvalidValue` if a schema cannot be compiled or if no finite document meets it, and
         `UnsupportedParameter` if llguidance is not installed.
@@ -81,14 +88,16 @@ class Grammars:
                 raise _refuse(one, f"it has {parts} values; the limit is {MOST_PARTS}")
             if is_endless(one.schema):
                 raise _refuse(one, "no finite document meets it")
-        matcher = self._match(answer)
+        matchers = [self._match(answer, opening) for opening in _OPENINGS[thoughts]]
+        matcher = matchers[0]
         if _explain(matcher) is None:
-            return [MatcherGrammar(matcher.deep_copy(), self._vocabulary) for _ in range(count)]
+            copies = ([matcher.deep_copy() for matcher in matchers] for _ in range(count))
+            return [MatcherGrammar(own, self._vocabulary) for own in copies]
         reasons = ((one, _explain(self._match(AnswerFormat([one])))) for one in formats)
         wrong, reason = next(((one, reason) for one, reason in reasons if reason), (formats[0], _explain(matcher)))
         raise _refuse(wrong, reason or "it cannot be compiled")
 
-    def _match(self, answer: AnswerFormat) -> Any:
+    def _match(self, answer: AnswerFormat, opening: str | None = None) -> Any:
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -97,7 +106,7 @@ class Grammars:
                 f"`{param}` needs the package llguidance: pip install 'masquerade[structured]'", param=param
             ) from None
         try:
-            return LLMatcher(self._prepare(), LLMatcher.grammar_from_lark(_write_lark(answer)), log_level=0)
+            return LLMatcher(self._prepare(), LLMatcher.grammar_from_lark(_write_lark(answer, opening)), log_level=0)
         except RecursionError:
             raise _refuse(answer.choices[0], "it is nested too deeply") from None
 
@@ -111,29 +120,35 @@ class Grammars:
 
 
 class MatcherGrammar:
-    """A `Grammar` that keeps the state of one answer in a matcher of llguidance."""
+    """A `Grammar` that keeps the state of one answer in matchers of llguidance, any of which the answer has to match.
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher = matcher
+    One grammar with both alternatives would not do: llguidance's lexer takes the longest match, so free text hides
+    the start of thoughts.
+    """
+
+    def __init__(self, matchers: list[Any], vocabulary: int) -> None:
+        self._matchers = matchers
         self._vocabulary = vocabulary
 
     @property
     def complete(self) -> bool:
         """See `Grammar`."""
-        return bool(self._matcher.is_stopped())
+        return all(matcher.is_stopped() for matcher in self._matchers)
 
     def allow(self, row: Tensor) -> None:
         """See `Grammar`. If the answer can neither go on nor end here, every logit becomes minus infinity."""
-        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        bits = np.unpackbits(allowed, bitorder="little", count=self._vocabulary)
+        masks = [np.frombuffer(matcher.compute_bitmask(), np.uint8) for matcher in self._matchers]
+        bits = np.unpackbits(np.bitwise_or.reduce(masks), bitorder="little", count=self._vocabulary)
         row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), float("-inf"))
-        if _is_stuck(self._matcher):
+        if all(map(_is_stuck, self._matchers)):
             row.fill_(float("-inf"))
 
     def accept(self, token: int) -> None:
         """See `Grammar`. Raises `InvalidValue` for a token that was not allowed."""
-        if not self._matcher.consume_token(token):
-            raise InvalidValue(f"the grammar does not allow token {token}: {self._matcher.get_error()}")
+        matching = [matcher for matcher in self._matchers if matcher.consume_token(token)]
+        if not matching:
+            raise InvalidValue(f"the grammar does not allow token {token}: {self._matchers[0].get_error()}")
+        self._matchers = matching
 
 
 def _is_stuck(matcher: Any) -> bool:
@@ -160,22 +175,30 @@ def _refuse(fmt: JsonFormat, reason: str) -> InvalidValue:
     return InvalidValue(f"the schema in `{fmt.param}` cannot be used: {reason}", param=fmt.param)
 
 
-def _write_lark(answer: AnswerFormat) -> str:
-    """A form in llguidance's dialect of Lark. Every schema is a separate document, so that its `$ref`s resolve."""
+def _write_lark(answer: AnswerFormat, opening: str | None) -> str:
+    """A form in llguidance's dialect of Lark. Every schema is a separate document, so that its `$ref`s resolve.
+
+    With an `opening`, thoughts that begin with it come before the form.
+    """
     triggered = answer.free_text and answer.trigger
     rules = ["%llguidance {}", *(_define("other", answer.alternative) if answer.alternative else ())]
     names = [f"choice_{number}" for number in range(len(answer.choices))]
     for name, one in zip(names, answer.choices, strict=True):
         rules += _define(name, replace(one, prefix=one.prefix.removeprefix(answer.trigger)) if triggered else one)
     rules.append(f"choice: {' | '.join(names)}")
+    if opening is None:
+        rules.append("start: answer")
+    else:
+        rules += [f"start: {_quote(opening)} thought SPACE answer", r"SPACE: /\s{0,8}/", r"THOUGHT: /(.|\n)*/"]
+        rules.append(f"thought[lazy]: THOUGHT {_quote(THOUGHTS_END)}")
     if triggered:
-        rules += ["start: (begin choice)* TEXT", r"TEXT: /(.|\n)*/", f"begin[lazy]: TEXT {_quote(answer.trigger)}"]
+        rules += ["answer: (begin choice)* TEXT", r"TEXT: /(.|\n)*/", f"begin[lazy]: TEXT {_quote(answer.trigger)}"]
     elif answer.free_text:
-        rules += ["start: choice | TEXT", r"TEXT: /\s*([^{\s](.|\n)*)?/"]
+        rules += ["answer: choice | TEXT", r"TEXT: /\s*([^{\s](.|\n)*)?/"]
     else:
         most = answer.max_count
         more = f"({_quote(answer.separator)} choice){{0,{most - 1}}}" if most > 1 else ""
-        rules.append(f"start: choice {more} {'| other' if answer.alternative else ''}")
+        rules.append(f"answer: choice {more} {'| other' if answer.alternative else ''}")
     return "\n".join(rules)
 
 

@@ -21,9 +21,11 @@ class Detokenizer:
 
     # Not `tokenizers.DecodeStream`: it raises if a byte-fallback token invalidates a run whose text it has returned.
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, skips_special: bool = True) -> None:
+        """`skips_special` leaves out special tokens."""
         # transformers' `decode` is a wrapper around this one that takes five times as long.
         self._backend = tokenizer.backend_tokenizer
+        self._skips_special = skips_special
         self._ids: list[int] = []  # the window
         self._context = 0  # ids of the window whose text was returned before the last piece
         self._returned = 0  # characters of the window's text that were returned
@@ -33,28 +35,43 @@ class Detokenizer:
         self._ids.append(token)
         if _BYTE.fullmatch(self._backend.id_to_token(token) or ""):
             return ""
-        text: str = self._backend.decode(self._ids)
+        text = self._decode()
         if text.endswith(REPLACEMENT):
             return ""
         piece = text[self._returned :]
         if piece:  # the token of an empty piece may be a special one, which is no context for what follows
             del self._ids[: self._context]
             self._context = len(self._ids)
-            self._returned = len(self._backend.decode(self._ids))
+            self._returned = len(self._decode())
         return piece
 
     def flush(self) -> str:
         """The remaining text, with replacement characters for incomplete ones."""
-        text: str = self._backend.decode(self._ids)
+        text = self._decode()
         piece, self._returned = text[self._returned :], len(text)
         return piece
 
+    def _decode(self) -> str:
+        """The window's text."""
+        text: str = self._backend.decode(self._ids, skip_special_tokens=self._skips_special)
+        return text
+
 
 class AnswerText:
-    """An answer's text, cut before the first stop string. Text that may be the start of one is withheld."""
+    """An answer's text, cut before the first stop string, or after it if that `includes_stop`. Text that may be the
+    start of one is withheld.
+    """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        *,
+        includes_stop: bool = False,
+        skips_special: bool = True,
+    ) -> None:
+        self.includes_stop = includes_stop
+        self._detokenizer = Detokenizer(tokenizer, skips_special=skips_special)
         self._stops = [stop for stop in stops if stop]
         self._withheld = ""
         self.stop: str | None = None  # the one that ended the answer
@@ -87,9 +104,9 @@ class AnswerText:
             starts = [(stop, max(0, len(self._withheld) + 1 - len(stop))) for stop in self._stops]
             found = [(at + len(stop), at, stop) for stop, start in starts if (at := text.find(stop, start)) >= 0]
             if found:
-                _, at, self.stop = min(found)
+                end, start, self.stop = min(found)
                 self._withheld = ""
-                return text[:at]
+                return text[: end if self.includes_stop else start]
         self._withheld = text[len(text) - max(_overlap(text, stop) for stop in self._stops) :]
         return text[: len(text) - len(self._withheld)]
 

@@ -1,6 +1,6 @@
 """The base model and its masks: loading, chat templates, maskable Linears, routes, residency."""
 
-from masquerade.model.chat import open_user_message, render_chat
+from masquerade.model.chat import TemplateOptions, open_user_message, render_chat
 from masquerade.model.cuda import SlotMap, Slots, SlotShape, Staging, find_entries
 from masquerade.model.dequantized import Report
 from masquerade.model.encoding import Room, check_bytes, encode, longest_token, too_long
@@ -12,11 +12,14 @@ from masquerade.model.residency import Residency
 from masquerade.model.route import AppliedMask, ResidentMask, Route, Span
 from masquerade.model.routing import make_route
 from masquerade.model.targets import SCOPES, find_targets
+from masquerade.model.thoughts import THOUGHTS_BEGIN, THOUGHTS_END, ThoughtParser, ThoughtStart, find_thought_start
 from masquerade.model.tools import ArgumentsDelta, CallStart, Dialect, ResponsePart, ToolCallParser, find_dialect
 from masquerade.model.verified_store import VerifiedStore
 
 __all__ = [
     "SCOPES",
+    "THOUGHTS_BEGIN",
+    "THOUGHTS_END",
     "AppliedMask",
     "ArgumentsDelta",
     "Base",
@@ -35,6 +38,9 @@ __all__ = [
     "Slots",
     "Span",
     "Staging",
+    "TemplateOptions",
+    "ThoughtParser",
+    "ThoughtStart",
     "ToolCallParser",
     "VerifiedStore",
     "check_bytes",
@@ -42,6 +48,7 @@ __all__ = [
     "find_dialect",
     "find_entries",
     "find_targets",
+    "find_thought_start",
     "load",
     "longest_token",
     "make_route",

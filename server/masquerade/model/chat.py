@@ -6,15 +6,17 @@ Only the template makes special tokens: a message that spells one gets ordinary 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
 from jinja2 import TemplateError
 
-from masquerade.errors import BadRequest
+from masquerade.errors import BadRequest, InvalidValue, quote
 from masquerade.model.encoding import PIECE, Room, check_tokens
 from masquerade.model.tools import Dialect, find_dialect
 
@@ -34,21 +36,34 @@ To call one, answer only with
 once for each call. Results come back in <tool_response>."""
 
 
+@dataclass(frozen=True)
+class TemplateOptions:
+    """What a chat template is given beside messages and tools."""
+
+    add_generation_prompt: bool = True  # whether the prompt begins an assistant's message
+    continue_final_message: bool = False  # whether the answer continues the last message, an assistant's
+    variables: Mapping[str, Any] = field(default_factory=dict)  # the template's own, such as `enable_thinking`
+
+
 def render_chat(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     room: Room | None = None,
+    options: TemplateOptions | None = None,
 ) -> list[int]:
-    """The prompt's token ids for the assistant's next message.
+    """The prompt's token ids for the assistant's next message, or as `options` say.
 
     `messages` and `tools` have the form of chat templates: text contents, and a call's arguments as an object. A
     template that does not support tools, or whose dialect is unknown, gets them as text. Without a chat template the
-    messages' texts are joined by line feeds. Raises `BadRequest` with the template's own message if it refuses them.
-    Raises `ContextTooLong` for chats far longer than the room, if one is given, without tokenising all of it; what is
-    returned may exceed the room by a factor.
+    messages' texts are joined by line feeds. Raises `BadRequest` with the template's own message if it refuses them,
+    and `InvalidValue` for a variable that is not the template's own. Raises `ContextTooLong` for chats far longer than
+    the room, if one is given, without tokenising all of it; what is returned may exceed the room by a factor.
     """
+    options = options or TemplateOptions()
+    _check_variables(tokenizer, options.variables)
     if room is not None:
+        check_tokens(tokenizer, list(_texts(options.variables)), room, "chat_template_kwargs")
         check_tokens(tokenizer, list(_texts(messages)), room, "messages")
         check_tokens(tokenizer, list(_texts(tools)), room, "tools")
     if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
@@ -80,9 +95,17 @@ def render_chat(
             hide_in(messages),
             tools=hide_in(tools) or None,
             chat_template=None if tokenizer.chat_template else _PLAIN,
-            add_generation_prompt=True,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
             tokenize=False,
+            **hide_in(options.variables),
         )
+    except ValueError as error:
+        if not options.continue_final_message:
+            raise
+        raise BadRequest(
+            "the model's chat template changes the last message, which can therefore not be continued", param="messages"
+        ) from error
     except (TemplateError, TypeError, RecursionError) as error:
         raise BadRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
     ids: list[int] = []
@@ -106,6 +129,16 @@ def open_user_message(tokenizer: Any) -> list[int]:
         return []
     opening: list[int] = tokenizer.encode(text.split(_OPEN)[0], add_special_tokens=False)
     return opening
+
+
+def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """Refuse names that the renderer sets itself."""
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    taken = {"messages", "conversations", *own, *tokenizer.special_tokens_map}
+    if name := next((name for name in variables if name in taken), None):
+        raise InvalidValue(
+            f"`chat_template_kwargs` cannot set {quote(name)}, which the server sets", param="chat_template_kwargs"
+        )
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -6,20 +6,24 @@ a third of the time (`benchmarks.costs`). `tests/contract/test_objects.py` valid
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, ClassVar
 
-from masquerade.engine import Token, token_bytes
+from masquerade.engine import PromptToken, Token, token_bytes
 from masquerade.errors import MasqueradeError
 from masquerade.http import errors
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode, sse
 from masquerade.model import Base, CallStart, ResponsePart
+from masquerade.openai.prompt_logprobs import render_prompt_logprobs
+from masquerade.openai.schemas import CompletionRequest
 from masquerade.openai.tools import ToolSet
 from masquerade.service.serving import ResolvedPersona
 
@@ -35,6 +39,8 @@ class OutputDelta:
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
     stop: str | None = None  # the stop string that ended the answer
+    thought: str = ""  # comes before the text
+    scores: Sequence[PromptToken] = ()  # of the prompt, in the first delta if the request asks for them
 
 
 class OutputParser:
@@ -137,7 +143,12 @@ class ChoicesAnswer(Answer):
         by_choice: dict[int, list[OutputDelta]] = {}
         for delta in deltas:
             by_choice.setdefault(delta.index, []).append(delta)
-        choices = [self._render_choice(index, by_choice[index]) for index in sorted(by_choice)]
+
+        def render() -> list[Json]:
+            return [self._render_choice(index, by_choice[index]) for index in sorted(by_choice)]
+
+        scored = any(delta.scores for delta in deltas)  # then it may take too long for the event loop
+        choices = await asyncio.to_thread(render) if scored else render()
         return {"object": self.object_type, **self._shared, "choices": choices, "usage": _render_usage(usage)}
 
     def first_chunks(self, count: int, usage: Usage) -> str:  # noqa: ARG002 - for subclasses
@@ -172,7 +183,7 @@ class ChoicesAnswer(Answer):
 
 
 class ChatAnswer(ChoicesAnswer):
-    """A chat completion. With tools, calls are parsed out of the text."""
+    """A chat completion. With tools, calls are parsed out of the text. Thoughts are `reasoning_content`."""
 
     prefix, object_type, chunk_type = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
@@ -188,8 +199,17 @@ class ChatAnswer(ChoicesAnswer):
         """The chunks with the role."""
         return "".join(self._chunk(_chunk_choice(index, '{"role":"assistant","content":""}')) for index in range(count))
 
+    async def body(self, deltas: Sequence[OutputDelta], usage: Usage) -> Json:
+        """The choices in one object, with the log probabilities of the prompt if the request asks for them."""
+        whole = await super().body(deltas, usage)
+        if scores := next((delta.scores for delta in deltas if delta.scores), None):
+            count = len(scores[-1].top)
+            whole["prompt_logprobs"] = await asyncio.to_thread(render_prompt_logprobs, self._tokenizer, scores, count)
+        return whole
+
     def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
         text, calls = "", list[Json]()
+        thoughts = "".join(delta.thought for delta in deltas)
         for delta in deltas:
             for part in self._parse(delta):
                 if isinstance(part, str):
@@ -199,7 +219,10 @@ class ChatAnswer(ChoicesAnswer):
                     calls.append(_call(part.name))
                 else:
                     calls[-1]["function"]["arguments"] += part.text
-        message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        content = text or (None if calls or thoughts else "")
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if thoughts:
+            message["reasoning_content"] = thoughts
         if calls:
             message["tool_calls"] = calls
         return {
@@ -212,6 +235,8 @@ class ChatAnswer(ChoicesAnswer):
     def _render_delta(self, delta: OutputDelta) -> Sequence[str]:
         index, logprobs = delta.index, self._chat_logprobs(delta.tokens)
         messages = [self._render_part(index, part) for part in self._parse(delta)]
+        if delta.thought:
+            messages.insert(0, encode({"reasoning_content": delta.thought}))
         if logprobs and not messages:
             messages = [_content("")]
         choices = [_chunk_choice(index, message) for message in messages]
@@ -251,43 +276,65 @@ class CompletionAnswer(ChoicesAnswer):
 
     prefix, object_type, chunk_type = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, base: Base, resolved: ResolvedPersona, *, wants_usage: bool = False) -> None:
-        super().__init__(base, resolved, wants_usage=wants_usage)
+    def __init__(
+        self, base: Base, resolved: ResolvedPersona, request: CompletionRequest, echoes: Sequence[str] = ()
+    ) -> None:
+        """`echoes` are the texts of the prompts that the answer repeats."""
+        super().__init__(base, resolved, wants_usage=request.wants_usage)
+        self._request = request
+        self._echoes = {
+            number * (request.n or 1) + choice: echo
+            for number, echo in enumerate(echoes)
+            for choice in range(request.n or 1)
+        }  # by choice, until they are written
         self._lengths: dict[int, int] = {}  # in characters so far, by choice
 
     def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
         text = "".join(delta.text for delta in deltas)
         tokens = [token for delta in deltas for token in delta.tokens]
-        return self._render(OutputDelta(index, text, tokens, deltas[-1].finish_reason))
+        rendered = self._render(OutputDelta(index, text, tokens, deltas[-1].finish_reason, scores=deltas[0].scores))
+        count = self._request.prompt_logprobs
+        if count is not None:
+            rendered["prompt_logprobs"] = render_prompt_logprobs(self._tokenizer, deltas[0].scores, count)
+        return rendered
 
     def _render_delta(self, delta: OutputDelta) -> Sequence[str]:
         return [encode(self._render(delta))]
 
     def _render(self, delta: OutputDelta) -> Json:
+        echo = self._echoes.pop(delta.index, None)
+        prompt = () if echo is None else delta.scores
         return {
             "index": delta.index,
-            "text": delta.text,
-            "logprobs": self._older_logprobs(delta.index, delta.tokens),
+            "text": (echo or "") + delta.text,
+            "logprobs": self._older_logprobs(delta.index, echo or "", prompt, delta.tokens),
             "finish_reason": delta.finish_reason,
         }
 
-    def _older_logprobs(self, index: int, tokens: Sequence[Token]) -> Json | None:
-        if not tokens or tokens[0].logprob is None:
+    def _older_logprobs(
+        self, index: int, echo: str, prompt: Sequence[PromptToken], answer: Sequence[Token]
+    ) -> Json | None:
+        """Log probabilities of the tokens of an echoed prompt, and of an answer."""
+        count = self._request.logprobs
+        tokens: list[PromptToken | Token] = [*prompt, *answer]
+        if count is None or not tokens:
             return None
         texts = [self._token_text(token.id) for token in tokens]
-        offset, offsets = self._lengths.get(index, 0), list[int]()
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._lengths[index] = offset
+        # A special token that the tokenizer puts before the prompt is no part of the echo.
+        added = prompt and prompt[0].id in self._tokenizer.all_special_ids and not echo.startswith(texts[0])
+        start = -len(texts[0]) if added else self._lengths.get(index, 0)
+        *offsets, end = accumulate(map(len, texts), initial=start)
+        self._lengths[index] = end
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self._token_text(other): logprob for other, logprob in token.top} | {text: token.logprob}
+                {self._token_text(other): logprob for other, logprob in token.top[:count]} | {text: token.logprob}
+                if token.logprob is not None
+                else None
                 for text, token in zip(texts, tokens, strict=True)
             ],
-            "text_offset": offsets,
+            "text_offset": [max(0, offset) for offset in offsets],
         }
 
     def _token_text(self, token: int) -> str:

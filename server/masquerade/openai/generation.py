@@ -14,15 +14,26 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from masquerade.engine import AnswerFormat, AnswerText, Event, Finished, Grammar, Request, Token
-from masquerade.errors import AnswerTimedOut, ContextTooLong, MasqueradeError, NotReady
+from masquerade.engine import (
+    AnswerFormat,
+    AnswerText,
+    Event,
+    Finished,
+    Grammar,
+    PromptToken,
+    Request,
+    ScoredPrompt,
+    Token,
+)
+from masquerade.errors import AnswerTimedOut, ContextTooLong, InvalidValue, MasqueradeError, NotReady
 from masquerade.http import errors
 from masquerade.http.access import Caller
 from masquerade.http.dependencies import read_persona
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import respond_events
-from masquerade.model import Base, find_dialect
+from masquerade.model import Base, ThoughtParser, ThoughtStart, find_dialect, find_thought_start
 from masquerade.openai.answers import Answer, OutputDelta
+from masquerade.openai.prompt_logprobs import check_scores
 from masquerade.openai.prompts import CONTEXT, context_room, tokenise_chat
 from masquerade.openai.schemas import ChatRequest, EmbeddingRequest, GenerationRequest
 from masquerade.openai.tools import ToolSet, select_tools
@@ -39,11 +50,14 @@ async def resolve_persona(
 ) -> ResolvedPersona:
     """The persona of a request, with its mask on the device. Raises as `Serving.resolve_persona` does, and
     `PersonaForbidden`.
+
+    What reads the prompt itself has a `default_phase` of its own, which goes before the persona's.
     """
     reference = serving.find_reference(request.model, request.persona, await read_persona(http))
     caller.check_reference(reference)
     gone = partial(wait_for_disconnect, http.receive)
-    return await serving.resolve_persona(reference, request.gamma, request.persona_phase, gone)
+    phase = request.persona_phase or (request.default_phase if reference else None)
+    return await serving.resolve_persona(reference, request.gamma, phase, gone)
 
 
 async def respond_chat(
@@ -64,7 +78,9 @@ async def respond_chat(
     resolved = await resolve_persona(serving, request, caller, http)
     tool_set = select_tools(request, find_dialect(tokenizer), tokenizer) if request.tools else None
     tools = request.tools if tool_set else None
-    prompt = await tokenise_chat(serving, caller, size, request.messages, tools, context_room(serving))
+    options, room = request.template_options, context_room(serving)
+    prompt = await tokenise_chat(serving, caller, size, request.messages, tools, room, options)
+    thoughts = find_thought_start(tokenizer, prompt, request.continued_text)
     json_format = request.json_format
     if tool_set:
         answer_format = tool_set.answer_format(json_format)
@@ -72,10 +88,10 @@ async def respond_chat(
         answer_format = AnswerFormat([json_format]) if json_format else None
     grammars = None
     if answer_format:
-        compile_format = partial(serving.engine.grammars.compile, answer_format, request.n or 1)
+        compile_format = partial(serving.engine.grammars.compile, answer_format, request.n or 1, thoughts)
         grammars = await serving.workers.run(caller.owner, size, compile_format)
     answer = make_answer(serving.base, resolved, tool_set)
-    return await respond(serving, resolved, request, caller, [prompt], answer, http.receive, grammars)
+    return await respond(serving, resolved, request, caller, [prompt], answer, http.receive, grammars, thoughts)
 
 
 async def respond(
@@ -87,13 +103,21 @@ async def respond(
     answer: Answer,
     receive: Receive,
     grammars: Sequence[Grammar] | None = None,
+    thoughts: ThoughtStart | None = None,
 ) -> Response:
-    """Generate `n` choices for each prompt, and answer with a stream or in one piece.
+    """Generate `n` choices for each prompt, and answer with a stream or in one piece. Thoughts that start as `thoughts`
+    says are split from the text.
 
     Raises every error of the request before the first byte is sent: `ContextTooLong` for a prompt that leaves no room
-    for an answer, and those of `Engine.submit`.
+    for an answer, `InvalidValue` for a stop token that does not exist or too many log probabilities, and those of
+    `Engine.submit`.
     """
     base = serving.base
+    check_scores(request, prompts)
+    if unknown := next((token for token in request.stop_token_ids or () if token >= base.vocabulary), None):
+        raise InvalidValue(
+            f"token id {unknown} is outside of the vocabulary of {base.vocabulary}", param="stop_token_ids"
+        )
     requests = [  # one for each choice of each prompt; only `emit` is left to set
         partial(
             Request,
@@ -102,9 +126,16 @@ async def respond(
             applied=resolved.applied,
             phase=resolved.phase,
             sampling=request.sampling(choice),
-            ends=base.ends,
+            ends=request.ends(base.ends),
+            reports_end=request.reports_end,
+            prompt_logprobs=request.num_prompt_logprobs,
             min_tokens=request.min_tokens or 0,
-            text=AnswerText(base.tokenizer, request.stops()),
+            text=AnswerText(
+                base.tokenizer,
+                request.stops(),
+                includes_stop=bool(request.include_stop_str_in_output),
+                skips_special=request.skip_special_tokens is not False,
+            ),
             grammar=grammars[choice] if grammars else None,
             owner=caller.share,
             priority=caller.priority,
@@ -112,7 +143,7 @@ async def respond(
         for prompt in prompts
         for choice in range(request.n or 1)
     ]
-    outputs = OutputCollector(serving, requests, caller, streams=bool(request.stream))
+    outputs = OutputCollector(serving, requests, caller, thoughts, streams=bool(request.stream))
     caller.record.begin(resolved, lambda: outputs.usage)
     outputs.start()
     if request.stream:
@@ -124,7 +155,13 @@ class OutputCollector:
     """Collects the outputs of the engine's requests that answer one HTTP request. For one event loop."""
 
     def __init__(
-        self, serving: Serving, requests: Sequence[partial[Request]], caller: Caller, *, streams: bool
+        self,
+        serving: Serving,
+        requests: Sequence[partial[Request]],
+        caller: Caller,
+        thoughts: ThoughtStart | None = None,
+        *,
+        streams: bool,
     ) -> None:
         self._engine, self._notifier = serving.engine, serving.notifier
         self._caller = caller
@@ -134,6 +171,7 @@ class OutputCollector:
         self._changed = asyncio.Event()
         self._ping_due = False
         self.disconnected = False
+        self._parsers = [ThoughtParser(thoughts) for _ in requests] if thoughts else []
         self._requests = [make(emit=partial(self._receive, index)) for index, make in enumerate(requests)]
 
     @property
@@ -209,6 +247,7 @@ class OutputCollector:
         An empty list means that a ping is due. Raises the error that ended an answer early.
         """
         pending: list[list[Token]] = [[] for _ in self._requests]  # tokens without text of their own yet
+        scores: dict[int, Sequence[PromptToken]] = {}  # of prompts, for the first delta of their answers
         unfinished, failure = self.count, None
         while unfinished and not failure and not self.disconnected:
             self._last_output, self._ping_due = self._loop.time(), False
@@ -221,6 +260,9 @@ class OutputCollector:
                 finish_reason: str | None = None
                 stop: str | None = None
                 match event:
+                    case ScoredPrompt():
+                        scores[index] = event.tokens
+                        continue
                     case Token():
                         self._caller.record.add_token(index, arrived)
                         pending[index].append(event)
@@ -229,14 +271,20 @@ class OutputCollector:
                         self._caller.record.end_answer(finish_reason)
                     case Finished(_, error):
                         failure = error or NotReady("the server is stopping")
-                if event.text or finish_reason:
-                    deltas.append(OutputDelta(index, event.text, pending[index], finish_reason, stop))
+                thought, text = self._split(index, event.text, last=finish_reason is not None)
+                if text or thought or finish_reason:
+                    prompt = scores.pop(index, ())
+                    deltas.append(OutputDelta(index, text, pending[index], finish_reason, stop, thought, prompt))
                     pending[index] = []
             if deltas or self._ping_due:
                 yield deltas
         if failure:
             self._caller.record.fail(failure)
             raise failure
+
+    def _split(self, index: int, text: str, *, last: bool) -> tuple[str, str]:
+        """What a text adds to the thoughts of an answer, and to its content."""
+        return self._parsers[index].push(text, last=last) if self._parsers else ("", text)
 
 
 async def _respond_whole(outputs: OutputCollector, answer: Answer, receive: Receive) -> Response:
@@ -294,7 +342,7 @@ def _max_tokens(request: GenerationRequest, context: int, prompt: int) -> int:
     than the time limit of answers allows. Raises `ContextTooLong` if the prompt leaves nothing.
     """
     limit = request.max_new_tokens()
-    if limit and not request.ends_at_context:
+    if limit is not None and not request.ends_at_context:
         return limit
     if prompt >= context:
         raise ContextTooLong(

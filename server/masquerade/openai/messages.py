@@ -93,6 +93,7 @@ class Message(RequestBody):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None = None
+    reasoning_content: Text | None = None  # an assistant's thoughts, which some templates write
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
 
@@ -128,7 +129,9 @@ class Message(RequestBody):
         return self
 
     def texts(self) -> Iterator[str]:
-        """Every text of the message, including names and arguments of calls."""
+        """Every text of the message, including thoughts, and names and arguments of calls."""
+        if self.reasoning_content is not None:
+            yield self.reasoning_content
         if isinstance(self.content, str):
             yield self.content
         else:
@@ -142,6 +145,8 @@ class Message(RequestBody):
         if not isinstance(text, str):
             text = "".join(part.text for part in text)
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
             message["tool_calls"] = [call.plain() for call in self.tool_calls]
         if self.tool_call_id is not None:

@@ -90,11 +90,12 @@ class ToolCallObject(WireObject):
 
 
 class MessageObject(WireObject):
-    """The model's message; `tool_calls` only if there are any."""
+    """The model's message; `reasoning_content` and `tool_calls` only if there are any."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str = Field("")
     tool_calls: list[ToolCallObject] = Field([])
 
 
@@ -110,6 +111,18 @@ class TokenLogprobObject(TopLogprobObject):
     """A token of the answer, and the likeliest tokens at its position."""
 
     top_logprobs: list[TopLogprobObject]
+
+
+class PromptLogprobObject(WireObject):
+    """The log probability of a token, and its rank among all tokens, from 1 on."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# By position, of the prompt's token and of the likeliest ones by token id; null for the first token.
+PromptLogprobs = list[dict[str, PromptLogprobObject] | None]
 
 
 class LogprobsObject(WireObject):
@@ -129,7 +142,7 @@ class ChatChoice(WireObject):
 
 
 class ChatCompletion(CompletionBase):
-    """A chat completion in one piece."""
+    """A chat completion in one piece; `prompt_logprobs` only if the request has it."""
 
     model_config = show(
         {
@@ -150,6 +163,7 @@ class ChatCompletion(CompletionBase):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: UsageObject
+    prompt_logprobs: PromptLogprobs = Field([])
 
 
 class FunctionDelta(WireObject):
@@ -173,6 +187,7 @@ class MessageDelta(WireObject):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str = Field("")
     tool_calls: list[ToolCallDelta] = Field([])
 
 
@@ -194,21 +209,22 @@ class ChatCompletionChunk(CompletionBase):
 
 
 class OlderLogprobs(WireObject):
-    """Log probabilities in the form of `/v1/completions`."""
+    """Log probabilities in the form of `/v1/completions`; those of the first token of an echoed prompt are null."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
 class TextChoice(WireObject):
-    """A choice; in a chunk, `finish_reason` is null until the last one."""
+    """A choice; in a chunk, `finish_reason` is null until the last one. `prompt_logprobs` only if requested."""
 
     index: int
     text: str
     logprobs: OlderLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_logprobs: PromptLogprobs = Field([])
 
 
 class TextCompletion(CompletionBase):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from masquerade.http.access import Caller
-from masquerade.model import Room, check_bytes, encode, render_chat, too_long
+from masquerade.model import Room, TemplateOptions, check_bytes, encode, render_chat, too_long
 from masquerade.openai.messages import Message, Tool
 from masquerade.service.serving import Serving
 
@@ -30,7 +30,13 @@ def counting_room(serving: Serving) -> Room:
 
 
 async def tokenise_chat(
-    serving: Serving, caller: Caller, size: int, messages: Sequence[Message], tools: Sequence[Tool] | None, room: Room
+    serving: Serving,
+    caller: Caller,
+    size: int,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None,
+    room: Room,
+    options: TemplateOptions | None = None,
 ) -> list[int]:
     """The token ids of a chat, from a body of `size` bytes.
 
@@ -43,7 +49,7 @@ async def tokenise_chat(
     def render() -> list[int]:
         plain = [message.plain() for message in messages]
         functions = [tool.model_dump(exclude_none=True) for tool in tools or ()]
-        return render_chat(tokenizer, plain, functions, room)
+        return render_chat(tokenizer, plain, functions, room, options)
 
     return await run_off_loop(serving, caller, size, render)
 

@@ -44,7 +44,7 @@ _RESPONSE: dict[str, Any] = {
     "input": "Would you like to come to a party?",
     "temperature": 0,
 }
-_HIDDEN = ("n", "max_tokens", "stream_options")  # fields of chats that responses do not have
+_HIDDEN = ("n", "max_tokens", "prompt_logprobs", "stream_options")  # fields of chats that responses do not have
 
 Json = dict[str, Any]
 
@@ -346,7 +346,7 @@ class ResponseRequest(GenerationRequest):
     def _tool_choice(self) -> Literal["none", "auto", "required"] | NamedTool | None:
         if isinstance(self.tool_choice, FunctionChoice):
             return NamedTool(type="function", function=FunctionReference(name=self.tool_choice.name))
-        return None if self.tool_choice == "auto" else self.tool_choice  # clients send it also without tools
+        return self.tool_choice
 
     def _response_format(self) -> PlainFormat | SchemaFormat | None:
         given = self.text.format if self.text else None

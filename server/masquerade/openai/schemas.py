@@ -10,15 +10,18 @@ from masquerade.engine import MAX_LOGPROBS, JsonFormat, Phase, Pooling, Sampling
 from masquerade.errors import InvalidValue, UnsupportedParameter, quote
 from masquerade.http.builds import MaskMethod, Method, Seed, make_build_request
 from masquerade.http.wire import Refusal, RequestBody, Schema, Text, show
+from masquerade.model import TemplateOptions
 from masquerade.openai import unsupported
-from masquerade.openai.messages import Messages, NamedTool, Tools
+from masquerade.openai.messages import Message, Messages, NamedTool, Tools
 from masquerade.service.build_requests import BuildRequest
 
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # in one request for completions
 MAX_INPUTS = 2048  # in one request for embeddings, as with OpenAI
 MAX_STOPS = 4
+MAX_STOP_IDS = 64
 MAX_BIASES = 4096  # tokens with a bias
+MAX_VARIABLES = 32  # of a chat template
 
 _CHAT: dict[str, Any] = {
     "model": "demo",
@@ -103,11 +106,45 @@ class GenerationRequest(RequestBody):
     logit_bias: Annotated[dict[TokenId, Bias], at_most(MAX_BIASES)] | None = None
     seed: int | None = None
     stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Id], Field(fail_fast=True, max_length=MAX_STOP_IDS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None  # true unless given
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise Refusal(
+                InvalidValue("a stream has no `prompt_logprobs`; ask without `stream`", param="prompt_logprobs")
+            )
+        return self
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are found for each token of the prompt; None if it is not scored."""
+        return self.prompt_logprobs
+
+    @property
+    def default_phase(self) -> Phase | None:
+        """The phase unless the request has one; None for the persona's. In phase `decode` the prompt is the base's, and
+        so would be its log probabilities.
+        """
+        return None if self.num_prompt_logprobs is None else "all"
+
+    @property
+    def reports_end(self) -> bool:
+        """Whether log probabilities include the token that ends the answer."""
+        return False
+
+    def ends(self, own: frozenset[int]) -> frozenset[int]:
+        """Token ids that end the answer; `own` are the model's."""
+        return (frozenset() if self.ignore_eos else own).union(self.stop_token_ids or ())
 
     @property
     def num_logprobs(self) -> int | None:
@@ -143,7 +180,50 @@ class GenerationRequest(RequestBody):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(GenerationRequest):
+class TemplateFields(RequestBody):
+    """Fields for the chat template, as vLLM has them."""
+
+    add_generation_prompt: bool | None = None  # true unless the final message is continued
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[Text, Any], at_most(MAX_VARIABLES)] | None = None
+
+    @model_validator(mode="after")
+    def _check_continued(self) -> Self:
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise Refusal(
+                    InvalidValue(
+                        "`continue_final_message` and `add_generation_prompt` exclude each other",
+                        param="continue_final_message",
+                    )
+                )
+            if self.continued_text is None:
+                raise Refusal(
+                    InvalidValue(
+                        "`continue_final_message` needs a last message of the assistant with a text and no calls",
+                        param="continue_final_message",
+                    )
+                )
+        return self
+
+    @property
+    def continued_text(self) -> str | None:
+        """The text of the message that the answer continues."""
+        messages: list[Message] = getattr(self, "messages", None) or []
+        if not self.continue_final_message or not messages:
+            return None
+        last = messages[-1]
+        return last.plain()["content"] or None if last.role == "assistant" and not last.tool_calls else None
+
+    @property
+    def template_options(self) -> TemplateOptions:
+        """What the chat template is given."""
+        continues = bool(self.continue_final_message)
+        begins = not continues if self.add_generation_prompt is None else self.add_generation_prompt
+        return TemplateOptions(begins, continues, self.chat_template_kwargs or {})
+
+
+class ChatRequest(TemplateFields, GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     model_config = show(_CHAT)
@@ -169,10 +249,6 @@ class ChatRequest(GenerationRequest):
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise Refusal(InvalidValue("two tools have the same name", param="tools"))
-        if self.tool_choice in ("auto", "required") and not names:
-            raise Refusal(
-                InvalidValue(f"`tool_choice` is {self.tool_choice!r}, but there are no `tools`", param="tool_choice")
-            )
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise Refusal(
                 InvalidValue(f"there is no tool {quote(self.tool_choice.function.name)}", param="tool_choice")
@@ -214,15 +290,36 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[Annotated[Ids, Field(min_length=1)]], _PROMPTS]
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise Refusal(
+                InvalidValue("`max_tokens` can be 0 only with `echo` or `prompt_logprobs`", param="max_tokens")
+            )
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
         """As `logprobs` says."""
         return self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As `prompt_logprobs` says, and at least as `logprobs` says for a prompt that is echoed."""
+        counts = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in counts if count is not None), default=None)
+
+    @property
+    def reports_end(self) -> bool:
+        """For an echoed prompt: clients cut off the last token, taking it for the only one of the answer."""
+        return bool(self.echo) and self.logprobs is not None
+
     def max_new_tokens(self) -> int:
         """`max_tokens`, or OpenAI's default of 16."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or as token ids."""
@@ -239,11 +336,12 @@ class EmbeddingRequest(RequestBody):
 
     model_config = show(_EMBEDDING)
     refused = unsupported.EMBEDDINGS
+    default_phase: ClassVar[Phase] = "all"  # an embedding is all prompt
 
     model: Text = Field(examples=["demo", "demo:introvert"])
     persona: Text | None = None
     gamma: Annotated[float, Field(ge=0, le=1)] | None = None
-    persona_phase: Literal["all"] | None = None  # an embedding is all prompt
+    persona_phase: Literal["all"] | None = None
     input: (
         Text
         | Annotated[list[Text], _INPUTS]

@@ -13,12 +13,12 @@ from masquerade.model import too_long
 from masquerade.openai import unsupported
 from masquerade.openai.messages import Messages, Tools
 from masquerade.openai.prompts import counting_room, run_off_loop, tokenise_chat, tokenise_texts
-from masquerade.openai.schemas import Ids
+from masquerade.openai.schemas import Ids, TemplateFields
 
 router = APIRouter(route_class=ScopedRoute)
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(TemplateFields):
     """`POST /tokenize`: a `prompt`, or the `messages` of a chat."""
 
     model_config = show({"prompt": "Hello!", "return_token_strs": True})
@@ -75,7 +75,8 @@ async def tokenize(request: TokenizeRequest, serving: Served, caller: Chatting, 
         raise InvalidValue("`tools` belong to a chat: they need `messages`", param="tools")
     tokenizer, room, size = serving.base.tokenizer, counting_room(serving), len(await http.body())
     if request.messages is not None:
-        ids = await tokenise_chat(serving, caller, size, request.messages, request.tools, room)
+        options = request.template_options
+        ids = await tokenise_chat(serving, caller, size, request.messages, request.tools, room, options)
     else:
         prompts, special = [request.prompt or ""], request.add_special_tokens
         (ids,) = await tokenise_texts(serving, caller, size, prompts, room, special=special)

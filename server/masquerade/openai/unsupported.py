@@ -64,7 +64,6 @@ GENERATION: Table = {
     "watermark": (False,),
     "xtc_probability": (0,),
     # where the answer ends
-    "ignore_eos": (False,),
     "max_length": (),
     "max_new_tokens": (),
     "max_output_tokens": (),
@@ -73,22 +72,20 @@ GENERATION: Table = {
     "num_predict": (-1,),
     "stop_regex": ([],),
     "stop_sequences": ([],),
-    "stop_token_ids": ([],),
     # how the answer is shown
-    "include_stop_str_in_output": (False,),
     "no_stop_trim": (False,),
-    "prompt_logprobs": (0,),
     "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
     "top_n_tokens": (0,),
 }
 _TEMPLATE: Table = {
-    "add_generation_prompt": (True,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
+}
+TEMPLATE_FIELDS: Table = {  # of chats, which other APIs do not have
+    "add_generation_prompt": (True,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
 }
 CHAT: Table = {
     **GENERATION,
@@ -110,7 +107,6 @@ CHAT: Table = {
 COMPLETIONS: Table = {
     **GENERATION,
     "add_special_tokens": (True,),
-    "echo": (False,),
     "max_completion_tokens": (),
     "messages": ([],),
     "response_format": ({"type": "text"},),
@@ -150,6 +146,7 @@ DETOKENIZE: Table = {"skip_special_tokens": (False,)}
 RESPONSES: Table = {
     **{name: values for name, values in GENERATION.items() if name != "max_output_tokens"},
     **_TEMPLATE,
+    **TEMPLATE_FIELDS,
     "audio": (),
     "background": (False,),
     "context_management": ([],),
@@ -166,6 +163,7 @@ RESPONSES: Table = {
     "n": (1,),
     "prediction": (),
     "prompt": (),
+    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "system": ("",),
