@@ -54,6 +54,7 @@ CLIENTS = {
     "anthropic-2": Client("with_anthropic", ("anthropic==2.14.0",)),
     "anthropic-0": Client("with_anthropic", ("anthropic==0.125.0",)),
     "guidellm": Client("with_guidellm", ("guidellm==0.8.1", "torch==2.13.0")),
+    "lm-eval": Client("with_lm_eval", ("lm-eval[api]==0.4.13", "transformers==5.23.0")),
 }
 
 

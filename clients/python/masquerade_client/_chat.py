@@ -62,7 +62,7 @@ class StreamBase:
     """A streamed answer. `persona` and `generation` are set from the first piece on, `reply` after the last."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self.text = self.reasoning = ""
         self.persona: str | None = None
         self.generation: str | None = None
         self._model = self._id = ""
@@ -86,6 +86,7 @@ class StreamBase:
             usage=self._usage,
             model=self._model,
             id=self._id,
+            reasoning=self.reasoning,
         )
 
     def _deltas(self, chunk: bytes) -> Iterator[Delta]:
@@ -108,6 +109,7 @@ class StreamBase:
         delta = ""
         for choice in data["choices"]:
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
+            self.reasoning += choice["delta"].get("reasoning_content") or ""
             delta += choice["delta"].get("content") or ""
         return delta
 

@@ -51,7 +51,19 @@ class ChatOptions(TypedDict, total=False):
     logit_bias: Mapping[str, float] | None
     """Added to the logits of tokens, by id."""
     stop: str | Sequence[str] | None
-    """Strings that end the answer; they are not part of it."""
+    """Strings that end the answer; they are not part of it, unless `include_stop_str_in_output`."""
+    stop_token_ids: Sequence[int] | None
+    """Tokens that end the answer, beside the model's own."""
+    include_stop_str_in_output: bool | None
+    """Whether what ends the answer is part of its text."""
+    ignore_eos: bool | None
+    """Whether the answer goes on after the model's end token."""
+    skip_special_tokens: bool | None
+    """Whether the text leaves out special tokens; true by default."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Variables of the chat template, such as `{"enable_thinking": False}`."""
+    continue_final_message: bool | None
+    """Whether the answer continues the last message, which is the assistant's."""
     response_format: Mapping[str, Any] | None
     """`{"type": "json_object"}`, or a JSON schema, in OpenAI's format."""
 
@@ -84,6 +96,8 @@ class Reply:
     usage: Usage
     model: str
     id: str
+    reasoning: str = ""
+    """The thoughts of a model that thinks before it answers; they are not part of the text."""
 
     def __str__(self) -> str:
         return self.text
@@ -100,6 +114,7 @@ class Reply:
             usage=Usage.from_json(data["usage"]),
             model=data["model"],
             id=data["id"],
+            reasoning=choice["message"].get("reasoning_content") or "",
         )
 
 
