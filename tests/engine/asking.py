@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from masquerade.engine import Engine, Event, Finished, Request, SamplingParams, Token
+from masquerade.engine import Engine, Event, Finished, Request, SamplingParams, ScoredPrompt, Token
 
 
 class Listener:
@@ -34,7 +34,7 @@ class Listener:
     @property
     def text(self) -> str:
         """What all events say together."""
-        return "".join(event.text for event in self.events)
+        return "".join(event.text for event in self.events if not isinstance(event, ScoredPrompt))
 
 
 def ask(prompt: list[int] | None = None, count: int = 8, **more: object) -> tuple[Request, Listener]:

@@ -45,7 +45,7 @@ def pack(
     prefill_positions: list[Index] = []
     prefill_indices: list[Index] = []
     for chunk in chunks:
-        request, start, stop, samples = chunk
+        request, start, stop = chunk[:3]
         row = len(ids)
         if request.applied is not None:
             spans += request.masked_spans(start, stop, row)
@@ -55,13 +55,12 @@ def pack(
             decode_indices.append(request.batch_index)
         else:
             prefills.append((chunk, row))
-            ids += request.ids[start:stop]
+            ids += chunk.ids
             prefill_positions.append(np.arange(start, stop))
             prefill_indices.append(np.full(stop - start, request.batch_index))
         if request.prompt_logprobs is not None:
             logit_rows += [row + position - start for position in chunk.scored]
-        if samples:
-            logit_rows.append(len(ids) - 1)
+        logit_rows += range(len(ids) - chunk.num_sampled, len(ids))
         if request.embedding is not None:
             embedded.append(EmbeddedRows(request.embedding, row, len(ids), start))
     decoding = np.array(decode_indices, np.int64)

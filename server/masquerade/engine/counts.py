@@ -14,6 +14,8 @@ class Counts:
     computed: int = 0  # positions computed by the model
     cached: int = 0  # positions found in the cache instead
     sampled: int = 0  # output tokens
+    drafted: int = 0  # tokens of drafts
+    accepted: int = 0  # those of them that became output tokens
     preemptions: int = 0
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from masquerade.engine.kv_cache import KVCache, bytes_per_position
 from masquerade.engine.prefix import BLOCK_SIZE, Salts
 from masquerade.engine.prompt_logprobs import score_tokens
 from masquerade.engine.request import MAX_LOGPROBS, Request
-from masquerade.engine.sampler import SampledToken, Sampler
+from masquerade.engine.sampler import SampledRow, SampledToken, Sampler
 from masquerade.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from masquerade.engine.structured import Grammars
 from masquerade.errors import ContextTooLong, InvalidValue, NotReady, Overloaded, StepFailed
@@ -37,6 +38,9 @@ T = TypeVar("T")
 PREFILL_BUDGETS = {"cpu": 32}  # by device: where compute is scarce, a long prompt would delay running answers
 
 
+DRAFT_ROWS = {"cpu": 32}  # by device: positions that a step computes in little more time than one
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Limits of an engine. `cache_bytes` bounds the KV cache, which is smaller if it could never be filled."""
@@ -46,6 +50,7 @@ class EngineConfig:
     max_batch_tokens: int = 512
     cache_bytes: int = 2**30
     prefill_budget: int | None = None  # prompt tokens of a step that also decodes; None: by device
+    speculate: bool | None = None  # whether answers are drafted by prompt lookup; None: by device
     hung_seconds: float = 120.0  # a longer step makes the engine unready
 
     def __post_init__(self) -> None:
@@ -238,8 +243,8 @@ class Engine:
                 self._scheduler.add(self._inbox)
                 self._inbox.clear()
 
-    def _attempt(self, chunks: Sequence[Chunk]) -> list[SampledToken | None]:
-        """Run the chunks, and retire those that fail alone. A token for each chunk that samples, else None."""
+    def _attempt(self, chunks: Sequence[Chunk]) -> list[list[SampledToken]]:
+        """Run the chunks, and retire those that fail alone. The tokens of each chunk, one for each sampled position."""
         try:
             tokens = self._forward(chunks)
             self._broken = False
@@ -249,14 +254,15 @@ class Engine:
                 _log.exception("a forward pass of %d requests failed; trying each half", len(chunks))
                 half = len(chunks) // 2
                 return self._attempt(chunks[:half]) + self._attempt(chunks[half:])
+            if draft := chunks[0].draft:
+                _log.exception("a forward pass of one request with a draft failed; trying without the draft")
+                return self._attempt([chunks[0]._replace(stop=chunks[0].stop - len(draft), draft=())])
             _log.exception("a forward pass of one request failed; it ends with an error")
             self._broken = True
             self._fail(chunks[0].request, f"the forward pass failed: {error}")
-            return [None]
-        if len(tokens) == len(chunks):
-            return [*tokens]
+            return [[]]
         sampled = iter(tokens)
-        return [next(sampled) if chunk.samples else None for chunk in chunks]
+        return [[*islice(sampled, chunk.num_sampled)] for chunk in chunks]
 
     @torch.inference_mode()
     def _forward(self, chunks: Sequence[Chunk]) -> list[SampledToken]:
@@ -267,7 +273,10 @@ class Engine:
         self.counts.computed += sum(chunk.stop - chunk.start for chunk in chunks)
         if any(chunk.request.unscored for chunk in chunks):
             logits = self._score_prompts(chunks, logits)
-        return self._sampler.sample(logits, [chunk.request for chunk in chunks if chunk.samples])
+        rows = [
+            SampledRow(chunk.request, chunk.draft[:ahead]) for chunk in chunks for ahead in range(chunk.num_sampled)
+        ]
+        return self._sampler.sample_rows(logits, rows)
 
     def _score_prompts(self, chunks: Sequence[Chunk], logits: Tensor) -> Tensor:
         """Score the tokens of prompts that requests ask for. The logits that are sampled: [samples, vocabulary]."""
@@ -280,9 +289,8 @@ class Engine:
                 following = request.prompt[positions.start + 1 : positions.stop + 1]
                 request.add_scores(score_tokens(rows, following, request.prompt_logprobs))
             row += len(positions)
-            if chunk.samples:
-                sampled.append(row)
-                row += 1
+            sampled += range(row, row + chunk.num_sampled)
+            row += chunk.num_sampled
         return logits[sampled]
 
     def _run_model(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -305,22 +313,42 @@ class Engine:
             self._spans, self._route = spans, make_route(spans, self.base.device)
         return self._route
 
-    def _process_output(self, chunks: Sequence[Chunk], sampled: Sequence[SampledToken | None]) -> None:
+    def _process_output(self, chunks: Sequence[Chunk], sampled: Sequence[list[SampledToken]]) -> None:
         """Record the computed chunks and append the sampled tokens."""
-        for chunk, token in zip(chunks, sampled, strict=True):
+        for chunk, tokens in zip(chunks, sampled, strict=True):
             request = chunk.request
             if request.batch_index < 0:  # failed in this step
                 continue
-            if not request.scores_are_finite or (token is not None and token.token is None):
+            if not request.scores_are_finite or (tokens and tokens[0].token is None):
                 self._block_manager.unregister(request.blocks)  # their content may be the cause
                 self._fail(request, "the model's output is not a number, or the grammar allows no token")
                 continue
-            self._scheduler.complete(chunk)
+            self._scheduler.complete(chunk._replace(stop=chunk.stop - len(chunk.draft)))
             request.report_scores()
-            if token is not None and token.token is not None:
-                self._accept(request, token.token, token.logprob, token.top)
+            if tokens:
+                self._accept_draft(chunk, tokens)
             elif not request.num_uncomputed:
                 self._finish_prompt(request)
+
+    def _accept_draft(self, chunk: Chunk, tokens: Sequence[SampledToken]) -> None:
+        """Append sampled tokens as long as they are the draft's, and the one after. The positions of the rest of the
+        draft count as not computed: later tokens overwrite their keys and values.
+        """
+        request, draft = chunk.request, chunk.draft
+        accepted = 0
+        for ahead, (token, logprob, top) in enumerate(tokens):
+            if token is None or request.batch_index < 0:
+                break
+            if ahead:  # the token before was the draft's, so its position is computed
+                self._scheduler.complete(Chunk(request, request.num_computed, request.num_computed + 1, True))
+            self._accept(request, token, logprob, top)
+            if token != (draft[ahead] if ahead < len(draft) else None):
+                break
+            accepted += 1
+        if draft:
+            self.counts.drafted += len(draft)
+            self.counts.accepted += accepted
+            request.lookup.record(len(request.ids), len(draft), accepted)
 
     def _accept(self, request: Request, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> None:
         self.counts.sampled += 1
@@ -376,6 +404,7 @@ class Engine:
             self.config.max_running,
             self.config.max_batch_tokens,
             self.config.prefill_budget or PREFILL_BUDGETS.get(self.base.device.type, self.config.max_batch_tokens),
+            self._count_draft_rows(),
         )
         max_length = min(self.base.context, self._cache.positions)
         self._scheduler = Scheduler(self._block_manager, config, self.counts, max_length)
@@ -399,6 +428,11 @@ class Engine:
 
     def _busy(self) -> bool:
         return bool(self._inbox or self._unfinished)
+
+    def _count_draft_rows(self) -> int:
+        device = self.base.device.type
+        speculate = device in DRAFT_ROWS if self.config.speculate is None else self.config.speculate
+        return DRAFT_ROWS.get(device, max(DRAFT_ROWS.values())) if speculate else 0
 
     def _count_blocks(self) -> int:
         """As many as fit the budget, but at most twice what the running requests can use."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from masquerade.engine.embedding import Embedding
 from masquerade.engine.prefix import BLOCK_SIZE, PrefixHashes, Salts
+from masquerade.engine.prompt_lookup import PromptLookup
 from masquerade.engine.text import AnswerText
 from masquerade.errors import InvalidValue, MasqueradeError
 from masquerade.model import AppliedMask, Span
@@ -24,6 +25,7 @@ Phase = Literal["all", "decode"]
 Reason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
+DRAFTED_BIASES = 64  # biases of a request that has drafts
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Request:
     blocks: list[int] = field(default_factory=list, init=False)
     num_registered: int = field(default=0, init=False)  # blocks registered under their prefix hash
     num_charged: int = field(default=0, init=False)  # output tokens that the fair share includes
+    lookup: PromptLookup = field(default_factory=PromptLookup, init=False)
     batch_index: int = field(default=-1, init=False)  # row of the block table; -1 while the request does not run
 
     def __post_init__(self) -> None:
@@ -244,11 +247,19 @@ class Request:
         self.num_computed = self.num_registered = 0
         self.batch_index = -1
 
-    def draw(self) -> float:
-        """A number in [0, 1) that depends only on the seed and the position in the answer, so that batching, retries
-        and preemption do not change it.
+    def draft(self, most: int) -> tuple[int, ...]:
+        """Up to `most` tokens that may follow. None with a grammar, whose state would have to follow them, and none
+        with many biases, which every position of a draft needs.
         """
-        digest = blake2b(b"%s/%d" % (self._seed, self.num_output_tokens), digest_size=8).digest()
+        if self.grammar is not None or len(self.sampling.bias) > DRAFTED_BIASES:
+            return ()
+        return self.lookup.draft(self.ids, min(most, self.max_length - len(self.ids) - 1))
+
+    def draw(self, ahead: int = 0) -> float:
+        """A number in [0, 1) for the token after the next `ahead` ones. It depends only on the seed and the position in
+        the answer, so that batching, retries, preemption and drafts do not change it.
+        """
+        digest = blake2b(b"%s/%d" % (self._seed, self.num_output_tokens + ahead), digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
     def masked_spans(self, start: int, stop: int, row: int) -> list[Span]:

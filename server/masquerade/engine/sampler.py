@@ -6,6 +6,7 @@ A row's token depends only on that row's logits, its request's tokens and its re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,11 +32,18 @@ class SampledToken(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class SampledRow(NamedTuple):
+    """A row to sample from: the request's next token, or the one after a draft of the next ones."""
+
+    request: Request
+    draft: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class SamplingMetadata:
     """The sampling parameters of a batch's requests as tensors, which are kept while the batch stays the same."""
 
-    requests: list[Request]
+    requests: list[Request]  # by row
     penalty_rows: list[int]
     biases: tuple[Tensor, Tensor, Tensor] | None  # rows, tokens, bias
     grammar_rows: list[int]
@@ -61,15 +69,22 @@ class Sampler:
         """The next token of each request. The logits are [requests, vocabulary] in any float dtype; they are not
         changed.
         """
+        return self.sample_rows(logits, [SampledRow(request) for request in requests])
+
+    def sample_rows(self, logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken]:
+        """The token of each row: what `sample` returns for its request once the row's draft is part of the answer. The
+        logits are [rows, vocabulary].
+        """
+        requests = [row.request for row in rows]
         if self._metadata is None or self._metadata.requests != requests:
             self._metadata = make_metadata(requests, logits.shape[-1], logits.device)
-        return self._sample(logits, self._metadata)
+        return self._sample(logits, self._metadata, [row.draft for row in rows])
 
-    def _sample(self, raw: Tensor, metadata: SamplingMetadata) -> list[SampledToken]:
-        logits = self._process(raw.float().clone(), metadata) if metadata.changes_logits else raw
+    def _sample(self, raw: Tensor, metadata: SamplingMetadata, drafts: Sequence[tuple[int, ...]]) -> list[SampledToken]:
+        logits = self._process(raw.float().clone(), metadata, drafts) if metadata.changes_logits else raw
         tokens, finite = _find_best(logits)
         for draw, rows, columns in metadata.draws:
-            uniform = [[metadata.requests[row].draw()] for row in rows]
+            uniform = [[metadata.requests[row].draw(len(drafts[row]))] for row in rows]
             tokens[rows] = draw(logits[rows].float(), torch.tensor(uniform, device=raw.device), columns)
         ids: list[int] = tokens.tolist()
         sampled = [SampledToken(token if valid else None) for token, valid in zip(ids, finite.tolist(), strict=True)]
@@ -77,18 +92,18 @@ class Sampler:
             _add_logprobs(raw, metadata, sampled)
         return sampled
 
-    def _process(self, logits: Tensor, metadata: SamplingMetadata) -> Tensor:
+    def _process(self, logits: Tensor, metadata: SamplingMetadata, drafts: Sequence[tuple[int, ...]]) -> Tensor:
         """Apply penalties, biases, minimum lengths and grammars to the logits, in place where possible."""
         if metadata.penalty_rows:
             rows = metadata.penalty_rows
-            counts = [self._update_counts(metadata.requests[row], logits) for row in rows]
+            counts = [self._update_counts(metadata.requests[row], logits).after(drafts[row]) for row in rows]
             logits[rows] = _penalise(logits[rows], counts, metadata.penalties)
         if metadata.biases:
             at_rows, at_tokens, bias = metadata.biases
             logits.index_put_((at_rows, at_tokens), bias, accumulate=True)
         for row in metadata.min_tokens_rows:
             request = metadata.requests[row]
-            if request.num_output_tokens < request.min_tokens:
+            if request.num_output_tokens + len(drafts[row]) < request.min_tokens:
                 logits[row, list(request.ends)] = float("-inf")
         for row in metadata.grammar_rows:
             request = metadata.requests[row]
@@ -116,12 +131,24 @@ class TokenCounts:
         self.seen = torch.zeros_like(logits[0], dtype=torch.bool)
         self.seen[request.prompt] = True
 
+    def after(self, tokens: Sequence[int]) -> TokenCounts:
+        """The counts with more tokens in the output; those of the request itself if there are none."""
+        if not tokens:
+            return self
+        more = copy(self)
+        more.output, more.seen = self.output.clone(), self.seen.clone()
+        more._add(tokens)
+        return more
+
     def update(self, request: Request) -> None:
         """Count the output since the last call."""
-        for token in request.ids[self._counted :]:
+        self._add(request.ids[self._counted :])
+        self._counted = len(request.ids)
+
+    def _add(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
             self.output[token] += 1
             self.seen[token] = True
-        self._counted = len(request.ids)
 
 
 def make_metadata(requests: Sequence[Request], vocabulary: int, device: torch.device) -> SamplingMetadata:

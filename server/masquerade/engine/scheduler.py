@@ -36,6 +36,7 @@ class SchedulerConfig:
     max_running: int  # requests
     max_batch_tokens: int
     prefill_budget: int  # least prompt tokens of a step that also decodes; they delay the running answers
+    draft_rows: int = 0  # running answers and their drafts take so many positions of a step together; 0: no drafts
 
 
 class Chunk(NamedTuple):
@@ -45,6 +46,17 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     samples: bool  # whether it includes the request's last token, and the next one is sampled
+    draft: tuple[int, ...] = ()  # the tokens of the last positions, if they are not the request's yet
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens at these positions."""
+        return [*self.request.ids[self.start : self.stop], *self.draft]
+
+    @property
+    def num_sampled(self) -> int:
+        """The last positions, at which a token is sampled."""
+        return 1 + len(self.draft) if self.samples else 0
 
     @property
     def scored(self) -> range:
@@ -98,7 +110,8 @@ class Scheduler:
             elif request.batch_index >= 0:  # not preempted in this loop
                 self._schedule_chunk(request, 1, chunks)
         decodes = sum(not request.is_background for request in chunks)
-        budget = min(self._config.max_batch_tokens - len(chunks), self._prefill_budget(decodes, len(prompts)))
+        rows = len(chunks) + self._draft(chunks)
+        budget = min(self._config.max_batch_tokens - rows, self._prefill_budget(decodes, len(prompts)))
         budget = self._admit(self._schedule_prompts(prompts, budget, chunks), chunks, background=False)
         if due:
             budget = self._schedule_prompts(background, min(budget, self._config.prefill_budget), chunks)
@@ -107,7 +120,7 @@ class Scheduler:
 
     def complete(self, chunk: Chunk) -> None:
         """Record that a chunk is computed, and register the blocks that it filled."""
-        request, start, stop, _ = chunk
+        request, start, stop = chunk[:3]
         request.num_computed = stop
         if request.shares_blocks and stop // BLOCK_SIZE > request.num_registered:
             self._register(request, stop // BLOCK_SIZE)
@@ -123,9 +136,13 @@ class Scheduler:
 
     def _is_background_due(self) -> bool:
         """Whether background requests take part in this step."""
-        alone = not self.waiting.num_foreground and (not self.running or self.running[0].is_background)
-        self._paused = 0 if alone or self._paused == PAUSE else self._paused + 1
+        self._paused = 0 if not self._has_foreground or self._paused == PAUSE else self._paused + 1
         return self._paused == 0
+
+    @property
+    def _has_foreground(self) -> bool:
+        """Whether a request that is not background waits or runs."""
+        return bool(self.waiting.num_foreground or (self.running and not self.running[0].is_background))
 
     def _prefill_budget(self, decodes: int, prompts: int) -> int:
         """Prompt tokens of a step. Beside decodes they delay every running answer, so the budget is small; it grows
@@ -142,6 +159,26 @@ class Scheduler:
             if request.batch_index >= 0 and budget:
                 budget -= self._schedule_chunk(request, min(request.num_uncomputed, budget), chunks)
         return budget
+
+    def _draft(self, chunks: dict[Request, Chunk]) -> int:
+        """Add drafts to running answers, as far as there are free blocks; returns the number of their tokens.
+
+        Background requests have none while others wait or run, whose steps drafts would lengthen.
+        """
+        rows = min(self._config.draft_rows, self._config.max_batch_tokens)
+        most = rows // len(chunks) - 1 if chunks else 0
+        drafted = 0
+        for request, chunk in chunks.items() if most > 0 else ():
+            if request.is_background and self._has_foreground:
+                continue
+            room = (len(request.blocks) + self._block_manager.num_free) * BLOCK_SIZE - chunk.stop
+            draft = request.draft(min(most, room))
+            if draft:
+                stop = chunk.stop + len(draft)
+                self._allocate(request, max(0, -(-stop // BLOCK_SIZE) - len(request.blocks)))
+                chunks[request] = chunk._replace(stop=stop, draft=draft)
+                drafted += len(draft)
+        return drafted
 
     def _schedule_chunk(self, request: Request, size: int, chunks: dict[Request, Chunk]) -> int:
         """Schedule the next `size` positions of a running request; returns 0 if it was preempted instead."""
@@ -307,7 +344,7 @@ class Scheduler:
 
 def _batch_order(chunk: Chunk) -> int:
     """Decodes first, by length up to a power of two, then by batch index, so that a batch keeps its order."""
-    request, start, stop, _ = chunk
+    request, start, stop = chunk[:3]
     return ((stop - start > 1) << 62) + (stop.bit_length() << 32) + request.batch_index
 
 

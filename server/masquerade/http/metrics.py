@@ -134,6 +134,8 @@ class _State:
         yield _counter("engine_failures", "Forward passes that failed.", counts.failures)
         yield _counter("engine_preemptions", "Requests whose blocks were taken for others.", counts.preemptions)
         yield _counter("engine_sampled_tokens", "Tokens of answers.", counts.sampled)
+        drafts = {"accepted": counts.accepted, "rejected": counts.drafted - counts.accepted}
+        yield _counters("engine_draft_tokens", "Tokens of drafts (speculative decoding).", "outcome", drafts)
         positions = {"computed": counts.computed, "cached": counts.cached}
         yield _counters("engine_positions", "Positions computed, and found in the cache.", "source", positions)
         yield from self._collect_masks()

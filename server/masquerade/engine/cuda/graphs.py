@@ -131,9 +131,9 @@ class DecodeGraphs:
         """The slot map of a step; the last one if the masks of its rows are the same."""
         spans = [
             span
-            for row, (request, start, stop, _) in enumerate(chunks)
-            if request.applied is not None
-            for span in request.masked_spans(start, stop, row)
+            for row, chunk in enumerate(chunks)
+            if chunk.request.applied is not None
+            for span in chunk.request.masked_spans(chunk.start, chunk.stop, row)
         ]
         if spans != self._spans or len(chunks) != len(self._slot_map.slots):
             self._spans, self._slot_map = spans, SlotMap.of(spans, len(chunks))
