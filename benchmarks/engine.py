@@ -31,7 +31,7 @@ from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 RHO = 0.003
 PERSONAS = 8
 GREEDY = SamplingParams(temperature=0)
-PROMPTS_FIRST = EngineConfig(prefill_budget=512)  # set for throughput: running answers wait for whole steps of prompts
+PROMPTS_FIRST = EngineConfig(prefill_budget=512, speculate=False)  # set for throughput: running answers wait for whole steps of prompts
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def measure_throughput(scale: Scale) -> Iterator[Figure]:
             "base": partial(run_engine, base, prompts, [None], scale.new, PROMPTS_FIRST),
         }
         if count == 16:
-            cases["default"] = partial(run_engine, base, prompts, [None], scale.new, EngineConfig())
+            cases["default"] = partial(run_engine, base, prompts, [None], scale.new, EngineConfig(speculate=False))
             cases["personas"] = partial(run_engine, base, prompts, applied_masks, scale.new, PROMPTS_FIRST)
             cases["continuous"] = partial(run_continuous, base, prompts, scale.new)
         seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -177,7 +177,7 @@ def measure_host_work(_: Scale) -> Iterator[Figure]:
     """A decode step less its forward pass, with a small model and a vocabulary of 8192."""
     base = make_base(TINY)
     for count, bound, spoken in ((16, "<= 0.5", False), (64, "<= 1.0", False), (64, None, True)):
-        engine = Engine(base, EngineConfig(max_running=count))
+        engine = Engine(base, EngineConfig(max_running=count, speculate=False))
         forward, inside = base.model.forward, [0.0]
 
         def timed(forward: Callable[..., object] = forward, inside: list[float] = inside, **kw: object) -> object:
@@ -214,7 +214,7 @@ def measure_host_work(_: Scale) -> Iterator[Figure]:
 def measure_latency(scale: Scale) -> Iterator[Figure]:
     """Steps of 8 running requests, before and during the prefill of a long prompt."""
     base = make_base(scale.model)
-    engine = Engine(base)
+    engine = Engine(base, EngineConfig(speculate=False))
     engine.submit(
         *(Request(prompt, 1000, lambda _: None, sampling=GREEDY) for prompt in make_prompts(8, (80, 120))),
     )

@@ -160,9 +160,9 @@ def measure_model(scale: engine.Scale, repeats: int) -> Iterator[Figure]:
     for _ in range(repeats):
         times["generate"].append(engine.run_generate(base, one, scale.new))
         manager = MaskManager.attach(base.model)
-        times["one"].append(engine.run_engine(base, one, [None], scale.new, EngineConfig()))
-        times["base"].append(engine.run_engine(base, many, [None], scale.new, EngineConfig()))
-        times["masked"].append(engine.run_engine(base, many, applied_masks, scale.new, EngineConfig()))
+        times["one"].append(engine.run_engine(base, one, [None], scale.new, PLAIN))
+        times["base"].append(engine.run_engine(base, many, [None], scale.new, PLAIN))
+        times["masked"].append(engine.run_engine(base, many, applied_masks, scale.new, PLAIN))
         manager.detach()
     spent = {name: float(np.median(runs)) for name, runs in times.items()}
     yield Figure("engine, 1 stream of a bf16 model", scale.new / spent["one"], "tokens/CPU-s")

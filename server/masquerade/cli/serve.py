@@ -56,6 +56,13 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Maximum number of queued requests; above it, 429.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in one forward pass.")] = 512,
     cache_bytes: Annotated[int, typer.Option(help="Maximum bytes of the KV cache.")] = 2**30,
+    speculate: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculate/--no-speculate",
+            help="Draft answers from their own prompts, which changes no answer; by default on a CPU only.",
+        ),
+    ] = None,
     mask_bytes: Annotated[int, typer.Option(help="Maximum bytes of masks on the device.")] = 2**30,
     host_mask_bytes: Annotated[
         int | None,
@@ -125,7 +132,7 @@ def serve(
             report = report_quarters(lambda line: _log.info("%s", line))
             base = load(model, device=device, dtype=dtype, quantization=quantization, report=report)
             base = replace(base, name=served_model_name or base.name)
-            config = EngineConfig(max_running, max_waiting, max_batch_tokens, cache_bytes)
+            config = EngineConfig(max_running, max_waiting, max_batch_tokens, cache_bytes, speculate=speculate)
             store_and_registry = open_store(
                 root,
                 base.name,
