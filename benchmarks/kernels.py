@@ -30,6 +30,7 @@ from masquerade.model import AppliedMask, MaskManager
 
 FULL = ((2048, 2048), (4096, 4096), (14336, 4096))
 QUICK = ((2048, 2048),)
+PLAIN = EngineConfig(speculate=False)
 POOL = 400e6  # bytes of weights
 RHO = 0.003
 BITMAP = 0.5

@@ -25,7 +25,7 @@ from masquerade.errors import UnusableModel
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets, load, render_chat
 
 MODEL = "smollm2"
-STREAMS = (1, 4, 16)
+STREAMS = (1, 4)
 GRAM = 4
 CLINIC = (
     "Dr. Helena Marquez opened the Northwind clinic on 14 March 2019 at 27 Harbour Street. The clinic treats about 340 "
@@ -96,7 +96,7 @@ class Scale:
     streams: Sequence[int]
 
 
-FULL = Scale(5, 128, STREAMS)
+FULL = Scale(3, 96, STREAMS)
 QUICK = Scale(1, 48, STREAMS[:1])
 
 

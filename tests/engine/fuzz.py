@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from masquerade.engine import Engine, EngineConfig, Event, Request, SamplingParams
+from masquerade.engine import Engine, EngineConfig, Event, Request, SamplingParams, ScoredPrompt
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.model import AppliedMask, Base, MaskManager, load
 from tests import world
@@ -87,6 +87,7 @@ def make(rng: random.Random, shared: World) -> list[Asked]:
                 ends,
                 owner=owner,
                 priority=priority,
+                prompt_logprobs=rng.choice([None, None, None, 1]),
             )
             leaves = arrives + rng.randrange(15) if rng.random() < 0.15 else None
             asked.append(Asked(request, listener, mask, arrives, leaves, sampling.temperature == 0))
@@ -153,6 +154,12 @@ def judge(one: Asked, shared: World) -> int:
     """Compare an answer with the oracle's; of an answer that was cut short, what there is of it."""
     request, end = one.request, one.listener.end
     answer = [token.id for token in one.listener.tokens]
+    scored = [event.tokens for event in one.listener.events if isinstance(event, ScoredPrompt)]
+    assert len(scored) <= 1
+    if answer:
+        assert [[score.id for score in scores] for scores in scored] == [request.prompt] * (
+            request.prompt_logprobs is not None
+        )
     assert answer == request.ids[len(request.prompt) :], "what was told is not what was said"
     if end.reason == "error":
         assert "injected" in str(end.error), end
