@@ -31,9 +31,8 @@ from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 RHO = 0.003
 PERSONAS = 8
 GREEDY = SamplingParams(temperature=0)
-PROMPTS_FIRST = EngineConfig(
-    prefill_budget=512, speculate=False
-)  # set for throughput: running answers wait for whole steps of prompts
+# Set for throughput: running answers wait for whole steps of prompts.
+PROMPTS_FIRST = EngineConfig(prefill_budget=512, speculate=False)
 
 
 @dataclass(frozen=True)
