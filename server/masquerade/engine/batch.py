@@ -49,10 +49,10 @@ def pack(
         row = len(ids)
         if request.applied is not None:
             spans += request.masked_spans(start, stop, row)
-        if stop - start == 1:
-            ids.append(request.ids[start])
-            decode_positions.append(start)
-            decode_indices.append(request.batch_index)
+        if stop - start == 1 or chunk.draft:  # the positions of a draft are rows like other decodes, and round alike
+            ids += chunk.ids
+            decode_positions += range(start, stop)
+            decode_indices += [request.batch_index] * (stop - start)
         else:
             prefills.append((chunk, row))
             ids += chunk.ids

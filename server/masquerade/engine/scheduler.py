@@ -342,10 +342,12 @@ class Scheduler:
             request.finish("cancelled")
 
 
-def _batch_order(chunk: Chunk) -> int:
-    """Decodes first, by length up to a power of two, then by batch index, so that a batch keeps its order."""
-    request, start, stop = chunk[:3]
-    return ((stop - start > 1) << 62) + (stop.bit_length() << 32) + request.batch_index
+def _batch_order(chunk: Chunk) -> tuple[int, int, int]:
+    """Decodes first, then those with drafts, each by length up to a power of two, then by batch index, so that a batch
+    keeps its order.
+    """
+    kind = 0 if chunk.is_decode else 1 if chunk.draft else 2
+    return kind, chunk.stop.bit_length(), chunk.request.batch_index
 
 
 def _rank(request: Request) -> tuple[int, int]:
