@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types import responses as types
+from pydantic import TypeAdapter
 
+from masquerade.anthropic.objects import GeneratedMessage
 from masquerade.model import thoughts
 from masquerade.openai import generation
+from masquerade.openai.response_objects import ResponseObject
 from tests import world
 from tests.contract.asking import CHAT, Api, Json, error_of
 from tests.contract.conftest import NEVER
@@ -18,6 +23,7 @@ from tests.model.templates import QWEN3, R1
 
 ASKED = [{"role": "user", "content": "Is it dry?"}]
 LIMIT = 60
+EVENT: TypeAdapter[Any] = TypeAdapter(types.ResponseStreamEvent)
 
 
 def start(folder: Path, template: str) -> Iterator[Api]:
@@ -57,6 +63,13 @@ def streamed(api: Api, **fields: Any) -> Json:
             for name in message:
                 message[name] += choice["delta"].get(name) or ""
     return message
+
+
+def events_of(api: Api, route: str, asked: Json) -> list[tuple[str, Json]]:
+    """The events of a stream: names and data."""
+    text = api.http.post(route, json=asked | {"stream": True}).text
+    blocks = [block.split("\n") for block in text.removesuffix("\n\n").split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
 
 def count(api: Api, **fields: Any) -> int:
@@ -172,3 +185,54 @@ def test_a_variable_cannot_spell_special_tokens(tmp_path: Path) -> None:
     for api in start(tmp_path / "random", template):
         plain = count(api)
         assert count(api, chat_template_kwargs={"x": "<|end|>"}) == plain + len("<|end|>")
+
+
+def test_responses_have_thoughts_as_reasoning(r1: Api) -> None:
+    asked = {"model": "random", "input": ASKED, "temperature": 0, "max_output_tokens": LIMIT}
+    whole = r1.http.post("/v1/responses", json=asked).json()
+    (item,) = whole["output"]
+    assert (item["type"], item["status"], item["summary"]) == ("reasoning", "incomplete", [])
+    assert item["content"] == [{"type": "reasoning_text", "text": message_of(r1)["reasoning_content"]}]
+    types.Response.model_validate(whole)
+    assert ResponseObject.model_validate(whole, strict=True).model_dump() == whole
+    events = [data for _, data in events_of(r1, "/v1/responses", asked)]
+    for event in events:
+        EVENT.validate_python(event)
+    pieces = [event["delta"] for event in events if event["type"] == "response.reasoning_text.delta"]
+    assert "".join(pieces) == item["content"][0]["text"]
+    assert events[-1]["response"]["output"][0]["content"] == item["content"]
+    later = asked | {"input": "And now?", "previous_response_id": whole["id"]}
+    assert r1.http.post("/v1/responses", json=later).status_code == 200
+
+
+def test_messages_have_thoughts_as_thinking(r1: Api) -> None:
+    asked = {"model": "random", "messages": ASKED, "temperature": 0, "max_tokens": LIMIT}
+    whole = r1.http.post("/v1/messages", json=asked).json()
+    thinking = {"type": "thinking", "thinking": message_of(r1)["reasoning_content"], "signature": ""}
+    assert (whole["content"], whole["stop_reason"]) == ([thinking], "max_tokens")
+    assert GeneratedMessage.model_validate(whole, strict=True).model_dump() == whole
+    events = events_of(r1, "/v1/messages", asked)
+    pieces = [data["delta"]["thinking"] for name, data in events if name == "content_block_delta"]
+    assert "".join(pieces) == thinking["thinking"]
+    later = [*ASKED, {"role": "assistant", "content": whole["content"]}, *ASKED]
+    assert r1.http.post("/v1/messages", json=asked | {"messages": later}).status_code == 200
+
+
+def test_what_follows_thoughts_is_another_item_or_block(r1: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = message_of(r1)["reasoning_content"]
+    monkeypatch.setattr(thoughts, "THOUGHTS_END", raw[20:23])
+    monkeypatch.setattr(generation, "find_thought_start", lambda *_: "begun")
+    message = message_of(r1)
+    asked = {"model": "random", "temperature": 0}
+    given = asked | {"input": ASKED, "max_output_tokens": LIMIT}
+    reasoning, said = r1.http.post("/v1/responses", json=given).json()["output"]
+    assert reasoning["content"][0]["text"] == message["reasoning_content"]
+    assert (reasoning["status"], said["content"][0]["text"]) == ("completed", message["content"])
+    *_, (_, end) = events_of(r1, "/v1/responses", given)
+    assert [item["content"] for item in end["response"]["output"]] == [reasoning["content"], said["content"]]
+    given = asked | {"messages": ASKED, "max_tokens": LIMIT}
+    thinking, text = r1.http.post("/v1/messages", json=given).json()["content"]
+    assert (thinking["thinking"], text["text"]) == (message["reasoning_content"], message["content"])
+    events = events_of(r1, "/v1/messages", given)
+    starts = [data["content_block"]["type"] for name, data in events if name == "content_block_start"]
+    assert starts == ["thinking", "text"]

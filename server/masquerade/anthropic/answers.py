@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 
 class MessageAnswer(Answer):
-    """A message: blocks of text, and of calls that are parsed out of the text."""
+    """A message: blocks of thoughts, of text, and of calls that are parsed out of the text."""
 
     prefix = "msg_"
     ping = 'event: ping\ndata: {"type":"ping"}\n\n'
@@ -48,10 +48,12 @@ class MessageAnswer(Answer):
     async def body(self, deltas: Sequence[OutputDelta], usage: Usage) -> Json:
         """The message."""
         content: list[Json] = []
+        if thoughts := "".join(delta.thought for delta in deltas):
+            content.append(_start_text("thinking") | {"thinking": thoughts})
         for part in (part for delta in deltas for part in self._parse(delta)):
             if isinstance(part, str):
                 if not content or content[-1]["type"] != "text":
-                    content.append({"type": "text", "text": ""})
+                    content.append(_start_text("text"))
                 content[-1]["text"] += part
             elif isinstance(part, CallStart):
                 content.append(_start_call(part.name) | {"input": ""})
@@ -69,7 +71,8 @@ class MessageAnswer(Answer):
 
     def chunks(self, delta: OutputDelta) -> str:
         """The start, the deltas and the end of blocks."""
-        return "".join(event for part in self._parse(delta) for event in self._events(part))
+        thoughts = self._write("thinking", delta.thought) if delta.thought else ()
+        return "".join([*thoughts, *(event for part in self._parse(delta) for event in self._events(part))])
 
     async def last_chunks(self, usage: Usage) -> str:
         """The end of the last block, why the message ends, and its end."""
@@ -91,12 +94,16 @@ class MessageAnswer(Answer):
             yield from self._close()
             yield self._start(_start_call(part.name))
         elif isinstance(part, str):
-            if self._open != "text":
-                yield from self._close()
-                yield self._start({"type": "text", "text": ""})
-            yield self._delta("text_delta", "text", part)
+            yield from self._write("text", part)
         else:
             yield self._delta("input_json_delta", "partial_json", part.text)
+
+    def _write(self, kind: str, text: str) -> Iterator[str]:
+        """The events of a text in a block of the type `text` or `thinking`."""
+        if self._open != kind:
+            yield from self._close()
+            yield self._start(_start_text(kind))
+        yield self._delta(f"{kind}_delta", kind, text)
 
     def _start(self, block: Json) -> str:
         self._index, self._open = self._index + 1, block["type"]
@@ -140,6 +147,11 @@ def read_arguments(text: str) -> Json:
     except ValueError:
         value = None
     return value if isinstance(value, dict) else {INVALID: text}
+
+
+def _start_text(kind: str) -> Json:
+    """An empty block of the type `text` or `thinking`; thoughts are not signed."""
+    return {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
 
 
 def _start_call(name: str) -> Json:

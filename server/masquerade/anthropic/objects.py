@@ -39,6 +39,14 @@ class AnthropicUsage(WireObject):
     output_tokens: int
 
 
+class GeneratedThoughts(WireObject):
+    """The thoughts of a model whose chat template has them; `signature` is always empty."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
 class GeneratedText(WireObject):
     """Text."""
 
@@ -68,7 +76,7 @@ class GeneratedMessage(WireObject):
     persona: str | None
     generation: str | None
     gamma: float | None
-    content: list[GeneratedText | GeneratedCall]
+    content: list[GeneratedThoughts | GeneratedText | GeneratedCall]
     usage: AnthropicUsage
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
     stop_sequence: str | None

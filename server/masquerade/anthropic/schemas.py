@@ -72,6 +72,13 @@ class TextBlock(Schema):
     text: Text
 
 
+class ThinkingBlock(Schema):
+    """Thoughts of the model, which some chat templates write."""
+
+    type: Literal["thinking"]
+    thinking: Text
+
+
 class ToolUseBlock(Schema):
     """A call that the model made."""
 
@@ -108,8 +115,8 @@ class ToolResultBlock(Schema):
         return _refuse_kinds(fields, "content", ("text",))
 
 
-Block = TextBlock | ToolUseBlock | ToolResultBlock
-_KINDS = {"user": ("text", "tool_result"), "assistant": ("text", "tool_use"), "system": ("text",)}
+Block = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock
+_KINDS = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use"), "system": ("text",)}
 
 
 class AnthropicMessage(RequestBody):
@@ -123,7 +130,7 @@ class AnthropicMessage(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _refuse_other_kinds(cls, fields: Any) -> Any:
-        return _refuse_kinds(fields, "content", ("text", "tool_use", "tool_result"))
+        return _refuse_kinds(fields, "content", ("text", "thinking", "tool_use", "tool_result"))
 
     @model_validator(mode="after")
     def _check_kinds(self) -> Self:
@@ -295,7 +302,9 @@ def _translate_turn(role: str, blocks: Iterable[Block]) -> Iterator[Message]:
         blocks = list(blocks)
         calls = [_translate_call(block) for block in blocks if isinstance(block, ToolUseBlock)]
         text = _read_text(blocks)
-        yield Message.model_construct(role=role, content=text or None if calls else text, tool_calls=calls or None)
+        content = text or None if calls else text
+        thoughts = "".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)) or None
+        yield Message.model_construct(role=role, content=content, reasoning_content=thoughts, tool_calls=calls or None)
         return
     for _, run in groupby(blocks, type):
         alike = list(run)

@@ -22,7 +22,7 @@ Json = dict[str, Any]
 
 
 class ResponseAnswer(Answer):
-    """A response: its output is a list of items, which are messages and calls.
+    """A response: its output is a list of items, which are reasoning, messages and calls.
 
     `save` stores the finished response and returns whether it did.
     """
@@ -98,14 +98,15 @@ class ResponseAnswer(Answer):
         """Add a delta to the output; the events that tell of it, by type and fields."""
         parts = self._parser.parse(delta) if self._parser else [delta.text] if delta.text else []
         tokens = delta.tokens if delta.tokens and delta.tokens[0].logprob is not None else []
+        if delta.thought:
+            yield from self._open_text(_reasoning())
+            yield self._extend("response.reasoning_text.delta", delta.thought)
         for part in parts:
             if isinstance(part, CallStart):
                 yield from self._close("completed")
                 yield from self._open(_call(part.name))
             elif isinstance(part, str):
-                if not (self._is_open and self._output[-1]["type"] == "message"):
-                    yield from self._close("completed")
-                    yield from self._open(_message())
+                yield from self._open_text(_message())
                 yield self._extend("response.output_text.delta", part, tokens)
                 tokens = []  # those of the delta are those of its first text
             else:
@@ -116,13 +117,19 @@ class ResponseAnswer(Answer):
                 yield from self._open(_message())
             yield from self._close("incomplete" if delta.finish_reason == "length" else "completed")
 
+    def _open_text(self, item: Json) -> Iterator[tuple[str, Json]]:
+        """Begin an item with text, unless one of its type is being written."""
+        if not (self._is_open and self._output[-1]["type"] == item["type"]):
+            yield from self._close("completed")
+            yield from self._open(item)
+
     def _open(self, item: Json) -> Iterator[tuple[str, Json]]:
         self._output.append(item)
         self._is_open = True
         yield "response.output_item.added", {"output_index": len(self._output) - 1, "item": item}
-        if item["type"] == "message":
-            item["content"] = [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
-            yield "response.content_part.added", {**self._place(), "part": item["content"][0]}
+        if part := _start_part(item["type"]):
+            item["content"] = [part]
+            yield "response.content_part.added", {**self._place(), "part": part}
 
     def _extend(self, kind: str, text: str, tokens: Sequence[Token] | None = None) -> tuple[str, Json]:
         self._pieces.append(text)
@@ -137,10 +144,13 @@ class ResponseAnswer(Answer):
         if not self._is_open:
             return
         item, text, place = self._output[-1], "".join(self._pieces), self._place()
-        if item["type"] == "message":
+        if item["type"] != "function_call":
             part = item["content"][0]
-            part |= {"text": text, "logprobs": self._logprobs(self._tokens) or []}
-            yield "response.output_text.done", {**place, "text": text, "logprobs": part["logprobs"]}
+            told: Json = {"text": text}
+            if item["type"] == "message":
+                told["logprobs"] = self._logprobs(self._tokens) or []
+            part |= told
+            yield f"response.{part['type']}.done", {**place, **told}
             yield "response.content_part.done", {**place, "part": part}
         else:
             item["arguments"] = text
@@ -153,7 +163,7 @@ class ResponseAnswer(Answer):
         """Where the item that is being written is."""
         item = self._output[-1]
         place = {"item_id": item["id"], "output_index": len(self._output) - 1}
-        return {**place, "content_index": 0} if item["type"] == "message" else place
+        return place if item["type"] == "function_call" else {**place, "content_index": 0}
 
     async def _finish(self, usage: Usage) -> Json:
         cut = self._finish_reason == "length"
@@ -187,6 +197,23 @@ def _echo(request: ResponseRequest) -> Json:
         "text": {"format": request.text.render() if request.text else {"type": "text"}},
         "truncation": "disabled",
         "metadata": request.metadata or {},
+    }
+
+
+def _start_part(kind: str) -> Json | None:
+    """The empty text of an item of a type; None for a call."""
+    if kind == "message":
+        return {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    return {"type": "reasoning_text", "text": ""} if kind == "reasoning" else None
+
+
+def _reasoning() -> Json:
+    return {
+        "id": f"rs_{uuid.uuid4().hex}",
+        "type": "reasoning",
+        "status": "in_progress",
+        "summary": [],
+        "content": [],
     }
 
 

@@ -166,10 +166,12 @@ class ReasoningItem(Item):
 
     type: Literal["reasoning"]
     summary: list[dict[str, Any]] = Field([])
+    content: list[dict[str, Any]] | None = None
 
     def render(self) -> Json:
         """The reasoning, without encrypted content."""
-        return {"id": self._draw_id("rs_"), "type": "reasoning", "status": "completed", "summary": self.summary}
+        fields = {"summary": self.summary, "content": self.content or []}
+        return {"id": self._draw_id("rs_"), "type": "reasoning", "status": "completed", **fields}
 
 
 _ITEMS = {

@@ -112,12 +112,13 @@ class FunctionOutputObject(WireObject):
 
 
 class ReasoningObject(WireObject):
-    """Reasoning, which had no effect."""
+    """Reasoning: of the model, or of the input, where it has no effect. The model's has no summary."""
 
     id: str
     type: Literal["reasoning"]
     status: Status
     summary: list[dict[str, Any]]
+    content: list[dict[str, Any]]
 
 
 class InputItemObject(
@@ -137,7 +138,7 @@ class InputTokens(CachedTokens):
 
 
 class OutputTokens(WireObject):
-    """`reasoning_tokens` is always 0."""
+    """`reasoning_tokens` is always 0: tokens of reasoning are not counted apart."""
 
     reasoning_tokens: Literal[0]
 
@@ -186,7 +187,7 @@ class ResponseObject(WireObject):
     instructions: str | None
     previous_response_id: str | None
     max_output_tokens: int | None
-    output: list[OutputMessage | FunctionCallObject]
+    output: list[OutputMessage | FunctionCallObject | ReasoningObject]
     usage: ResponseUsage | None
     store: bool
     parallel_tool_calls: bool
