@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from masquerade.engine import Engine
+from masquerade.engine import Engine, SamplingParams
+from masquerade.engine.request import DRAFTED_BIASES
 from tests.engine.asking import ask, finish
 
 Make = Callable[..., Engine]
@@ -39,6 +40,21 @@ def test_beside_an_answer_they_take_part_in_few_steps(make_engine: Make) -> None
     assert 0 < sum(one.num_computed for one in batch) - before <= 4 * (4 * (1 + 20))
     finish(engine)
     assert all(one.num_output_tokens == 100 for one in batch)
+
+
+def test_beside_an_answer_they_have_no_drafts(make_engine: Make) -> None:
+    engine = make_engine()
+    repetitive = SamplingParams(temperature=0, bias={9: 100.0})
+    batch = ask([9] * 20, 150, priority=-1, sampling=repetitive)[0]
+    many = dict.fromkeys(range(DRAFTED_BIASES + 1), 0.0)  # so that the answer itself has no drafts
+    chat = ask([8] * 20, 100, sampling=SamplingParams(temperature=0, bias=many))[0]
+    engine.submit(batch, chat)
+    while not chat.finished:
+        engine.step()
+    assert batch.num_output_tokens
+    assert not engine.counts.drafted
+    finish(engine)
+    assert engine.counts.drafted
 
 
 def test_a_new_request_does_not_wait_for_a_long_prompt(make_engine: Make) -> None:
