@@ -20,7 +20,8 @@ from tests.contract.here import serve_here
 from tests.keys.making import make_key
 from tests.serving import serve
 
-COMPLETIONS, EMBEDDINGS, ROUTE = "/v1/completions", "/v1/embeddings", "/v1/batches"
+COMPLETIONS, RESPONSES, EMBEDDINGS = "/v1/completions", "/v1/responses", "/v1/embeddings"
+ROUTE = "/v1/batches"
 ENDED = ("failed", "completed", "expired", "cancelled")
 SECONDS = 120
 
@@ -109,6 +110,16 @@ class TestResults:
         vectors = [one["embedding"] for one in api.http.post(EMBEDDINGS, json=asked).json()["data"]]
         for one, vector in zip(answer["data"], vectors, strict=True):
             assert one["embedding"] == pytest.approx(vector, abs=1e-5)
+
+    def test_responses(self, sdk: OpenAI, api: Api) -> None:
+        asked = {"model": "demo:formal", "input": PARTY, "temperature": 0, "store": False}
+        batch = finish(
+            sdk, [line("one", asked, RESPONSES), line("two", asked | {"stream": True}, RESPONSES)], RESPONSES
+        )
+        answer = results(sdk, batch.output_file_id)["one"]["response"]["body"]
+        expected = api.http.post(RESPONSES, json=asked).json()["output"]
+        assert [item["content"] for item in answer["output"]] == [item["content"] for item in expected]
+        assert results(sdk, batch.error_file_id)["two"]["response"]["status_code"] == 400
 
     def test_blank_lines_count_for_nothing(self, sdk: OpenAI) -> None:
         content = b"\n" + write([line("a", body(max_tokens=1))]) + b"\r\n  \n" + write([line("b", body(max_tokens=1))])

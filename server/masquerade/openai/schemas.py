@@ -366,7 +366,7 @@ class BatchRequest(RequestBody):
     refused = unsupported.BATCH
 
     input_file_id: Text
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]
     completion_window: Literal["24h"]
     metadata: Annotated[dict[Label, Remark], Field(max_length=16), at_most(16)] | None = None
 
