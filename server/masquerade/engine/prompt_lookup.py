@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NGRAM = 3  # tokens that must be the same
-FIRST_DRAFT, LONGEST_DRAFT = 7, 15  # tokens
+FIRST_DRAFT, LONGEST_DRAFT = 4, 15  # tokens
 LONGEST_PAUSE = 64  # tokens of an answer that follow a rejected draft before the next one
 
 
