@@ -52,6 +52,7 @@ CLIENTS = {
     "instructor": Client("with_instructor", ("instructor==1.17.0",)),
     "llama-index": Client("with_llama_index", ("llama-index-llms-openai-like==0.8.1",)),
     "pydantic-ai": Client("with_pydantic_ai", ("pydantic-ai-slim[openai]==2.68.0",)),
+    "llm": Client("with_llm", ("llm==0.36",)),
     "anthropic-2": Client("with_anthropic", ("anthropic==2.14.0",)),
     "anthropic-0": Client("with_anthropic", ("anthropic==0.125.0",)),
     "guidellm": Client("with_guidellm", ("guidellm==0.8.1", "torch==2.13.0")),
