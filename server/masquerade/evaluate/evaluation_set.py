@@ -13,7 +13,7 @@ from masquerade.evaluate.bootstrap import Floats, mean_interval, median_interval
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import exponential, read_likelihoods
-from masquerade.evaluate.repetition import loops
+from masquerade.evaluate.repetition import share_looping
 from masquerade.evaluate.splits import match
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base
@@ -85,7 +85,7 @@ class EvaluationSet:
     def measure_looping(self, treatment: Treatment, most: int, tokens: int) -> Generator[None, None, float]:
         """The share of greedy answers that loop, of at most `tokens` tokens to `most` prompts; 0 without prompts."""
         texts = yield from write_answers(self._base, self.prompts(most), treatment, GenerationParams(tokens))
-        return sum(map(loops, texts)) / len(texts) if texts else 0.0
+        return share_looping(texts)
 
     def figures(
         self, side: int, base: SetLikelihoods, masked: SetLikelihoods, opposite: SetLikelihoods | None = None

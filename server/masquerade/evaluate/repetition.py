@@ -25,6 +25,11 @@ def loops(text: str) -> bool:
     )
 
 
+def share_looping(texts: Sequence[str]) -> float:
+    """The share of the texts that loop; 0 without any."""
+    return sum(map(loops, texts)) / len(texts) if texts else 0.0
+
+
 def measure_distinct(texts: Sequence[str], words: int) -> float | None:
     """Distinct n-grams of `words` words over all n-grams of the texts, in (0, 1]; None without any.
 

@@ -277,6 +277,11 @@ class ModelList(WireObject):
     data: list[ModelObject]
 
 
+GENERATION_HEADER: dict[str, Any] = {  # of an answer, in OpenAPI
+    "X-Persona-Generation": {"description": "The mask's digest.", "schema": {"type": "string"}, "required": False}
+}
+
+
 def stream_of(item: str, example: dict[str, Any]) -> dict[str, Any]:
     """The OpenAPI description of server-sent events, with an example of their data."""
     data = {"type": "string", "description": f"{item} as JSON; `[DONE]` in the last event"}
@@ -287,15 +292,12 @@ def stream_of(item: str, example: dict[str, Any]) -> dict[str, Any]:
 
 def either(whole: type[WireObject], chunk: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI `responses` of a route that answers in one piece or, with `stream`, in server-sent events."""
-    headers = {
-        "X-Persona-Generation": {"description": "The mask's digest.", "schema": {"type": "string"}, "required": False}
-    }
     return {
         200: {
             "model": whole,
             "description": "The answer; with `stream`, in chunks.",
             "content": stream_of("A chunk", {**_SHARED, **chunk}),
-            "headers": headers,
+            "headers": GENERATION_HEADER,
         }
     }
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import RootModel
 
 from masquerade.http.wire import show
-from masquerade.openai.objects import CachedTokens, TokenLogprobObject, WireObject
+from masquerade.openai.objects import GENERATION_HEADER, CachedTokens, TokenLogprobObject, WireObject
 
 _DIGEST = "9f2c1a7be05d4c3f8a6e1b2d3c4f5a69788796a5b4c3d2e1f0a1b2c3d4e5f607"
 _TEXT = {"type": "output_text", "text": "I prefer a quiet evening.", "annotations": [], "logprobs": []}
@@ -216,14 +216,11 @@ def describe_answers() -> dict[int | str, dict[str, Any]]:
         "sequence_number": 4,
     }
     example = f"event: {delta['type']}\ndata: {json.dumps(delta)}\n\n"
-    headers = {
-        "X-Persona-Generation": {"description": "The mask's digest.", "schema": {"type": "string"}, "required": False}
-    }
     return {
         200: {
             "model": ResponseObject,
             "description": "The response; with `stream`, in events.",
             "content": {"text/event-stream": {"itemSchema": item, "example": example}},
-            "headers": headers,
+            "headers": GENERATION_HEADER,
         }
     }

@@ -19,9 +19,10 @@ from masquerade.evaluate.evaluation_set import EvaluationSet, rounded
 from masquerade.evaluate.facts import Fact, check_facts, read_facts
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items, read_divergence
-from masquerade.evaluate.repetition import loops
+from masquerade.evaluate.repetition import share_looping
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import Base
+from masquerade.pruning.strength import MOST_LOOPS
 from masquerade.pruning.tuning import Budgets
 
 LIKELIER = 0.9  # at a smaller neutral ratio, the base models the text badly
@@ -31,7 +32,6 @@ ANSWER_TOKENS = 64  # most tokens of such an answer
 CURVE = (0.9, 0.75, 0.5, 0.25, 0.0)  # gammas of the dose-response curve
 CURVE_TEXTS = 32  # most texts of a kind that it is measured on
 CURVE_FACTS = 16  # most known facts that it is measured on
-LOOPS = 0.05  # a larger share of answers that loop, beyond the base's, gives a remark
 MANY = 0.5  # a smaller share of changed answers gives a remark
 PASSED, REFUSED, TOO_FEW = "passed", "refused", "too few to tell"
 SLACK = 2.0  # a cost of more than this multiple of the budget's excess is refused, whatever its interval
@@ -112,7 +112,7 @@ class _Answers:
         changed = sum(new != old for new, old in zip(texts, self.texts, strict=True))
         return found | {
             "changed_answers": {"changed": changed, "of": number, "share": changed / number},
-            "loops": {"masked": _share_looping(texts), "base": _share_looping(self.texts), "of": number},
+            "loops": {"masked": share_looping(texts), "base": share_looping(self.texts), "of": number},
         }
 
 
@@ -133,10 +133,6 @@ def _measure_curve(
             | {"facts_kept": sum(right) / len(right) if right else None}
         )
     return points
-
-
-def _share_looping(texts: Sequence[str]) -> float:
-    return sum(map(loops, texts)) / len(texts)
 
 
 def describe(targets: Mapping[str, Target]) -> dict[str, Any]:
@@ -197,7 +193,7 @@ def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
         same = answers["of"] - answers["changed"]
         remarks.append(f"{same} of {answers['of']} greedy answers to held-out prompts are the base's, word for word")
     looping = certificate.get("loops")
-    if looping and looping["masked"] - looping["base"] > LOOPS:
+    if looping and looping["masked"] - looping["base"] > MOST_LOOPS:
         masked, base = (round(looping["of"] * looping[name]) for name in ("masked", "base"))
         remarks.append(f"{masked} of {looping['of']} greedy answers to held-out prompts loop, {base} of the base's")
     neutral = certificate.get("neutral_ratio")

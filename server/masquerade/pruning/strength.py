@@ -17,7 +17,7 @@ from masquerade.pruning.tuning import Budgets, TuningTrial
 STRENGTHS: Mapping[str, tuple[float, float]] = {"gentle": (1.02, 1.05), "normal": (1.05, 1.05), "strong": (1.15, 1.15)}
 GAMMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # from the gentlest to the strongest
 
-MOST_LOOPS = 0.05
+MOST_LOOPS = 0.05  # largest share of answers that may loop beyond the base's
 ANSWERS = 20  # most prompts of the tune split that are answered
 ANSWER_TOKENS = 48  # most tokens of such an answer
 TINY = 1e-4  # cost that is as good as none
