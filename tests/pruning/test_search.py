@@ -97,14 +97,13 @@ def test_a_step_adds_the_gradient_of_the_loss_at_the_masked_model(tiny: Base, ma
     search = prepare(tiny, batches_a_step=3, neutral_batches_a_step=2)  # a step reads everything
     state = finish(search._start(side))
     before = {name: gains.clone() for name, gains in state.gains.items()}
-    pressure = state.pressure
     list(search._accumulate(side, state))
-    expected = _differentiate(tiny, state.pruned, side, pressure)
+    expected = _differentiate(tiny, state.pruned, side)
     for name, gains in state.gains.items():
         torch.testing.assert_close(gains - before[name], expected[name], rtol=2e-3, atol=2e-6)
 
 
-def _differentiate(base: Base, pruned: Mapping[str, torch.Tensor], side: int, pressure: float) -> dict[str, Any]:
+def _differentiate(base: Base, pruned: Mapping[str, torch.Tensor], side: int) -> dict[str, Any]:
     """Each weight's product with the gradient of a step's loss."""
     weights = {name: dense_weight(linear) for name, linear in find_targets(base.model).items()}
     found = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -147,7 +146,7 @@ def _differentiate(base: Base, pruned: Mapping[str, torch.Tensor], side: int, pr
             def diverge(masked: Any, one: Encoded = one, plain: torch.Tensor = plain) -> Any:
                 return (plain.exp() * (plain - predict(one, masked).log_softmax(-1))).sum()
 
-            accumulate(diverge, pressure / 2 / positions)
+            accumulate(diverge, SETTINGS.pressure / 2 / positions)
     return found
 
 

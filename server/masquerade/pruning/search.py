@@ -38,7 +38,7 @@ class SearchSettings:
     """The hyperparameters of a search; docs/method.md has the experiments that they come from."""
 
     gamma: float = 0.5  # strength at which gradients are taken
-    rho: float = 0.0008  # share of each Linear that is pruned at the end
+    rho: float = 0.0008  # largest share of each Linear that is pruned
     steps: int = 18
     judged_every: int = 6  # steps
     saved_every: int = 3  # steps
@@ -52,12 +52,14 @@ class SearchSettings:
     tokens: int = 48  # most tokens of a response
     initial: float = 10.0  # weight of the statistics' gradient beside a step's
     initial_share: float = 0.15  # of rho, before the first step
-    growth: float = 0.6  # share of the steps in which the mask grows to rho
+    smallest_share: float = 0.05  # of rho
+    resize: float = 0.3  # largest change of the share in a step, natural logarithm
     exchange: float = 0.2  # largest share of a Linear's pruned weights that a step exchanges
     protected: float = 0.03  # share of each Linear's weights, those of highest cost, that are never pruned
     likelihood: float = 0.5  # weight of the persona's likelihood in the loss
     sharpness: float = 2.0  # of the contrast
-    divergence: float = 0.035  # target of the KL divergence on neutral text, nats a token
+    pressure: float = 6.0  # weight of the KL divergence on neutral text in the loss
+    divergence: float = 0.035  # target of that divergence, nats a token
     seed: int = 0
 
 
@@ -67,9 +69,9 @@ class _State:
 
     gains: dict[str, Tensor]  # by how much the loss falls per unit of each weight's pruning, summed over steps; fp32
     pruned: dict[str, Tensor]  # bool [out, in]
+    share: float  # of rho that is pruned
     weights: dict[str, Tensor] = field(default_factory=dict)  # the masked weights
     step: int = 0
-    pressure: float = 6.0  # weight of the divergence in the loss
     divergence: float | None = None  # moving mean over steps, nats a token
     best: float = -math.inf
     kept: dict[str, Tensor] = field(default_factory=dict)  # `pruned` of the best state
@@ -93,8 +95,8 @@ class MaskSearch:
     over a few pairs and neutral texts; margin is NLL(contrast) - NLL(own), nats a token. The contrast is bounded, as in
     DPO (Rafailov et al. 2023); otherwise the search makes both answers unlikely. Each weight's product with its
     gradient is added to its gain. The weights of largest gain²/cost are pruned, which is what the best step along one
-    weight wins of a quadratic loss; the cost is that of `attribution-fisher`. `pressure` follows the divergence to its
-    target.
+    weight wins of a quadratic loss; the cost is that of `attribution-fisher`. Their number follows the divergence to
+    its target: it grows while the divergence is below.
     """
 
     def __init__(
@@ -197,13 +199,12 @@ class MaskSearch:
 
     def _start(self, side: int) -> Generator[int, None, _State]:
         if f"search/{side}/state" in self._scratch:
-            state = yield from self._load(side)
-        else:
-            state = _State({}, {})
-            for name in self._targets:
-                state.gains[name] = self._scratch.get(f"start/{side}/{name}")["gains"].float()
-                state.pruned[name] = torch.zeros_like(state.gains[name], dtype=torch.bool)
-                yield 0
+            return (yield from self._load(side))
+        state = _State({}, {}, self._settings.initial_share)
+        for name in self._targets:
+            state.gains[name] = self._scratch.get(f"start/{side}/{name}")["gains"].to(self._base.device).float()
+            state.pruned[name] = torch.zeros_like(state.gains[name], dtype=torch.bool)
+            yield 0
         yield from self._select(side, state)
         return state
 
@@ -215,12 +216,12 @@ class MaskSearch:
             loss = partial(self._contrast, side, index)
             yield from self._backpropagate(self._pairs[index], state, loss)
         for index in _draw(len(self._neutral), settings.neutral_batches_a_step, state.step, settings.seed + 1):
-            loss = partial(self._diverge, state.pressure, index, divergences)
+            loss = partial(self._diverge, index, divergences)
             yield from self._backpropagate(self._neutral[index], state, loss)
         found = sum(divergences) / max(len(divergences), 1)
         state.divergence = found if state.divergence is None else 0.6 * state.divergence + 0.4 * found
-        excess = max(-1.0, min(1.0, state.divergence / settings.divergence - 1))
-        state.pressure = max(1.0, min(60.0, state.pressure * math.exp(excess / 4)))
+        slack = max(-1.0, min(1.0, 1 - state.divergence / settings.divergence))
+        state.share = max(settings.smallest_share, min(1.0, state.share * math.exp(settings.resize * slack)))
 
     def _backpropagate(self, batch: ResponseBatch, state: _State, loss: Callable[[Tensor], Tensor]) -> Items:
         """Add the gradients of a batch's loss, a function of its logits [counted, vocabulary], to the gains."""
@@ -269,29 +270,29 @@ class MaskSearch:
         loss: Tensor = (losses * weights).sum() / (half * settings.batches_a_step)
         return loss
 
-    def _diverge(self, pressure: float, index: int, found: list[float], logits: Tensor) -> Tensor:
+    def _diverge(self, index: int, found: list[float], logits: Tensor) -> Tensor:
         """The neutral part of the loss; the divergence, mean nats a token, is appended to `found`."""
         with torch.no_grad():
             before = self._model.predict(self._answers[index]).float().log_softmax(-1)
         divergence = (before.exp() * (before - logits.float().log_softmax(-1))).sum(-1).mean()
         found.append(float(divergence.detach()))
-        return divergence * pressure / self._settings.neutral_batches_a_step
+        return divergence * self._settings.pressure / self._settings.neutral_batches_a_step
 
     def _select(self, side: int, state: _State) -> Items:
         """Choose the pruned weights of the state's step; a work item is a Linear."""
         settings = self._settings
-        grown = min(
-            1.0, settings.initial_share + (1 - settings.initial_share) * state.step / (settings.growth * settings.steps)
-        )
         for name, linear in self._targets.items():
             worth = self._scratch.get(f"start/{side}/{name}")["worth"].to(self._base.device)
-            count = max(1, round(settings.rho * grown * worth.numel()))
+            count = max(1, round(settings.rho * state.share * worth.numel()))
             state.pruned[name] = exchange(
                 state.gains[name].clamp(min=0).square() * worth, state.pruned[name], count, settings.exchange
             )
-            weight = dense_weight(linear)
-            state.weights[name] = torch.where(state.pruned[name], weight * settings.gamma, weight)
+            state.weights[name] = self._mask(linear, state.pruned[name])
             yield 1
+
+    def _mask(self, linear: nn.Linear, pruned: Tensor) -> Tensor:
+        weight = dense_weight(linear)
+        return torch.where(pruned, weight * self._settings.gamma, weight)
 
     def _save(self, side: int, state: _State) -> Items:
         """Keep the state; a Linear is a file, and the numbers, written last, say which step's files are whole."""
@@ -301,19 +302,20 @@ class MaskSearch:
                 found["kept"] = _pack(state.kept[name])
             self._scratch.put(f"search/{side}/{state.step}/{name}", found)
             yield 0
-        numbers = [state.step, state.pressure, state.divergence or 0.0, state.best, state.unimproved]
+        numbers = [state.share, state.step, state.divergence or 0.0, state.best, state.unimproved]
         self._scratch.put(f"search/{side}/state", {"numbers": torch.tensor(numbers, dtype=torch.float64)})
         self._scratch.drop(f"search/{side}/{state.saved}")
         state.saved = state.step
 
     def _load(self, side: int) -> Generator[int, None, _State]:
-        step, pressure, divergence, best, unimproved = self._scratch.get(f"search/{side}/state")["numbers"].tolist()
-        state = _State({}, {}, {}, int(step), pressure, divergence, best, unimproved=int(unimproved), saved=int(step))
+        share, step, divergence, best, unimproved = self._scratch.get(f"search/{side}/state")["numbers"].tolist()
+        state = _State({}, {}, share, {}, int(step), divergence, best, unimproved=int(unimproved), saved=int(step))
         for name, linear in self._targets.items():
             stored = self._scratch.get(f"search/{side}/{state.step}/{name}")
             shape = torch.Size((linear.out_features, linear.in_features))
             state.gains[name] = stored["gains"].to(self._base.device)
             state.pruned[name] = _unpack(stored["pruned"], shape).to(self._base.device)
+            state.weights[name] = self._mask(linear, state.pruned[name])
             if "kept" in stored:
                 state.kept[name] = _unpack(stored["kept"], shape).to(self._base.device)
             yield 0
