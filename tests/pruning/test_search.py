@@ -24,7 +24,7 @@ from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 from masquerade.pruning.collector import CalibrationText, StatisticsCollector
 from masquerade.pruning.responses import group
 from masquerade.pruning.scratch import Scratch
-from masquerade.pruning.search import MaskSearch, SearchSettings, exchange
+from masquerade.pruning.search import MaskSearch, Ranking, SearchSettings, exchange
 
 SETTINGS = SearchSettings(
     rho=0.05,
@@ -198,23 +198,35 @@ def test_the_state_that_the_judge_likes_best_is_kept(tiny: Base, manager: MaskMa
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_one_step_exchanges_a_share_of_the_pruned_weights(data: st.DataObject) -> None:
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     values = torch.randn(12, 17, generator=rng)
     pruned = torch.rand(12, 17, generator=rng) < data.draw(st.sampled_from([0.0, 0.05, 0.2]))
     count, share = data.draw(st.integers(1, 60)), data.draw(st.sampled_from([0.1, 0.5, 1.0]))
-    found = exchange(values, pruned, count, share)
-    most = max(1, round(share * count))
-    assert bool((values[found & ~pruned] > 0).all())
-    if pruned.any():
-        assert int((pruned & ~found).sum()) <= most
-        assert int((found & ~pruned).sum()) <= most + max(0, count - int(pruned.sum()))
-    else:
-        assert int(found.sum()) == min(count, int((values > 0).sum()))
+    best = values.flatten().topk(data.draw(st.integers(count, 80)))
+    threshold = best.values[count - 1]
+    found = exchange(pruned, Ranking(best.values, best.indices, values[pruned]), threshold, share)
     left, entered = pruned & ~found, found & ~pruned
-    if left.any() and entered.any():
-        assert values[entered].min() >= values[left].max() or share < 1
+    before, most = int(pruned.sum()), max(1, round(share * max(count, int(pruned.sum()))))
+    assert bool((values[entered] >= threshold).all()) and bool((values[left] < threshold).all())
+    assert int(left.sum()) <= most + max(0, before - count)
+    assert int(entered.sum()) <= most + max(0, count - before)
+    if share == 1 or not before:
+        assert torch.equal(found, values >= threshold)
+    for moved, stayed in ((-values[left], -values[pruned & found]), (values[entered], values[~pruned & ~found])):
+        assert not len(moved) or not len(stayed) or moved.min() >= stayed.max()
+
+
+def test_the_weights_of_most_worth_in_all_linears_are_pruned(tiny: Base, manager: MaskManager) -> None:
+    """Some Linears get more than others, within the bound."""
+    search = prepare(tiny, initial_share=0.5, concentration=3.0)
+    state = finish(search._start(1))
+    sizes = {name: pruned.numel() for name, pruned in state.pruned.items()}
+    counts = {name: int(pruned.sum()) for name, pruned in state.pruned.items()}
+    assert sum(counts.values()) == pytest.approx(0.5 * SETTINGS.rho * sum(sizes.values()), abs=1)
+    shares = [counts[name] / size for name, size in sizes.items()]
+    assert min(shares) < 0.5 * SETTINGS.rho < max(shares) <= 1.5 * SETTINGS.rho + 1 / min(sizes.values())
 
 
 @given(st.integers(0, 999), st.integers(1, 5), st.integers(20, 100))

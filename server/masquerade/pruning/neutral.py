@@ -24,6 +24,11 @@ FLUENT = 1 / 3  # share of facts; a base that knows as many also answers everyda
 WRITTEN = 256  # most questions that the base writes itself
 WRITTEN_TOKENS = 48  # of such a question
 WRITTEN_TEMPERATURE = 0.7
+# What half of the written questions begin with: the base asks for help by itself, and seldom for a fact
+OPENINGS = (
+    "What is the", "What is", "Who", "Where", "When", "Which", "How many", "What do you call", "What colour is",
+    "In which country", "What does", "Name a", "How long", "What is the opposite of", "Is", "Who wrote",
+)  # fmt: skip
 _WHOLE = re.compile(r"\S.*[.?!]", re.DOTALL)
 
 
@@ -77,11 +82,14 @@ def write_questions(base: Base, seed: int) -> Items[list[str]]:
     """At most `WRITTEN` different messages of users, sampled from the base; none without a chat template.
 
     An instruct model that continues its chat template from where a user's message begins writes one (Magpie, Xu et al.,
-    arXiv 2406.08464). Those that end without a full stop were cut, and are left out.
+    arXiv 2406.08464); half of the messages begin with one of the `OPENINGS`. Those that end without a full stop were
+    cut, and are left out.
     """
-    opening = tuple(open_user_message(base.tokenizer))
+    opening = open_user_message(base.tokenizer)
     if not opening:
         return []
-    params = GenerationParams(WRITTEN_TOKENS, WRITTEN_TEMPERATURE, seed)
-    texts = yield from write_answers(base, [Encoded(opening, ())] * WRITTEN, params=params)
-    return [text for text in dict.fromkeys(texts) if _WHOLE.fullmatch(text)]
+    starts = [OPENINGS[number // 2 % len(OPENINGS)] if number % 2 else "" for number in range(WRITTEN)]
+    prompts = [Encoded((*opening, *base.tokenizer.encode(start, add_special_tokens=False)), ()) for start in starts]
+    texts = yield from write_answers(base, prompts, params=GenerationParams(WRITTEN_TOKENS, WRITTEN_TEMPERATURE, seed))
+    questions = [f"{start} {text}".strip() for start, text in zip(starts, texts, strict=True)]
+    return [question for question in dict.fromkeys(questions) if _WHOLE.fullmatch(question)]

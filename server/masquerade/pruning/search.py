@@ -38,8 +38,8 @@ class SearchSettings:
     """The hyperparameters of a search; docs/method.md has the experiments that they come from."""
 
     gamma: float = 0.5  # strength at which gradients are taken
-    rho: float = 0.0008  # largest share of each Linear that is pruned
-    steps: int = 18
+    rho: float = 0.0008  # largest share of all weights that is pruned
+    steps: int = 24
     judged_every: int = 6  # steps
     saved_every: int = 3  # steps
     patience: int = 2  # judgements without improvement that end the search
@@ -51,8 +51,9 @@ class SearchSettings:
     neutral_batches_a_step: int = 2
     tokens: int = 48  # most tokens of a response
     initial: float = 10.0  # weight of the statistics' gradient beside a step's
-    initial_share: float = 0.15  # of rho, before the first step
-    smallest_share: float = 0.05  # of rho
+    initial_share: float = 0.05  # of rho, before the first step
+    smallest_share: float = 0.02  # of rho
+    concentration: float = 10.0  # largest share of a Linear's weights that is pruned, in shares of all weights
     resize: float = 0.3  # largest change of the share in a step, natural logarithm
     exchange: float = 0.2  # largest share of a Linear's pruned weights that a step exchanges
     protected: float = 0.03  # share of each Linear's weights, those of highest cost, that are never pruned
@@ -79,6 +80,15 @@ class _State:
     saved: int = 0  # the step that is in the scratch
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What pruning a Linear's weights is worth, where that may matter."""
+
+    best: Tensor  # the largest values, in descending order
+    places: Tensor  # their indices into the flat weight
+    current: Tensor  # the values of the weights that are pruned, in the order of their indices
+
+
 class MaskSearch:
     """Finds the masks of one or both sides of a contrast.
 
@@ -94,7 +104,7 @@ class MaskSearch:
 
     over a few pairs and neutral texts; margin is NLL(contrast) - NLL(own), nats a token. The contrast is bounded, as in
     DPO (Rafailov et al. 2023); otherwise the search makes both answers unlikely. Each weight's product with its
-    gradient is added to its gain. The weights of largest gain²/cost are pruned, which is what the best step along one
+    gradient is added to its gain. The weights of largest gain²/cost in all Linears are pruned, which is what the best step along one
     weight wins of a quadratic loss; the cost is that of `attribution-fisher`. Their number follows the divergence to
     its target: it grows while the divergence is below.
     """
@@ -279,16 +289,22 @@ class MaskSearch:
         return divergence * self._settings.pressure / self._settings.neutral_batches_a_step
 
     def _select(self, side: int, state: _State) -> Items:
-        """Choose the pruned weights of the state's step; a work item is a Linear."""
-        settings = self._settings
-        for name, linear in self._targets.items():
+        """Choose the pruned weights of the state's step, those of largest value in all Linears."""
+        settings, rankings = self._settings, {}
+        share = settings.rho * state.share
+        for name, gains in state.gains.items():
             worth = self._scratch.get(f"start/{side}/{name}")["worth"].to(self._base.device)
-            count = max(1, round(settings.rho * state.share * worth.numel()))
-            state.pruned[name] = exchange(
-                state.gains[name].clamp(min=0).square() * worth, state.pruned[name], count, settings.exchange
-            )
-            state.weights[name] = self._mask(linear, state.pruned[name])
+            values = gains.clamp(min=0).square_().mul_(worth).flatten()
+            best = values.topk(max(1, round(min(1.0, settings.concentration * share) * values.numel())))
+            rankings[name] = Ranking(best.values, best.indices, values[state.pruned[name].flatten()])
             yield 1
+        count = max(1, round(share * sum(gains.numel() for gains in state.gains.values())))
+        every = torch.cat([ranking.best for ranking in rankings.values()])
+        threshold = every.topk(min(count, len(every))).values[-1].clamp(min=torch.finfo(torch.float32).tiny)
+        for name, linear in self._targets.items():
+            state.pruned[name] = exchange(state.pruned[name], rankings[name], threshold, settings.exchange)
+            state.weights[name] = self._mask(linear, state.pruned[name])
+            yield 0
 
     def _mask(self, linear: nn.Linear, pruned: Tensor) -> Tensor:
         weight = dense_weight(linear)
@@ -322,29 +338,21 @@ class MaskSearch:
         return state
 
 
-def exchange(values: Tensor, pruned: Tensor, count: int, share: float) -> Tensor:
-    """The `count` weights of largest positive value, as far as one step may go: bool in the shape of `values`.
+def exchange(pruned: Tensor, ranking: Ranking, threshold: Tensor, share: float) -> Tensor:
+    """The weights whose value is at least `threshold`, as far as one step may go; bool [out, in].
 
-    `pruned` is the choice so far. At most `share` of `count` weights leave it, those of lowest value, and as many more
-    enter it than leave as it has to grow.
+    `pruned` is the choice so far. At most `share` of the pruned weights, now or then, leave it, those of lowest value,
+    and as many enter it; more only by as many as there are to be more or fewer in all.
     """
-    threshold = values.flatten().topk(count).values[-1].clamp(min=torch.finfo(torch.float32).tiny)
-    wanted = values >= threshold
-    if not bool(pruned.any()):
-        return wanted
-    most = max(1, round(share * count))
-    entering, leaving = wanted & ~pruned, pruned & ~wanted
-    entering = _keep_largest(entering, values, most + max(0, count - int(pruned.sum())))
-    leaving = _keep_largest(leaving, -values, most)
-    return (pruned | entering) & ~leaving
-
-
-def _keep_largest(chosen: Tensor, values: Tensor, most: int) -> Tensor:
-    """The `most` of the chosen weights with the largest values."""
-    of_chosen = values[chosen]
-    if len(of_chosen) <= most:
-        return chosen
-    return chosen & (values >= of_chosen.topk(most).values[-1])
+    chosen = pruned.flatten()
+    places = chosen.nonzero().squeeze(1)
+    wanted = ranking.places[ranking.best >= threshold]
+    most, growth = max(1, round(share * max(len(places), len(wanted)))), len(wanted) - len(places)
+    entering = wanted[~chosen[wanted]][: most + max(0, growth)]
+    lowest = places[ranking.current.argsort()][: int((ranking.current < threshold).sum())]
+    found = chosen.clone()
+    found[entering], found[lowest[: most + max(0, -growth)]] = True, False
+    return found.view_as(pruned)
 
 
 def _row_means(batch: ResponseBatch, logits: Tensor) -> Tensor:

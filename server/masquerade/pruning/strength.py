@@ -57,7 +57,7 @@ class StrengthTuner:
         return _effect(trial) * scale - max(0.0, math.log(trial.own_ratio / self._limits.own))
 
     def choose_gamma(self, targets: Mapping[str, Target], start: float) -> Generator[None, None, GammaChoice]:
-        """The strongest gamma within the budgets, as long as the shift grows; tried from `start` on, in order.
+        """The gamma of largest shift of those within the budgets; tried from `start` on, in order.
 
         At most the share `MOST_LOOPS` of its answers loop beyond the base's. If there is no such gamma, it is the
         gentlest that was tried. Raises `BuildFailed` if not even the gentlest gamma is within the budgets, unless they
@@ -68,7 +68,7 @@ class StrengthTuner:
         if self._accepts(trials[0]):
             for gamma in GAMMAS[place + 1 :]:
                 trials.append((yield from self._try(targets, gamma)))
-                if not self._accepts(trials[-1]) or _effect(trials[-1]) <= _effect(trials[-2]):
+                if not self._accepts(trials[-1]):
                     break
         else:
             for gamma in reversed(GAMMAS[:place]):
