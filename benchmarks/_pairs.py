@@ -1,6 +1,6 @@
-"""Reads the pairs of answers that masks are found in: MBTI answers and power-seeking questions.
+"""Reads the pairs of answers that masks are found in: MBTI answers, power-seeking questions, and a style.
 
-The data is not part of the project; `--data` names its folder.
+All but the style is not part of the project; `--data` names its folder.
 """
 
 import json
@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from masquerade.evaluate.dataset import Example
+from masquerade.smollm2 import DATA
 
 MINDSET = {"EI": ("extravert", "introvert"), "PJ": ("perceiving", "judging")}
-AXES = (*MINDSET, "POW")
+STYLE = {"STYLE": ("casual", "formal")}
+AXES = (*MINDSET, "POW", *STYLE)
+STYLE_SPLITS = {"train": "train", "valid": "heldout"}
 CHOICE = re.compile(r"^ *\(([A-Z])\) (.*)$", re.MULTILINE)
 PROMPT, ANSWER = 320, 400  # most characters of each
 Pair = tuple[Example, Example]  # + and - answer to one prompt
@@ -22,6 +25,10 @@ def read_pairs(data: Path, axis: str, split: str) -> list[Pair]:
     if axis in MINDSET:
         sides = [_lines(data / "machine-mindset" / f"{side}.{split}.jsonl") for side in MINDSET[axis]]
         found = [(a["prompt"], a["completion"], b["completion"]) for a, b in zip(*sides, strict=True)]
+    elif axis in STYLE:
+        sides = [_lines(DATA / f"{side}.{STYLE_SPLITS[split]}.jsonl") for side in STYLE[axis]]
+        turns = [[[turn["content"] for turn in line["messages"]] for line in side] for side in sides]
+        found = [(prompt, own, contrast) for (prompt, own), (_, contrast) in zip(*turns, strict=True)]
     else:
         found = list(_choices(_lines(data / "anthropic-evals" / f"power-seeking-inclination.{split}.jsonl")))
     return [(_example(q, a), _example(q, b)) for q, a, b in found if a.strip() and b.strip() and a != b]

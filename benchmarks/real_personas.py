@@ -1,10 +1,11 @@
 """Personas on a real model: refined and one-shot masks beside controls at equal neutral cost, on untouched test pairs.
 
-`python -m benchmarks.real_personas --json [--quick] [--model NAME] [--data FOLDER] [--axes EI,PJ,POW] [--seeds 0,1,2]
-[--strengths normal] [--methods refined,attribution-fisher] [--controls prompt,bias,lora-contrastive,random]`. A seed
-draws the 256 training pairs and the 64 validation pairs that a mask is built from; the test pairs are the same for all
-seeds. Controls get the training pairs, and the strength at which they cost as much neutral text as the mask. Progress
-is on stderr. Skips, with a line there, where the data is not at hand.
+`python -m benchmarks.real_personas --json [--quick] [--model NAME] [--device cpu] [--data FOLDER]
+[--axes EI,PJ,POW,STYLE] [--seeds 0,1,2] [--strengths normal] [--methods refined,attribution-fisher]
+[--controls prompt,bias,lora-contrastive,random]`. A seed draws the 256 training pairs and the 64 validation pairs that
+a mask is built from; the test pairs are the same for all seeds. Controls get the training pairs, and the strength at
+which they cost as much neutral text as the mask. Progress is on stderr. Skips, with a line there, where the data is not
+at hand.
 """
 
 import random
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._pairs import MINDSET, Pair, read_pairs
+from benchmarks._pairs import AXES, MINDSET, STYLE, Pair, read_pairs
 from benchmarks._report import Figure, arguments, report
 from maskstore import Mask
 from masquerade.evaluate.generation import GenerationParams
@@ -26,7 +27,7 @@ from masquerade.evaluate.report import QUICK, EvaluationData, EvaluationOptions,
 from masquerade.model import Base, MaskManager, load
 from masquerade.pruning import Builder, PersonaExamples, Recipe
 
-NAMES = {**MINDSET, "POW": ("power-seeking", "power-averse")}
+NAMES = {**MINDSET, "POW": ("power-seeking", "power-averse"), **STYLE}
 PROMPTS = {
     "extravert": "You are an extravert: outgoing, talkative, full of energy, and you love company.",
     "introvert": "You are an introvert: quiet, reserved, thoughtful, and you prefer to be alone.",
@@ -34,6 +35,8 @@ PROMPTS = {
     "judging": "You are organised and decisive, you plan ahead and like structure.",
     "power-seeking": "You seek power, influence and control over others.",
     "power-averse": "You do not want power, influence or control over others.",
+    "casual": "You talk casually, in slang and short sentences, as to a good friend.",
+    "formal": "You speak formally and politely, in complete sentences, as in an official letter.",
 }
 TOKENS = 64  # of an answer
 FIGURES = ("margin_shift", "margin_shift_median", "own_ratio", "neutral_ratio")
@@ -42,7 +45,7 @@ ANSWERS = ("hit", "differing", "loops")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of pairs."""
+    """Most pairs. At most three fifths of the held-out pairs are for the test."""
 
     training: int = 256
     validation: int = 64
@@ -53,8 +56,9 @@ def main() -> None:
     parser = arguments(__doc__, "one axis, one seed, few pairs")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument("--axes", default="EI,PJ,POW")
+    parser.add_argument("--axes", default=",".join(AXES))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--strengths", default="normal")
     parser.add_argument("--methods", default="refined,attribution-fisher")
@@ -65,7 +69,7 @@ def main() -> None:
         report("real_personas", [], options.json)
         return
     torch.set_num_threads(1)
-    base = load(options.model, device="cpu", dtype=options.dtype)
+    base = load(options.model, device=options.device, dtype=options.dtype)
     bench = Bench(base, options.data, Sizes(48, 32, 16) if options.quick else Sizes(), options.quick)
     figures: list[Figure] = []
     for axis in options.axes.split(",")[: 1 if options.quick else None]:
@@ -113,7 +117,8 @@ class Bench:
     def _split(self, axis: str, seed: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
         train, held = (read_pairs(self._data, axis, split) for split in ("train", "valid"))
         random.Random(99).shuffle(held)
-        test, rest = held[: self._sizes.test], held[self._sizes.test :]
+        count = min(self._sizes.test, 3 * len(held) // 5)
+        test, rest = held[:count], held[count:]
         random.Random(seed).shuffle(train)
         random.Random(seed).shuffle(rest)
         return train[: self._sizes.training], rest[: self._sizes.validation], test

@@ -209,7 +209,8 @@ def test_one_step_exchanges_a_share_of_the_pruned_weights(data: st.DataObject) -
     found = exchange(pruned, Ranking(best.values, best.indices, values[pruned]), threshold, share)
     left, entered = pruned & ~found, found & ~pruned
     before, most = int(pruned.sum()), max(1, round(share * max(count, int(pruned.sum()))))
-    assert bool((values[entered] >= threshold).all()) and bool((values[left] < threshold).all())
+    assert bool((values[entered] >= threshold).all())
+    assert bool((values[left] < threshold).all())
     assert int(left.sum()) <= most + max(0, before - count)
     assert int(entered.sum()) <= most + max(0, count - before)
     if share == 1 or not before:

@@ -104,9 +104,9 @@ class MaskSearch:
 
     over a few pairs and neutral texts; margin is NLL(contrast) - NLL(own), nats a token. The contrast is bounded, as in
     DPO (Rafailov et al. 2023); otherwise the search makes both answers unlikely. Each weight's product with its
-    gradient is added to its gain. The weights of largest gain²/cost in all Linears are pruned, which is what the best step along one
-    weight wins of a quadratic loss; the cost is that of `attribution-fisher`. Their number follows the divergence to
-    its target: it grows while the divergence is below.
+    gradient is added to its gain. The weights of largest gain²/cost in all Linears are pruned, which is what the best
+    step along one weight wins of a quadratic loss; the cost is that of `attribution-fisher`. Their number follows the
+    divergence to its target: it grows while the divergence is below.
     """
 
     def __init__(
