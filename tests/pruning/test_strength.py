@@ -53,7 +53,7 @@ def draft(_: Any, *, gamma: float) -> Treatment:
 
 
 def choose(curve: Curve, limits: Budgets, start: float = 0.5) -> Any:
-    return finish(StrengthTuner(curve, draft, 1, limits, 0.001).choose_gamma({}, start))  # type: ignore[arg-type]
+    return finish(StrengthTuner(curve, draft, 1, limits).choose_gamma({}, start))  # type: ignore[arg-type]
 
 
 NORMAL = Budgets(1.05, 1.05, 0.95, False)

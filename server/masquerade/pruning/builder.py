@@ -158,7 +158,7 @@ class Builder:
         eval_set = data.evaluation_set(self._base, "tune", JUDGED, JUDGED_TOKENS)
         phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
         tuners = {
-            side: StrengthTuner(eval_set, partial(self._apply, phase=phase), side, self._recipe.limits, settings.rho)
+            side: StrengthTuner(eval_set, partial(self._apply, phase=phase), side, self._recipe.limits)
             for side in self._built
         }
         found = {}

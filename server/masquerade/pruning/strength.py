@@ -42,8 +42,8 @@ class GammaChoice:
 class StrengthTuner:
     """Measures the masks of one side of a search within the budgets."""
 
-    def __init__(self, eval_set: EvaluationSet, draft: Draft, side: int, limits: Budgets, rho: float) -> None:
-        self._eval_set, self._draft, self._side, self._limits, self._rho = eval_set, draft, side, limits, rho
+    def __init__(self, eval_set: EvaluationSet, draft: Draft, side: int, limits: Budgets) -> None:
+        self._eval_set, self._draft, self._side, self._limits = eval_set, draft, side, limits
         self._base_loops: float | None = None
 
     def judge(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, float]:
@@ -51,7 +51,7 @@ class StrengthTuner:
 
         Effect grows with the step 1 - gamma and harm with its square, up to a step of 1.
         """
-        trial = yield from self.measure(targets, gamma)
+        trial = yield from self._measure(targets, self._draft(targets, gamma=gamma), gamma)
         allowed, found = self._limits.neutral - 1, max(trial.cost, TINY)
         scale = min(1 / (1 - gamma), math.sqrt(allowed / found))
         return _effect(trial) * scale - max(0.0, math.log(trial.own_ratio / self._limits.own))
@@ -90,23 +90,31 @@ class StrengthTuner:
 
     def _try(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, TuningTrial]:
         """The figures of a mask at a gamma; with loops, if it is within the budgets without them."""
-        trial = yield from self.measure(targets, gamma)
+        treatment = self._draft(targets, gamma=gamma)
+        trial = yield from self._measure(targets, treatment, gamma)
         if not trial.within(self._limits):
             return trial
         if self._base_loops is None:
             self._base_loops = yield from self._eval_set.measure_looping(UNTREATED, ANSWERS, ANSWER_TOKENS)
-        treatment = self._draft(targets, gamma=gamma)
         looping = yield from self._eval_set.measure_looping(treatment, ANSWERS, ANSWER_TOKENS)
         return replace(trial, loops=looping - self._base_loops)
 
-    def measure(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, TuningTrial]:
+    def _measure(
+        self, targets: Mapping[str, Target], treatment: Treatment, gamma: float
+    ) -> Generator[None, None, TuningTrial]:
         """The figures of a mask at a gamma."""
         base = yield from self._eval_set.measure_base()
-        masked = yield from self._eval_set.measure(self._draft(targets, gamma=gamma))
+        masked = yield from self._eval_set.measure(treatment)
         found = self._eval_set.figures(self._side, base, masked)
         own = math.inf if found["own_ratio"] is None else found["own_ratio"]
         neutral = math.inf if found["neutral_ratio"] is None else found["neutral_ratio"]
-        return TuningTrial("refined", self._rho, own, neutral, found.get("margin_shift_median"), None, gamma)
+        return TuningTrial("refined", _share(targets), own, neutral, found.get("margin_shift_median"), None, gamma)
+
+
+def _share(targets: Mapping[str, Target]) -> float:
+    """The share of all weights that is pruned."""
+    pruned = sum(target.pruned for target in targets.values())
+    return pruned / max(1, sum(math.prod(target.shape) for target in targets.values()))
 
 
 def _effect(trial: TuningTrial) -> float:
