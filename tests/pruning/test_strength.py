@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 import pytest
 
+from maskstore import encode
 from masquerade.errors import BuildFailed, InvalidValue
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import UNTREATED, Treatment
@@ -53,9 +55,10 @@ def draft(_: Any, *, gamma: float) -> Treatment:
 
 
 def choose(curve: Curve, limits: Budgets, start: float = 0.5) -> Any:
-    return finish(StrengthTuner(curve, draft, 1, limits).choose_gamma({}, start))  # type: ignore[arg-type]
+    return finish(StrengthTuner(curve, draft, 1, limits).choose_gamma(TARGETS, start))  # type: ignore[arg-type]
 
 
+TARGETS = {"one of a thousand": encode(np.arange(1000).reshape(10, 100) == 7)}
 NORMAL = Budgets(1.05, 1.05, 0.95, False)
 
 
@@ -101,11 +104,11 @@ def test_without_a_gamma_within_the_budgets_the_build_fails_unless_it_is_forced(
 def test_states_are_judged_by_what_they_reach_within_the_budget() -> None:
     """A state with twice the effect at eight times the harm reaches less."""
     judged = [
-        finish(StrengthTuner(curve, draft, 1, NORMAL, 0.001).judge({}, 0.5))  # type: ignore[arg-type]
+        finish(StrengthTuner(curve, draft, 1, NORMAL).judge(TARGETS, 0.5))  # type: ignore[arg-type]
         for curve in (Curve(1.0, 0.2), Curve(2.0, 1.6))
     ]
     assert judged[0] > judged[1]
-    cheap = finish(StrengthTuner(Curve(1.0, 1e-6), draft, 1, NORMAL, 0.001).judge({}, 0.5))  # type: ignore[arg-type]
+    cheap = finish(StrengthTuner(Curve(1.0, 1e-6), draft, 1, NORMAL).judge(TARGETS, 0.5))  # type: ignore[arg-type]
     assert cheap == pytest.approx(1.0)  # at gamma 0, and no further
 
 
