@@ -29,6 +29,7 @@ from masquerade.pruning.search import MaskSearch, Ranking, SearchSettings, excha
 SETTINGS = SearchSettings(
     rho=0.05,
     steps=6,
+    judged_from=2,
     judged_every=2,
     saved_every=1,
     pairs_a_batch=2,

@@ -40,6 +40,7 @@ class SearchSettings:
     gamma: float = 0.5  # strength at which gradients are taken
     rho: float = 0.0008  # largest share of all weights that is pruned
     steps: int = 24
+    judged_from: int = 12  # step of the first judgement; before, the mask is small and its effect noise
     judged_every: int = 6  # steps
     saved_every: int = 3  # steps
     patience: int = 2  # judgements without improvement that end the search
@@ -179,7 +180,7 @@ class MaskSearch:
             yield from self._accumulate(side, state)
             state.step += 1
             yield from self._select(side, state)
-            if state.step % self._settings.judged_every == 0 or state.step == self._settings.steps:
+            if self._is_judged(state.step):
                 targets = yield from _encode(state.pruned)
                 worth = yield from judge(targets)
                 state.unimproved += 1
@@ -188,6 +189,10 @@ class MaskSearch:
             if state.step % self._settings.saved_every == 0:
                 yield from self._save(side, state)
         return (yield from _encode(state.kept or state.pruned))
+
+    def _is_judged(self, step: int) -> bool:
+        settings = self._settings
+        return step == settings.steps or (step >= settings.judged_from and step % settings.judged_every == 0)
 
     def _batch(self, name: str, rows: Sequence[Encoded]) -> ResponseBatch:
         return ResponseBatch(self._base, self._model, self._scratch, name, rows, self._settings.tokens)
