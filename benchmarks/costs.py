@@ -24,11 +24,12 @@ from masquerade import demo
 from masquerade.engine import Token
 from masquerade.errors import UnusableModel
 from masquerade.evaluate.dataset import read_examples
+from masquerade.generation.answers import OutputDelta
 from masquerade.http import bodies
 from masquerade.kernels import dense
 from masquerade.model import MaskManager, load
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
-from masquerade.openai.answers import ChatAnswer, OutputDelta
+from masquerade.openai.answers import ChatAnswer
 from masquerade.openai.objects import ChatCompletionChunk
 from masquerade.pruning import Builder, PersonaExamples, Recipe
 from masquerade.service.serving import ResolvedPersona

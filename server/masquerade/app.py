@@ -28,8 +28,10 @@ from masquerade.http.request_log import RequestLogMiddleware
 from masquerade.http.throttle import Throttle
 from masquerade.jobs import JobService, Quotas, ResponseTable
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
-from masquerade.openai import batches, chat, completions, embeddings, files, fine_tuning, models, responses, tokens
-from masquerade.openai.batch_runner import BatchRunner
+from masquerade.openai import chat, completions, embeddings, files, fine_tuning, models, tokens
+from masquerade.openai.batches import routes as batches
+from masquerade.openai.batches.runner import BatchRunner
+from masquerade.openai.responses import routes as responses
 from masquerade.personas import build, routes
 from masquerade.service import building
 from masquerade.service.serving import Serving

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from masquerade.engine import Engine
-from masquerade.openai import generation
+from masquerade.generation import outputs
 from masquerade.service.notifier import StepNotifier
 from masquerade.service.serving import Serving
 
@@ -77,7 +77,7 @@ def ask(serving: Serving, **more: Any) -> dict[str, Any]:
 def test_a_silent_stream_says_that_it_is_alive(
     http: httpx.Client, serving: Serving, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(outputs, "PING_SECONDS", 0.05)
     with http.stream("POST", CHAT, json=ask(serving, stream=True)) as answer:
         lines = answer.iter_lines()
         assert [next(line for line in lines if line.startswith(":")) for _ in range(3)] == [": ping"] * 3
@@ -88,7 +88,7 @@ def test_a_silent_stream_says_that_it_is_alive(
 def test_who_waits_for_a_whole_answer_hears_nothing_of_silence(
     http: httpx.Client, serving: Serving, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(outputs, "PING_SECONDS", 0.05)
     threading.Timer(0.3, slow.set).start()
     assert http.post(CHAT, json=ask(serving)).json()["usage"]["completion_tokens"] == 2
 

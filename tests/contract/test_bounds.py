@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.openai.generation import DEFAULT_MAX_TOKENS
+from masquerade.generation.handler import DEFAULT_MAX_TOKENS
 from tests.contract.asking import CHAT, PARTY, Api, Json, body, error_of
 from tests.serving import Server
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from masquerade.openai.messages import MAX_MESSAGES
+from masquerade.generation.messages import MAX_MESSAGES
 from tests.contract.asking import CHAT, PARTY, Api, Json, body, error_of
 
 USER = {"role": "user", "content": "Hi."}

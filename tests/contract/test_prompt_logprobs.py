@@ -7,7 +7,7 @@ import json
 import pytest
 from openai import OpenAI
 
-from masquerade.openai.prompt_logprobs import MAX_SCORES
+from masquerade.generation.handler import MAX_SCORES
 from tests.contract.asking import CHAT, PARTY, Api, Json, error_of, events_of
 from tests.contract.test_completions import ROUTE, complete, texts, tokens_of
 

@@ -12,9 +12,9 @@ from openai.types import responses as types
 from pydantic import TypeAdapter
 
 from masquerade.anthropic.objects import GeneratedMessage
+from masquerade.generation import handler
 from masquerade.model import thoughts
-from masquerade.openai import generation
-from masquerade.openai.response_objects import ResponseObject
+from masquerade.openai.responses.objects import ResponseObject
 from tests import world
 from tests.contract.asking import CHAT, Api, Json, error_of
 from tests.contract.conftest import NEVER
@@ -91,7 +91,7 @@ def test_what_follows_the_end_of_the_thoughts_is_the_answer(r1: Api, monkeypatch
     raw = message_of(r1)["reasoning_content"]
     end = raw[20:23]
     monkeypatch.setattr(thoughts, "THOUGHTS_END", end)
-    monkeypatch.setattr(generation, "find_thought_start", lambda *_: "begun")
+    monkeypatch.setattr(handler, "find_thought_start", lambda *_: "begun")
     before, _, after = raw.partition(end)
     for message in (message_of(r1, n=n), streamed(r1)):
         assert message["reasoning_content"] == before.strip()
@@ -221,7 +221,7 @@ def test_messages_have_thoughts_as_thinking(r1: Api) -> None:
 def test_what_follows_thoughts_is_another_item_or_block(r1: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = message_of(r1)["reasoning_content"]
     monkeypatch.setattr(thoughts, "THOUGHTS_END", raw[20:23])
-    monkeypatch.setattr(generation, "find_thought_start", lambda *_: "begun")
+    monkeypatch.setattr(handler, "find_thought_start", lambda *_: "begun")
     message = message_of(r1)
     asked = {"model": "random", "temperature": 0}
     given = asked | {"input": ASKED, "max_output_tokens": LIMIT}

@@ -18,8 +18,8 @@ from pydantic import BaseModel, TypeAdapter
 from masquerade.engine import Request
 from masquerade.http.limits import Policy
 from masquerade.jobs import ResponseTable
-from masquerade.openai.response_answer import ResponseAnswer
-from masquerade.openai.response_objects import InputItemObject, ResponseObject
+from masquerade.openai.responses.answers import ResponseAnswer
+from masquerade.openai.responses.objects import InputItemObject, ResponseObject
 from tests import world
 from tests.contract.asking import PARTY, Api, Json, body, error_of
 from tests.contract.here import serve_here

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from masquerade.generation.unsupported import CHAT as CHAT_TABLE
+from masquerade.generation.unsupported import MESSAGE, Table
 from masquerade.openai import unsupported
 from tests.contract.asking import CHAT, Api, Json, error_of
 
 SAID = [{"role": "user", "content": "Hi."}]
-ROUTES: dict[str, tuple[unsupported.Table, Json]] = {
-    CHAT: (unsupported.CHAT, {"messages": SAID}),
+ROUTES: dict[str, tuple[Table, Json]] = {
+    CHAT: (CHAT_TABLE, {"messages": SAID}),
     "/v1/completions": (unsupported.COMPLETIONS, {"prompt": "Hi."}),
     "/v1/responses": (unsupported.RESPONSES, {"input": "Hi."}),
     "/v1/embeddings": (unsupported.EMBEDDINGS, {"input": "Hi."}),
@@ -42,7 +44,7 @@ def test_a_value_that_asks_for_nothing_is_ignored(api: Api, route: str, field: s
         assert ask(api, route, field, value)["code"] == "model_not_found", value
 
 
-@pytest.mark.parametrize("field", list(unsupported.MESSAGE))
+@pytest.mark.parametrize("field", list(MESSAGE))
 def test_so_is_a_message_that_asks_for_it(api: Api, field: str) -> None:
     said = [*SAID, {"role": "assistant", "content": "I", field: "x"}]
     for route in (CHAT, "/tokenize"):

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from pydantic_core import from_json
 
 from masquerade.errors import MasqueradeError
+from masquerade.generation.answers import Answer, Json, OutputDelta, OutputParser
+from masquerade.generation.tools import ToolSet
 from masquerade.http import errors
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode
 from masquerade.model import Base, CallStart, ResponsePart
-from masquerade.openai.answers import Answer, OutputDelta, OutputParser
-from masquerade.openai.tools import ToolSet
 from masquerade.service.serving import ResolvedPersona
 
 INVALID = "INVALID_JSON"  # the key of arguments that are no JSON object, which Anthropic's documentation suggests
-
-Json = dict[str, Any]
 
 
 class MessageAnswer(Answer):

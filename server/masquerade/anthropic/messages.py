@@ -9,21 +9,21 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
 
 from masquerade.anthropic.answers import MessageAnswer
-from masquerade.anthropic.objects import TokenCount, describe_answer
+from masquerade.anthropic.objects import TokenCount, describe_message
 from masquerade.anthropic.schemas import CountTokensRequest, MessagesRequest
 from masquerade.errors import MasqueradeError
+from masquerade.generation.handler import respond_chat
+from masquerade.generation.prompts import counting_room, tokenise_chat
 from masquerade.http.access import Chatting, ScopedRoute
 from masquerade.http.dependencies import PERSONA_HEADER, Served, read_persona
 from masquerade.http.errors import ANTHROPIC, ANTHROPIC_RESPONSES
 from masquerade.model import too_long
-from masquerade.openai.generation import respond_chat
-from masquerade.openai.prompts import counting_room, tokenise_chat
 
 router = APIRouter(route_class=ScopedRoute, responses=ANTHROPIC_RESPONSES)
 _FIELDS = (".function.parameters", ".input_schema")  # the schema of a tool, in chats and in messages
 
 
-@router.post(ANTHROPIC, responses=describe_answer(), openapi_extra=PERSONA_HEADER)
+@router.post(ANTHROPIC, responses=describe_message(), openapi_extra=PERSONA_HEADER)
 async def create_message(request: MessagesRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Answer messages as a persona, in Anthropic's form. Fields beyond Anthropic's are as in chats."""
     request_id = http.state.request_id

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
-from masquerade.http.wire import Schema, show
-from masquerade.openai.objects import WireObject, either
+from masquerade.generation.openapi import Responses, describe_answer, describe_events
+from masquerade.http.wire import Schema, WireObject, show
 
 _MESSAGE: dict[str, Any] = {
     "id": "msg_5e0b2d5f1c7a4a0f9d3c8b7a6e5d4c3b",
@@ -90,13 +89,7 @@ class TokenCount(Schema):
     input_tokens: int
 
 
-def describe_answer() -> dict[int | str, dict[str, Any]]:
+def describe_message() -> Responses:
     """The OpenAPI `responses` of a message in one piece or, with `stream`, in server-sent events."""
-    data = {"type": "string", "description": "The event as JSON; the last one is `message_stop`"}
-    fields = {"event": {"type": "string", "description": "The type of the event"}, "data": data}
-    item = {"type": "object", "required": ["event", "data"], "properties": fields}
-    example = f"event: {_DELTA['type']}\ndata: {json.dumps(_DELTA)}\n\n"
-    described = either(GeneratedMessage, {})
-    described[200]["description"] = "The message; with `stream`, in events."
-    described[200]["content"] = {"text/event-stream": {"itemSchema": item, "example": example}}
-    return described
+    events = describe_events("The type of the event", "The event as JSON; the last one is `message_stop`", _DELTA)
+    return describe_answer(GeneratedMessage, "The message; with `stream`, in events.", events)

@@ -11,22 +11,20 @@ from pydantic import AfterValidator, Field, model_validator
 
 from masquerade.engine import JsonFormat, Phase
 from masquerade.errors import InvalidValue, UnsupportedParameter, quote
-from masquerade.http.wire import Refusal, RequestBody, Schema, Text, check_unicode, encode, show
-from masquerade.openai import unsupported
-from masquerade.openai.messages import (
+from masquerade.generation import unsupported
+from masquerade.generation.messages import (
     MAX_MESSAGES,
     MAX_PAST_CALLS,
     MAX_TOOLS,
-    CalledFunction,
-    Function,
     FunctionName,
-    FunctionReference,
     Message,
-    NamedTool,
     Tool,
-    ToolCall,
+    choose_tool,
+    define_tool,
+    record_call,
 )
-from masquerade.openai.schemas import ChatRequest, JsonSchema, SchemaFormat
+from masquerade.generation.requests import ChatRequest, JsonSchema, SchemaFormat
+from masquerade.http.wire import Refusal, RequestBody, Schema, Text, check_unicode, encode, show
 
 MAX_SEQUENCES = 64  # stop sequences
 
@@ -247,7 +245,7 @@ class CountTokensRequest(RequestBody):
         """The tools of the chat; None if the model may not call any."""
         if not self.tools or (self.tool_choice and self.tool_choice.type == "none"):
             return None
-        return [_translate_tool(tool) for tool in self.tools]
+        return [define_tool(tool.name, tool.description, tool.input_schema, strict=tool.strict) for tool in self.tools]
 
 
 class MessagesRequest(CountTokensRequest):
@@ -271,9 +269,8 @@ class MessagesRequest(CountTokensRequest):
         choice, tools, form = self.tool_choice, self.chat_tools(), self.output_config and self.output_config.format
         chat_choice: Any = None
         if tools and choice:
-            reference = FunctionReference.model_construct(name=choice.name)
-            named = NamedTool.model_construct(type="function", function=reference)
-            chat_choice = {"auto": "auto", "any": "required", "tool": named}[choice.type]
+            named = choice.type == "tool" and choice.name
+            chat_choice = choose_tool(named) if named else {"auto": "auto", "any": "required"}[choice.type]
         schema = form and JsonSchema.model_validate({"schema": form.definition})
         return MessagesChat.model_construct(
             messages=self.chat_messages(),
@@ -300,7 +297,8 @@ def _translate_turn(role: str, blocks: Iterable[Block]) -> Iterator[Message]:
     """The chat messages of one turn: each result of a tool is one, and so is the text between them."""
     if role == "assistant":
         blocks = list(blocks)
-        calls = [_translate_call(block) for block in blocks if isinstance(block, ToolUseBlock)]
+        used = (block for block in blocks if isinstance(block, ToolUseBlock))
+        calls = [record_call(block.id, block.name, encode(block.input)) for block in used]
         text = _read_text(blocks)
         content = text or None if calls else text
         thoughts = "".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)) or None
@@ -319,17 +317,5 @@ def _read_text(content: str | Iterable[Block]) -> str:
     return "".join(block.text for block in content if isinstance(block, TextBlock))
 
 
-def _translate_call(block: ToolUseBlock) -> ToolCall:
-    function = CalledFunction.model_construct(name=block.name, arguments=encode(block.input))
-    return ToolCall.model_construct(id=block.id, function=function)
-
-
 def _translate_result(block: ToolResultBlock) -> Message:
     return Message.model_construct(role="tool", content=_read_text(block.content or ""), tool_call_id=block.tool_use_id)
-
-
-def _translate_tool(tool: AnthropicTool) -> Tool:
-    function = Function.model_construct(
-        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-    )
-    return Tool.model_construct(type="function", function=function)

@@ -38,6 +38,10 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
+class WireObject(Schema, extra="forbid"):
+    """An object of a response without other fields than these."""
+
+
 class RequestBody(Schema):
     """A body that may have fields that the server does not implement.
 

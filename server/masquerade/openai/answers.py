@@ -7,123 +7,23 @@ a third of the time (`benchmarks.costs`). `tests/contract/test_objects.py` valid
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, ClassVar
 
 from masquerade.engine import PromptToken, Token, token_bytes
 from masquerade.errors import MasqueradeError
+from masquerade.generation.answers import Answer, Json, OutputDelta, OutputParser
+from masquerade.generation.tools import ToolSet
 from masquerade.http import errors
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode, sse
 from masquerade.model import Base, CallStart, ResponsePart
-from masquerade.openai.prompt_logprobs import render_prompt_logprobs
 from masquerade.openai.schemas import CompletionRequest
-from masquerade.openai.tools import ToolSet
 from masquerade.service.serving import ResolvedPersona
-
-Json = dict[str, Any]
-
-
-@dataclass
-class OutputDelta:
-    """New output of one answer; the last delta of an answer has the finish reason."""
-
-    index: int
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop: str | None = None  # the stop string that ended the answer
-    thought: str = ""  # comes before the text
-    scores: Sequence[PromptToken] = ()  # of the prompt, in the first delta if the request asks for them
-
-
-class OutputParser:
-    """Parses the content and the calls of tools out of the deltas of one answer."""
-
-    def __init__(self, tool_set: ToolSet) -> None:
-        self._tool_set = tool_set
-        self._parser = tool_set.make_parser()
-
-    def parse(self, delta: OutputDelta) -> Sequence[ResponsePart]:
-        """What a delta adds."""
-        tools = self._tool_set
-        parts = self._parser.push(delta.text, triggered=any(token.id in tools.trigger_ids for token in delta.tokens))
-        if delta.finish_reason:
-            parts += self._parser.flush()
-        if tools.required:  # content can only be a truncated call
-            parts = [part for part in parts if not isinstance(part, str)]
-        return parts
-
-
-class Answer(ABC):
-    """The face of one API for the answer to one request: the object of a whole answer, and the events of a stream.
-
-    A stream is `first_chunks`, then `chunks` of every delta, then `last_chunks`. After an error it ends with
-    `error_chunk` instead. `ping` is sent in silence. Each method returns the text of any number of events.
-    """
-
-    prefix: ClassVar[str]  # of the id
-    ping: ClassVar[str] = ": ping\n\n"
-
-    def __init__(self, base: Base, resolved: ResolvedPersona) -> None:
-        self._tokenizer = base.tokenizer
-        self._resolved = replace(resolved, applied=None)  # a slow client must not keep a mask on the device
-        self._id = f"{self.prefix}{uuid.uuid4().hex}"
-        self._created = int(time.time())  # unix seconds
-        self._source: Json = {
-            "model": resolved.model,
-            "system_fingerprint": f"{base.fingerprint[:8]}-{(resolved.digest or 'base')[:8]}",
-            "persona": resolved.persona,
-            "generation": resolved.digest,
-            "gamma": resolved.gamma,
-        }
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Response headers that name the revision of the persona."""
-        return {"X-Persona-Generation": self._resolved.digest} if self._resolved.digest else {}
-
-    @abstractmethod
-    async def body(self, deltas: Sequence[OutputDelta], usage: Usage) -> Json:
-        """The answer in one object."""
-
-    @abstractmethod
-    def first_chunks(self, count: int, usage: Usage) -> str:
-        """The events before the output of `count` choices; `usage` has the tokens of the prompt only."""
-
-    @abstractmethod
-    def chunks(self, delta: OutputDelta) -> str:
-        """The events of a delta."""
-
-    @abstractmethod
-    async def last_chunks(self, usage: Usage) -> str:
-        """The events after the output of all choices."""
-
-    @abstractmethod
-    def error_chunk(self, error: MasqueradeError) -> str:
-        """The last event of a stream that an error ends."""
-
-    def _logprobs(self, tokens: Sequence[Token]) -> list[Json] | None:
-        """The log probabilities of the tokens, as chats have them; None if the request did not ask for them."""
-        if not tokens or tokens[0].logprob is None:
-            return None
-        return [
-            {
-                **self._logprob(token.id, token.logprob),
-                "top_logprobs": [self._logprob(other, logprob) for other, logprob in token.top],
-            }
-            for token in tokens
-        ]
-
-    def _logprob(self, token: int, logprob: float | None) -> Json:
-        content = token_bytes(self._tokenizer, token)
-        return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
 
 
 class ChoicesAnswer(Answer):
@@ -204,7 +104,7 @@ class ChatAnswer(ChoicesAnswer):
         whole = await super().body(deltas, usage)
         if scores := next((delta.scores for delta in deltas if delta.scores), None):
             count = len(scores[-1].top)
-            whole["prompt_logprobs"] = await asyncio.to_thread(render_prompt_logprobs, self._tokenizer, scores, count)
+            whole["prompt_logprobs"] = await asyncio.to_thread(_render_prompt_logprobs, self._tokenizer, scores, count)
         return whole
 
     def _render_choice(self, index: int, deltas: Sequence[OutputDelta]) -> Json:
@@ -295,7 +195,7 @@ class CompletionAnswer(ChoicesAnswer):
         rendered = self._render(OutputDelta(index, text, tokens, deltas[-1].finish_reason, scores=deltas[0].scores))
         count = self._request.prompt_logprobs
         if count is not None:
-            rendered["prompt_logprobs"] = render_prompt_logprobs(self._tokenizer, deltas[0].scores, count)
+            rendered["prompt_logprobs"] = _render_prompt_logprobs(self._tokenizer, deltas[0].scores, count)
         return rendered
 
     def _render_delta(self, delta: OutputDelta) -> Sequence[str]:
@@ -361,3 +261,23 @@ def _content(text: str) -> str:
 
 def _call(name: str) -> Json:
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": ""}}
+
+
+def _render_prompt_logprobs(
+    tokenizer: Any, scores: Sequence[PromptToken], count: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """As vLLM writes them: by token id, of the token itself and of the `count` most likely ones."""
+
+    def write(token: int, logprob: float, rank: int) -> dict[str, Any]:
+        decoded = token_bytes(tokenizer, token).decode(errors="replace")
+        return {"logprob": logprob, "rank": rank, "decoded_token": decoded}
+
+    rendered: list[dict[str, dict[str, Any]] | None] = []
+    for score in scores:
+        if score.logprob is None:
+            rendered.append(None)
+            continue
+        own = {str(score.id): write(score.id, score.logprob, score.rank)}
+        top = {str(token): write(token, logprob, rank) for rank, (token, logprob) in enumerate(score.top[:count], 1)}
+        rendered.append(own | {token: written for token, written in top.items() if token not in own})
+    return rendered

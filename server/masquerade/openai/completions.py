@@ -9,19 +9,19 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
 
 from masquerade.errors import BadRequest
+from masquerade.generation.handler import resolve_persona, respond
+from masquerade.generation.prompts import context_room, run_off_loop, tokenise_texts
 from masquerade.http.access import Caller, Chatting, ScopedRoute
 from masquerade.http.dependencies import PERSONA_HEADER, Served
 from masquerade.openai.answers import CompletionAnswer
-from masquerade.openai.generation import resolve_persona, respond
-from masquerade.openai.objects import TEXT_CHUNK, TextCompletion, either
-from masquerade.openai.prompts import context_room, run_off_loop, tokenise_texts
+from masquerade.openai.objects import TEXT_RESPONSES
 from masquerade.openai.schemas import CompletionRequest
 from masquerade.service.serving import Serving
 
 router = APIRouter(route_class=ScopedRoute)
 
 
-@router.post("/v1/completions", responses=either(TextCompletion, TEXT_CHUNK), openapi_extra=PERSONA_HEADER)
+@router.post("/v1/completions", responses=TEXT_RESPONSES, openapi_extra=PERSONA_HEADER)
 async def complete_text(request: CompletionRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """Continue each prompt, as a persona."""
     resolved = await resolve_persona(serving, request, caller, http)

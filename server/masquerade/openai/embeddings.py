@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,17 +12,17 @@ import numpy as np
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
-from starlette.types import Message
 
 from masquerade.engine import Embedding, Request, Vector
 from masquerade.errors import BadRequest, UnsupportedParameter
+from masquerade.generation.handler import resolve_persona
+from masquerade.generation.outputs import OutputCollector, Receive, collect_deltas
+from masquerade.generation.prompts import context_room, tokenise_texts
 from masquerade.http.access import Caller, Chatting, ScopedRoute
 from masquerade.http.dependencies import PERSONA_HEADER, Served
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode
-from masquerade.openai.generation import OutputCollector, collect_deltas, resolve_persona
 from masquerade.openai.objects import EmbeddingList
-from masquerade.openai.prompts import context_room, tokenise_texts
 from masquerade.openai.schemas import EmbeddingRequest
 from masquerade.service.serving import ResolvedPersona, Serving
 
@@ -76,7 +76,7 @@ async def embed(
     request: EmbeddingRequest,
     caller: Caller,
     prompts: Sequence[list[int]],
-    receive: Callable[[], Awaitable[Message]],
+    receive: Receive,
 ) -> list[Vector] | None:
     """The vectors of prompts; None if the client disconnected. Raises as `Engine.submit` and the engine's requests."""
     tokens, began = 0, asyncio.get_running_loop().time()

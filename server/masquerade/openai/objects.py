@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from masquerade.generation.openapi import Responses, describe_answer
 from masquerade.http.builds import JobProgress
-from masquerade.http.wire import Schema, show
-from masquerade.jobs import BatchState
+from masquerade.http.wire import Schema, WireObject, show
 
 _DIGEST = "9f2c1a7be05d4c3f8a6e1b2d3c4f5a69788796a5b4c3d2e1f0a1b2c3d4e5f607"
 _SHARED = {
@@ -41,10 +41,6 @@ _MODEL = {
     "max_model_len": 512,
     "generation": _DIGEST,
 }
-
-
-class WireObject(Schema, extra="forbid"):
-    """An object of a response without other fields than these."""
 
 
 class CachedTokens(WireObject):
@@ -277,11 +273,6 @@ class ModelList(WireObject):
     data: list[ModelObject]
 
 
-GENERATION_HEADER: dict[str, Any] = {  # of an answer, in OpenAPI
-    "X-Persona-Generation": {"description": "The mask's digest.", "schema": {"type": "string"}, "required": False}
-}
-
-
 def stream_of(item: str, example: dict[str, Any]) -> dict[str, Any]:
     """The OpenAPI description of server-sent events, with an example of their data."""
     data = {"type": "string", "description": f"{item} as JSON; `[DONE]` in the last event"}
@@ -290,16 +281,10 @@ def stream_of(item: str, example: dict[str, Any]) -> dict[str, Any]:
     return {"text/event-stream": {"itemSchema": event, "example": text}}
 
 
-def either(whole: type[WireObject], chunk: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI `responses` of a route that answers in one piece or, with `stream`, in server-sent events."""
-    return {
-        200: {
-            "model": whole,
-            "description": "The answer; with `stream`, in chunks.",
-            "content": stream_of("A chunk", {**_SHARED, **chunk}),
-            "headers": GENERATION_HEADER,
-        }
-    }
+def _describe_choices(whole: type[WireObject], chunk: dict[str, Any]) -> Responses:
+    """The OpenAPI `responses` of a route that answers in one piece or, with `stream`, in chunks."""
+    events = stream_of("A chunk", {**_SHARED, **chunk})
+    return describe_answer(whole, "The answer; with `stream`, in chunks.", events)
 
 
 CHAT_CHUNK: dict[str, Any] = {
@@ -312,6 +297,8 @@ TEXT_CHUNK: dict[str, Any] = {
     "choices": [{"index": 0, "text": " a calm", "logprobs": None, "finish_reason": None}],
     "usage": None,
 }
+CHAT_RESPONSES = _describe_choices(ChatCompletion, CHAT_CHUNK)
+TEXT_RESPONSES = _describe_choices(TextCompletion, TEXT_CHUNK)
 
 
 class EmbeddingObject(WireObject):
@@ -377,80 +364,6 @@ class FileObject(Schema):
     filename: str
     purpose: Literal["fine-tune", "fine-tune-results", "batch", "batch_output"]
     status: Literal["processed"] = "processed"
-
-
-class BatchFault(Schema):
-    """What is wrong with a line of the input file, or why the batch could not go on (`line` is null)."""
-
-    code: str
-    line: int | None
-    message: str
-    param: str | None
-
-
-class BatchFaults(Schema):
-    """Why a batch failed; at most 100 faults."""
-
-    object: Literal["list"] = "list"
-    data: list[BatchFault]
-
-
-class RequestCountsObject(Schema):
-    """Requests of a batch: all, those in the output file, those in the error file."""
-
-    total: int
-    completed: int
-    failed: int
-
-
-class BatchObject(Schema):
-    """A batch. Times are unix seconds, and null before the state is reached."""
-
-    model_config = show(
-        {
-            "id": "batch_0f1e2d3c4b5a69788796a5b4",
-            "object": "batch",
-            "endpoint": "/v1/chat/completions",
-            "errors": None,
-            "input_file_id": "file-6ab1f0c2d3e4f5061728394a",
-            "completion_window": "24h",
-            "status": "in_progress",
-            "output_file_id": None,
-            "error_file_id": None,
-            "created_at": 1795341600,
-            "in_progress_at": 1795341601,
-            "expires_at": 1795428000,
-            "finalizing_at": None,
-            "completed_at": None,
-            "failed_at": None,
-            "expired_at": None,
-            "cancelling_at": None,
-            "cancelled_at": None,
-            "request_counts": {"total": 100, "completed": 12, "failed": 1},
-            "metadata": None,
-        }
-    )
-
-    id: str
-    object: Literal["batch"] = "batch"
-    endpoint: str
-    errors: BatchFaults | None
-    input_file_id: str
-    completion_window: Literal["24h"] = "24h"
-    status: BatchState
-    output_file_id: str | None
-    error_file_id: str | None
-    created_at: int
-    in_progress_at: int | None = None
-    expires_at: int
-    finalizing_at: int | None = None
-    completed_at: int | None = None
-    failed_at: int | None = None
-    expired_at: int | None = None
-    cancelling_at: int | None = None
-    cancelled_at: int | None = None
-    request_counts: RequestCountsObject
-    metadata: dict[str, str] | None
 
 
 EVENT: dict[str, Any] = {

@@ -6,14 +6,15 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 
 from masquerade.errors import InvalidValue
+from masquerade.generation.messages import Messages, Tools
+from masquerade.generation.prompts import counting_room, run_off_loop, tokenise_chat, tokenise_texts
+from masquerade.generation.requests import TemplateFields
 from masquerade.http.access import Chatting, ScopedRoute
 from masquerade.http.dependencies import Served
 from masquerade.http.wire import RequestBody, Schema, Text, show
 from masquerade.model import too_long
 from masquerade.openai import unsupported
-from masquerade.openai.messages import Messages, Tools
-from masquerade.openai.prompts import counting_room, run_off_loop, tokenise_chat, tokenise_texts
-from masquerade.openai.schemas import Ids, TemplateFields
+from masquerade.openai.schemas import Ids
 
 router = APIRouter(route_class=ScopedRoute)
 

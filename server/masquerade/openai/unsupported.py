@@ -1,109 +1,9 @@
-"""Fields of OpenAI's and other servers' requests that would change the answer and are not implemented.
-
-Each has the values that change nothing, which are accepted. A field in no table is ignored.
-"""
+"""Fields of OpenAI's other requests than chats that would change the answer and are not implemented."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from masquerade.generation.unsupported import GENERATION, TEMPLATE, TEMPLATE_FIELDS, Table
 
-Table = Mapping[str, tuple[Any, ...]]
-
-GENERATION: Table = {
-    # which weights are used; this server's fields are `gamma` and `persona_phase`
-    "adapter": (),
-    "adapter_id": (),
-    "lora": ([],),
-    "lora_path": (),
-    "phase": (),
-    "steering": (),
-    "strength": (),
-    # the prompt
-    "prompt_embeds": (),
-    "truncate": (),
-    "truncate_prompt_tokens": (),
-    # which tokens are allowed
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "ebnf": (),
-    "grammar": (),
-    "guided_choice": (),
-    "guided_decoding": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "json_schema": (),
-    "regex": (),
-    "structural_tag": (),
-    "structured_outputs": (),
-    # how tokens are sampled
-    "best_of": (1,),
-    "custom_logit_processor": (),
-    "do_sample": (True,),
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "early_stopping": (False,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "mirostat": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beams": (1,),
-    "penalty_alpha": (0,),
-    "repeat_penalty": (1,),
-    "samplers": (),
-    "tfs": (1,),
-    "tfs_z": (1,),
-    "top_a": (0,),
-    "top_n_sigma": (-1, 0),
-    "typical": (1,),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "watermark": (False,),
-    "xtc_probability": (0,),
-    # where the answer ends
-    "max_length": (),
-    "max_new_tokens": (),
-    "max_output_tokens": (),
-    "min_new_tokens": (0,),
-    "n_predict": (-1,),
-    "num_predict": (-1,),
-    "stop_regex": ([],),
-    "stop_sequences": ([],),
-    # how the answer is shown
-    "no_stop_trim": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "top_n_tokens": (0,),
-}
-_TEMPLATE: Table = {
-    "chat_template": (),
-    "documents": ([],),
-    "mm_processor_kwargs": ({},),
-}
-TEMPLATE_FIELDS: Table = {  # of chats, which other APIs do not have
-    "add_generation_prompt": (True,),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-}
-CHAT: Table = {
-    **GENERATION,
-    **_TEMPLATE,
-    "add_special_tokens": (False,),
-    "audio": (),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "input": (),
-    "instructions": ("",),
-    "modalities": (["text"],),
-    "prediction": (),
-    "prompt": (),
-    "suffix": ("",),
-    "system": ("",),
-    "web_search_options": (),
-}
 COMPLETIONS: Table = {
     **GENERATION,
     "add_special_tokens": (True,),
@@ -138,14 +38,13 @@ EMBEDDINGS: Table = {
     "truncate": (),
     "truncate_prompt_tokens": (),
 }
-MESSAGE: Table = {"audio": (), "function_call": (), "prefix": (False,)}
-TOKENIZE: Table = {**_TEMPLATE, "tool_choice": ("auto",)}
+TOKENIZE: Table = {**TEMPLATE, "tool_choice": ("auto",)}
 BATCH: Table = {"output_expires_after": ()}
 JOB: Table = {"integrations": ([],), "name": ()}
 DETOKENIZE: Table = {"skip_special_tokens": (False,)}
 RESPONSES: Table = {
     **{name: values for name, values in GENERATION.items() if name != "max_output_tokens"},
-    **_TEMPLATE,
+    **TEMPLATE,
     **TEMPLATE_FIELDS,
     "audio": (),
     "background": (False,),

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from masquerade.errors import InvalidValue, UnsupportedParameter
+from masquerade.generation import unsupported
 from masquerade.http.bodies import NotJson, Size, check_size, count, parse
 from masquerade.http.wire import Refusal, RequestBody, Schema, Text
-from masquerade.openai import unsupported
 
 MAX_MESSAGES = 2048  # in one chat
 MAX_TOOLS = 128
@@ -58,6 +58,17 @@ class NamedTool(Schema):
     function: FunctionReference
 
 
+def choose_tool(name: str) -> NamedTool:
+    """The choice of a function."""
+    return NamedTool(type="function", function=FunctionReference(name=name))
+
+
+def define_tool(name: str, description: str | None, parameters: dict[str, Any] | None, *, strict: bool | None) -> Tool:
+    """The tool that is a function."""
+    function = Function(name=name, description=description, parameters=parameters, strict=strict)
+    return Tool(type="function", function=function)
+
+
 class CalledFunction(Schema):
     """The function of a call; `arguments` is JSON as text."""
 
@@ -84,6 +95,11 @@ class ToolCall(Schema):
         """As chat templates expect it: the arguments are an object, unless they are not JSON."""
         called = {"name": self.function.name, "arguments": self.function.value}
         return {"id": self.id, "type": self.type, "function": called}
+
+
+def record_call(call_id: str, name: str, arguments: str) -> ToolCall:
+    """The call of a function; `arguments` is JSON as text."""
+    return ToolCall(id=call_id, function=CalledFunction(name=name, arguments=arguments))
 
 
 class Message(RequestBody):

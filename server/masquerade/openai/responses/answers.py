@@ -9,16 +9,14 @@ from typing import Any
 
 from masquerade.engine import Token
 from masquerade.errors import MasqueradeError
+from masquerade.generation.answers import Answer, Json, OutputDelta, OutputParser
+from masquerade.generation.tools import ToolSet
 from masquerade.http import errors
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode
 from masquerade.model import Base, CallStart
-from masquerade.openai.answers import Answer, OutputDelta, OutputParser
-from masquerade.openai.response_input import FunctionChoice, ResponseRequest
-from masquerade.openai.tools import ToolSet
+from masquerade.openai.responses.schemas import FunctionChoice, ResponseRequest
 from masquerade.service.serving import ResolvedPersona
-
-Json = dict[str, Any]
 
 
 class ResponseAnswer(Answer):

@@ -10,30 +10,22 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, Typ
 
 from masquerade.engine import MAX_LOGPROBS
 from masquerade.errors import InvalidValue, MasqueradeError, UnsupportedParameter
-from masquerade.http.wire import Refusal, Schema, Text
-from masquerade.openai import unsupported
-from masquerade.openai.messages import (
+from masquerade.generation.messages import (
     MAX_MESSAGES,
     MAX_TOOLS,
-    CalledFunction,
-    Function,
     FunctionName,
-    FunctionReference,
     Message,
     NamedTool,
     Tool,
     ToolCall,
+    choose_tool,
+    define_tool,
+    record_call,
 )
-from masquerade.openai.schemas import (
-    ChatRequest,
-    GenerationRequest,
-    JsonSchema,
-    Label,
-    PlainFormat,
-    Remark,
-    SchemaFormat,
-    at_most,
-)
+from masquerade.generation.requests import ChatRequest, GenerationRequest, JsonSchema, PlainFormat, SchemaFormat
+from masquerade.http.wire import Refusal, Schema, Text
+from masquerade.openai import unsupported
+from masquerade.openai.schemas import Metadata
 
 LOGPROBS = "message.output_text.logprobs"  # the one value of `include` that adds something
 MAX_INCLUDE = 32
@@ -136,7 +128,7 @@ class FunctionCallItem(Item):
 
     def call(self) -> ToolCall:
         """The call of a chat."""
-        return ToolCall(id=self.call_id, function=CalledFunction(name=self.name, arguments=self.arguments))
+        return record_call(self.call_id, self.name, self.arguments)
 
     def render(self) -> Json:
         """The call."""
@@ -231,13 +223,7 @@ class FunctionTool(Schema):
 
     def tool(self) -> Tool:
         """The tool of a chat."""
-        function = Function(
-            name=self.name,
-            description=self.description,
-            parameters=self.parameters,
-            strict=self.is_strict,
-        )
-        return Tool(type="function", function=function)
+        return define_tool(self.name, self.description, self.parameters, strict=self.is_strict)
 
     def render(self) -> Json:
         """The function as a response repeats it; the schema is not copied, because it may be large."""
@@ -308,7 +294,7 @@ class ResponseRequest(GenerationRequest):
         Annotated[Literal["none", "auto", "required"] | FunctionChoice, BeforeValidator(_refuse_type)] | None
     ) = None
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[Label, Remark], Field(max_length=16), at_most(16)] | None = None
+    metadata: Metadata | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -347,7 +333,7 @@ class ResponseRequest(GenerationRequest):
 
     def _tool_choice(self) -> Literal["none", "auto", "required"] | NamedTool | None:
         if isinstance(self.tool_choice, FunctionChoice):
-            return NamedTool(type="function", function=FunctionReference(name=self.tool_choice.name))
+            return choose_tool(self.tool_choice.name)
         return self.tool_choice
 
     def _response_format(self) -> PlainFormat | SchemaFormat | None:

@@ -18,7 +18,7 @@ from masquerade.http.internal import InternalResponse, InternalSender
 from masquerade.http.wire import encode
 from masquerade.jobs import BATCH_OUTPUT, BatchRecord, BatchResults, BatchState, JobService
 from masquerade.jobs.results import digest
-from masquerade.openai.batch_lines import BatchLine, find_faults, read_lines
+from masquerade.openai.batches.lines import BatchLine, find_faults, read_lines
 from masquerade.service.workers import Turns
 
 _log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from masquerade.http.builds import RepeatHeaders
 from masquerade.http.dependencies import ServedJobs
 from masquerade.http.wire import Page
 from masquerade.jobs import BATCH_INPUT, BatchRecord, JobService
-from masquerade.openai.batch_runner import BatchRunner
-from masquerade.openai.objects import BatchObject
-from masquerade.openai.schemas import BatchRequest
+from masquerade.openai.batches.objects import BatchObject
+from masquerade.openai.batches.runner import BatchRunner
+from masquerade.openai.batches.schemas import BatchRequest
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=ScopedRoute)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from masquerade.generation.messages import Message, Tool
 from masquerade.http.access import Caller
 from masquerade.model import Room, TemplateOptions, check_bytes, encode, render_chat, too_long
-from masquerade.openai.messages import Message, Tool
 from masquerade.service.serving import Serving
 
 T = TypeVar("T")

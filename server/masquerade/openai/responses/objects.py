@@ -1,14 +1,14 @@
-"""Objects of `/v1/responses` and its events, and an example of each; `response_answer.py` writes them."""
+"""Objects of `/v1/responses` and its events, and an example of each; `answers.py` writes them."""
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import RootModel
 
-from masquerade.http.wire import show
-from masquerade.openai.objects import GENERATION_HEADER, CachedTokens, TokenLogprobObject, WireObject
+from masquerade.generation.openapi import Responses, describe_answer, describe_events
+from masquerade.http.wire import WireObject, show
+from masquerade.openai.objects import CachedTokens, TokenLogprobObject
 
 _DIGEST = "9f2c1a7be05d4c3f8a6e1b2d3c4f5a69788796a5b4c3d2e1f0a1b2c3d4e5f607"
 _TEXT = {"type": "output_text", "text": "I prefer a quiet evening.", "annotations": [], "logprobs": []}
@@ -201,11 +201,8 @@ class ResponseObject(WireObject):
     metadata: dict[str, str]
 
 
-def describe_answers() -> dict[int | str, dict[str, Any]]:
+def describe_response() -> Responses:
     """The OpenAPI `responses` of the route that creates responses, in one piece or in events."""
-    data = {"type": "string", "description": "An event as JSON; `type` says which, `sequence_number` counts"}
-    name = {"type": "string", "description": "The event's `type`"}
-    item = {"type": "object", "required": ["event", "data"], "properties": {"event": name, "data": data}}
     delta = {
         "type": "response.output_text.delta",
         "item_id": _MESSAGE["id"],
@@ -215,12 +212,6 @@ def describe_answers() -> dict[int | str, dict[str, Any]]:
         "logprobs": [],
         "sequence_number": 4,
     }
-    example = f"event: {delta['type']}\ndata: {json.dumps(delta)}\n\n"
-    return {
-        200: {
-            "model": ResponseObject,
-            "description": "The response; with `stream`, in events.",
-            "content": {"text/event-stream": {"itemSchema": item, "example": example}},
-            "headers": GENERATION_HEADER,
-        }
-    }
+    data = "An event as JSON; `type` says which, `sequence_number` counts"
+    events = describe_events("The event's `type`", data, delta)
+    return describe_answer(ResponseObject, "The response; with `stream`, in events.", events)

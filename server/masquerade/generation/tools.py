@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from masquerade.engine import AnswerFormat, JsonFormat
+from masquerade.generation.messages import Function, NamedTool
+from masquerade.generation.requests import ChatRequest
 from masquerade.model import Dialect, ToolCallParser
-from masquerade.openai.messages import Function, NamedTool
-from masquerade.openai.schemas import ChatRequest
 
 MAX_CALLS = 16  # in one answer
 

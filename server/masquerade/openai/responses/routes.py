@@ -13,15 +13,15 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
 
 from masquerade.errors import BadRequest, ResponseNotFound, StateConflict, UnsupportedParameter
+from masquerade.generation.handler import respond_chat
 from masquerade.http import errors
 from masquerade.http.access import Chatting, ScopedRoute
 from masquerade.http.dependencies import PERSONA_HEADER, Served, ServedResponses
 from masquerade.http.wire import Deleted, Page, encode
 from masquerade.jobs import ResponseTable, StoredResponse
-from masquerade.openai.generation import respond_chat
-from masquerade.openai.response_answer import ResponseAnswer
-from masquerade.openai.response_input import InputItem, ResponseRequest, read_items
-from masquerade.openai.response_objects import InputItemObject, ResponseObject, describe_answers
+from masquerade.openai.responses.answers import ResponseAnswer
+from masquerade.openai.responses.objects import InputItemObject, ResponseObject, describe_response
+from masquerade.openai.responses.schemas import InputItem, ResponseRequest, read_items
 
 Json = dict[str, Any]
 
@@ -34,7 +34,7 @@ _FIELDS = (
 )
 
 
-@router.post("", responses=describe_answers(), openapi_extra=PERSONA_HEADER)
+@router.post("", responses=describe_response(), openapi_extra=PERSONA_HEADER)
 async def create_response(
     request: ResponseRequest, serving: Served, caller: Chatting, responses: ServedResponses, http: HTTPRequest
 ) -> Response:

@@ -1,0 +1,1 @@
+"""`/v1/responses`: answers to chats as OpenAI's newer API has them, stored for later turns."""
