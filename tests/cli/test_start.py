@@ -115,6 +115,12 @@ def test_requests_while_the_model_is_loaded_get_503() -> None:
             assert (status, json.loads(body)["error"]["code"]) == (503, "not_ready")
             assert int(headers["Retry-After"]) >= 1
             assert ask(address, "HEAD", "/readyz")[2] == b""
+            for path in ("/v1/messages", "/v1/messages/count_tokens?beta=true"):
+                status, headers, body = ask(address, "POST", path, b"{}")
+                refused = json.loads(body)
+                assert (status, refused["type"], refused["error"]["type"]) == (503, "error", "overloaded_error")
+                assert refused["request_id"] == headers["request-id"] == headers["x-request-id"]
+                assert int(headers["Retry-After"]) >= 1
         with socket.create_connection(address) as late, listener.accept()[0] as taken:
             late.sendall(b"hello")
             assert taken.recv(5) == b"hello"

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from typing import Any
 
 from masquerade.errors import NotReady
+from masquerade.http import errors
 
 _BODY_LIMIT = 2**20
-_OK = b'{"status":"ok"}'
-_UNAVAILABLE = json.dumps(
-    {"error": {"message": "the model is being loaded", "type": NotReady.type, "param": None, "code": NotReady.code}}
-).encode()
+_UNAVAILABLE = NotReady("the model is being loaded; try again")
 
 
 class Loading:
-    """Within the block, `/healthz` gets 200 and every other request 503 with `Retry-After`.
+    """Within the block, `/healthz` gets 200 and every other request 503 with `Retry-After`, in the form of its API.
 
     The socket stays open: connections not yet accepted when the block ends are left to the next server.
     """
@@ -43,8 +43,12 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 5.0
 
     def answer(self) -> None:
-        live = self.path.partition("?")[0] == "/healthz"
-        body = _OK if live else _UNAVAILABLE
+        path, request_id = self.path.partition("?")[0], uuid.uuid4().hex
+        live, anthropic = path == "/healthz", errors.is_anthropic(path)
+        content: Any = {"status": "ok"}
+        if not live:
+            content = errors.anthropic_body(_UNAVAILABLE, request_id) if anthropic else errors.body(_UNAVAILABLE)
+        body = json.dumps(content).encode()
         length = self.headers.get("Content-Length", "0")
         if length.isdecimal():
             self.rfile.read(
@@ -54,6 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Connection", "close")
+        self.send_header("x-request-id", request_id)
+        if anthropic:
+            self.send_header("request-id", request_id)
         if not live:
             self.send_header("Retry-After", str(NotReady.retry_after))
         self.end_headers()
