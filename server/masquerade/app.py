@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -95,12 +95,12 @@ def create_app(
         slots = max(1, min(BATCH_SLOTS, serving.engine.config.max_running // 2))
         return BatchRunner(job_service, partial(internal.post, whole), slots, policy.body_bytes)
 
-    def count_jobs() -> Mapping[str, int]:
+    def find_jobs() -> JobService | None:
         job_service: JobService | None = app.state.job_service
-        return job_service.table.count_jobs() if job_service else {}
+        return job_service
 
     keyring = Keyring(KeyTable(serving.store.root))
-    metrics = Metrics(serving, count_jobs)
+    metrics = Metrics(serving, find_jobs)
     middleware = [  # outermost first
         Middleware(RequestLogMiddleware, metrics, Audit(serving.store.root)),
         Middleware(LimitsMiddleware, policy),

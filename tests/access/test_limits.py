@@ -14,11 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.engine import Request
 from masquerade.http import limits
 from masquerade.http.limits import Policy, Protocol
 from masquerade.service.serving import Serving
-from tests.contract.here import serve_here
+from tests.contract.here import forbid_ends, serve_here, slow_down
 from tests.keys.making import bearer, make_key
 
 POLICY = Policy(
@@ -275,14 +274,8 @@ def test_a_head_that_stops_arriving(http: httpx.Client, pieces: tuple[bytes, ...
 def test_an_answer_that_takes_too_long(tiny_folder: Path, tmp_path: Path, stream: bool, monkeypatch: Any) -> None:
     """The model is slow and the limit is short: the end does not depend on the machine."""
     with serve_here(tiny_folder, tmp_path / "store", policy=Policy(answer_seconds=0.3)) as (serving, http):
-        accept = Request.accept
-
-        def dawdle(self: Request, *told: Any) -> Any:
-            time.sleep(0.05)
-            return accept(self, *told)
-
-        monkeypatch.setattr(Request, "accept", dawdle)
-        body = chat(serving, max_tokens=200, stream=stream, logit_bias={str(end): -100 for end in serving.base.ends})
+        slow_down(monkeypatch)
+        body = chat(serving, max_tokens=200, stream=stream, logit_bias=forbid_ends(serving))
         answer = http.post("/v1/chat/completions", json=body)
         if stream:
             assert answer.status_code == 200

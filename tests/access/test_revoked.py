@@ -12,11 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.engine import Request
 from masquerade.keys import Key, KeyTable
 from masquerade.service.serving import Serving
 from tests.contract.asking import CHAT, events_of
-from tests.contract.here import serve_here
+from tests.contract.here import forbid_ends, serve_here, slow_down
 from tests.keys.making import bearer, make_key
 
 SOON = 30.0  # seconds within which everything here has happened, on any machine
@@ -25,13 +24,7 @@ SOON = 30.0  # seconds within which everything here has happened, on any machine
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model takes its time, so that there is something to end."""
-    accept = Request.accept
-
-    def dawdle(self: Request, *told: Any) -> Any:
-        time.sleep(0.05)
-        return accept(self, *told)
-
-    monkeypatch.setattr(Request, "accept", dawdle)
+    slow_down(monkeypatch)
 
 
 @pytest.fixture
@@ -47,9 +40,13 @@ def make(serving: Serving, **changes: Any) -> tuple[dict[str, str], Key]:
 
 
 def rambling(serving: Serving, **fields: Any) -> dict[str, Any]:
-    ends = {str(end): -100 for end in serving.base.ends}
     said = [{"role": "user", "content": "hi"}]
-    return {"model": serving.base.name, "messages": said, "max_tokens": 200, "logit_bias": ends} | fields
+    return {
+        "model": serving.base.name,
+        "messages": said,
+        "max_tokens": 200,
+        "logit_bias": forbid_ends(serving),
+    } | fields
 
 
 def wait_until_idle(serving: Serving) -> None:

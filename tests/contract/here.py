@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from fastapi import FastAPI
 
 from maskstore import Registry
 from masquerade.app import create_app
-from masquerade.engine import Engine, EngineConfig
+from masquerade.engine import Engine, EngineConfig, Request
 from masquerade.http.limits import Policy, Protocol
 from masquerade.model import MaskManager, Residency, VerifiedStore, load
 from masquerade.service.serving import Serving
@@ -53,3 +55,19 @@ def listen(app: FastAPI) -> Iterator[httpx.Client]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every token of this process's engines take 50 ms, so that there is time to end an answer."""
+    accept = Request.accept
+
+    def dawdle(self: Request, *told: Any) -> Any:
+        time.sleep(0.05)
+        return accept(self, *told)
+
+    monkeypatch.setattr(Request, "accept", dawdle)
+
+
+def forbid_ends(serving: Serving) -> dict[str, float]:
+    """A `logit_bias` with which an answer ends only at its limit."""
+    return {str(end): -100 for end in serving.base.ends}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +14,13 @@ from openai import OpenAI
 from openai.types import responses as types
 from pydantic import BaseModel, TypeAdapter
 
-from masquerade.engine import Request
 from masquerade.http.limits import Policy
 from masquerade.jobs import ResponseTable
 from masquerade.openai.responses.answers import ResponseAnswer
 from masquerade.openai.responses.objects import InputItemObject, ResponseObject
 from tests import world
 from tests.contract.asking import PARTY, Api, Json, body, error_of
-from tests.contract.here import serve_here
+from tests.contract.here import forbid_ends, serve_here, slow_down
 from tests.keys.making import bearer, make_key
 
 RESPONSES = "/v1/responses"
@@ -269,15 +267,9 @@ class TestStream:
     def test_an_error_within_it(self, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The model is slow and the limit is short: the end does not depend on the machine."""
         with serve_here(tiny_folder, tmp_path / "store", policy=Policy(answer_seconds=0.3)) as (serving, http):
-            accept = Request.accept
-
-            def dawdle(self: Request, *told: Any) -> Any:
-                time.sleep(0.05)
-                return accept(self, *told)
-
-            monkeypatch.setattr(Request, "accept", dawdle)
-            bias = {str(end): -100 for end in serving.base.ends}
-            fields = {"model": serving.base.name, "input": "hi", "logit_bias": bias, "max_output_tokens": 200}
+            slow_down(monkeypatch)
+            limits = {"logit_bias": forbid_ends(serving), "max_output_tokens": 200}
+            fields = {"model": serving.base.name, "input": "hi", **limits}
             *_, error, failed = events_of(http.post(RESPONSES, json=fields | {"stream": True}))
             EVENT.validate_python(error)
             EVENT.validate_python(failed)

@@ -18,7 +18,7 @@ from masquerade.http.metrics import BASE, OTHER, Labels, Metrics
 from masquerade.http.request_log import RequestRecord
 from masquerade.service.serving import ResolvedPersona, Serving
 from tests.access.conftest import publish
-from tests.contract.here import serve_here
+from tests.contract.here import forbid_ends, serve_here
 
 
 @pytest.fixture
@@ -60,8 +60,7 @@ def read(http: httpx.Client) -> Sample:
 
 def chat(http: httpx.Client, serving: Serving, **fields: Any) -> httpx.Response:
     body = {"model": serving.base.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
-    ends = {str(end): -100 for end in serving.base.ends}
-    return http.post("/v1/chat/completions", json=body | {"logit_bias": ends} | fields)
+    return http.post("/v1/chat/completions", json=body | {"logit_bias": forbid_ends(serving)} | fields)
 
 
 def test_a_request_is_counted_with_its_tokens_and_times(http: httpx.Client, serving: Serving) -> None:
@@ -157,6 +156,19 @@ def test_what_the_engine_and_the_masks_are_doing(http: httpx.Client, serving: Se
     assert found("info", **labels, version=metrics.__version__) == 1
 
 
+def test_batches_are_counted_by_state(http: httpx.Client) -> None:
+    assert read(http)("batches", state="in_progress") == 0
+    file = http.post("/v1/files", files={"file": ("x.jsonl", b"{}")}, data={"purpose": "batch"}).json()["id"]
+    asked = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    batch = http.post("/v1/batches", json=asked).json()["id"]
+    deadline = time.monotonic() + 60
+    while http.get(f"/v1/batches/{batch}").json()["status"] != "failed":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    found = read(http)
+    assert (found("batches", state="failed"), found("batches", state="completed")) == (1, 0)
+
+
 def test_every_name_says_whose_it_is_and_in_what_unit(http: httpx.Client, serving: Serving) -> None:
     chat(http, serving)
     for family in text_string_to_metric_families(http.get("/metrics").text):
@@ -218,7 +230,7 @@ def test_a_persona_that_is_used_much_more_takes_over_a_label() -> None:
 
 def test_series_of_a_label_that_went_are_gone(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "PERSONAS", 1)
-    counted = Metrics(serving, dict)
+    counted = Metrics(serving, lambda: None)
     for name, times in (("old", 1), ("new", 3)):
         for _ in range(times):
             record = RequestRecord(counted, "id", "POST")

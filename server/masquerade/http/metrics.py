@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, ge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from masquerade import __version__
+from masquerade.jobs import JobService
 from masquerade.service.serving import Serving
 
 PERSONAS = 20  # most personas with a label of their own
@@ -66,7 +67,7 @@ class Labels:
 class Metrics:
     """The counters of requests, in a registry of their own. For the event loop's thread only."""
 
-    def __init__(self, serving: Serving, jobs: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, serving: Serving, find_jobs: Callable[[], JobService | None]) -> None:
         self.registry = registry = CollectorRegistry(auto_describe=False)
         self._labels = Labels(PERSONAS, self._forget)
 
@@ -84,7 +85,7 @@ class Metrics:
         self._first = histogram("first_token_seconds", "From a request to its first token.", _FIRST)
         self._gap = histogram("inter_token_seconds", "Between two tokens of an answer.", _GAP)
         self._whole = histogram("answer_seconds", "From a request to the end of its answers.", _WHOLE)
-        registry.register(_State(serving, jobs))
+        registry.register(_State(serving, find_jobs))
         ProcessCollector(registry=registry)
 
     def times_of(self, persona: str | None) -> Histograms:
@@ -110,11 +111,11 @@ class Metrics:
 
 
 class _State:
-    """Values read at each scrape: the engine, its cache, the masks, the jobs."""
+    """Values read at each scrape: the engine, its cache, the masks, the jobs and batches."""
 
-    def __init__(self, serving: Serving, jobs: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, serving: Serving, find_jobs: Callable[[], JobService | None]) -> None:
         self._serving = serving
-        self._jobs = jobs
+        self._find_jobs = find_jobs
 
     def collect(self) -> Iterator[Metric]:
         """The present values."""
@@ -139,7 +140,9 @@ class _State:
         positions = {"computed": counts.computed, "cached": counts.cached}
         yield _counters("engine_positions", "Positions computed, and found in the cache.", "source", positions)
         yield from self._collect_masks()
-        yield _gauges("jobs", "Builds of this store.", "state", self._jobs())
+        service = self._find_jobs()
+        yield _gauges("jobs", "Builds of this store.", "state", service.table.count_jobs() if service else {})
+        yield _gauges("batches", "Batches of this store.", "state", service.batches.count_batches() if service else {})
 
     def _collect_masks(self) -> Iterator[Metric]:
         residency = self._serving.residency

@@ -122,6 +122,12 @@ class BatchTable:
         with self._database.read() as db:
             return _select(db, f"{_OPEN} order by rowid")
 
+    def count_batches(self) -> Mapping[str, int]:
+        """State -> number of batches."""
+        with self._database.read() as db:
+            found = dict(db.execute("select state, count(*) from batch group by state").fetchall())
+        return {state: found.get(state, 0) for state in BATCH_TRANSITIONS}
+
     def set_state(self, batch_id: str, state: BatchState, **columns: Any) -> BatchRecord:
         """Change the state, and other columns. Raises `StateConflict` if the present state does not allow that."""
         with self._database.write() as db:
