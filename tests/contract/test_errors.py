@@ -43,8 +43,21 @@ def test_what_is_not_there_is_never_replaced_by_the_base(api: Api, fields: Json,
     assert facts(api, **fields) == (404, "not_found_error", code, param)
 
 
-def test_an_unknown_persona_is_named(api: Api) -> None:
-    assert "pirate" in error_of(api.post(persona="pirate"))["message"]
+@pytest.mark.parametrize(
+    ("persona", "named"),
+    [
+        ("pirate", "no persona 'pirate'"),
+        ("pirate@00000000", "no persona pirate"),
+        ("introvert@00000000", "no generation introvert@00000000"),
+        ("Introvert", "'Introvert' is not a name"),
+    ],
+)
+def test_an_unknown_persona_is_named_once_beside_those_that_there_are(api: Api, persona: str, named: str) -> None:
+    message = error_of(api.post(persona=persona))["message"]
+    assert named in message
+    assert message.count("pirate") <= 1
+    assert "casual, cheerful, extravert, formal, gloomy, introvert, power_averse, power_seeking;" in message
+    assert "POST /v1/personas" in message
 
 
 def test_an_unknown_persona_in_the_header_is_not_found_either(api: Api) -> None:

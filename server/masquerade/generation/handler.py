@@ -37,7 +37,7 @@ async def resolve_persona(
     caller.check_reference(reference)
     gone = partial(wait_for_disconnect, http.receive)
     phase = request.persona_phase or (request.default_phase if reference else None)
-    return await serving.resolve_persona(reference, request.gamma, phase, gone)
+    return await serving.resolve_persona(reference, request.gamma, phase, gone, caller.sees)
 
 
 async def respond_chat(
@@ -69,7 +69,7 @@ async def respond_chat(
     grammars = None
     if answer_format:
         compile_format = partial(serving.engine.grammars.compile, answer_format, request.n or 1, thoughts)
-        grammars = await serving.workers.run(caller.owner, size, compile_format)
+        grammars = await serving.workers.run(caller.share, size, compile_format)
     answer = make_answer(serving.base, resolved, tool_set)
     return await respond(serving, resolved, request, caller, [prompt], answer, http.receive, grammars, thoughts)
 

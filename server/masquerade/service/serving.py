@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 from maskstore import InvalidName, MaskError, MaskInfo, MaskMismatch, MaskNotFound, Registry, Revision, Store
@@ -21,6 +22,7 @@ from masquerade.service.workers import Workers
 
 _log = logging.getLogger(__name__)
 MASK_SECONDS = 120.0  # most seconds that a request waits for its mask
+MOST_NAMED = 8  # personas in the message of an error
 
 
 class PersonaReference(NamedTuple):
@@ -122,10 +124,12 @@ class Serving:
         gamma: float | None,
         phase: Phase | None,
         disconnected: Callable[[], Awaitable[None]],
+        sees: Callable[[str], bool],
     ) -> ResolvedPersona:
         """Resolve a reference and wait until its mask is on the device. Other requests do not wait.
 
-        `disconnected` raises when the client disconnects, which ends the wait. Raises `ModelNotFound` or
+        `disconnected` raises when the client disconnects, which ends the wait. `sees` says whether the caller may be
+        told of a persona. Raises `ModelNotFound` or
         `PersonaNotFound`, depending on the field of the reference; `InvalidValue` for a gamma or a phase without a
         persona; `MaskTooLarge` and `Overloaded` as the residency does.
         """
@@ -145,11 +149,8 @@ class Serving:
             ) from error
         except (MaskNotFound, InvalidName, MaskMismatch) as error:
             kind = ModelNotFound if reference.field == "model" else PersonaNotFound
-            named = quote(reference.name)
-            raise kind(
-                f"the base {self.base.name!r} has no persona {named}: {error.message}; see GET /v1/models",
-                param=reference.field,
-            ) from error
+            message = await asyncio.to_thread(self._describe_missing, reference.name, error, sees)
+            raise kind(message, param=reference.field) from error
         self.request_counts.count(revision.digest)
         default_gamma, default_phase = revision.defaults(self._read_info(revision.digest) or mask.info)
         gamma = next(value for value in (gamma, preferred, default_gamma) if value is not None)
@@ -160,6 +161,21 @@ class Serving:
             gamma=gamma,
             phase=phase or default_phase,
             applied=AppliedMask(mask, gamma) if gamma < 1 else None,
+        )
+
+    def _describe_missing(self, reference: str, error: MaskError, sees: Callable[[str], bool]) -> str:
+        """Why a reference means no persona, which personas there are, and how to build one. Reads the registry."""
+        why = f"there is no persona {quote(reference)}"
+        if isinstance(error, MaskMismatch):
+            why = f"the persona {quote(reference)} does not fit: {error.message}"
+        elif isinstance(error, InvalidName) or "@" in reference:
+            why = error.message
+        visible = (revision.name for revision in self.personas() if sees(revision.name))
+        names = [*islice(visible, MOST_NAMED + 1)]
+        found = ", ".join(names[:MOST_NAMED]) or "none"
+        more = " and more, which GET /v1/models lists" if len(names) > MOST_NAMED else ""
+        return (
+            f"{why}; the base {self.base.name!r} has {found}{more}; POST /v1/personas or `masquerade build` makes one"
         )
 
     def _read_info(self, digest: str) -> MaskInfo | None:
