@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
+from masquerade.generation.prompts import INLINE_BYTES
 from masquerade.jobs.batches import WINDOW_SECONDS
 from masquerade.keys import KeyTable
 from tests.contract.asking import CHAT, PARTY, QUESTIONS, Api, Json, body, error_of
@@ -121,6 +122,16 @@ class TestResults:
         assert [item["content"] for item in answer["output"]] == [item["content"] for item in expected]
         assert results(sdk, batch.error_file_id)["two"]["response"]["status_code"] == 400
 
+    def test_lines_end_where_clients_expect_it(self, sdk: OpenAI) -> None:
+        """Python splits text at more characters than line feeds."""
+        prompt = "I\x85like\u2028you\u2029"
+        asked = {"model": "demo", "prompt": prompt, "echo": True, "max_tokens": 1}
+        batch = finish(sdk, [line("a", asked, COMPLETIONS), line("b", asked, COMPLETIONS)], COMPLETIONS)
+        answers = results(sdk, batch.output_file_id)
+        assert len(answers) == 2
+        for answer in answers.values():
+            assert answer["response"]["body"]["choices"][0]["text"].startswith(prompt)
+
     def test_blank_lines_count_for_nothing(self, sdk: OpenAI) -> None:
         content = b"\n" + write([line("a", body(max_tokens=1))]) + b"\r\n  \n" + write([line("b", body(max_tokens=1))])
         assert finish(sdk, content.rstrip()).request_counts.total == 2
@@ -178,6 +189,7 @@ class TestRefusals:
         ("fields", "code", "param"),
         [
             ({"endpoint": "/v1/files"}, "invalid_value", "endpoint"),
+            ({"endpoint": "/v1/messages"}, "invalid_value", "endpoint"),
             ({"completion_window": "1h"}, "invalid_value", "completion_window"),
             ({"input_file_id": 7}, "invalid_value", "input_file_id"),
             ({"input_file_id": None}, "invalid_value", "input_file_id"),
@@ -299,6 +311,26 @@ def test_a_batch_expires_with_an_error_for_what_is_left(tiny_folder: Path, tmp_p
         errors = results(sdk, batch.error_file_id)
         assert len(errors) == counts.failed > 0
         assert {(one["response"], one["error"]["code"]) for one in errors.values()} == {(None, "batch_expired")}
+
+
+def test_lines_do_not_take_the_turns_of_chats_at_the_workers(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+    with serve_here(tiny_folder, tmp_path / "store") as (serving, http):
+        run = serving.workers.run
+
+        async def record(share: str, size: int, work: Callable[[], Any]) -> Any:
+            shares.append(share)
+            return await run(share, size, work)
+
+        monkeypatch.setattr(serving.workers, "run", record)
+        large = chat(serving.base.name) | {"ignored": "x" * INLINE_BYTES}
+        sdk = OpenAI(base_url=f"{http.base_url}/v1", api_key="none")
+        assert finish(sdk, [line("x", large)]).request_counts.completed == 1
+        assert http.post(CHAT, json=large).status_code == 200
+    background, chats = shares
+    assert background != chats
 
 
 @pytest.fixture

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from openai import OpenAI
 
-from tests.contract.asking import CHAT, PARTY, PERSONAS, QUESTIONS, Api, Json, body, counts, error_of, text_of
+from tests.contract.asking import (
+    CHAT,
+    PARTY,
+    PERSONAS,
+    QUESTIONS,
+    Api,
+    Json,
+    body,
+    counts,
+    error_of,
+    events_of,
+    text_of,
+)
 
 
 def test_a_stream_is_labelled_as_one_and_not_buffered(api: Api) -> None:
@@ -15,6 +29,16 @@ def test_a_stream_is_labelled_as_one_and_not_buffered(api: Api) -> None:
     assert response.headers["cache-control"] == "no-cache"
     assert response.headers["x-accel-buffering"] == "no"
     assert response.headers["x-request-id"]
+
+
+def test_events_end_where_clients_expect_it(api: Api) -> None:
+    """Some clients split text at more characters than line feeds."""
+    prompt = "I\x85like\u2028you\u2029"
+    asked = {"model": "demo", "prompt": prompt, "echo": True, "max_tokens": 1, "stream": True}
+    with api.http.stream("POST", "/v1/completions", json=asked) as response:
+        *chunks, end = events_of(response)
+    assert end == "[DONE]"
+    assert json.loads(chunks[0])["choices"][0]["text"].startswith(prompt)
 
 
 def test_every_chunk_belongs_to_the_same_answer(api: Api) -> None:

@@ -91,4 +91,4 @@ async def tokenise_texts(
 
 async def run_off_loop(serving: Serving, caller: Caller, size: int, work: Callable[[], T]) -> T:
     """The result of work on the texts of a body of `size` bytes, in a thread unless the body is small."""
-    return work() if size <= INLINE_BYTES else await serving.workers.run(caller.owner, size, work)
+    return work() if size <= INLINE_BYTES else await serving.workers.run(caller.share, size, work)

@@ -51,12 +51,12 @@ class Caller(Rights):
 
     @property
     def share(self) -> str:
-        """Whose fair share of the engine its requests count towards: work in the background has one of its own."""
+        """Whose fair share of engine and workers its requests count towards: work in the background has its own."""
         return f"{self.owner} in the background" if self.priority < 0 else self.owner
 
     @property
     def owner(self) -> str:
-        """The id of the key: the owner of files, jobs and requests to the engine."""
+        """The id of the key: the owner of files, jobs and responses."""
         return self.key.id if self.key else LOCAL
 
     def key_error(self) -> MasqueradeError | None:

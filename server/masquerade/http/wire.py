@@ -87,7 +87,21 @@ class Deleted(Schema):
     deleted: Literal[True] = True
 
 
-encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+
+def encode(value: Any) -> str:
+    """A value as JSON in one line, also for clients that split lines as Unicode does."""
+    return escape_line_ends(_encode(value))
+
+
+def escape_line_ends(text: str) -> str:
+    """JSON text whose strings have no line end of Unicode; those of ASCII are always escaped in JSON."""
+    if not text.isascii():
+        for end, escaped in _LINE_ENDS.items():
+            text = text.replace(end, escaped)
+    return text
 
 
 def sse(data: dict[str, Any] | str) -> str:

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from masquerade.errors import UnsupportedParameter
 from masquerade.http import errors
 from masquerade.http.internal import InternalResponse, InternalSender
-from masquerade.http.wire import encode
+from masquerade.http.wire import encode, escape_line_ends
 from masquerade.jobs import BATCH_OUTPUT, BatchRecord, BatchResults, BatchState, JobService
 from masquerade.jobs.results import digest
 from masquerade.openai.batches.lines import BatchLine, find_faults, read_lines
@@ -222,7 +222,7 @@ def write_result(custom_id: str, response: InternalResponse | None = None, error
     written = "null"
     if response is not None:
         request_id = encode(response.headers.get("x-request-id", ""))
-        body = response.body.replace("\n", " ")  # JSON has line breaks between its tokens only
+        body = escape_line_ends(response.body.replace("\n", " "))  # JSON has line breaks between its tokens only
         written = f'{{"status_code":{response.status},"request_id":{request_id},"body":{body}}}'
     result_id = f"batch_req_{secrets.token_hex(12)}"
     return f'{{"id":"{result_id}","custom_id":{encode(custom_id)},"response":{written},"error":{error}}}'

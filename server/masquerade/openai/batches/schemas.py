@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
+
+from masquerade.http.errors import ANTHROPIC
 from masquerade.http.wire import RequestBody, Text, show
 from masquerade.openai import unsupported
 from masquerade.openai.schemas import Metadata
@@ -13,6 +16,16 @@ _BATCH: dict[str, Any] = {
     "endpoint": "/v1/chat/completions",
     "completion_window": "24h",
 }
+_Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]
+
+
+def _refuse_messages(value: Any) -> Any:
+    """Refuse Anthropic's route by name: its batches have another form, of requests and of results."""
+    if value == ANTHROPIC:
+        raise ValueError(
+            f"batches have OpenAI's form and no requests for {ANTHROPIC}; write the lines for /v1/chat/completions"
+        )
+    return value
 
 
 class BatchRequest(RequestBody):
@@ -22,6 +35,6 @@ class BatchRequest(RequestBody):
     refused = unsupported.BATCH
 
     input_file_id: Text
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]
+    endpoint: Annotated[_Endpoint, BeforeValidator(_refuse_messages)]
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
