@@ -47,7 +47,7 @@ def test_other_unicode_is_read(encoding: str) -> None:
     [
         ('{"a": "ü"}'.encode("latin-1"), "the body is not UTF-8: byte 7 is 0xfc"),
         ('{"ü": 1,}'.encode(), "the body is not JSON: .* at byte 9"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "a number that cannot be read: .*4300 digits"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "a number of more than 4300 digits"),
         (b"[" + b"1," * MOST_VALUES + b"1]", f"{MOST_VALUES + 1} values; the limit is {MOST_VALUES}"),
         (b"[" + b"[]," * MOST_CONTAINERS + b"1]", f"arrays and objects; the limit is {MOST_CONTAINERS}"),
         (b"{" + b'"":1,' * MOST_NAMES + b'"":1}', f"names; the limit is {MOST_NAMES}"),

@@ -49,7 +49,7 @@ def test_what_is_not_there_is_never_replaced_by_the_base(api: Api, fields: Json,
         ("pirate", "no persona 'pirate'"),
         ("pirate@00000000", "no persona pirate"),
         ("introvert@00000000", "no generation introvert@00000000"),
-        ("Introvert", "'Introvert' is not a name"),
+        ("Introvert", "no persona 'Introvert', which is not a name"),
     ],
 )
 def test_an_unknown_persona_is_named_once_beside_those_that_there_are(api: Api, persona: str, named: str) -> None:
@@ -136,7 +136,7 @@ def test_two_different_personas_are_a_conflict(api: Api) -> None:
         ({"logit_bias": {"1000000": 1}}, "logit_bias"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"min_tokens": 49}, "min_tokens"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}},
             "response_format",
@@ -305,6 +305,76 @@ class TestFramework:
         response = api.http.get(path, headers={"x-request-id": "mine"})
         assert response.headers["x-request-id"] == "mine"
         assert int(response.headers["openai-processing-ms"]) >= 0
+
+
+SAID: Json = {"messages": [USER], "max_tokens": 1}
+CALL: Json = {"type": "tool_use", "id": "x", "name": "f", "input": "{}"}
+FORMAT: Json = {"type": "json_schema", "name": "x"}
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "message"),
+    [
+        ("/v1/responses", {"input": 7}, "input: Input should be a valid string or a valid list; given: 7"),
+        ("/v1/responses", {"input": None}, "input: Input should be a valid string or a valid list; given: null"),
+        ("/v1/responses", {"input": []}, "input: it has 0 items; it needs at least 1"),
+        ("/v1/responses", {"input": "x", "text": {"format": FORMAT}}, "text.format.schema: Field required"),
+        ("/v1/responses", {"input": "x", "text": {"format": FORMAT | {"schema": 7}}}, "text.format.schema: Input"),
+        ("/v1/responses", {"input": "x", "text": {"format": {"type": "xml"}}}, "its type is 'xml'; it must be one of"),
+        ("/v1/responses", {"input": "x", "metadata": {"a": "x" * 513}}, "metadata.a: it has 513 characters"),
+        ("/v1/embeddings", {"input": [7, "x"]}, "input.1: Input should be a valid integer; given: 'x'"),
+        ("/v1/embeddings", {"input": ["x", 7]}, "input.1: Input should be a valid string; given: 7"),
+        ("/v1/embeddings", {"input": [[1], ["x"]]}, "input.1.0: Input should be a valid integer; given: 'x'"),
+        ("/v1/completions", {"prompt": True}, "prompt: Input should be a valid string or a valid list; given: true"),
+        (CHAT, SAID | {"response_format": {"type": "json_schema"}}, "response_format.json_schema: Field required"),
+        (CHAT, SAID | {"response_format": {}}, "response_format: it needs `type`"),
+        (CHAT, SAID | {"response_format": 7}, "response_format: Input should be an object"),
+    ],
+    ids=str,
+)
+def test_the_message_leads_to_the_place_of_the_fault(api: Api, route: str, fields: Json, message: str) -> None:
+    response = api.http.post(route, json={"model": "demo"} | fields)
+    assert response.status_code == 400
+    assert message in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text: Field required"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]},
+            "messages.0.content.0.text: Input",
+        ),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content.0: it needs `type`"),
+        (
+            {"messages": [{"role": "assistant", "content": [CALL]}, USER]},
+            "messages.0.content.0.input: Input should be an",
+        ),
+        ({"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "tool"}}, "needs `name`"),
+    ],
+    ids=str,
+)
+def test_so_does_that_of_messages_in_anthropics_form(api: Api, fields: Json, message: str) -> None:
+    response = api.http.post("/v1/messages", json={"model": "demo"} | SAID | fields)
+    body = response.json()
+    assert (response.status_code, body["type"], body["error"]["type"]) == (400, "error", "invalid_request_error")
+    assert message in body["error"]["message"]
+
+
+def test_tokens_of_a_persona_that_does_not_exist_are_not_counted(api: Api) -> None:
+    for model, fields in (("demo:pirate", {}), ("demo", {"persona": "pirate"})):
+        response = api.http.post("/v1/messages/count_tokens", json={"model": model, "messages": [USER]} | fields)
+        assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
+    for route, fields in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})):
+        response = api.http.post(route, json={"model": "demo:pirate"} | fields)
+        assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
+
+
+def test_a_number_of_too_many_digits_and_a_file_without_a_purpose(api: Api) -> None:
+    number = api.http.post(CHAT, content=b'{"seed":' + b"9" * 5000 + b"}", headers={"content-type": "application/json"})
+    assert error_of(number)["message"] == "the body has a number of more than 4300 digits"
+    assert "has no `purpose`" in error_of(api.http.post("/v1/files", files={"file": b"x"}))["message"]
 
 
 class TestSdk:

@@ -12,7 +12,7 @@ from masquerade.anthropic.answers import MessageAnswer
 from masquerade.anthropic.objects import TokenCount, describe_message
 from masquerade.anthropic.schemas import CountTokensRequest, MessagesRequest
 from masquerade.errors import MasqueradeError
-from masquerade.generation.handler import respond_chat
+from masquerade.generation.handler import check_persona, respond_chat
 from masquerade.generation.prompts import counting_room, tokenise_chat
 from masquerade.http.access import Chatting, ScopedRoute
 from masquerade.http.dependencies import PERSONA_HEADER, Served, read_persona
@@ -40,7 +40,7 @@ async def create_message(request: MessagesRequest, serving: Served, caller: Chat
 @router.post(f"{ANTHROPIC}/count_tokens", openapi_extra=PERSONA_HEADER)
 async def count_tokens(request: CountTokensRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> TokenCount:
     """The tokens of a prompt, as the model gets it. They count as the key's tokens, as those of `/tokenize` do."""
-    caller.check_reference(serving.find_reference(request.model, request.persona, await read_persona(http)))
+    await check_persona(serving, request.model, caller, request.persona, await read_persona(http))
     room, size = counting_room(serving), len(await http.body())
     ids = await tokenise_chat(serving, caller, size, request.chat_messages(), request.chat_tools(), room)
     if len(ids) > room.tokens:

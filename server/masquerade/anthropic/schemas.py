@@ -217,6 +217,8 @@ class CountTokensRequest(RequestBody):
         if choice and choice.type in ("auto", "any") and not names:
             text = f"`tool_choice` is of the type {choice.type!r}, but there are no `tools`"
             raise Refusal(InvalidValue(text, param="tool_choice"))
+        if choice and choice.type == "tool" and choice.name is None:
+            raise Refusal(InvalidValue("`tool_choice` of the type 'tool' needs `name`", param="tool_choice.name"))
         if choice and choice.type == "tool" and choice.name not in names:
             raise Refusal(InvalidValue(f"there is no tool {quote(choice.name)}", param="tool_choice.name"))
         return self

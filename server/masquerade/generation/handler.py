@@ -40,6 +40,16 @@ async def resolve_persona(
     return await serving.resolve_persona(reference, request.gamma, phase, gone, caller.sees)
 
 
+async def check_persona(
+    serving: Serving, model: str, caller: Caller, persona: str | None = None, header: str | None = None
+) -> None:
+    """Raises as `resolve_persona` does for a persona that does not exist or is forbidden; no mask is loaded."""
+    reference = serving.find_reference(model, persona, header)
+    caller.check_reference(reference)
+    if reference is not None:
+        await serving.find_revision(reference, caller.sees)
+
+
 async def respond_chat(
     serving: Serving,
     request: ChatRequest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from email.message import Message
 from typing import Any, NamedTuple
@@ -76,8 +77,9 @@ def parse(content: bytes | str, what: str = "the body", param: str | None = None
         raise NotJson(f"{what} is not JSON: {error.msg} at byte {_byte(text, error.pos)}", param=param) from None
     except RecursionError:
         raise _too_deep(text, what, param) from None
-    except ValueError as error:  # a number of too many digits
-        raise InvalidValue(f"{what} has a number that cannot be read: {error}", param=param) from None
+    except ValueError:
+        limit = sys.get_int_max_str_digits()
+        raise InvalidValue(f"{what} has a number of more than {limit} digits", param=param) from None
     if _is_deep(value):
         raise _too_deep(text, what, param)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import re
 import sqlite3
@@ -55,6 +56,8 @@ _FAILED = "the server failed; its log says why"
 MESSAGE_LIMIT = 1000  # characters
 _LONG_WORD = re.compile(rf"(\S{{{GIVEN - 3}}})\S{{4,}}")  # only values of clients are that long
 _UNION_MEMBERS = ("str", "list", "float", "int", "dict")
+_SHOULD = "Input should be "
+_KINDS = {"dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object"}
 
 _MASK_ERRORS: Mapping[type, type[MasqueradeError]] = {
     maskstore.InvalidName: InvalidValue,
@@ -234,8 +237,8 @@ def _respond_invalid(_: Request, error: Exception) -> Response:
     """400 for a body that does not fit the schema, with the fault, the path to it and the value."""
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
-    field, fault = _path(faults[0]["loc"]), _choose(faults)
-    path = _path(fault["loc"])
+    field, fault = _path(faults[0]["loc"], error.body), _choose(faults, error.body)
+    path = _path(fault["loc"], error.body)
     if isinstance(refusal := fault.get("ctx", {}).get("error"), Refusal):
         refused = refusal.error
         refused.param = f"{path}.{refused.param}" if path else refused.param
@@ -247,21 +250,44 @@ def _respond_invalid(_: Request, error: Exception) -> Response:
     return respond(InvalidValue(f"{path}: {_explain(fault)}", param=field))
 
 
-def _choose(faults: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The first fault; for a field of several types, the first that is not about the type."""
-    first = _path(faults[0]["loc"])
-    rivals = [fault for fault in faults if f"{_path(fault['loc'])}.".startswith(f"{first}.")]
-    return next((fault for fault in rivals if not fault["type"].endswith("_type")), faults[0])
+def _choose(faults: Sequence[Mapping[str, Any]], body: Any) -> Mapping[str, Any]:
+    """The first fault; for a field of several types, the first that is not about the type, or else the one of the type
+    that fits furthest. Faults about the type of one value are joined.
+    """
+    first = _path(faults[0]["loc"], body)
+    rivals = [fault for fault in faults if f"{_path(fault['loc'], body)}.".startswith(f"{first}.")]
+    if precise := next((fault for fault in rivals if not fault["type"].endswith("_type")), None):
+        return precise
+    chosen = max(rivals, key=lambda fault: _find_place(_path(fault["loc"], body)))
+    alike = [fault for fault in rivals if _path(fault["loc"], body) == _path(chosen["loc"], body)]
+    kinds = [*dict.fromkeys(_KINDS.get(fault["type"], fault["msg"].removeprefix(_SHOULD)) for fault in alike)]
+    *others, last = kinds
+    return {**chosen, "msg": _SHOULD + (f"{', '.join(others)} or {last}" if others else last)}
+
+
+def _find_place(path: str) -> tuple[int, list[int]]:
+    """How far a path leads into the body: deeper, or to a later item of a list, is further."""
+    names = path.split(".")
+    return len(names), [int(name) for name in names if name.isdigit()]
 
 
 def _explain(fault: Mapping[str, Any]) -> str:
     """The fault, and the value that has it."""
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] in ("list_too_long", "too_long"):
-        return f"it has {len(fault['input'])} items; the limit is {fault['ctx']['max_length']}"
-    if fault["type"] in ("missing", "value_error"):
-        return message
-    return f"{message}; given: {quote(fault['input'])}"
+    message, context = str(fault["msg"]).removeprefix("Value error, "), fault.get("ctx", {})
+    match fault["type"]:
+        case "list_too_long" | "too_long":
+            unit = "characters" if isinstance(fault["input"], str) else "items"
+            return f"it has {len(fault['input'])} {unit}; the limit is {context['max_length']}"
+        case "too_short":
+            return f"it has {len(fault['input'])} items; it needs at least {context['min_length']}"
+        case "union_tag_not_found":
+            return f"it needs {context['discriminator']}".replace("'", "`")
+        case "union_tag_invalid":
+            return f"its type is {quote(context['tag'])}; it must be one of {context['expected_tags']}"
+        case "missing" | "value_error":
+            return message
+    given = fault["input"]
+    return f"{message}; given: {json.dumps(given) if given is None or isinstance(given, bool) else quote(given)}"
 
 
 def _respond_http(request: Request, error: Exception) -> Response:
@@ -288,10 +314,23 @@ def _methods(request: Request) -> list[str]:
     return sorted({method for route in routes if route.path_regex.match(path) for method in route.methods or ()})
 
 
-def _path(location: Sequence[int | str]) -> str:
-    """`messages.0.role` of a fault's location, without the names of union members that pydantic adds."""
-    names = [str(part)[:GIVEN] for part in location if part != "body"]
-    return ".".join(name for name in names if name.isdigit() or _is_field(name))
+def _path(location: Sequence[int | str], body: Any) -> str:
+    """`messages.0.role` of a fault's location, without the labels of union members that pydantic adds.
+
+    A label is a name that the value has not, except for the last one, which may be missing; or one that comes twice.
+    """
+    names = []
+    value = body if location[0] == "body" else None
+    for place, name in enumerate(location):
+        after = location[place + 1 : place + 2]
+        if isinstance(value, dict) and place:
+            if after and (name not in value or after[0] == name):
+                continue
+            value = value.get(name)
+        elif isinstance(value, list) and place:
+            value = value[name] if isinstance(name, int) and name < len(value) else value
+        names.append(str(name)[:GIVEN])
+    return ".".join(name for name in names if name != "body" and (name.isdigit() or _is_field(name)))
 
 
 def _is_field(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from masquerade.errors import UnsupportedParameter, UploadNotFound
+from masquerade.errors import InvalidValue, UnsupportedParameter, UploadNotFound
 from masquerade.http import downloads
 from masquerade.http.access import Building, ScopedRoute
 from masquerade.http.dependencies import ServedJobs
@@ -33,6 +33,8 @@ async def upload(http: Request, job_service: ServedJobs, caller: Building) -> Fi
     async with read_form(http, job_service.uploads.limit) as form:
         texts, parts = split_form(form)
         purpose = texts.get("purpose")
+        if purpose is None:
+            raise InvalidValue(f"the form has no `purpose`; give {' or '.join(PURPOSES)}", param="purpose")
         if purpose not in PURPOSES:
             raise UnsupportedParameter(
                 f"the purpose {purpose!r:.40} is not supported; {' and '.join(PURPOSES)} are", param="purpose"

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 
 from masquerade.errors import InvalidValue
+from masquerade.generation.handler import check_persona
 from masquerade.generation.messages import Messages, Tools
 from masquerade.generation.prompts import counting_room, run_off_loop, tokenise_chat, tokenise_texts
 from masquerade.generation.requests import TemplateFields
@@ -69,7 +70,7 @@ async def tokenize(request: TokenizeRequest, serving: Served, caller: Chatting, 
     The limit is the context, or 65 536 tokens if that is more. They count as the key's tokens.
     """
     if request.model is not None:
-        caller.check_reference(serving.find_reference(request.model, None, None))
+        await check_persona(serving, request.model, caller)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidValue("give `prompt` or `messages`, one of them", param="prompt")
     if request.tools and request.messages is None:
@@ -98,7 +99,7 @@ async def tokenize(request: TokenizeRequest, serving: Served, caller: Chatting, 
 async def detokenize(request: DetokenizeRequest, serving: Served, caller: Chatting, http: HTTPRequest) -> Response:
     """The text of tokens, with special ones. The limit is the context, or 65 536 tokens if that is more."""
     if request.model is not None:
-        caller.check_reference(serving.find_reference(request.model, None, None))
+        await check_persona(serving, request.model, caller)
     limit, count = counting_room(serving).tokens, len(request.tokens)
     if count > limit:
         raise InvalidValue(f"tokens has {count} token ids; the limit is {limit}", param="tokens")

@@ -138,8 +138,8 @@ class Serving:
                 if value is not None:
                     raise InvalidValue(f"`{field}` needs a persona, and the request names none", param=field)
             return ResolvedPersona(self.base.name)
+        revision, preferred = await self.find_revision(reference, sees)
         try:
-            revision, preferred = await self.registry_cache.resolve(reference.name)
             mask = await self._load(revision.digest, disconnected)
         except TimeoutError as error:
             raise Overloaded(
@@ -147,10 +147,8 @@ class Serving:
                 "try again later",
                 retry_after=10,
             ) from error
-        except (MaskNotFound, InvalidName, MaskMismatch) as error:
-            kind = ModelNotFound if reference.field == "model" else PersonaNotFound
-            message = await asyncio.to_thread(self._describe_missing, reference.name, error, sees)
-            raise kind(message, param=reference.field) from error
+        except (MaskNotFound, MaskMismatch) as error:
+            raise await self._refuse(reference, error, sees) from error
         self.request_counts.count(revision.digest)
         default_gamma, default_phase = revision.defaults(self._read_info(revision.digest) or mask.info)
         gamma = next(value for value in (gamma, preferred, default_gamma) if value is not None)
@@ -163,12 +161,30 @@ class Serving:
             applied=AppliedMask(mask, gamma) if gamma < 1 else None,
         )
 
+    async def find_revision(
+        self, reference: PersonaReference, sees: Callable[[str], bool]
+    ) -> tuple[Revision, float | None]:
+        """The revision that a reference means, and its persona's own gamma. Raises as `resolve_persona` does."""
+        try:
+            return await self.registry_cache.resolve(reference.name)
+        except (MaskNotFound, InvalidName) as error:
+            raise await self._refuse(reference, error, sees) from error
+
+    async def _refuse(
+        self, reference: PersonaReference, error: MaskError, sees: Callable[[str], bool]
+    ) -> ModelNotFound | PersonaNotFound:
+        kind = ModelNotFound if reference.field == "model" else PersonaNotFound
+        message = await asyncio.to_thread(self._describe_missing, reference.name, error, sees)
+        return kind(message, param=reference.field)
+
     def _describe_missing(self, reference: str, error: MaskError, sees: Callable[[str], bool]) -> str:
         """Why a reference means no persona, which personas there are, and how to build one. Reads the registry."""
         why = f"there is no persona {quote(reference)}"
         if isinstance(error, MaskMismatch):
             why = f"the persona {quote(reference)} does not fit: {error.message}"
-        elif isinstance(error, InvalidName) or "@" in reference:
+        elif isinstance(error, InvalidName):
+            why += ", which is not a name ([a-z0-9][a-z0-9._-]{0,63}, or that with @ and 8 to 64 hex digits)"
+        elif "@" in reference:
             why = error.message
         visible = (revision.name for revision in self.personas() if sees(revision.name))
         names = [*islice(visible, MOST_NAMED + 1)]

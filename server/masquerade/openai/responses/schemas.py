@@ -73,13 +73,19 @@ def _refuse_parts(value: Any) -> Any:
 Part = ContentText | Refused
 
 
-def _text_or_list(value: Any) -> str:
-    return "Text" if isinstance(value, str) else "List"  # with one of them, an error names the place inside of it
+def _find_form(value: Any) -> str | None:
+    """Which form a content has: with one form, an error names the place inside of it."""
+    return "Text" if isinstance(value, str) else "List" if isinstance(value, list) else None
+
+
+_TEXT_OR_LIST = Discriminator(
+    _find_form, custom_error_type="text_or_list", custom_error_message="Input should be a valid string or a valid list"
+)
 
 
 Content = Annotated[
     Annotated[Text, Tag("Text")] | Annotated[list[Part], Tag("List"), Field(fail_fast=True, min_length=1)],
-    Discriminator(_text_or_list),
+    _TEXT_OR_LIST,
     BeforeValidator(_refuse_parts),
 ]
 
@@ -276,7 +282,7 @@ class ResponseRequest(GenerationRequest):
     model_config = ConfigDict(json_schema_extra=_describe)
     refused = unsupported.RESPONSES
 
-    input: Annotated[Annotated[Text, Tag("Text")] | Annotated[Items, Tag("List")], Discriminator(_text_or_list)]
+    input: Annotated[Annotated[Text, Tag("Text")] | Annotated[Items, Tag("List")], _TEXT_OR_LIST]
     instructions: Text | None = None
     previous_response_id: Text | None = None
     store: bool | None = None
