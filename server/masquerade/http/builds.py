@@ -158,7 +158,7 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "error": None,
     "trained_tokens": None,
     "metadata": {},
-    "persona": "gloomy",
+    "persona": "sombre",
     "progress": {"stage": "backward", "step": 12, "total_steps": 96},
     "personas": [],
 }

@@ -351,7 +351,7 @@ class FileObject(Schema):
             "object": "file",
             "bytes": 48213,
             "created_at": 1795341600,
-            "filename": "gloomy.jsonl",
+            "filename": "sombre.jsonl",
             "purpose": "fine-tune",
             "status": "processed",
         }
@@ -399,7 +399,7 @@ class CheckpointObject(Schema):
             "id": "ftckpt-7d1f2a3b4c5d6e7f80912a3b",
             "object": "fine_tuning.job.checkpoint",
             "created_at": 1795341640,
-            "fine_tuned_model_checkpoint": "demo:gloomy@7d1f2a3b",
+            "fine_tuned_model_checkpoint": "demo:sombre@7d1f2a3b",
             "fine_tuning_job_id": "ftjob-0f1e2d3c4b5a69788796a5b4",
             "step_number": 1,
             "metrics": {"flip": 0.98, "neutral_ratio": 1.003},

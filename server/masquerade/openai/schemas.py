@@ -118,7 +118,7 @@ class JobRequest(RequestBody):
         {
             "model": "demo",
             "training_file": "file-6ab1f0c2d3e4f5061728394a",
-            "suffix": "gloomy",
+            "suffix": "sombre",
             "method": {
                 "type": "mask",
                 "mask": {"strength": "normal", "contrast_file": "file-94a82715f6e0d3c4b5a60718"},

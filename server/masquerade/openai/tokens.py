@@ -37,7 +37,7 @@ class TokenizeRequest(TemplateFields):
 class Tokenized(Schema):
     """Token ids; `token_strs` only with `return_token_strs`."""
 
-    model_config = show({"count": 2, "max_model_len": 512, "tokens": [1567, 4], "token_strs": ["Hello", "!"]})
+    model_config = show({"count": 2, "max_model_len": 512, "tokens": [1567, 6], "token_strs": ["Hello", "!"]})
 
     count: int
     max_model_len: int
@@ -48,7 +48,7 @@ class Tokenized(Schema):
 class DetokenizeRequest(RequestBody):
     """`POST /detokenize`."""
 
-    model_config = show({"tokens": [1567, 4]})
+    model_config = show({"tokens": [1567, 6]})
     refused = unsupported.DETOKENIZE
 
     model: Text | None = None

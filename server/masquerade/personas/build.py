@@ -46,7 +46,7 @@ _FORM = describe_form(
     properties={name: {"type": "string", "format": "binary"} for name in _FILES}
     | PersonaForm.model_json_schema()["properties"],
     additionalProperties=False,
-    example={"name": "gloomy", "file": EXAMPLE, "contrast": EXAMPLE.replace("Oh. Hello.", "Hello!!")},
+    example={"name": "sombre", "file": EXAMPLE, "contrast": EXAMPLE.replace("Oh. Hello.", "Hello!!")},
 )
 
 
