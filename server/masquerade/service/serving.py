@@ -188,7 +188,7 @@ class Serving:
             why = error.message
         visible = (revision.name for revision in self.personas() if sees(revision.name))
         names = [*islice(visible, MOST_NAMED + 1)]
-        found = ", ".join(names[:MOST_NAMED]) or "none"
+        found = ", ".join(names[:MOST_NAMED]) or "none that you may use"
         more = " and more, which GET /v1/models lists" if len(names) > MOST_NAMED else ""
         return (
             f"{why}; the base {self.base.name!r} has {found}{more}; POST /v1/personas or `masquerade build` makes one"
