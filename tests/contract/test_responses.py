@@ -329,6 +329,33 @@ class TestStored:
         sdk.responses.delete(first.id)
         assert ask(sdk, "Really?", previous_response_id=second.id).output_text == third.output_text
 
+    def test_an_item_of_an_output_is_given_by_its_id(self, api: Api, sdk: OpenAI) -> None:
+        """As Vercel's AI SDK sends earlier turns; with calls, which are items of their own."""
+        first = ask(sdk)
+        call = ask(sdk, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False).output[0]
+        told = {"type": "function_call_output", "call_id": call.call_id, "output": "dry"}
+        why = {"role": "user", "content": "Why?"}
+        for whole in (
+            [{"role": "user", "content": PARTY}, first.output[0].to_dict(), why],
+            [{"role": "user", "content": PARTY}, call.to_dict(), told],
+        ):
+            referring = [{"type": "item_reference", "id": item["id"]} if item.get("id") else item for item in whole]
+            by_id, by_value = ask(sdk, referring), ask(sdk, whole)
+            assert by_id.output_text == by_value.output_text
+            assert by_id.usage.input_tokens == by_value.usage.input_tokens
+            shown = [list(sdk.responses.input_items.list(response.id)) for response in (by_id, by_value)]
+            assert [item.type for item in shown[0]] == [item.type for item in shown[1]]
+            assert shown[0][1].id == whole[1]["id"]
+
+    def test_an_item_that_is_nowhere_or_referred_to_twice_is_a_404(self, api: Api, sdk: OpenAI) -> None:
+        kept, unkept = (ask(sdk, store=store).output[0].id for store in (True, False))
+        for ids in (["msg_1"], [""], [unkept], [kept, kept], [kept + "0"]):
+            said = [{"role": "user", "content": PARTY}, *({"type": "item_reference", "id": one} for one in ids)]
+            response = post(api, said)
+            assert response.status_code == 404, response.text
+            error = response.json()["error"]
+            assert (error["code"], error["param"]) == ("response_not_found", f"input.{len(ids)}.id")
+
     def test_input_items_come_in_pages(self, api: Api, sdk: OpenAI) -> None:
         first = ask(sdk, [{"role": "user", "content": "Hello."}, {"role": "user", "content": PARTY}])
         second = ask(sdk, "Why?", previous_response_id=first.id)
@@ -373,6 +400,13 @@ def tenants(tiny_folder: Path, tmp_path: Path) -> Iterator[Callable[..., httpx.R
             )
 
         yield request
+
+
+def test_another_keys_item_is_as_good_as_none(tenants: Callable[..., httpx.Response]) -> None:
+    item_id = tenants("a", "POST").json()["output"][0]["id"]
+    said = [{"role": "user", "content": "hi"}, {"type": "item_reference", "id": item_id}]
+    statuses = [tenants(who, "POST", input=said).status_code for who in ("a", "b")]
+    assert statuses == [200, 404]
 
 
 def test_another_keys_response_is_as_good_as_none(tenants: Callable[..., httpx.Response]) -> None:
@@ -437,7 +471,6 @@ class TestRefused:
             ({"tools": [WEATHER, {"type": "computer_use_preview"}]}, "unsupported_parameter", "tools.1.type"),
             ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "unsupported_parameter", "tool_choice.type"),
             ({"input": [{"type": "computer_call_output"}]}, "unsupported_parameter", "input.0.type"),
-            ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "unsupported_parameter", "input.0.type"),
             (
                 {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
                 "unsupported_parameter",

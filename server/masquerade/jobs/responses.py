@@ -17,6 +17,7 @@ from masquerade.jobs.table import BUSY_SECONDS, MIGRATIONS
 Json = dict[str, Any]
 
 _FIELDS = "select body, input from response where id = ? and owner = ? and created_at >= ?"
+_OUTPUT = "select json_extract(body, '$.output') from response where id = ? and owner = ? and created_at >= ?"
 _SIZE = "select count(*), coalesce(sum(bytes), 0) from response where owner = ?"
 _OLDEST = "select rowid, bytes from response where owner = ? order by created_at limit 1"
 
@@ -68,6 +69,13 @@ class ResponseTable:
         if row is None:
             raise ResponseNotFound(f"there is no response {response_id!r:.80}", param=param)
         return StoredResponse(*map(json.loads, row))
+
+    def get_output(self, response_id: str, owner: str) -> list[Json]:
+        """The output of a response of an owner; empty if there is no such response."""
+        with self._database.read() as db:
+            row = db.execute(_OUTPUT, (response_id, owner, self._horizon(time.time()))).fetchone()
+        output: list[Json] = json.loads(row[0]) if row else []
+        return output
 
     def remove(self, response_id: str, owner: str) -> None:
         """Delete a response of an owner. Raises `ResponseNotFound`."""

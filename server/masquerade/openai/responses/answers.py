@@ -15,7 +15,7 @@ from masquerade.http import errors
 from masquerade.http.request_log import Usage
 from masquerade.http.wire import encode
 from masquerade.model import Base, CallStart
-from masquerade.openai.responses.schemas import FunctionChoice, ResponseRequest
+from masquerade.openai.responses.schemas import FunctionChoice, ResponseRequest, make_item_id
 from masquerade.service.serving import ResolvedPersona
 
 
@@ -122,6 +122,7 @@ class ResponseAnswer(Answer):
             yield from self._open(item)
 
     def _open(self, item: Json) -> Iterator[tuple[str, Json]]:
+        item = {"id": make_item_id(item["type"], self._id, len(self._output)), **item}
         self._output.append(item)
         self._is_open = True
         yield "response.output_item.added", {"output_index": len(self._output) - 1, "item": item}
@@ -207,7 +208,6 @@ def _start_part(kind: str) -> Json | None:
 
 def _reasoning() -> Json:
     return {
-        "id": f"rs_{uuid.uuid4().hex}",
         "type": "reasoning",
         "status": "in_progress",
         "summary": [],
@@ -217,7 +217,6 @@ def _reasoning() -> Json:
 
 def _message() -> Json:
     return {
-        "id": f"msg_{uuid.uuid4().hex}",
         "type": "message",
         "status": "in_progress",
         "role": "assistant",
@@ -227,7 +226,6 @@ def _message() -> Json:
 
 def _call(name: str) -> Json:
     return {
-        "id": f"fc_{uuid.uuid4().hex}",
         "type": "function_call",
         "status": "in_progress",
         "call_id": f"call_{uuid.uuid4().hex[:24]}",

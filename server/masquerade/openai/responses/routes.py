@@ -21,7 +21,7 @@ from masquerade.http.wire import Deleted, Page, encode
 from masquerade.jobs import ResponseTable, StoredResponse
 from masquerade.openai.responses.answers import ResponseAnswer
 from masquerade.openai.responses.objects import InputItemObject, ResponseObject, describe_response
-from masquerade.openai.responses.schemas import InputItem, ResponseRequest, read_items
+from masquerade.openai.responses.schemas import InputItem, ItemReference, ResolvedItem, ResponseRequest, read_items
 
 Json = dict[str, Any]
 
@@ -49,8 +49,9 @@ async def create_response(
         )
         history = [item for item in [*previous.input, *previous.body["output"]] if item["type"] != "reasoning"]
         size += len(encode(history))
-    items = request.items()
-    chat = request.chat(read_items(history))
+    items, referred = await asyncio.to_thread(_resolve, responses, caller.owner, request.items())
+    size += referred
+    chat = request.chat([*read_items(history), *items])
     wanted = request.store is not False and responses.quotas.response_days > 0
     save = partial(_save, responses, caller.owner, history, items)
     make_answer = partial(ResponseAnswer, request=request, store=wanted, save=save)
@@ -113,6 +114,28 @@ def list_input_items(
     return Page(data=shown, has_more=len(items) > limit, first_id=first, last_id=last)
 
 
+def _resolve(responses: ResponseTable, owner: str, items: Sequence[InputItem]) -> tuple[list[ResolvedItem], int]:
+    """Items with those of stored responses in place of references, and the bytes of the latter.
+
+    Raises `ResponseNotFound`, also for an item that is referred to twice, which would make a long input of a short one.
+    """
+    outputs = dict[str, dict[str, Json]]()  # by response: its items that nothing has referred to
+    resolved, size = list[ResolvedItem](), 0
+    for number, item in enumerate(items):
+        if not isinstance(item, ItemReference):
+            resolved.append(item)
+            continue
+        if item.response_id not in outputs:
+            outputs[item.response_id] = {one["id"]: one for one in responses.get_output(item.response_id, owner)}
+        found = outputs[item.response_id].pop(item.id, None)
+        if found is None:
+            message = f"no stored response has an item {item.id!r:.80}, or the input refers to it twice"
+            raise ResponseNotFound(message, param=f"input.{number}.id")
+        resolved += read_items([found])
+        size += len(encode(found))
+    return resolved, size
+
+
 def _rename(error: BadRequest) -> None:
     """Let the error of a chat name the field of the response."""
     param = error.param or ""
@@ -123,7 +146,7 @@ def _rename(error: BadRequest) -> None:
 
 
 async def _save(
-    responses: ResponseTable, owner: str, history: Sequence[Json], items: Sequence[InputItem], body: Json
+    responses: ResponseTable, owner: str, history: Sequence[Json], items: Sequence[ResolvedItem], body: Json
 ) -> bool:
     """Store a response with its input. An error is logged, and the response is sent all the same."""
     stored = StoredResponse(body, [*history, *(item.render() for item in items)])

@@ -29,6 +29,7 @@ from masquerade.openai.schemas import Metadata
 
 LOGPROBS = "message.output_text.logprobs"  # the one value of `include` that adds something
 MAX_INCLUDE = 32
+_ID_LENGTH = 32  # hexadecimal digits of the id of a response
 
 _RESPONSE: dict[str, Any] = {
     "model": "demo",
@@ -172,11 +173,30 @@ class ReasoningItem(Item):
         return {"id": self._draw_id("rs_"), "type": "reasoning", "status": "completed", **fields}
 
 
+class ItemReference(Schema):
+    """An item of the output of a stored response, by its id."""
+
+    type: Literal["item_reference"]
+    id: Text
+
+    @property
+    def response_id(self) -> str:
+        """The response with the item, as `make_item_id` has put it into the id."""
+        return f"resp_{self.id.partition('_')[2][:_ID_LENGTH]}"
+
+
+def make_item_id(kind: str, response_id: str, number: int) -> str:
+    """The id of an item of an output, from its type and number. The id of the response is a part of it."""
+    prefix = {"message": "msg_", "function_call": "fc_", "reasoning": "rs_"}[kind]
+    return f"{prefix}{response_id.removeprefix('resp_')}{number:02x}"
+
+
 _ITEMS = {
     "message": "MessageItem",
     "function_call": "FunctionCallItem",
     "function_call_output": "FunctionOutputItem",
     "reasoning": "ReasoningItem",
+    "item_reference": "ItemReference",
 }
 
 
@@ -197,15 +217,17 @@ InputItem = Annotated[
     Annotated[MessageItem, Tag("MessageItem")]
     | Annotated[FunctionCallItem, Tag("FunctionCallItem")]
     | Annotated[FunctionOutputItem, Tag("FunctionOutputItem")]
-    | Annotated[ReasoningItem, Tag("ReasoningItem")],
+    | Annotated[ReasoningItem, Tag("ReasoningItem")]
+    | Annotated[ItemReference, Tag("ItemReference")],
     Discriminator(_find_tag, custom_error_type="item_type", custom_error_message="an item needs a known `type`"),
     BeforeValidator(_refuse_item),
 ]
+ResolvedItem = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem
 Items = Annotated[list[InputItem], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-_STORED = TypeAdapter[list[InputItem]](list[InputItem])
+_STORED = TypeAdapter[list[ResolvedItem]](list[Annotated[ResolvedItem, Field(discriminator="type")]])
 
 
-def read_items(stored: Sequence[Json]) -> list[InputItem]:
+def read_items(stored: Sequence[Json]) -> list[ResolvedItem]:
     """Items that `Item.render` or an answer wrote."""
     return _STORED.validate_python(list(stored))
 
@@ -311,12 +333,12 @@ class ResponseRequest(GenerationRequest):
         """The input; a string is the message of a user."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
-    def chat(self, history: Sequence[InputItem]) -> ChatRequest:
-        """The chat that this stands for, after the items of earlier responses.
+    def chat(self, items: Sequence[ResolvedItem]) -> ChatRequest:
+        """The chat that this stands for, of the items of earlier responses and of the input.
 
         Raises `InvalidValue` as `ChatRequest` does, and if there is no message.
         """
-        messages = list(_join([*history, *self.items()]))
+        messages = list(_join(items))
         if self.instructions:
             messages.insert(0, Message(role="system", content=self.instructions))
         if not messages:
@@ -351,7 +373,7 @@ def _text(content: str | Sequence[ContentText | Refused]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def _join(items: Sequence[InputItem]) -> Iterator[Message]:
+def _join(items: Sequence[ResolvedItem]) -> Iterator[Message]:
     """The messages of a chat: calls belong to the assistant's message before them, and reasoning is left out."""
     text: str | None = None  # of an assistant's message that calls may follow
     calls: list[ToolCall] = []
