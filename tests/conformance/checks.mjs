@@ -1,7 +1,13 @@
 // What checks.py is, for clients in JavaScript: `check(name, function)` names a check, `run()` does all of them.
 
 export const world = JSON.parse(process.argv[2]);
-export const { question: QUESTION, person: PERSON, weather: WEATHER } = world.examples;
+export const {
+  question: QUESTION,
+  person: PERSON,
+  weather: WEATHER,
+  too_long: TOO_LONG,
+  max_tokens: MAX_TOKENS,
+} = world.examples;
 export const OVERSIZE = "x".repeat(9 * 2 ** 20); // no body may be so large
 
 const checks = new Map();

@@ -35,6 +35,8 @@ WEATHER: dict[str, Any] = {
 }
 RECIPE = {"score": "attribution", "rho": 0.003, "samples": 16, "force": True}  # short, whatever comes of it
 OVERSIZE = "x" * (9 * 2**20)  # no body may be so large
+TOO_LONG = "party " * 9000  # more tokens than the context of any model here, and a small body
+MAX_TOKENS = 150  # of an answer: enough for JSON in the demo's small vocabulary, and not every model comes to an end
 UNFINISHED = ("validating_files", "queued", "running")
 
 
@@ -76,7 +78,7 @@ def refused(ask: Callable[[], object], kind: type[Exception] | tuple[type[Except
     raise AssertionError(f"this was answered: {answer!r:.200}")
 
 
-def finish(retrieve: Callable[[], Any], seconds: float = 120) -> Any:
+def finish(retrieve: Callable[[], Any], seconds: float = 900) -> Any:
     """A job when it has ended; `retrieve` asks for it."""
     deadline = time.monotonic() + seconds
     while (job := retrieve()).status in UNFINISHED:

@@ -1,21 +1,18 @@
-"""Other people's clients against a real server. `python -m tests.conformance.run [--json] [--only NAME]`.
+"""Other people's clients against a real server. `python -m tests.conformance.run [--model M] [--only NAME] [--json]`.
 
-Each client gets an environment of its own under `.conformance`, made by pip or npm from the registry and kept until its
-versions below change, and runs its script there. Without node, its clients are skipped. The demo is served by a process
-that has keys; a second one serves the same store, so that it does not work the jobs and has to say so. Progress goes to
-stderr, the table to stdout; the exit status is 1 if anything failed.
+Each client runs its script in an environment of its own (clients.py); one that cannot be installed is skipped. The
+model is served by a process that has keys. A second one serves the same store, so that it does not work the jobs and
+has to say so. Progress goes to stderr, the table to stdout; the exit status is 1 if a check failed or nothing was run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,51 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from masquerade import demo
-from tests.conformance.checks import PERSON, QUESTION, WEATHER
+from masquerade.cli.stores import open_store
+from masquerade.model import load
+from tests.conformance.checks import MAX_TOKENS, PERSON, QUESTION, TOO_LONG, WEATHER
+from tests.conformance.clients import CLIENTS, NotInstallable, find_command, find_openai, make_environment
 from tests.keys.making import make_key
 from tests.serving import serve
+from tests.world import make_mask
 
-HERE = Path(__file__).parent
-ENVIRONMENTS = HERE.parents[1] / ".conformance"
-SCRIPT_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class Client:
-    """A client: its script here, and what is installed for it, from PyPI or from npm."""
-
-    script: str
-    packages: tuple[str, ...]
-    npm: bool = False
-
-    @property
-    def label(self) -> str:
-        """As the table calls it."""
-        return " + ".join(self.packages).replace("==", " ") + (" (npm)" if self.npm else "")
-
-    @property
-    def obstacle(self) -> str | None:
-        """What it needs that this machine does not have."""
-        lacking = [program for program in ("node", "npm") if self.npm and not shutil.which(program)]
-        return f"there is no {' and no '.join(lacking)} on the PATH" if lacking else None
-
-
-CLIENTS = {
-    "openai-3": Client("with_openai", ("openai==3.54.0",)),
-    "openai-2": Client("with_openai", ("openai==2.54.0",)),
-    "openai-agents": Client("with_openai_agents", ("openai-agents==0.24.0",)),
-    "langchain": Client("with_langchain", ("langchain-openai==1.7.3",)),
-    "litellm": Client("with_litellm", ("litellm==1.106.2", "mcp==2.3.0")),
-    "instructor": Client("with_instructor", ("instructor==1.17.0",)),
-    "llama-index": Client("with_llama_index", ("llama-index-llms-openai-like==0.8.1",)),
-    "pydantic-ai": Client("with_pydantic_ai", ("pydantic-ai-slim[openai]==2.68.0",)),
-    "llm": Client("with_llm", ("llm==0.36",)),
-    "openai-node": Client("with_openai_node", ("openai==6.49.0",), npm=True),
-    "anthropic-2": Client("with_anthropic", ("anthropic==2.14.0",)),
-    "anthropic-0": Client("with_anthropic", ("anthropic==0.125.0",)),
-    "guidellm": Client("with_guidellm", ("guidellm==0.8.1", "torch==2.13.0")),
-    "lm-eval": Client("with_lm_eval", ("lm-eval[api]==0.4.13", "transformers==5.23.0")),
+MODELS = ("demo", "smollm2")
+PERSONAS = ("introvert", "extravert", "formal", "casual")  # those that the scripts name
+RHO = 0.01  # of the weights of each Linear: enough to change answers, too little to change their form
+EXAMPLES = {  # of checks.py, for clients in other languages
+    "question": QUESTION,
+    "person": PERSON,
+    "weather": WEATHER,
+    "too_long": TOO_LONG,
+    "max_tokens": MAX_TOKENS,
 }
+SCRIPT_SECONDS = 1800.0
 
 
 @dataclass
@@ -88,66 +59,66 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", action="append", choices=CLIENTS, help="this client; may be repeated")
     options = parser.parse_args()
-    names = options.only or list(CLIENTS)
+    folders, skipped = make_environments(options.only or list(CLIENTS))
+    outcomes: dict[str, Outcome] = {}
+    if folders:
+        with start(options.model) as world:
+            outcomes = {name: run(name, folder, world) for name, folder in folders.items()}
+    print(json.dumps(as_json(outcomes, skipped)) if options.json else table(outcomes))
+    return int(not outcomes or any(outcome.failed for outcome in outcomes.values()))
+
+
+def make_environments(names: list[str]) -> tuple[dict[str, Path], dict[str, str]]:
+    """The folders of clients, and why the others have none."""
+    folders, skipped = {}, {}
     for name in names:
-        if CLIENTS[name].obstacle:
-            tell(f"{name}: skipped, {CLIENTS[name].obstacle}")
-    folders = {name: make_environment(name, CLIENTS[name]) for name in names if not CLIENTS[name].obstacle}
-    with start() as world:
-        outcomes = {name: run(name, folder, world) for name, folder in folders.items()}
-    print(json.dumps(as_json(outcomes)) if options.json else table(outcomes))
-    return int(any(outcome.failed for outcome in outcomes.values()))
-
-
-def make_environment(name: str, client: Client) -> Path:
-    """The folder of a client's environment, which is made anew when its versions have changed."""
-    folder = ENVIRONMENTS / name
-    marker, wanted = folder / "installed", "\n".join(client.packages)
-    if not (marker.exists() and marker.read_text() == wanted):
-        tell(f"{name}: installing {', '.join(client.packages)}")
-        (install_from_npm if client.npm else install_from_pypi)(folder, client.packages)
-        marker.write_text(wanted)
-    return folder
-
-
-def install_from_pypi(folder: Path, packages: tuple[str, ...]) -> None:
-    venv.create(folder, clear=True, with_pip=True)
-    subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", *packages], check=True, stdout=sys.stderr)
-
-
-def install_from_npm(folder: Path, packages: tuple[str, ...]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    wanted = {"private": True, "dependencies": dict(package.split("==") for package in packages)}
-    (folder / "package.json").write_text(json.dumps(wanted))
-    command = ["npm", "install", "--no-audit", "--no-fund", "--silent"]
-    subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+        try:
+            folders[name] = make_environment(name)
+        except NotInstallable as reason:
+            skipped[name] = str(reason)
+            tell(f"{name}: skipped, {reason}")
+    return folders, skipped
 
 
 @contextmanager
-def start() -> Iterator[dict[str, Any]]:
+def start(model: str) -> Iterator[dict[str, Any]]:
     """Two servers of one store with keys; what the scripts are told of them."""
     with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
         store = Path(folder, "store")
+        prepare(model, store, Path(folder, "tokenizer"))
         keys = {
             "admin": make_key(store, "admin")[0],
             "limited": make_key(store, "chat", personas=("intro*",))[0],
         }
-        arguments = ("--model", "demo", "--store", str(store))
+        # In bfloat16, which is what smollm2 is served in by default, an answer depends on whether its prompt is cached.
+        arguments = ("--model", model, "--store", str(store), "--dtype", "float32")
         with serve(*arguments) as first, serve(*arguments) as second:
-            tell("serving")
+            tell(f"serving {model}")
             yield {
                 **keys,
+                "model": model,
                 "url": first.base_url,
                 "second": second.base_url,
                 "data": str(demo.DATA),
-                "tokenizer": str(demo.MODEL),
-                "examples": {"question": QUESTION, "person": PERSON, "weather": WEATHER},
+                "tokenizer": str(Path(folder, "tokenizer")),
+                "examples": EXAMPLES,
                 "store": store,
             }
+
+
+def prepare(model: str, store: Path, tokenizer: Path) -> None:
+    """Save a model's tokenizer, and give its store random masks for the personas that do not ship."""
+    base = load(model)
+    base.tokenizer.save_pretrained(tokenizer)
+    _, registry = open_store(store, base.name, base.fingerprint)
+    shipped = {revision.name for revision in registry.names()}
+    for seed, name in enumerate(PERSONAS):
+        if name not in shipped:
+            registry.publish(name, registry.store.add(make_mask(base, RHO, seed, name)))
 
 
 def run(name: str, folder: Path, world: dict[str, Any]) -> Outcome:
@@ -156,13 +127,13 @@ def run(name: str, folder: Path, world: dict[str, Any]) -> Outcome:
     told = {key: value for key, value in world.items() if key != "store"} | {"name": f"by-{name}", "hasty": hasty}
     started = time.monotonic()
     done = subprocess.run(
-        [*command(CLIENTS[name], folder), json.dumps(told)],
+        [*find_command(CLIENTS[name], folder), json.dumps(told)],
         capture_output=True,
         text=True,
         timeout=SCRIPT_SECONDS,
         check=False,
     )
-    outcome = Outcome(installed(CLIENTS[name], folder), round(time.monotonic() - started, 1))
+    outcome = Outcome(find_openai(CLIENTS[name], folder), round(time.monotonic() - started, 1))
     for line in done.stdout.splitlines():
         if line.startswith('{"check"'):
             found = json.loads(line)
@@ -175,38 +146,19 @@ def run(name: str, folder: Path, world: dict[str, Any]) -> Outcome:
     return outcome
 
 
-def command(client: Client, folder: Path) -> list[str | Path]:
-    """What runs a client's script. Node looks for packages beside a script, so it gets copies."""
-    if not client.npm:
-        return [folder / "bin/python", "-W", "ignore", HERE / f"{client.script}.py"]
-    for script in HERE.glob("*.mjs"):
-        shutil.copy(script, folder)
-    return ["node", folder / f"{client.script}.mjs"]
-
-
-def installed(client: Client, folder: Path) -> str:
-    """The version of the openai SDK in an environment; `-` without it."""
-    if client.npm:
-        package = folder / "node_modules" / "openai" / "package.json"
-        return str(json.loads(package.read_text())["version"]) if package.exists() else "-"
-    asked = (
-        "from importlib.metadata import distributions as all; print(*[d.version for d in all(name='openai')] or '-')"
-    )
-    return subprocess.run(
-        [folder / "bin/python", "-c", asked], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def as_json(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+def as_json(outcomes: dict[str, Outcome], skipped: dict[str, str]) -> dict[str, Any]:
     clients = {
         name: {"packages": CLIENTS[name].packages, **vars(outcome), "failed": outcome.failed}
         for name, outcome in outcomes.items()
     }
-    return {"ok": not any(outcome.failed for outcome in outcomes.values()), "clients": clients}
+    ok = bool(outcomes) and not any(outcome.failed for outcome in outcomes.values())
+    return {"ok": ok, "clients": clients, "skipped": skipped}
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """Markdown: a row for each check, a column for each client."""
+    if not outcomes:
+        return "no client could be run"
     checks = list(dict.fromkeys(check for outcome in outcomes.values() for check in outcome.checks))
     rows = [["", *(CLIENTS[name].label for name in outcomes)], ["---"] * (len(outcomes) + 1)]
     rows.append(["openai SDK inside", *(outcome.openai for outcome in outcomes.values())])

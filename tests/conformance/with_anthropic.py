@@ -6,10 +6,11 @@ from typing import Any
 
 import anthropic
 from anthropic import Anthropic
-from checks import OVERSIZE, PERSON, QUESTION, WEATHER, Checks, refused
+from checks import MAX_TOKENS, OVERSIZE, PERSON, QUESTION, TOO_LONG, WEATHER, Checks, refused
 
 checks = Checks()
 world = checks.world
+MODEL = world["model"]
 TOOL: dict[str, Any] = {
     "name": "weather",
     "description": WEATHER["function"]["description"],
@@ -28,7 +29,7 @@ HEADER = {"X-Persona": "introvert"}
 def fields(**given: Any) -> dict[str, Any]:
     """A greedy request. The SDK of 2026 has no parameter for the temperature."""
     body = {"temperature": 0, **given.pop("extra_body", {})}
-    return {"model": "demo", "messages": QUESTION, "max_tokens": 60, "extra_body": body, **given}
+    return {"model": MODEL, "messages": QUESTION, "max_tokens": MAX_TOKENS, "extra_body": body, **given}
 
 
 def ask(by: Anthropic = client, **given: Any) -> Any:
@@ -49,14 +50,14 @@ def kind_of(error: anthropic.APIStatusError) -> tuple[str, str]:
 @checks.check("models")
 def list_models() -> None:
     """The list has OpenAI's form, of which the SDK reads the ids."""
-    assert {"demo", "demo:introvert"} <= {model.id for model in client.models.list()}
-    assert client.models.retrieve("demo:introvert").id == "demo:introvert"
+    assert {MODEL, f"{MODEL}:introvert"} <= {model.id for model in client.models.list()}
+    assert client.models.retrieve(f"{MODEL}:introvert").id == f"{MODEL}:introvert"
 
 
 @checks.check("chat")
 def answer() -> None:
     message = ask(system="Be brief.")
-    assert (message.type, message.role, message.model) == ("message", "assistant", "demo")
+    assert (message.type, message.role, message.model) == ("message", "assistant", MODEL)
     assert text(message)
     assert message.stop_reason in ("end_turn", "max_tokens")
     whole = text(ask())
@@ -68,8 +69,8 @@ def answer() -> None:
 
 @checks.check("persona")
 def answer_as_persona() -> None:
-    by_model = ask(model="demo:introvert")
-    assert (by_model.model, by_model.model_extra["persona"]) == ("demo:introvert", "introvert")
+    by_model = ask(model=f"{MODEL}:introvert")
+    assert (by_model.model, by_model.model_extra["persona"]) == (f"{MODEL}:introvert", "introvert")
     texts = {text(by_model), text(ask(extra_body={"persona": "introvert"})), text(ask(extra_headers=HEADER))}
     assert len(texts) == 1
     assert text(ask()) not in texts
@@ -77,8 +78,8 @@ def answer_as_persona() -> None:
 
 @checks.check("stream")
 def stream() -> None:
-    whole = ask(model="demo:introvert")
-    with client.messages.stream(**fields(model="demo:introvert")) as streaming:
+    whole = ask(model=f"{MODEL}:introvert")
+    with client.messages.stream(**fields(model=f"{MODEL}:introvert")) as streaming:
         pieces = list(streaming.text_stream)
         final = streaming.get_final_message()
     assert "".join(pieces) == text(final) == text(whole)
@@ -89,7 +90,7 @@ def stream() -> None:
 @checks.check("usage")
 def count() -> None:
     usage = ask().usage
-    counted = client.messages.count_tokens(model="demo", messages=QUESTION).input_tokens
+    counted = client.messages.count_tokens(model=MODEL, messages=QUESTION).input_tokens
     assert usage.input_tokens + usage.cache_read_input_tokens == counted
     with client.messages.stream(**fields()) as streaming:
         streamed = streaming.get_final_message().usage
@@ -125,7 +126,7 @@ def ask_nonsense() -> None:
     image = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
     error = refused(lambda: ask(messages=[{"role": "user", "content": [image]}]), anthropic.BadRequestError)
     assert kind_of(error) == ("invalid_request_error", "unsupported_parameter")
-    long = [{"role": "user", "content": "party " * 3000}]
+    long = [{"role": "user", "content": TOO_LONG}]
     error = refused(lambda: ask(messages=long), anthropic.BadRequestError)
     assert kind_of(error) == ("invalid_request_error", "context_length_exceeded")
 
@@ -142,14 +143,14 @@ def show_no_key() -> None:
 @checks.check("403")
 def ask_too_much() -> None:
     limited = connect(world["limited"])
-    error = refused(lambda: ask(limited, model="demo:formal"), anthropic.PermissionDeniedError)
+    error = refused(lambda: ask(limited, model=f"{MODEL}:formal"), anthropic.PermissionDeniedError)
     assert kind_of(error) == ("permission_error", "persona_forbidden")
-    assert text(ask(limited, model="demo:introvert"))
+    assert text(ask(limited, model=f"{MODEL}:introvert"))
 
 
 @checks.check("404")
 def ask_nobody() -> None:
-    error = refused(lambda: ask(model="demo:pirate"), anthropic.NotFoundError)
+    error = refused(lambda: ask(model=f"{MODEL}:pirate"), anthropic.NotFoundError)
     assert kind_of(error) == ("not_found_error", "model_not_found")
     error = refused(lambda: ask(extra_body={"persona": "pirate"}), anthropic.NotFoundError)
     assert kind_of(error) == ("not_found_error", "persona_not_found")

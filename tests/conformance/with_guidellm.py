@@ -13,6 +13,7 @@ from checks import Checks
 
 checks = Checks()
 world = checks.world
+MODEL = world["model"]
 REQUESTS, TOKENS = 3, 8
 
 
@@ -39,7 +40,7 @@ def benchmark(model: str, path: str) -> dict[str, Any]:
         return loaded
 
 
-def finish(path: str, model: str = "demo:introvert") -> dict[str, Any]:
+def finish(path: str, model: str = f"{MODEL}:introvert") -> dict[str, Any]:
     """The metrics of a benchmark without errors, each of whose answers had as many tokens as were asked for."""
     (found,) = benchmark(model, path)["benchmarks"]
     metrics: dict[str, Any] = found["metrics"]

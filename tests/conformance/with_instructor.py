@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import instructor
 import openai
-from checks import QUESTION, Checks, refused
+from checks import MAX_TOKENS, QUESTION, Checks, refused
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
 checks = Checks()
 world = checks.world
+MODEL = world["model"]
 
 
 class Person(BaseModel):
@@ -27,8 +28,8 @@ def connect(mode: instructor.Mode, key: str = world["admin"]) -> Any:
 
 
 def ask(mode: instructor.Mode, key: str = world["admin"], **fields: Any) -> Any:
-    plain = {"model": "demo:introvert", "messages": QUESTION, "response_model": Person, "temperature": 0}
-    return connect(mode, key).chat.completions.create(**(plain | {"max_retries": 0} | fields))
+    plain = {"model": f"{MODEL}:introvert", "messages": QUESTION, "response_model": Person, "temperature": 0}
+    return connect(mode, key).chat.completions.create(**(plain | {"max_retries": 0, "max_tokens": MAX_TOKENS} | fields))
 
 
 @checks.check("tools")
@@ -48,7 +49,7 @@ def by_schema() -> None:
 def stream() -> None:
     parts = list(
         connect(instructor.Mode.TOOLS).chat.completions.create_partial(
-            model="demo", messages=QUESTION, response_model=Person, temperature=0, max_retries=0
+            model=MODEL, messages=QUESTION, response_model=Person, temperature=0, max_retries=0
         )
     )
     assert parts[-1].mood in ("calm", "wild")
@@ -57,7 +58,7 @@ def stream() -> None:
 @checks.check("usage")
 def count() -> None:
     _, completion = connect(instructor.Mode.TOOLS).chat.completions.create_with_completion(
-        model="demo", messages=QUESTION, response_model=Person, temperature=0
+        model=MODEL, messages=QUESTION, response_model=Person, temperature=0
     )
     assert completion.usage.completion_tokens > 0
 
@@ -78,7 +79,7 @@ def show_no_key() -> None:
 
 @checks.check("404")
 def ask_nobody() -> None:
-    refusal = refused(lambda: ask(instructor.Mode.TOOLS, model="demo:pirate"), Exception)
+    refusal = refused(lambda: ask(instructor.Mode.TOOLS, model=f"{MODEL}:pirate"), Exception)
     assert cause(refusal).code == "model_not_found"
 
 

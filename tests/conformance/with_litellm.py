@@ -10,10 +10,11 @@ from typing import Any
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it fetches prices from the net when it is imported
 
 import litellm
-from checks import OVERSIZE, PERSON, QUESTION, UNFINISHED, WEATHER, Checks, finish, refused
+from checks import MAX_TOKENS, OVERSIZE, PERSON, QUESTION, TOO_LONG, UNFINISHED, WEATHER, Checks, finish, refused
 
 checks = Checks()
 world = checks.world
+MODEL = world["model"]
 litellm.suppress_debug_info = True
 litellm.telemetry = False
 
@@ -23,7 +24,8 @@ def place(key: str = world["admin"], url: str = world["url"]) -> dict[str, Any]:
 
 
 def chat(key: str = world["admin"], **fields: Any) -> Any:
-    plain = {"model": "openai/demo", "messages": QUESTION, "temperature": 0, "max_retries": 0}
+    plain = {"model": f"openai/{MODEL}", "messages": QUESTION, "temperature": 0, "max_retries": 0}
+    plain["max_tokens"] = MAX_TOKENS
     return litellm.completion(**(plain | place(key) | fields))
 
 
@@ -36,7 +38,7 @@ def upload(name: str) -> str:
 @checks.check("models")
 def list_models() -> None:
     listed = litellm.get_valid_models(check_provider_endpoint=True, custom_llm_provider="openai", **place())
-    assert {"demo", "demo:introvert"} <= {name.removeprefix("openai/") for name in listed}, listed
+    assert {MODEL, f"{MODEL}:introvert"} <= {name.removeprefix("openai/") for name in listed}, listed
 
 
 @checks.check("chat")
@@ -45,14 +47,14 @@ def ask() -> None:
     assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
     text = litellm.text_completion(
-        model="text-completion-openai/demo", prompt="On Sunday I like", max_tokens=8, **place()
+        model=f"text-completion-openai/{MODEL}", prompt="On Sunday I like", max_tokens=8, **place()
     )
     assert text.choices[0].text
 
 
 @checks.check("persona")
 def ask_persona() -> None:
-    by_model, by_field = chat(model="openai/demo:introvert"), chat(persona="introvert")
+    by_model, by_field = chat(model=f"openai/{MODEL}:introvert"), chat(persona="introvert")
     texts = {answer.choices[0].message.content for answer in (by_model, by_field)}
     assert len(texts) == 1
     assert chat().choices[0].message.content not in texts
@@ -60,8 +62,8 @@ def ask_persona() -> None:
 
 @checks.check("stream")
 def stream() -> None:
-    whole = chat(model="openai/demo:introvert").choices[0].message.content
-    chunks = list(chat(model="openai/demo:introvert", stream=True))
+    whole = chat(model=f"openai/{MODEL}:introvert").choices[0].message.content
+    chunks = list(chat(model=f"openai/{MODEL}:introvert", stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
 
 
@@ -99,11 +101,12 @@ def report_logprobs() -> None:
 
 @checks.check("responses")
 def use_responses() -> None:
-    plain: Any = {"model": "openai/demo:introvert", "input": QUESTION, "temperature": 0, **place()}
+    plain: Any = {"model": f"openai/{MODEL}:introvert", "input": QUESTION, "temperature": 0, **place()}
+    plain["max_output_tokens"] = MAX_TOKENS
     response = litellm.responses(**plain)
-    assert response.output[0].content[0].text == chat(model="openai/demo:introvert").choices[0].message.content
+    assert response.output[0].content[0].text == chat(model=f"openai/{MODEL}:introvert").choices[0].message.content
     *_, last = litellm.responses(**plain, stream=True)
-    assert last.type == "response.completed"
+    assert last.type == f"response.{response.status}"
     assert last.response.output[0].content[0].text == response.output[0].content[0].text
     again = litellm.responses(**plain | {"input": "Why?"}, previous_response_id=response.id)
     assert again.usage.input_tokens > response.usage.input_tokens
@@ -130,7 +133,7 @@ def build() -> None:
     """litellm drops `method` and `extra_body` for this provider, so a build of it is one with every default."""
     there: dict[str, Any] = {"custom_llm_provider": "openai", **place()}
     job = litellm.create_fine_tuning_job(
-        model="demo", training_file=upload("formal.train"), suffix=world["name"], hyperparameters={}, **there
+        model=MODEL, training_file=upload("formal.train"), suffix=world["name"], hyperparameters={}, **there
     )
     assert job.status in UNFINISHED
     assert job.id in [one.id for one in litellm.list_fine_tuning_jobs(**there)]
@@ -142,7 +145,7 @@ def build() -> None:
 @checks.check("400")
 def ask_nonsense() -> None:
     assert refused(lambda: chat(chat_template="x"), litellm.BadRequestError).status_code == 400
-    refused(lambda: chat(messages=[{"role": "user", "content": "party " * 3000}]), litellm.ContextWindowExceededError)
+    refused(lambda: chat(messages=[{"role": "user", "content": TOO_LONG}]), litellm.ContextWindowExceededError)
 
 
 @checks.check("401")
@@ -152,14 +155,14 @@ def show_no_key() -> None:
 
 @checks.check("403")
 def ask_too_much() -> None:
-    error = refused(lambda: chat(world["limited"], model="openai/demo:formal"), Exception)
+    error = refused(lambda: chat(world["limited"], model=f"openai/{MODEL}:formal"), Exception)
     assert error.status_code == 403, error
-    assert "demo:formal" in str(error) or "formal" in str(error)
+    assert f"{MODEL}:formal" in str(error) or "formal" in str(error)
 
 
 @checks.check("404")
 def ask_nobody() -> None:
-    assert refused(lambda: chat(model="openai/demo:pirate"), litellm.NotFoundError).status_code == 404
+    assert refused(lambda: chat(model=f"openai/{MODEL}:pirate"), litellm.NotFoundError).status_code == 404
     assert refused(lambda: chat(persona="pirate"), litellm.NotFoundError).status_code == 404
 
 

@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checks import OVERSIZE, PERSON, QUESTION, Checks
+from checks import MAX_TOKENS, OVERSIZE, PERSON, QUESTION, TOO_LONG, Checks
 
 checks = Checks()
 world = checks.world
+MODEL = world["model"]
 ASKED = QUESTION[0]["content"]
 FOLDER = tempfile.TemporaryDirectory(prefix="llm-")
 HOME = Path(FOLDER.name)
-GREEDY = ("-o", "temperature", "0")
+GREEDY = ("-o", "temperature", "0", "-o", "max_tokens", str(MAX_TOKENS))
 CHATS = ("chat", "responses")
 WEATHER = 'def weather(city: str) -> str:\n    "The weather of a city."\n    return "dry"\n'
 
@@ -27,14 +28,14 @@ def configure() -> None:
     """The models and their keys, as a user of `llm` writes them."""
     able = {"supports_schema": True, "supports_tools": True}
     models = [
-        declare("base", "demo", **able),
-        declare("chat", "demo:introvert", **able),
-        declare("responses", "demo:introvert", responses=True, **able),
-        declare("completion", "demo:introvert", completion=True),
-        declare("by-header", "demo", headers={"X-Persona": "introvert"}),
-        declare("nobody", "demo:pirate"),
-        declare("nobody-responses", "demo:pirate", responses=True),
-        declare("formal", "demo:formal"),
+        declare("base", MODEL, **able),
+        declare("chat", f"{MODEL}:introvert", **able),
+        declare("responses", f"{MODEL}:introvert", responses=True, **able),
+        declare("completion", f"{MODEL}:introvert", completion=True),
+        declare("by-header", MODEL, headers={"X-Persona": "introvert"}),
+        declare("nobody", f"{MODEL}:pirate"),
+        declare("nobody-responses", f"{MODEL}:pirate", responses=True),
+        declare("formal", f"{MODEL}:formal"),
     ]
     Path(HOME, "extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML
     run("keys", "set", "masquerade", "--value", world["admin"])
@@ -129,7 +130,7 @@ def count() -> None:
 
 @checks.check("tools offered")
 def offer_tools() -> None:
-    """The command has no option for `tool_choice`, and the demo calls nothing by itself."""
+    """The command has no option for `tool_choice`, and small models call nothing by themselves."""
     for model in CHATS:
         ask(model)
         plain = logged()["input_tokens"]
@@ -160,7 +161,7 @@ def use_responses() -> None:
 @checks.check("400")
 def ask_nonsense() -> None:
     for model in CHATS:
-        assert "maximum context length" in fail(model, said="party " * 3000)
+        assert "maximum context length" in fail(model, said=TOO_LONG)
     assert "vocabulary" in fail("chat", "-o", "logit_bias", '{"999999": 5}')
 
 

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 
 checks = Checks()
 world = checks.world
+MODEL = world["model"]
 os.environ["OPENAI_API_KEY"] = world["admin"]
 folder = Path(tempfile.mkdtemp(prefix="lm-eval-"))
 QUESTIONS = 16
@@ -73,7 +74,7 @@ def write_tasks() -> None:
         (folder / f"{name}.yaml").write_text(task % data)
 
 
-def evaluate(task: str, model: str = "demo", *, chat: bool = False, **options: Any) -> dict[str, Any]:
+def evaluate(task: str, model: str = MODEL, *, chat: bool = False, **options: Any) -> dict[str, Any]:
     """The results and samples of a task."""
     arguments = {
         "model": model,
@@ -95,6 +96,12 @@ def evaluate(task: str, model: str = "demo", *, chat: bool = False, **options: A
     return {"samples": found["samples"][task], **found["results"][task]}
 
 
+def differ(samples: list[dict[str, Any]], model: str) -> float:
+    """By how much the log probabilities of every choice differ from those of plain requests, at most."""
+    pairs = [pair for sample in samples for pair in zip(sample["arguments"], sample["resps"], strict=True)]
+    return max(abs(float(response[0][0]) - score(model, *argument)) for argument, response in pairs)
+
+
 def score(model: str, prompt: str, answer: str) -> float:
     """The log probability of an answer, from one plain request."""
     asked = {"model": model, "prompt": [prompt + answer, prompt], "echo": True, "logprobs": 0, "max_tokens": 0}
@@ -108,29 +115,29 @@ def score(model: str, prompt: str, answer: str) -> float:
 def compare() -> None:
     """The log probabilities of every choice are those of plain requests, however they are sent."""
     for options in ({}, {"batch_size": 8}, {"num_concurrent": 4}, {"tokenized_requests": False}):
-        for sample in evaluate("introverts", **options)["samples"]:
-            for argument, response in zip(sample["arguments"], sample["resps"], strict=True):
-                expected = score("demo", *argument)
-                assert abs(float(response[0][0]) - expected) < 1e-3, (options, argument, response, expected)
+        difference = differ(evaluate("introverts", **options)["samples"], MODEL)
+        assert difference < 1e-3, (options, difference)
 
 
 @checks.check("persona")
 def tell_apart() -> None:
-    """An introvert finds an introvert's answers likelier, an extravert does not."""
-    shy, bold = (evaluate("introverts", f"demo:{name}", chat=True)["acc,none"] for name in ("introvert", "extravert"))
-    assert shy > bold + 0.5, (shy, bold)
+    """Log probabilities are the persona's. The demo's introvert finds an introvert's answers likelier than others."""
+    shy, bold = (evaluate("introverts", f"{MODEL}:{name}", chat=True) for name in ("introvert", "extravert"))
+    assert differ(shy["samples"], f"{MODEL}:introvert") < 1e-3 < differ(shy["samples"], MODEL)
+    if MODEL == "demo":
+        assert shy["acc,none"] > bold["acc,none"] + 0.5, (shy["acc,none"], bold["acc,none"])
 
 
 @checks.check("perplexity")
 def roll() -> None:
-    base, persona = (evaluate("prose", model)["word_perplexity,none"] for model in ("demo", "demo:introvert"))
+    base, persona = (evaluate("prose", model)["word_perplexity,none"] for model in (MODEL, f"{MODEL}:introvert"))
     assert base > 1
     assert persona not in (base, float("inf"))
 
 
 @checks.check("chat")
 def generate() -> None:
-    for sample in evaluate("replies", "demo:introvert", chat=True)["samples"]:
+    for sample in evaluate("replies", f"{MODEL}:introvert", chat=True)["samples"]:
         assert sample["resps"][0][0].strip()
 
 

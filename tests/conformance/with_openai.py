@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from checks import OVERSIZE, PERSON, QUESTION, RECIPE, WEATHER, Checks, finish, refused
+from checks import MAX_TOKENS, OVERSIZE, PERSON, QUESTION, RECIPE, TOO_LONG, WEATHER, Checks, finish, refused
 from openai import OpenAI
 
 checks = Checks()
 LOGPROBS: Any = "message.output_text.logprobs"
 world = checks.world
+MODEL = world["model"]
 
 
 def connect(key: str = world["admin"], url: str = world["url"], **options: Any) -> OpenAI:
@@ -23,7 +24,8 @@ client = connect()
 
 
 def chat(by: OpenAI = client, **fields: Any) -> Any:
-    return by.chat.completions.create(**{"model": "demo", "messages": QUESTION, "temperature": 0, **fields})
+    plain = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_completion_tokens": MAX_TOKENS}
+    return by.chat.completions.create(**(plain | fields))
 
 
 def upload(name: str) -> str:
@@ -33,10 +35,10 @@ def upload(name: str) -> str:
 @checks.check("models")
 def list_models() -> None:
     listed = {model.id: model for model in client.models.list()}
-    assert {"demo", "demo:introvert"} <= set(listed), listed
-    found = client.models.retrieve("demo:introvert")
-    assert (found.id, found.object) == ("demo:introvert", "model")
-    assert found.model_extra["parent"] == "demo"
+    assert {MODEL, f"{MODEL}:introvert"} <= set(listed), listed
+    found = client.models.retrieve(f"{MODEL}:introvert")
+    assert (found.id, found.object) == (f"{MODEL}:introvert", "model")
+    assert found.model_extra["parent"] == MODEL
 
 
 @checks.check("chat")
@@ -50,14 +52,14 @@ def ask() -> None:
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "?"}]},
     ]
-    assert chat(messages=parts, max_tokens=5).usage.completion_tokens <= 5
-    assert client.completions.create(model="demo", prompt="On Sunday I like", max_tokens=8).choices[0].text
+    assert chat(messages=parts, max_completion_tokens=5).usage.completion_tokens <= 5
+    assert client.completions.create(model=MODEL, prompt="On Sunday I like", max_tokens=8).choices[0].text
 
 
 @checks.check("persona")
 def ask_persona() -> None:
-    by_model = chat(model="demo:introvert")
-    assert (by_model.model, by_model.model_extra["persona"]) == ("demo:introvert", "introvert")
+    by_model = chat(model=f"{MODEL}:introvert")
+    assert (by_model.model, by_model.model_extra["persona"]) == (f"{MODEL}:introvert", "introvert")
     by_field = chat(extra_body={"persona": "introvert"})
     by_header = chat(connect(default_headers={"X-Persona": "introvert"}))
     texts = {answer.choices[0].message.content for answer in (by_model, by_field, by_header)}
@@ -67,12 +69,12 @@ def ask_persona() -> None:
 
 @checks.check("stream")
 def stream() -> None:
-    whole = chat(model="demo:introvert").choices[0].message.content
-    chunks = list(chat(model="demo:introvert", stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    (whole,) = chat(model=f"{MODEL}:introvert").choices
+    chunks = list(chat(model=f"{MODEL}:introvert", stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -108,27 +110,27 @@ def fit_schema() -> None:
     said = json.loads(chat(response_format=form).choices[0].message.content)
     assert set(said) == {"mood", "age"}
     assert said["mood"] in ("calm", "wild")
-    anything = chat(response_format={"type": "json_object"}, max_tokens=40).choices[0]
+    anything = chat(response_format={"type": "json_object"}, max_completion_tokens=40).choices[0]
     assert anything.message.content.startswith("{")
     assert anything.finish_reason == "length" or isinstance(json.loads(anything.message.content), dict)
 
 
 @checks.check("logprobs")
 def report_logprobs() -> None:
-    (choice,) = chat(logprobs=True, top_logprobs=3, max_tokens=6).choices
+    (choice,) = chat(logprobs=True, top_logprobs=3, max_completion_tokens=6).choices
     assert 0 < len(choice.logprobs.content) <= 6
     for token in choice.logprobs.content:
         assert token.logprob <= 0
         assert len(token.top_logprobs) == 3
         assert token.top_logprobs[0].token == token.token  # greedy: what was chosen is the likeliest
-    assert chat(logit_bias={"5": -100}, max_tokens=2).choices[0].message.content is not None
+    assert chat(logit_bias={"5": -100}, max_completion_tokens=2).choices[0].message.content is not None
 
 
 @checks.check("responses")
 def use_responses() -> None:
-    plain: Any = {"model": "demo:introvert", "input": QUESTION, "temperature": 0}
+    plain: Any = {"model": f"{MODEL}:introvert", "input": QUESTION, "temperature": 0, "max_output_tokens": MAX_TOKENS}
     response = client.responses.create(**plain)
-    assert response.output_text == chat(model="demo:introvert").choices[0].message.content
+    assert response.output_text == chat(model=f"{MODEL}:introvert").choices[0].message.content
     assert response.usage.input_tokens_details.cached_tokens >= 0
     with client.responses.stream(**plain) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
@@ -165,7 +167,7 @@ def build() -> None:
     training, contrast, facts = upload("formal.train"), upload("casual.train"), upload("facts")
     mask = RECIPE | {"contrast_file": contrast, "neutral_file": facts}
     job = client.fine_tuning.jobs.create(
-        model="demo",
+        model=MODEL,
         training_file=training,
         suffix=world["name"],
         extra_body={"method": {"type": "mask", "mask": mask}},
@@ -173,10 +175,10 @@ def build() -> None:
     assert job.id in [one.id for one in client.fine_tuning.jobs.list()]
     done = finish(lambda: client.fine_tuning.jobs.retrieve(job.id))
     assert done.status == "succeeded", done.error
-    assert done.fine_tuned_model == f"demo:{world['name']}"
+    assert done.fine_tuned_model == f"{MODEL}:{world['name']}"
     assert client.fine_tuning.jobs.list_events(job.id).data
     (point,) = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert point.fine_tuned_model_checkpoint.startswith(f"demo:{world['name']}@")
+    assert point.fine_tuned_model_checkpoint.startswith(f"{MODEL}:{world['name']}@")
     assert client.files.content(done.result_files[0]).read()
     assert chat(model=done.fine_tuned_model).model_extra["persona"] == world["name"]
 
@@ -185,10 +187,10 @@ def build() -> None:
 def ask_nonsense() -> None:
     error = refused(lambda: chat(extra_body={"chat_template": "x"}), openai.BadRequestError)
     assert (error.code, error.param, error.type) == ("unsupported_parameter", "chat_template", "invalid_request_error")
-    long = [{"role": "user", "content": "party " * 3000}]
+    long = [{"role": "user", "content": TOO_LONG}]
     error = refused(lambda: chat(messages=long), openai.BadRequestError)
     assert error.code == "context_length_exceeded"
-    error = refused(lambda: chat(model="demo:introvert", extra_body={"persona": "formal"}), openai.BadRequestError)
+    error = refused(lambda: chat(model=f"{MODEL}:introvert", extra_body={"persona": "formal"}), openai.BadRequestError)
     assert (error.code, error.param) == ("persona_conflict", "persona")
 
 
@@ -202,17 +204,17 @@ def show_no_key() -> None:
 @checks.check("403")
 def ask_too_much() -> None:
     limited = connect(world["limited"])
-    error = refused(lambda: chat(limited, model="demo:formal"), openai.PermissionDeniedError)
+    error = refused(lambda: chat(limited, model=f"{MODEL}:formal"), openai.PermissionDeniedError)
     assert (error.code, error.type) == ("persona_forbidden", "permission_error")
     error = refused(lambda: limited.files.list(), openai.PermissionDeniedError)
     assert error.code == "scope_missing"
-    assert chat(limited, model="demo:introvert").choices[0].message.content
-    assert {model.id for model in limited.models.list()} == {"demo", "demo:introvert"}
+    assert chat(limited, model=f"{MODEL}:introvert").choices[0].message.content
+    assert {model.id for model in limited.models.list()} == {MODEL, f"{MODEL}:introvert"}
 
 
 @checks.check("404")
 def ask_nobody() -> None:
-    error = refused(lambda: chat(model="demo:pirate"), openai.NotFoundError)
+    error = refused(lambda: chat(model=f"{MODEL}:pirate"), openai.NotFoundError)
     assert (error.code, error.param, error.type) == ("model_not_found", "model", "not_found_error")
     error = refused(lambda: chat(extra_body={"persona": "pirate"}), openai.NotFoundError)
     assert (error.code, error.param) == ("persona_not_found", "persona")
@@ -228,7 +230,7 @@ def come_too_late() -> None:
     body = {"method": {"type": "mask", "mask": RECIPE | {"contrast_file": ids[1]}}}
     make = client.fine_tuning.jobs.create
     error = refused(
-        lambda: make(model="demo", training_file=ids[0], suffix="formal", extra_body=body), openai.BadRequestError
+        lambda: make(model=MODEL, training_file=ids[0], suffix="formal", extra_body=body), openai.BadRequestError
     )
     assert (error.code, error.param) == ("persona_exists", "suffix")
     stale = {"headers": {"If-Match": '"00000000"'}}
@@ -254,8 +256,8 @@ def send_wrong_type() -> None:
 @checks.check("429")
 def ask_too_often() -> None:
     hasty = connect(world["hasty"])
-    chat(hasty, max_tokens=1)
-    error = refused(lambda: chat(hasty, max_tokens=1), openai.RateLimitError)
+    chat(hasty, max_completion_tokens=1)
+    error = refused(lambda: chat(hasty, max_completion_tokens=1), openai.RateLimitError)
     assert (error.code, error.type) == ("rate_limited", "rate_limit_error")
     assert 0 < int(error.response.headers["Retry-After"]) <= 60
     assert error.response.headers["x-ratelimit-remaining-requests"] == "0"

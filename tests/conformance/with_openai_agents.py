@@ -18,13 +18,14 @@ from agents import (
     set_tracing_disabled,
 )
 from agents.models.multi_provider import MultiProvider
-from checks import QUESTION, Checks, refused
+from checks import QUESTION, TOO_LONG, Checks, refused
 from openai import AsyncOpenAI
 from openai.types.responses import ResponseTextDeltaEvent
 from pydantic import BaseModel, Field
 
 checks = Checks()
 world = checks.world
+MODEL = world["model"]
 ASKED = QUESTION[0]["content"]
 set_tracing_disabled(True)
 
@@ -51,9 +52,14 @@ def connect(key: str = world["admin"], url: str = world["url"]) -> None:
     set_default_openai_client(AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120))
 
 
-def agent(model: str = "demo", settings: dict[str, Any] | None = None, **fields: Any) -> Agent[None]:
-    """A greedy agent; the name of its model is found by the library's own provider."""
-    return Agent(name="tester", model=model, model_settings=ModelSettings(temperature=0, **(settings or {})), **fields)
+def agent(model: str = MODEL, settings: dict[str, Any] | None = None, **fields: Any) -> Agent[None]:
+    """A greedy agent; the name of its model is found by the library's own provider.
+
+    Its answers end with their first sentence: the library takes an answer that is cut off for an error.
+    """
+    given = settings or {}
+    body = {"stop": ["."], **given.pop("extra_body", {})}
+    return Agent(name="tester", model=model, model_settings=ModelSettings(0, extra_body=body, **given), **fields)
 
 
 def ask(said: Any = ASKED, by: Agent[None] | None = None, **fields: Any) -> Any:
@@ -65,7 +71,7 @@ connect()
 
 @checks.check("responses")
 def use_responses() -> None:
-    assert isinstance(MultiProvider().get_model("demo"), OpenAIResponsesModel)
+    assert isinstance(MultiProvider().get_model(MODEL), OpenAIResponsesModel)
     answer = ask()
     assert answer.final_output
     assert answer.last_response_id.startswith("resp_")
@@ -76,7 +82,7 @@ def use_responses() -> None:
 
 @checks.check("persona")
 def ask_persona() -> None:
-    by_model = ask(by=agent("demo:introvert")).final_output
+    by_model = ask(by=agent(f"{MODEL}:introvert")).final_output
     by_field = ask(by=agent(settings={"extra_body": {"persona": "introvert"}})).final_output
     assert by_model == by_field != ask().final_output
 
@@ -84,7 +90,7 @@ def ask_persona() -> None:
 @checks.check("stream")
 def stream() -> None:
     async def collect() -> tuple[str, str]:
-        run = Runner.run_streamed(agent("demo:introvert"), ASKED)
+        run = Runner.run_streamed(agent(f"{MODEL}:introvert"), ASKED)
         deltas = [
             event.data.delta
             async for event in run.stream_events()
@@ -95,7 +101,7 @@ def stream() -> None:
     connect()  # connections belong to an event loop
     text, final = asyncio.run(collect())
     connect()
-    assert text == final == ask(by=agent("demo:introvert")).final_output
+    assert text == final == ask(by=agent(f"{MODEL}:introvert")).final_output
 
 
 @checks.check("usage")
@@ -109,8 +115,7 @@ def count() -> None:
 @checks.check("tools")
 def call_tools() -> None:
     asked_of.clear()
-    stop = {"stop": ["."]}  # the demo does not end by itself after a call
-    settings = {"tool_choice": "required", "parallel_tool_calls": False, "extra_body": stop}
+    settings = {"tool_choice": "required", "parallel_tool_calls": False}
     answer = ask(by=agent(tools=[weather], settings=settings))  # after the call, the choice is reset to auto
     assert asked_of, answer
     assert answer.final_output
@@ -150,13 +155,13 @@ def ask_nonsense() -> None:
 
     error = refused(lambda: ask(by=agent(tools=[WebSearchTool()])), openai.BadRequestError)
     assert (error.code, error.param) == ("unsupported_parameter", "tools.0.type")
-    error = refused(lambda: ask("party " * 3000), openai.BadRequestError)
+    error = refused(lambda: ask(TOO_LONG), openai.BadRequestError)
     assert error.code == "context_length_exceeded"
 
 
 @checks.check("404")
 def ask_nobody() -> None:
-    assert refused(lambda: ask(by=agent("demo:pirate")), openai.NotFoundError).code == "model_not_found"
+    assert refused(lambda: ask(by=agent(f"{MODEL}:pirate")), openai.NotFoundError).code == "model_not_found"
     error = refused(lambda: ask(previous_response_id="resp_0"), openai.NotFoundError)
     assert error.code == "response_not_found"
 
@@ -171,7 +176,7 @@ def show_no_key() -> None:
 @checks.check("403")
 def ask_too_much() -> None:
     connect(world["limited"])
-    error = refused(lambda: ask(by=agent("demo:formal")), openai.PermissionDeniedError)
+    error = refused(lambda: ask(by=agent(f"{MODEL}:formal")), openai.PermissionDeniedError)
     assert error.code == "persona_forbidden"
     connect()
 

@@ -2,8 +2,10 @@
 
 import assert from "node:assert/strict";
 import OpenAI, { toFile } from "openai";
-import { OVERSIZE, PERSON, QUESTION, WEATHER, check, collect, refused, run, world } from "./checks.mjs";
+import { MAX_TOKENS, OVERSIZE, PERSON, QUESTION, TOO_LONG, WEATHER, check, collect, refused, run, world } from "./checks.mjs";
 
+const MODEL = world.model;
+const PLAIN = { messages: QUESTION, temperature: 0, max_completion_tokens: MAX_TOKENS };
 const CITIES = ["Bonn", "Aachen"];
 const client = connect();
 
@@ -12,15 +14,15 @@ function connect({ key = world.admin, url = world.url, ...options } = {}) {
 }
 
 function chat(fields = {}, by = client) {
-  return by.chat.completions.create({ model: "demo", messages: QUESTION, temperature: 0, ...fields });
+  return by.chat.completions.create({ model: MODEL, ...PLAIN, ...fields });
 }
 
 const textOf = (answer) => answer.choices[0].message.content;
 
 check("models", async () => {
   const names = (await collect(client.models.list())).map((model) => model.id);
-  assert(names.includes("demo") && names.includes("demo:introvert"));
-  assert.equal((await client.models.retrieve("demo:introvert")).id, "demo:introvert");
+  assert(names.includes(MODEL) && names.includes(`${MODEL}:introvert`));
+  assert.equal((await client.models.retrieve(`${MODEL}:introvert`)).id, `${MODEL}:introvert`);
 });
 
 check("chat", async () => {
@@ -28,12 +30,12 @@ check("chat", async () => {
   assert.deepEqual(answer.choices.map((choice) => choice.index), [0, 1]);
   assert(textOf(answer));
   assert(answer._request_id);
-  const text = await client.completions.create({ model: "demo", prompt: "On Sunday I like", max_tokens: 8 });
+  const text = await client.completions.create({ model: MODEL, prompt: "On Sunday I like", max_tokens: 8 });
   assert(text.choices[0].text);
 });
 
 check("persona", async () => {
-  const byModel = textOf(await chat({ model: "demo:introvert" }));
+  const byModel = textOf(await chat({ model: `${MODEL}:introvert` }));
   const byField = textOf(await chat({ persona: "introvert" }));
   const byHeader = textOf(await chat({}, connect({ defaultHeaders: { "X-Persona": "introvert" } })));
   assert.deepEqual([byField, byHeader], [byModel, byModel]);
@@ -41,12 +43,12 @@ check("persona", async () => {
 });
 
 check("stream", async () => {
-  const whole = textOf(await chat({ model: "demo:introvert" }));
-  const chunks = await collect(await chat({ model: "demo:introvert", stream: true }));
-  assert.equal(chunks.map((chunk) => chunk.choices[0].delta.content ?? "").join(""), whole);
-  assert.equal(chunks.at(-1).choices[0].finish_reason, "stop");
-  const helper = client.chat.completions.stream({ model: "demo:introvert", messages: QUESTION, temperature: 0 });
-  assert.equal(await helper.finalContent(), whole);
+  const [whole] = (await chat({ model: `${MODEL}:introvert` })).choices;
+  const chunks = await collect(await chat({ model: `${MODEL}:introvert`, stream: true }));
+  assert.equal(chunks.map((chunk) => chunk.choices[0].delta.content ?? "").join(""), whole.message.content);
+  assert.equal(chunks.at(-1).choices[0].finish_reason, whole.finish_reason);
+  const helper = client.chat.completions.stream({ model: `${MODEL}:introvert`, ...PLAIN });
+  assert.equal(await helper.finalContent(), whole.message.content);
 });
 
 check("usage", async () => {
@@ -63,7 +65,7 @@ check("tools", async () => {
   const [call] = message.tool_calls;
   assert(CITIES.includes(JSON.parse(call.function.arguments).city));
   const streamed = await client.chat.completions
-    .stream({ model: "demo", messages: QUESTION, temperature: 0, ...required })
+    .stream({ model: MODEL, ...PLAIN, ...required })
     .finalMessage();
   assert.equal(streamed.tool_calls[0].function.arguments, call.function.arguments);
   const told = { role: "tool", tool_call_id: call.id, content: "dry" };
@@ -73,24 +75,23 @@ check("tools", async () => {
 check("json_schema", async () => {
   const form = { type: "json_schema", json_schema: { name: "person", schema: PERSON, strict: true } };
   const answer = await client.chat.completions.parse({
-    model: "demo",
-    messages: QUESTION,
-    temperature: 0,
+    model: MODEL,
+    ...PLAIN,
     response_format: form,
   });
   assert(["calm", "wild"].includes(JSON.parse(textOf(answer)).mood));
 });
 
 check("logprobs", async () => {
-  const tokens = (await chat({ logprobs: true, top_logprobs: 2, max_tokens: 4 })).choices[0].logprobs.content;
+  const tokens = (await chat({ logprobs: true, top_logprobs: 2, max_completion_tokens: 4 })).choices[0].logprobs.content;
   assert(tokens.length > 0 && tokens.length <= 4);
   assert(tokens.every((token) => token.logprob <= 0 && token.top_logprobs.length === 2));
 });
 
 check("responses", async () => {
-  const plain = { model: "demo:introvert", input: QUESTION, temperature: 0 };
+  const plain = { model: `${MODEL}:introvert`, input: QUESTION, temperature: 0, max_output_tokens: MAX_TOKENS };
   const response = await client.responses.create(plain);
-  assert.equal(response.output_text, textOf(await chat({ model: "demo:introvert" })));
+  assert.equal(response.output_text, textOf(await chat({ model: `${MODEL}:introvert` })));
   const stream = client.responses.stream(plain);
   let text = "";
   stream.on("response.output_text.delta", (event) => (text += event.delta));
@@ -112,7 +113,7 @@ check("responses", async () => {
 });
 
 check("previous response", async () => {
-  const plain = { model: "demo:introvert", temperature: 0 };
+  const plain = { model: `${MODEL}:introvert`, temperature: 0, max_output_tokens: MAX_TOKENS };
   const first = await client.responses.create({ ...plain, input: QUESTION });
   const second = await client.responses.create({ ...plain, input: "Why?", previous_response_id: first.id });
   const whole = [...QUESTION, ...first.output, { role: "user", content: "Why?" }];
@@ -142,7 +143,7 @@ check("list builds", async () => {
 
 check("embeddings", async () => {
   // The SDK asks for base64 and reads it.
-  const { data } = await client.embeddings.create({ model: "demo", input: ["calm", "wild"] });
+  const { data } = await client.embeddings.create({ model: MODEL, input: ["calm", "wild"] });
   assert.deepEqual(data.map((one) => one.index), [0, 1]);
   assert(Math.abs(data[0].embedding.reduce((sum, value) => sum + value ** 2, 0) - 1) < 1e-3);
 });
@@ -150,7 +151,7 @@ check("embeddings", async () => {
 check("400", async () => {
   let error = await refused(() => chat({ chat_template: "x" }), OpenAI.BadRequestError);
   assert.deepEqual([error.code, error.param], ["unsupported_parameter", "chat_template"]);
-  const long = [{ role: "user", content: "party ".repeat(3000) }];
+  const long = [{ role: "user", content: TOO_LONG }];
   error = await refused(() => chat({ messages: long }), OpenAI.BadRequestError);
   assert.equal(error.code, "context_length_exceeded");
 });
@@ -163,12 +164,12 @@ check("401", async () => {
 
 check("403", async () => {
   const limited = connect({ key: world.limited });
-  const error = await refused(() => chat({ model: "demo:formal" }, limited), OpenAI.PermissionDeniedError);
+  const error = await refused(() => chat({ model: `${MODEL}:formal` }, limited), OpenAI.PermissionDeniedError);
   assert.equal(error.code, "persona_forbidden");
 });
 
 check("404", async () => {
-  const error = await refused(() => chat({ model: "demo:pirate", stream: true }), OpenAI.NotFoundError);
+  const error = await refused(() => chat({ model: `${MODEL}:pirate`, stream: true }), OpenAI.NotFoundError);
   assert.deepEqual([error.code, error.param], ["model_not_found", "model"]);
   assert.equal((await refused(() => chat({ persona: "pirate" }), OpenAI.NotFoundError)).code, "persona_not_found");
 });
@@ -185,8 +186,8 @@ check("422 as 400", async () => {
 
 check("429", async () => {
   const hasty = connect({ key: world.hasty });
-  await chat({ max_tokens: 1 }, hasty);
-  const error = await refused(() => chat({ max_tokens: 1 }, hasty), OpenAI.RateLimitError);
+  await chat({ max_completion_tokens: 1 }, hasty);
+  const error = await refused(() => chat({ max_completion_tokens: 1 }, hasty), OpenAI.RateLimitError);
   assert.equal(error.code, "rate_limited");
   assert(Number(error.headers.get("Retry-After")) <= 60);
 });

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Literal
 
-from checks import OVERSIZE, QUESTION, WEATHER, Checks, refused
+from checks import MAX_TOKENS, OVERSIZE, QUESTION, TOO_LONG, WEATHER, Checks, refused
 from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput, ToolOutput
@@ -25,6 +25,7 @@ from pydantic_ai.tools import ToolDefinition
 
 checks = Checks()
 world = checks.world
+MODEL = world["model"]
 ASKED = QUESTION[0]["content"]
 Model = type[OpenAIChatModel] | type[OpenAIResponsesModel]
 MODELS: tuple[Model, ...] = (OpenAIChatModel, OpenAIResponsesModel)
@@ -42,16 +43,16 @@ class Person(BaseModel):
 
 
 def agent(
-    model: Model = OpenAIChatModel, name: str = "demo:introvert", key: str = world["admin"], **options: Any
+    model: Model = OpenAIChatModel, name: str = f"{MODEL}:introvert", key: str = world["admin"], **options: Any
 ) -> Agent[None, Any]:
     """A greedy agent, which asks once."""
     client = AsyncOpenAI(base_url=f"{options.pop('url', world['url'])}/v1", api_key=key, max_retries=0, timeout=120)
-    settings = {"temperature": 0} | options.pop("settings", {})
+    settings = {"temperature": 0, "max_tokens": MAX_TOKENS} | options.pop("settings", {})
     provider = OpenAIProvider(openai_client=client)
     return Agent(model(name, provider=provider), model_settings=settings, retries=0, **options)
 
 
-def ask(model: Model = OpenAIChatModel, name: str = "demo:introvert", said: str = ASKED, **options: Any) -> Any:
+def ask(model: Model = OpenAIChatModel, name: str = f"{MODEL}:introvert", said: str = ASKED, **options: Any) -> Any:
     return agent(model, name, **options).run_sync(said)
 
 
@@ -69,8 +70,8 @@ def chat() -> None:
 def ask_persona() -> None:
     for model in MODELS:
         by_model = ask(model).output
-        by_field = ask(model, "demo", settings={"extra_body": {"persona": "introvert"}}).output
-        assert by_model == by_field != ask(model, "demo").output
+        by_field = ask(model, MODEL, settings={"extra_body": {"persona": "introvert"}}).output
+        assert by_model == by_field != ask(model, MODEL).output
 
 
 @checks.check("stream")
@@ -96,7 +97,7 @@ def count() -> None:
 @checks.check("tools")
 def call_tools() -> None:
     choices = ModelRequestParameters(function_tools=[WEATHER_TOOL], allow_text_output=False)
-    settings: Any = {"temperature": 0, "parallel_tool_calls": False}
+    settings: Any = {"temperature": 0, "max_tokens": MAX_TOKENS, "parallel_tool_calls": False}
     for model in MODELS:
         assert 1 <= ask(model, output_type=ToolOutput(Person)).output.age <= 99
         assert asyncio.run(last_part(model)).mood in ("calm", "wild")
@@ -144,7 +145,7 @@ def ask_nonsense() -> None:
     for model in MODELS:
         error = refused(lambda: ask(model, settings={"extra_body": {"chat_template": "x"}}), ModelHTTPError)  # noqa: B023
         assert (error.status_code, error.body["code"]) == (400, "unsupported_parameter")
-        refused(lambda: ask(model, said="party " * 3000), ModelContextWindowExceededError)  # noqa: B023
+        refused(lambda: ask(model, said=TOO_LONG), ModelContextWindowExceededError)  # noqa: B023
 
 
 @checks.check("401")
@@ -157,14 +158,14 @@ def show_no_key() -> None:
 @checks.check("403")
 def ask_too_much() -> None:
     for model in MODELS:
-        error = refused(lambda: ask(model, "demo:formal", key=world["limited"]), ModelHTTPError)  # noqa: B023
+        error = refused(lambda: ask(model, f"{MODEL}:formal", key=world["limited"]), ModelHTTPError)  # noqa: B023
         assert (error.status_code, error.body["code"]) == (403, "persona_forbidden")
 
 
 @checks.check("404")
 def ask_nobody() -> None:
     for model in MODELS:
-        error = refused(lambda: ask(model, "demo:pirate"), ModelNotFoundError)  # noqa: B023
+        error = refused(lambda: ask(model, f"{MODEL}:pirate"), ModelNotFoundError)  # noqa: B023
         assert error.body["code"] == "model_not_found"
 
 
