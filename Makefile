@@ -32,9 +32,9 @@ test: lint
 docs: setup
 	$(BIN)/python -m masquerade.app > docs/api.md
 
-# Other people's clients against a real server, each in an environment of its own under .conformance
+# Other people's clients against a real server, each in an environment of its own under .conformance; MODEL=smollm2 too
 conformance: setup
-	$(BIN)/python -m tests.conformance.run
+	$(BIN)/python -m tests.conformance.run --model $(MODEL)
 
 # At least 5000 requests that are made from the OpenAPI description
 fuzz: setup

@@ -89,7 +89,8 @@ def _install_from_npm(folder: Path, packages: tuple[str, ...]) -> None:
 def _install(command: list[str | Path], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NotInstallable(f"{Path(command[0]).name} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        *_, reason = ["no message", *(line for line in done.stderr.splitlines() if "ERR" in line.upper())]
+        raise NotInstallable(f"{Path(command[0]).name} ended with {done.returncode}: {reason[:300]}")
 
 
 def find_command(client: Client, folder: Path) -> list[str | Path]:

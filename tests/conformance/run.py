@@ -68,7 +68,7 @@ def main() -> int:
     if folders:
         with start(options.model) as world:
             outcomes = {name: run(name, folder, world) for name, folder in folders.items()}
-    print(json.dumps(as_json(outcomes, skipped)) if options.json else table(outcomes))
+    print(json.dumps(as_json(outcomes, skipped)) if options.json else table(outcomes, skipped))
     return int(not outcomes or any(outcome.failed for outcome in outcomes.values()))
 
 
@@ -155,21 +155,15 @@ def as_json(outcomes: dict[str, Outcome], skipped: dict[str, str]) -> dict[str, 
     return {"ok": ok, "clients": clients, "skipped": skipped}
 
 
-def table(outcomes: dict[str, Outcome]) -> str:
-    """Markdown: a row for each check, a column for each client."""
-    if not outcomes:
-        return "no client could be run"
-    checks = list(dict.fromkeys(check for outcome in outcomes.values() for check in outcome.checks))
-    rows = [["", *(CLIENTS[name].label for name in outcomes)], ["---"] * (len(outcomes) + 1)]
-    rows.append(["openai SDK inside", *(outcome.openai for outcome in outcomes.values())])
-    rows += [[check, *(mark(outcome, check) for outcome in outcomes.values())] for check in checks]
+def table(outcomes: dict[str, Outcome], skipped: dict[str, str]) -> str:
+    """Markdown: a row for each client; checks that failed are bold."""
+    rows = [["client", "openai SDK inside", "checks", "passed", "s"], ["---"] * 5]
+    for name, outcome in outcomes.items():
+        checks = ", ".join(f"**{check}**" if error else check for check, error in outcome.checks.items())
+        passed = f"{len(outcome.checks) - len(outcome.failed)} of {len(outcome.checks)}"
+        rows.append([CLIENTS[name].label, outcome.openai, checks, passed, f"{outcome.seconds:.0f}"])
+    rows += [[CLIENTS[name].label, "-", f"skipped: {reason}", "-", "-"] for name, reason in skipped.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def mark(outcome: Outcome, check: str) -> str:
-    if check not in outcome.checks:
-        return "-"
-    return "**failed**" if outcome.checks[check] else "yes"
 
 
 def tell(line: str) -> None:

@@ -2,7 +2,8 @@
 
 import assert from "node:assert/strict";
 import OpenAI, { toFile } from "openai";
-import { MAX_TOKENS, OVERSIZE, PERSON, QUESTION, TOO_LONG, WEATHER, check, collect, refused, run, world } from "./checks.mjs";
+import { MAX_TOKENS, OVERSIZE, PERSON, QUESTION, TOO_LONG, WEATHER, world } from "./checks.mjs";
+import { check, collect, refused, run } from "./checks.mjs";
 
 const MODEL = world.model;
 const PLAIN = { messages: QUESTION, temperature: 0, max_completion_tokens: MAX_TOKENS };
@@ -83,7 +84,8 @@ check("json_schema", async () => {
 });
 
 check("logprobs", async () => {
-  const tokens = (await chat({ logprobs: true, top_logprobs: 2, max_completion_tokens: 4 })).choices[0].logprobs.content;
+  const answer = await chat({ logprobs: true, top_logprobs: 2, max_completion_tokens: 4 });
+  const tokens = answer.choices[0].logprobs.content;
   assert(tokens.length > 0 && tokens.length <= 4);
   assert(tokens.every((token) => token.logprob <= 0 && token.top_logprobs.length === 2));
 });

@@ -101,15 +101,15 @@ check("tools", async () => {
         return "dry";
       },
     });
-    const required = { tools: { weather }, toolChoice: "required", stopWhen: stepCountIs(2), maxOutputTokens: 60, providerOptions: ONE_CALL };
+    const required = { toolChoice: "required", maxOutputTokens: 60, providerOptions: ONE_CALL };
     const choose = ({ stepNumber }) => (stepNumber ? { toolChoice: "none" } : {});
-    const answer = await ask(kind, { ...required, prepareStep: choose });
+    const steps = { stopWhen: stepCountIs(2), prepareStep: choose };
+    const answer = await ask(kind, { ...required, ...steps, tools: { weather } });
     assert.equal(answer.steps.length, 2, kind);
     assert.deepEqual(answer.steps[0].toolCalls.map((call) => call.input.city), asked);
     assert(answer.text, kind);
     const unused = { weather: tool({ inputSchema: CITY }) };
-    const forced = { tools: unused, toolChoice: "required", maxOutputTokens: 60, providerOptions: ONE_CALL };
-    const streamed = stream(kind, forced);
+    const streamed = stream(kind, { ...required, tools: unused });
     const [call] = await streamed.toolCalls;
     assert(CITY.safeParse(call.input).success, kind);
   }
@@ -133,7 +133,8 @@ check("previous response", async () => {
     messages: why,
     providerOptions: { openai: { previousResponseId } },
   });
-  const byItems = await ask("responses", { name: PERSONA, messages: [...QUESTION, ...first.response.messages, ...why] });
+  const messages = [...QUESTION, ...first.response.messages, ...why]; // the answer is an `item_reference`
+  const byItems = await ask("responses", { name: PERSONA, messages });
   assert.equal(byId.text, byItems.text);
   assert.equal(byId.usage.inputTokens, byItems.usage.inputTokens);
 });
