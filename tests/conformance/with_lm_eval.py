@@ -103,7 +103,8 @@ def differ(samples: list[dict[str, Any]], model: str) -> float:
 
 
 def score(model: str, prompt: str, answer: str) -> float:
-    """The log probability of an answer, from one plain request."""
+    """The log probability of an answer, from one plain request. As the library does, spaces before it belong to it."""
+    prompt, answer = prompt.rstrip(), prompt[len(prompt.rstrip()) :] + answer
     asked = {"model": model, "prompt": [prompt + answer, prompt], "echo": True, "logprobs": 0, "max_tokens": 0}
     key = {"Authorization": f"Bearer {world['admin']}"}
     response = requests.post(f"{world['url']}/v1/completions", json=asked, headers=key, timeout=60)
