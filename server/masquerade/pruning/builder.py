@@ -33,7 +33,7 @@ from masquerade.pruning.statistics import LinearStatistics, Statistic
 from masquerade.pruning.strength import GammaChoice, StrengthTuner
 from masquerade.pruning.tuning import Tuner, TuningTrial
 
-JUDGED = 64  # most examples of a kind that a search's states are judged by, of the tune split
+JUDGED = 32  # most examples of a kind that a search's states are judged by, of the tune split
 JUDGED_TOKENS = 64  # most tokens of their responses
 TRACED = 64  # most pairs, and neutral texts, whose statistics a search starts from
 

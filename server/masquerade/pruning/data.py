@@ -18,7 +18,7 @@ from masquerade.pruning.recipe import Recipe
 
 ENCODED = 16  # examples that are tokenised in one work item
 PAIRED = 0.5  # share of the calibration examples whose prompts must have both answers
-TUNED = 2  # one generated neutral text in so many, of those before the report, is for choices
+TUNED = 3  # one generated neutral text in so many, of those before the report, is for choices
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class SearchSettings:
     initial_share: float = 0.05  # of rho, before the first step
     smallest_share: float = 0.02  # of rho
     concentration: float = 10.0  # largest share of a Linear's weights that is pruned, in shares of all weights
-    resize: float = 0.5  # largest change of the share in a step, natural logarithm
+    resize: float = 0.3  # largest change of the share in a step, natural logarithm
     exchange: float = 0.2  # largest share of a Linear's pruned weights that a step exchanges
     protected: float = 0.03  # share of each Linear's weights, those of highest cost, that are never pruned
     likelihood: float = 0.5  # weight of the persona's likelihood in the loss
