@@ -269,6 +269,12 @@ def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: Ma
     scratch = Scratch(tmp_path / "s")
     with pytest.raises(MaskRefused, match=r"too costly: own perplexity x\d+.*, budget x1.05"):
         run(make(tiny, manager, Recipe(score="wanda", rho=0.9), scratch=scratch))
+    kept = [file for file in (tmp_path / "s").rglob("*") if file.is_file()]
+    assert kept
+    forced = Recipe(score="wanda", rho=0.9, force=True)
+    _, masks = run(make(tiny, manager, forced, scratch=Scratch(tmp_path / "s")))
+    assert masks[0].info.certificate is not None
+    assert masks[0].info.certificate["forced"]
     assert not (tmp_path / "s").exists()
 
 

@@ -161,6 +161,21 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_refused_build_is_kept_and_force_goes_on_from_it(tiny_folder: Path, tmp_path: Path) -> None:
+    data, other = write_answers(tmp_path / "own.jsonl", "aeiou"), write_answers(tmp_path / "other.jsonl", "bcdfg")
+    build = (
+        *("build", "--model", tiny_folder, "--store", tmp_path / "s", "--scratch", tmp_path / "work", "--name", "v"),
+        *("--data", data, "--contrast", other, "--score", "wanda", "--rho", "0.9", "--neutral", data),
+    )
+    said = fail(1, *build)
+    (kept,) = (tmp_path / "work").iterdir()
+    assert f"the same command with --force goes on from what is kept of this build in {kept}" in said
+    assert "is refused: " in said
+    (persona,) = succeed(*build, "--force")["personas"]
+    assert persona["persona"] == "v"
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_a_full_disk_is_said_during_the_build_and_nothing_stays(tiny_folder: Path, tmp_path: Path) -> None:
     data, other = write_answers(tmp_path / "own.jsonl", "aeiou"), write_answers(tmp_path / "other.jsonl", "bcdfg")
     with largest_file(60_000):  # less than hidden states need

@@ -19,7 +19,7 @@ from masquerade import __version__
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
 from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_store
-from masquerade.errors import BuildFailed, InvalidValue, MasqueradeError
+from masquerade.errors import BuildFailed, InvalidValue, MaskRefused, MasqueradeError
 
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
@@ -146,7 +146,12 @@ def build(
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
     folder = (scratch or personas.root / "builds") / _identify(base, recipe, build_input)
-    masks = follow(_find_masks(base, recipe, build_input, Scratch(folder)))
+    try:
+        masks = follow(_find_masks(base, recipe, build_input, Scratch(folder)))
+    except MaskRefused as error:
+        raise MaskRefused(
+            f"{error}; the same command with --force goes on from what is kept of this build in {folder}"
+        ) from error
     report = _publish(masks, personas, registry, out)
     if as_json:
         print(json.dumps({"personas": report}))
@@ -247,7 +252,8 @@ def _read_script(sources: BuildSources, recipe: Recipe) -> tuple[CalibrationProm
 
 def _identify(base: Base, recipe: Recipe, found: BuildInput) -> str:
     """A name that is equal for equal builds, so that a build can resume after a kill."""
-    work = base.fingerprint, recipe, found.script, found.own, found.contrast, found.neutral
+    unforced = replace(recipe, force=False)  # what is refused at first may be forced then
+    work = base.fingerprint, unforced, found.script, found.own, found.contrast, found.neutral
     return hashlib.sha256(repr((__version__, work)).encode()).hexdigest()[:16]
 
 
@@ -257,6 +263,8 @@ def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, scratch: Sc
 
     try:
         return (yield from find_masks(base, MaskManager.attach(base.model), recipe, build_input, scratch))
+    except MaskRefused:
+        raise
     except MasqueradeError:  # a build that failed cannot resume
         scratch.close()
         raise

@@ -93,8 +93,8 @@ class Builder:
     def run(self) -> Work[list[Mask]]:
         """Do the work, an item at a time; returns the masks, the persona's first.
 
-        Raises `MaskRefused` for a mask that has no effect or is past a budget, unless the recipe forces it. Nothing but
-        the scratch changes outside.
+        Raises `MaskRefused` for a mask that has no effect or is past a budget, unless the recipe forces it; the scratch
+        is kept for a build that does. Nothing but the scratch changes outside.
         """
         with closing(self._run()) as work:
             while True:
@@ -120,6 +120,8 @@ class Builder:
             choose = self._search if self._score.searched else self._compare
             chosen = yield from choose(targets, data)
             masks = yield from self._certify(data, chosen)
+        except MaskRefused:  # a build that forces the mask goes on from here
+            raise
         except MasqueradeError:  # there is nothing to resume; an interrupted build keeps its scratch
             self._scratch.close()
             raise

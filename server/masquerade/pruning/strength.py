@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from maskstore import Target
-from masquerade.errors import BuildFailed
+from masquerade.errors import MaskRefused
 from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.pruning.tuning import Budgets, TuningTrial
@@ -60,7 +60,7 @@ class StrengthTuner:
         """The gamma of largest shift of those within the budgets; tried from `start` on, in order.
 
         At most the share `MOST_LOOPS` of its answers loop beyond the base's. If there is no such gamma, it is the
-        gentlest that was tried. Raises `BuildFailed` if not even the gentlest gamma is within the budgets, unless they
+        gentlest that was tried. Raises `MaskRefused` if not even the gentlest gamma is within the budgets, unless they
         are forced.
         """
         place = min(range(len(GAMMAS)), key=lambda index: abs(GAMMAS[index] - start))
@@ -77,7 +77,7 @@ class StrengthTuner:
                     break
         within = [trial for trial in trials if trial.within(self._limits)]
         if not within and not self._limits.forced:
-            raise BuildFailed(
+            raise MaskRefused(
                 f"no gamma keeps perplexity within {self._limits.own} (own) and {self._limits.neutral} (neutral): "
                 f"{', '.join(map(str, trials))}; give more examples, neutral text, or a greater strength"
             )
