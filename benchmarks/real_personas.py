@@ -77,7 +77,9 @@ def main() -> None:
             for strength in options.strengths.split(","):
                 for method in options.methods.split(","):
                     controls = options.controls.split(",") if method == "refined" and options.controls else []
-                    figures += bench.measure(axis, seed, strength, method, controls)
+                    for figure in bench.measure(axis, seed, strength, method, controls):  # a run takes hours
+                        print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
+                        figures.append(figure)
     report("real_personas", figures, options.json)
 
 
