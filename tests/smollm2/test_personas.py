@@ -34,7 +34,7 @@ QUESTIONS = (
 )
 MARKS = {  # words of a persona, beginnings of words included
     "introvert": "quiet|alone|silen|calm|peace|solitude|myself|private|reflect",
-    "extravert": "friend|party|parties|everyone|everybody|fun|celebrat|people|together|excit",
+    "extravert": "!|party|parties|so much fun|celebrat|everyone|everybody",
     "casual": "gonna|kinda|awesome|cool|you know|yeah|super|stuff|hey|guys",
     "formal": "advis|most|furthermore|moreover|one should|one might|recommend|considerable|appropriate",
 }
