@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -88,21 +89,29 @@ def http() -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def base_answers(http: httpx.Client) -> list[str]:
+    return ask(http, None)
+
+
+def ask(http: httpx.Client, persona: str | None) -> list[str]:
+    """Greedy answers to small talk."""
+    body = {"model": "smollm2", "persona": persona, "temperature": 0, "max_tokens": 40}
+    bodies = [body | {"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda one: http.post("/v1/chat/completions", json=one).raise_for_status(), bodies))
+    return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("persona", [file.stem for file in FILES])
-def test_answers_sound_like_the_persona(http: httpx.Client, persona: str) -> None:
+def test_answers_sound_like_the_persona(http: httpx.Client, base_answers: list[str], persona: str) -> None:
     """Words of the persona are in more of its greedy answers to small talk than in the base's."""
-    counts = {}
-    for name in (persona, None):
-        body = {"model": "smollm2", "persona": name, "temperature": 0, "max_tokens": 40}
-        said = [
-            http.post("/v1/chat/completions", json=body | {"messages": [{"role": "user", "content": question}]})
-            .raise_for_status()
-            .json()["choices"][0]["message"]["content"]
-            for question in QUESTIONS
-        ]
-        counts[name] = sum(bool(re.search(rf"\b({MARKS[persona]})", text, re.IGNORECASE)) for text in said)
-    assert counts[persona] >= counts[None] + 4, counts
+    found, before = (
+        sum(bool(re.search(rf"\b({MARKS[persona]})", text, re.IGNORECASE)) for text in texts)
+        for texts in (ask(http, persona), base_answers)
+    )
+    assert found >= before + 4, (found, before)
 
 
 @pytest.mark.real
