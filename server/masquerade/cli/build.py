@@ -24,7 +24,7 @@ from masquerade.errors import BuildFailed, InvalidValue, MaskRefused, Masquerade
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
     from masquerade.model import Base
-    from masquerade.pruning import Recipe, Scratch
+    from masquerade.pruning import Recipe
     from masquerade.pruning.cards import Card
     from masquerade.pruning.progress import Work
     from masquerade.pruning.prompts import CalibrationPrompts
@@ -107,7 +107,7 @@ def build(
 ) -> None:
     """Build a persona from examples of its answers, and publish it."""
     from masquerade.model import load
-    from masquerade.pruning import Recipe, Scratch
+    from masquerade.pruning import Recipe
 
     recipe = Recipe(
         score=score,
@@ -146,12 +146,7 @@ def build(
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
     folder = (scratch or personas.root / "builds") / _identify(base, recipe, build_input)
-    try:
-        masks = follow(_find_masks(base, recipe, build_input, Scratch(folder)))
-    except MaskRefused as error:
-        raise MaskRefused(
-            f"{error}; the same command with --force goes on from what is kept of this build in {folder}"
-        ) from error
+    masks = follow(_find_masks(base, recipe, build_input, folder))
     report = _publish(masks, personas, registry, out)
     if as_json:
         print(json.dumps({"personas": report}))
@@ -257,14 +252,18 @@ def _identify(base: Base, recipe: Recipe, found: BuildInput) -> str:
     return hashlib.sha256(repr((__version__, work)).encode()).hexdigest()[:16]
 
 
-def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, scratch: Scratch) -> Work[list[Mask]]:
+def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, folder: Path) -> Work[list[Mask]]:
     from masquerade.model import MaskManager
+    from masquerade.pruning import Scratch
     from masquerade.service.building import find_masks
 
+    scratch = Scratch(folder)
     try:
         return (yield from find_masks(base, MaskManager.attach(base.model), recipe, build_input, scratch))
-    except MaskRefused:
-        raise
+    except MaskRefused as error:
+        raise MaskRefused(
+            f"{error}; the same command with --force goes on from what is kept of this build in {folder}"
+        ) from error
     except MasqueradeError:  # a build that failed cannot resume
         scratch.close()
         raise

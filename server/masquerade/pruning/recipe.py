@@ -25,7 +25,7 @@ class Recipe:
     """The settings of a build. Raises `InvalidValue` with the field, its value and what is allowed."""
 
     score: str = AUTOMATIC  # of `SCORES`; `auto` is `refined`, and `wanda` without a contrast
-    rho: float | Literal["auto"] = "auto"  # share pruned of each Linear
+    rho: float | Literal["auto"] = "auto"  # share pruned of each Linear; for `refined`, the most of all Linears
     group: str | None = None  # None is the score's own
     scope: str | None = None  # None is the score's own
     phi: str = "relu"  # of `PHIS`, for contrastive-wanda
