@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from masquerade.evaluate.dataset import Example
+from masquerade.evaluate.dataset import Example, read_examples
 from masquerade.smollm2 import DATA
 
 MINDSET = {"EI": ("extravert", "introvert"), "PJ": ("perceiving", "judging")}
@@ -26,9 +26,8 @@ def read_pairs(data: Path, axis: str, split: str) -> list[Pair]:
         sides = [_lines(data / "machine-mindset" / f"{side}.{split}.jsonl") for side in MINDSET[axis]]
         found = [(a["prompt"], a["completion"], b["completion"]) for a, b in zip(*sides, strict=True)]
     elif axis in STYLE:
-        sides = [_lines(DATA / f"{side}.{STYLE_SPLITS[split]}.jsonl") for side in STYLE[axis]]
-        turns = [[[turn["content"] for turn in line["messages"]] for line in side] for side in sides]
-        found = [(prompt, own, contrast) for (prompt, own), (_, contrast) in zip(*turns, strict=True)]
+        own, contrast = (read_examples(DATA / f"{side}.{STYLE_SPLITS[split]}.jsonl") for side in STYLE[axis])
+        return list(zip(own, contrast, strict=True))
     else:
         found = list(_choices(_lines(data / "anthropic-evals" / f"power-seeking-inclination.{split}.jsonl")))
     return [(_example(q, a), _example(q, b)) for q, a, b in found if a.strip() and b.strip() and a != b]

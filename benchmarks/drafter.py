@@ -8,7 +8,6 @@ al. 2023), of the persona's and the base's distributions p and q at the temperat
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +20,10 @@ from maskstore import read_mask
 from masquerade import smollm2
 from masquerade.engine import Engine, Request, SamplingParams
 from masquerade.errors import UnusableModel
-from masquerade.model import AppliedMask, Base, MaskManager, Span, load, make_route, render_chat
+from masquerade.evaluate.dataset import Encoded, encode, read_examples
+from masquerade.evaluate.metrics import predict
+from masquerade.evaluate.treatment import UNTREATED, Treatment
+from masquerade.model import AppliedMask, Base, MaskManager, load
 
 PROMPTS, TOKENS, TEMPERATURE = 32, 48, 0.7
 DRAFT = 4  # tokens of a draft
@@ -40,25 +42,20 @@ def main() -> None:
     for file in sorted(smollm2.PERSONAS.glob("*.safetensors")):
         mask = read_mask(file)
         applied = AppliedMask(manager.fit(mask), mask.info.gamma)
-        prompts = read_prompts(base, file.stem)[: PROMPTS // 4 if options.quick else PROMPTS]
+        held_out = encode(base, read_examples(smollm2.DATA / f"{file.stem}.heldout.jsonl"))
+        prompts = [one.prompt for one in held_out[: PROMPTS // 4 if options.quick else PROMPTS]]
         for temperature in (0.0, TEMPERATURE):
             figures += measure(base, applied, prompts, temperature, f"{file.stem}, temperature {temperature:g}")
     report("drafter", figures, options.json)
 
 
-def read_prompts(base: Base, persona: str) -> list[list[int]]:
-    """The token ids of the persona's held-out prompts."""
-    lines = (smollm2.DATA / f"{persona}.heldout.jsonl").read_text().splitlines()
-    return [render_chat(base.tokenizer, json.loads(line)["messages"][:1]) for line in lines]
-
-
 def measure(
-    base: Base, mask: AppliedMask, prompts: Sequence[list[int]], temperature: float, name: str
+    base: Base, mask: AppliedMask, prompts: Sequence[tuple[int, ...]], temperature: float, name: str
 ) -> Iterator[Figure]:
     """The share of tokens that are guessed, and the mean number of the first `DRAFT` tokens of a draft."""
     requests = [
         Request(
-            prompt,
+            list(prompt),
             TOKENS,
             lambda _: None,
             mask,
@@ -72,7 +69,7 @@ def measure(
     answers = engine.generate(requests)
     engine.stop()
     guessed = [
-        guess(base, mask, prompt, answer, temperature)
+        guess(base, mask, Encoded(prompt, tuple(answer)), temperature)
         for prompt, answer in zip(prompts, answers, strict=True)
         if answer
     ]
@@ -84,21 +81,15 @@ def measure(
 
 
 @torch.inference_mode()
-def guess(base: Base, mask: AppliedMask, prompt: list[int], answer: list[int], temperature: float) -> Tensor:
-    """With which probability the base guesses each token of an answer, fp32 [tokens]."""
-    first = len(prompt) - 1
-    masked = predict(base, prompt + answer, [Span(mask, first, first + len(answer))])[first:-1]
-    plain = predict(base, prompt + answer, [])[first:-1]
+def guess(base: Base, mask: AppliedMask, text: Encoded, temperature: float) -> Tensor:
+    """With which probability the base guesses each token of a response, fp32 [tokens]."""
+    masked, plain = (
+        next(predict(base, [text], treatment))[1].float()
+        for treatment in (Treatment(applied=mask, phase="decode"), UNTREATED)
+    )
     if not temperature:
-        return (plain.argmax(-1) == torch.tensor(answer)).float()
+        return (plain.argmax(-1) == torch.tensor(text.response)).float()
     return torch.minimum(*((logits / temperature).softmax(-1) for logits in (masked, plain))).sum(-1)
-
-
-def predict(base: Base, ids: list[int], spans: list[Span]) -> Tensor:
-    """The logits of a text, fp32 [tokens, vocabulary]."""
-    route = make_route(spans, base.device)
-    logits: Tensor = base.model(input_ids=torch.tensor([ids]), use_cache=False, route=route).logits[0]
-    return logits.float()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def read_likelihoods(
     The base must have its masks attached.
     """
     found: dict[int, Likelihood] = {}
-    for batch, logits in _predict(base, [treatment.rewrite(example) for example in examples], treatment):
+    for batch, logits in predict(base, [treatment.rewrite(example) for example in examples], treatment):
         chosen = log_probabilities(logits, batch.ids.roll(-1, 1)[batch.predicts]).double()
         rows, tokens = batch.predicts.nonzero()[:, 0], batch.predicts.sum(1).tolist()
         sums = chosen.new_zeros(len(tokens)).index_add(0, rows, chosen).tolist()
@@ -80,8 +80,8 @@ def read_divergence(base: Base, examples: Sequence[Encoded], treatment: Treatmen
     A micro-batch is two work items, one without the treatment and one with it. Prompts are not rewritten.
     """
     total, tokens = 0.0, 0
-    treated = _predict(base, examples, treatment)
-    for _, untreated in _predict(base, examples, UNTREATED):
+    treated = predict(base, examples, treatment)
+    for _, untreated in predict(base, examples, UNTREATED):
         yield
         before, after = (logits.float().log_softmax(-1) for logits in (untreated, next(treated)[1]))
         total += float((before.exp() * (before - after)).sum(-1).double().sum())
@@ -124,8 +124,11 @@ def preferred(margins: Sequence[float]) -> float:
     return sum(margin > 0 for margin in margins) / len(margins)
 
 
-def _predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Iterator[tuple[MicroBatch, Tensor]]:
-    """Micro-batches with the logits [counted, vocabulary] of the positions that predict their responses."""
+def predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """Micro-batches with the logits [counted, vocabulary] of the positions that predict their responses.
+
+    The base must have its masks attached.
+    """
     for batch in batches(examples, base.device):
         route = make_route(_spans(batch, examples, treatment), base.device)
         with treatment.around(), _head_at(base, batch.predicts):
