@@ -1,0 +1,90 @@
+"""The personas that ship for a real model: their certificates' figures, and how many of their answers are recognised.
+
+`python -m benchmarks.shipped --json [--quick]`. The model is `smollm2`. Each persona and the base answer prompts that
+were held out when it was built, greedily and at a temperature; a `PersonaClassifier` trained on both sides' calibration
+text says whose answers they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from benchmarks._report import Figure, arguments, report
+from maskstore import Mask, read_mask
+from masquerade import smollm2
+from masquerade.errors import UnusableModel
+from masquerade.evaluate.dataset import Encoded, encode, read_examples
+from masquerade.evaluate.generation import GenerationParams, write_answers
+from masquerade.evaluate.judge import PersonaClassifier, examine
+from masquerade.evaluate.metrics import finish
+from masquerade.evaluate.repetition import share_looping
+from masquerade.evaluate.treatment import UNTREATED, Treatment
+from masquerade.model import AppliedMask, Base, MaskManager, load
+
+PROMPTS, TOKENS, TEMPERATURES, SEED = 32, 48, (0.0, 0.7), 1
+CERTIFIED = {"margin_shift_median": "nats a token", "own_ratio": "x", "neutral_ratio": "x", "flip": "share"}
+
+
+def main() -> None:
+    options = arguments(__doc__, "a quarter of the prompts").parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    try:
+        base = load("smollm2", device="cpu")
+    except UnusableModel as error:
+        sys.exit(f"{error}")
+    manager, figures = MaskManager.attach(base.model), list[Figure]()
+    for file in sorted(smollm2.PERSONAS.glob("*.safetensors")):
+        mask = read_mask(file)
+        figures += [Figure(f"{file.stem}: file", file.stat().st_size / 1e3, "KB"), *show_certificate(mask)]
+        figures += judge(base, manager, mask, PROMPTS // 4 if options.quick else PROMPTS)
+    report("shipped", figures, options.json)
+
+
+def show_certificate(mask: Mask) -> Iterator[Figure]:
+    """What the mask's build measured on its held-out half."""
+    info = mask.info
+    found: Mapping[str, Any] = info.certificate or {}
+    yield Figure(f"{info.persona}: pruned", mask.pruned, "weights")
+    yield Figure(f"{info.persona}: gamma", info.gamma, "gamma")
+    for name, unit in CERTIFIED.items():
+        yield Figure(f"{info.persona}: {name}", found[name], unit)
+    for end, value in zip(("low", "high"), found["intervals"]["margin_shift_median"], strict=True):
+        yield Figure(f"{info.persona}: margin_shift_median {end}", value, "nats a token")
+    for who in ("base", "masked"):
+        yield Figure(f"{info.persona}: preferred, {who}", found["preferred"][who], "share")
+    yield Figure(f"{info.persona}: facts kept of {found['facts']['known']}", found["facts"]["kept"], "share")
+
+
+def judge(base: Base, manager: MaskManager, mask: Mask, count: int) -> Iterator[Figure]:
+    """The share of `count` answers that are recognised, and that loop, of the mask and of the base."""
+    sides = (mask.info.persona, mask.info.opposite)
+    train, held_out = (
+        [read_examples(smollm2.DATA / f"{side}.{split}.jsonl") for side in sides] for split in ("train", "heldout")
+    )
+    classifier = PersonaClassifier(*([one.response for one in side] for side in train))
+    pairs = [(own.messages[-1]["content"], own.response, other.response) for own, other in zip(*held_out, strict=True)]
+    yield Figure(f"{mask.info.persona}: judge's AUC", examine(classifier, pairs).auc, "AUC")
+    prompts = encode(base, held_out[0][:count])
+    applied = Treatment(applied=AppliedMask(manager.fit(mask), mask.info.gamma), phase="decode")
+    for who, treatment in (("base", UNTREATED), ("masked", applied)):
+        for temperature in TEMPERATURES:
+            texts = answer(base, prompts, treatment, temperature)
+            name = f"{mask.info.persona}, {who}, temperature {temperature:g}"
+            hits = sum(classifier.score("", text) > 0 for text in texts)
+            yield Figure(f"{name}: hits", hits / len(texts), "share")
+            yield Figure(f"{name}: loops", share_looping(texts), "share")
+
+
+def answer(base: Base, prompts: Sequence[Encoded], treatment: Treatment, temperature: float) -> list[str]:
+    """Answers to the prompts."""
+    return finish(write_answers(base, prompts, treatment, GenerationParams(TOKENS, temperature, SEED)))
+
+
+if __name__ == "__main__":
+    main()
