@@ -22,6 +22,7 @@ from masquerade.anthropic import messages
 from masquerade.errors import NotReady
 from masquerade.http import errors, health, internal, playground, reference
 from masquerade.http.access import AuthMiddleware
+from masquerade.http.gateway import LoadReportMiddleware
 from masquerade.http.limits import EXPOSED, CorsMiddleware, LimitsMiddleware, Policy
 from masquerade.http.metrics import Metrics
 from masquerade.http.request_log import RequestLogMiddleware
@@ -100,12 +101,14 @@ def create_app(
         return job_service
 
     keyring = Keyring(KeyTable(serving.store.root))
-    metrics = Metrics(serving, find_jobs)
+    metrics = Metrics(serving, find_jobs, gateway=policy.gateway_metrics)
     middleware = [  # outermost first
         Middleware(RequestLogMiddleware, metrics, Audit(serving.store.root)),
         Middleware(LimitsMiddleware, policy),
         Middleware(AuthMiddleware, keyring, Rates(clock), policy),
     ]
+    if policy.gateway_metrics:
+        middleware.append(Middleware(LoadReportMiddleware, serving))
     if policy.cors_origins:
         cors = Middleware(
             CorsMiddleware, policy.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED

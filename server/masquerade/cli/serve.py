@@ -95,6 +95,13 @@ def serve(
     response_days: Annotated[
         float, typer.Option(min=0, help="Days for which answers of /v1/responses are stored; 0 stores none.")
     ] = 30,
+    gateway_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--gateway-metrics",
+            help="Serve what inference gateways route by: vLLM's metrics, load reports, OpenTelemetry's histograms.",
+        ),
+    ] = False,
     log_format: Annotated[Literal["text", "json"], typer.Option(help="Format of log lines.")] = "text",
 ) -> None:
     """Serve a model and its personas over OpenAI's API."""
@@ -124,6 +131,7 @@ def serve(
         answer_seconds=answer_seconds,
         wrong_key_seconds=WRONG_KEY_SECONDS,
         response_days=response_days,
+        gateway_metrics=gateway_metrics,
     )
     logs.configure(log_format)
     hide_loading_bars()

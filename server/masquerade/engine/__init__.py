@@ -2,6 +2,7 @@
 
 from masquerade.engine.embedding import Embedding, Pooling, Vector
 from masquerade.engine.engine import Engine, EngineConfig
+from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.request import (
     MAX_LOGPROBS,
     Event,
@@ -18,6 +19,7 @@ from masquerade.engine.structured import AnswerFormat, JsonFormat
 from masquerade.engine.text import AnswerText, Detokenizer, token_bytes
 
 __all__ = [
+    "BLOCK_SIZE",
     "MAX_LOGPROBS",
     "AnswerFormat",
     "AnswerText",

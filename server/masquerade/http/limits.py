@@ -33,7 +33,7 @@ EXPOSED = (
 
 @dataclass(frozen=True)
 class Policy:
-    """The limits of a server."""
+    """The limits and options of a server."""
 
     loopback: bool = True  # whether the server listens on loopback only
     cors_origins: tuple[str, ...] = ()  # origins of pages that may use it, such as https://chat.example
@@ -45,6 +45,7 @@ class Policy:
     wrong_key_seconds: float = 0.0  # delay of the error for an invalid key
     answer_seconds: float = 600.0  # for all answers to a request
     response_days: float = 30.0  # for which responses are stored; 0 stores none
+    gateway_metrics: bool = False  # whether there is what `gateway.py` serves
 
 
 class LimitsMiddleware:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, ge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from masquerade import __version__
+from masquerade.http.gateway import OPERATIONS, GatewayCollector, ServerTimes
 from masquerade.jobs import JobService
 from masquerade.service.serving import Serving
 
@@ -65,9 +66,12 @@ class Labels:
 
 
 class Metrics:
-    """The counters of requests, in a registry of their own. For the event loop's thread only."""
+    """The counters of requests, in a registry of their own. For the event loop's thread only.
 
-    def __init__(self, serving: Serving, find_jobs: Callable[[], JobService | None]) -> None:
+    `gateway` adds the metrics that gateways and collectors know by other names. Raises as `GatewayCollector`.
+    """
+
+    def __init__(self, serving: Serving, find_jobs: Callable[[], JobService | None], *, gateway: bool = False) -> None:
         self.registry = registry = CollectorRegistry(auto_describe=False)
         self._labels = Labels(PERSONAS, self._forget)
 
@@ -86,6 +90,9 @@ class Metrics:
         self._gap = histogram("inter_token_seconds", "Between two tokens of an answer.", _GAP)
         self._whole = histogram("answer_seconds", "From a request to the end of its answers.", _WHOLE)
         registry.register(_State(serving, find_jobs))
+        self._server_times = ServerTimes(registry, serving.base.name) if gateway else None
+        if gateway:
+            registry.register(GatewayCollector(serving))
         ProcessCollector(registry=registry)
 
     def times_of(self, persona: str | None) -> Histograms:
@@ -101,6 +108,14 @@ class Metrics:
         for reason in reasons:
             self._answers.labels(label, reason).inc()
 
+    def observe_operation(
+        self, route: str, persona: str | None, seconds: float, first_token: float | None, tokens: int, error: str
+    ) -> None:
+        """Count a request in OpenTelemetry's histograms, if they are served. Parameters as of `ServerTimes.observe`."""
+        if self._server_times and route in OPERATIONS:
+            label = self._labels.current(persona) if persona else None
+            self._server_times.observe(OPERATIONS[route], label, seconds, first_token, tokens, error)
+
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
@@ -108,6 +123,8 @@ class Metrics:
     def _forget(self, persona: str) -> None:
         for family in (self._answers, self._tokens, self._first, self._gap, self._whole):
             family.remove_by_labels({"persona": persona})
+        if self._server_times:
+            self._server_times.forget(persona)
 
 
 class _State:

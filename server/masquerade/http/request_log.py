@@ -115,6 +115,8 @@ class RequestRecord:
             metrics.count(self.persona, usage.prompt, usage.cached, usage.completion, self.reasons)
             if self._times:
                 self._times.whole.observe(seconds)
+                error = self.code or ("" if self.reasons else str(_DISCONNECTED))
+                metrics.observe_operation(self.route, self.persona, seconds, self.first_token, usage.completion, error)
             fields |= {
                 "persona": self.persona,
                 "generation": self.digest,

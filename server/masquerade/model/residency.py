@@ -170,6 +170,13 @@ class Residency:
         with self._lock:
             return sum(entry.nbytes for entry in self._entries.values() if not entry.strong)
 
+    def estimate_capacity(self, largest: int) -> int:
+        """About how many masks fit on the device: by the mean size of those measured so far, or by `largest` (bytes)
+        before the first. At least 1, and never fewer than there are.
+        """
+        sizes = list(self._sizes.values()) or [largest]
+        return max(1, len(self._entries), self.budget * len(sizes) // max(1, sum(sizes)))
+
     @property
     def waiting(self) -> int:
         """Number of requests that wait for a mask."""
