@@ -377,6 +377,17 @@ def test_a_failure_counts_in_the_duration_with_its_code(
         assert value(http, f"{FIRST}_count") == value(http, f"{TOKEN}_count") == 0
 
 
+def test_a_client_that_disconnects_is_no_success(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving, http = here
+    slow_down(monkeypatch)
+    path = "/v1/completions"
+    body = body_of(path, serving, stream=True) | {"max_tokens": 100, "logit_bias": forbid_ends(serving)}
+    with http.stream("POST", path, json=body) as answer:
+        next(answer.iter_lines())
+    wait_until(lambda: value(http, f"{DURATION}_count", error_type="499") == 1)
+    assert value(http, f"{FIRST}_count") == 0
+
+
 def test_models_of_the_histograms_stay_few(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "PERSONAS", 1)
     with serve_gateway(tiny_folder, tmp_path / "store", "anna", "ben", "cleo") as (serving, http):
