@@ -81,6 +81,16 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def test_capacity_is_estimated_from_the_masks_that_are_known(make: Make, masks: list[Mask]) -> None:
+    residency = make(3.5)
+    assert residency.estimate_capacity(residency.budget // 2) == 2  # of the largest, before the first
+    assert residency.estimate_capacity(2 * residency.budget) == 1
+    users = [residency.get(mask.digest) for mask in masks[:3]]
+    assert residency.estimate_capacity(residency.budget) == len(users) == 3
+    residency.budget = 1
+    assert residency.estimate_capacity(1) == 3  # never fewer than there are
+
+
 @pytest.mark.parametrize("rho", [0.003, 0.3])
 def test_bytes_are_known_before_anything_is_read(tiny: Base, manager: MaskManager, tmp_path: Path, rho: float) -> None:
     mask = world.make_mask(tiny, rho, 9)
