@@ -14,9 +14,11 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from benchmarks._report import Figure, arguments, report
@@ -29,6 +31,7 @@ from masquerade.http import bodies
 from masquerade.kernels import dense
 from masquerade.model import MaskManager, load
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
+from masquerade.model.short_attention import FUSED, NAME
 from masquerade.openai.answers import ChatAnswer
 from masquerade.openai.objects import ChatCompletionChunk
 from masquerade.pruning import Builder, PersonaExamples, Recipe
@@ -44,7 +47,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    figures = [*measure_bodies(), *measure_chunks(), *measure_linears()]
+    figures = [*measure_bodies(), *measure_chunks(), *measure_linears(), *measure_attention()]
     for score in ("auto",) if options.quick else ("auto", "sparsegpt"):
         figures += measure_items(score)
     report("costs", [*figures, *measure_smollm2()], options.json)
@@ -90,6 +93,28 @@ def measure_linears() -> Iterator[Figure]:
                     for module in (masked, hooked)
                 )
             yield Figure(f"a forward hook / MaskedLinear, {str(dtype)[6:]}, {width}", theirs / ours, "x")
+
+
+def measure_attention() -> Iterator[Figure]:
+    """torch's fused attention beside that of short sequences, in bfloat16 with 9 query heads and 3 of keys of size 64.
+
+    A row has 40 positions before its queries. The backward pass includes the forward pass.
+    """
+    for rows, queries in ((32, 1), (8, 48), (4, 128)):
+        heads = ((9, queries), (3, queries + 40), (3, queries + 40))
+        states = [torch.randn(rows, *shape, 64, dtype=torch.bfloat16, requires_grad=True) for shape in heads]
+        mask = torch.ones(rows, 1, queries, queries + 40, dtype=torch.bool)
+        module = nn.Module()
+
+        def attend(name: str, module: nn.Module = module, states: Any = states, mask: Tensor = mask) -> Tensor:
+            result: Tensor = ALL_ATTENTION_FUNCTIONS[name](module, *states, mask)[0]
+            return result
+
+        module.num_key_value_groups = 3  # type: ignore[assignment]
+        fused, short = (least(lambda name=name: torch.no_grad()(attend)(name)) for name in (FUSED, NAME))  # type: ignore[misc]
+        yield Figure(f"fused / short attention, {rows} rows of {queries}", fused / short, "x")
+        fused, short = (least(lambda name=name: attend(name).float().sum().backward()) for name in (FUSED, NAME))  # type: ignore[misc]
+        yield Figure(f"fused / short attention, {rows} rows of {queries}, backward", fused / short, "x")
 
 
 def multiply_again(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:

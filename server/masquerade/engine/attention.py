@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from masquerade.engine.kv_cache import KVCache
 from masquerade.errors import UnusableModel
+from masquerade.model import attend_short
 
 _log = logging.getLogger(__name__)
 
@@ -223,8 +223,7 @@ def _attend_without_plan(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of an ordinary call. torch's has neither caps nor sinks; the mask includes the sliding window."""
     if scores.softcap is None and scores.sinks is None:
-        outcome: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **kw)
-        return outcome
+        return attend_short(module, q, k, v, mask, **kw)
     visible = mask if mask is None or mask.dtype is torch.bool else mask == 0
     unwindowed = Scores(scores.scale, scores.softcap, scores.sinks)
     return eager_attention(q, k, v, visible, unwindowed).transpose(1, 2), None

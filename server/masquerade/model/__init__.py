@@ -11,6 +11,7 @@ from masquerade.model.memory import trim_heap
 from masquerade.model.residency import Residency
 from masquerade.model.route import AppliedMask, ResidentMask, Route, Span
 from masquerade.model.routing import make_route
+from masquerade.model.short_attention import attend_short
 from masquerade.model.targets import SCOPES, find_targets
 from masquerade.model.thoughts import THOUGHTS_BEGIN, THOUGHTS_END, ThoughtParser, ThoughtStart, find_thought_start
 from masquerade.model.tools import ArgumentsDelta, CallStart, Dialect, ResponsePart, ToolCallParser, find_dialect
@@ -43,6 +44,7 @@ __all__ = [
     "ThoughtStart",
     "ToolCallParser",
     "VerifiedStore",
+    "attend_short",
     "check_bytes",
     "encode",
     "find_dialect",

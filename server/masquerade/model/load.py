@@ -14,6 +14,7 @@ from maskstore import MaskError
 from masquerade.errors import UnusableModel
 from masquerade.model.dequantized import Report, load_gguf
 from masquerade.model.quantized import quantize
+from masquerade.model.short_attention import use_short_attention
 from masquerade.model.targets import find_targets
 from masquerade.sources import ModelFiles, find_model
 
@@ -74,6 +75,8 @@ def load(
         raise UnusableModel(f"{name!r} is a {kind!r} model; masks need Llama-shaped attention and MLP Linears")
     if quantization:
         quantize(model, quantization, where)
+    if where.type == "cpu":
+        use_short_attention(model)
     return Base(
         name=files.name,
         path=files.path,

@@ -298,8 +298,7 @@ class MaskSearch:
         settings, rankings = self._settings, {}
         share = settings.rho * state.share
         for name, gains in state.gains.items():
-            worth = self._scratch.get(f"start/{side}/{name}")["worth"].to(self._base.device)
-            values = gains.clamp(min=0).square_().mul_(worth).flatten()
+            values = self._value(side, name, gains).flatten()
             best = values.topk(max(1, round(min(1.0, settings.concentration * share) * values.numel())))
             rankings[name] = Ranking(best.values, best.indices, values[state.pruned[name].flatten()])
             yield 1
@@ -310,6 +309,11 @@ class MaskSearch:
             state.pruned[name] = exchange(state.pruned[name], rankings[name], threshold, settings.exchange)
             state.weights[name] = self._mask(linear, state.pruned[name])
             yield 0
+
+    def _value(self, side: int, name: str, gains: Tensor) -> Tensor:
+        """What pruning each weight of a Linear is worth; 0 where it does harm."""
+        worth = self._scratch.get(f"start/{side}/{name}")["worth"].to(self._base.device)
+        return gains.clamp(min=0).square_().mul_(worth)
 
     def _mask(self, linear: nn.Linear, pruned: Tensor) -> Tensor:
         weight = dense_weight(linear)

@@ -1,0 +1,244 @@
+"""Variants of the search for a mask, each alone, at equal cost on neutral text.
+
+`python -m benchmarks.searches --json [--quick] [--model NAME] [--device cpu] [--data FOLDER] [--axes EI,PJ,POW,STYLE]
+[--seeds 0,1,2] [--variants NAMES]`. A seed draws the 256 training and the 64 validation pairs of an
+axis, and searches for one of its sides: the first for an even seed, else the second. All variants of a seed start from
+the same statistics and neutral text. The figures are those of up to 60 test pairs, the same for all seeds, and of the
+neutral text of the report, which no search reads: the median shift at a neutral ratio of 1.05, interpolated over
+gammas, and the own ratio and the share of facts that are kept there.
+"""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._pairs import AXES, Pair, read_pairs
+from benchmarks._report import Figure, arguments, report
+from maskstore import Target
+from masquerade.evaluate.dataset import encode
+from masquerade.evaluate.evaluation_set import EvaluationSet
+from masquerade.evaluate.facts import check_facts, read_facts, share_kept
+from masquerade.evaluate.metrics import finish
+from masquerade.evaluate.treatment import Treatment
+from masquerade.kernels import dense_weight
+from masquerade.model import Base, MaskManager, find_targets, load
+from masquerade.pruning import PersonaExamples, Recipe
+from masquerade.pruning.builder import JUDGED, JUDGED_TOKENS, TRACED, Builder
+from masquerade.pruning.data import gather
+from masquerade.pruning.hooks import replaced
+from masquerade.pruning.responses import ResponseBatch
+from masquerade.pruning.scratch import Scratch
+from masquerade.pruning.search import Items, MaskSearch, SearchSettings, _State
+from masquerade.pruning.statistics import LinearStatistics
+from masquerade.pruning.strength import StrengthTuner
+
+NEUTRAL_RATIO = 1.05
+GAMMAS = (0.75, 0.5, 0.25, 0.0)
+TEST, VALIDATION, TRAINING = 60, 64, 256  # most pairs; at most three fifths of the held-out ones are for the test
+TOKENS = 64  # most of a measured response
+PREPARED = "_pairs", "_neutral", "_likelihoods", "_answers"  # what `MaskSearch.prepare` computes
+
+
+class LinearSearch(MaskSearch):
+    """Ranks by gain / cost instead of gain² / cost."""
+
+    def _value(self, side: int, name: str, gains: Tensor) -> Tensor:
+        return super()._value(side, name, gains.clamp(min=0).sqrt())
+
+
+class PathSearch(MaskSearch):
+    """Takes each step's gradients at a point drawn from the path between the base and the masked model.
+
+    The mean over steps is that of integrated gradients (Sundararajan et al. 2017).
+    """
+
+    def _select(self, side: int, state: _State) -> Items:
+        draw = random.Random(f"{self._settings.seed}/{state.step}").random()
+        self._point = 1 - draw * (1 - self._settings.gamma)
+        yield from super()._select(side, state)
+
+    def _mask(self, linear: nn.Linear, pruned: Tensor) -> Tensor:
+        weight = dense_weight(linear)
+        return torch.where(pruned, weight * self._point, weight)
+
+
+class PropagationSearch(MaskSearch):
+    """Takes gradients with the rules of relevance propagation: norms and gates are constants, products are halved.
+
+    As in RelP (Jafari et al. 2025), but for the attention weights, whose gradients the queries and keys need.
+    """
+
+    def _backpropagate(self, batch: ResponseBatch, state: _State, loss: Callable[[Tensor], Tensor]) -> Items:
+        norms = [module for module in self._base.model.modules() if type(module).__name__.endswith("RMSNorm")]
+        blocks = [module for name, module in self._base.model.named_modules() if name.endswith(".mlp")]
+        with ExitStack() as rules:
+            rules.enter_context(replaced(norms, [partial(_normalise, norm) for norm in norms]))
+            rules.enter_context(replaced(blocks, [partial(_gate, block) for block in blocks]))
+            yield from super()._backpropagate(batch, state, loss)
+
+
+def _normalise(norm: Any, x: Tensor) -> Tensor:
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).detach()
+    result: Tensor = norm.weight * (x.float() * scale).to(x.dtype)
+    return result
+
+
+def _gate(block: Any, x: Tensor) -> Tensor:
+    gate, up = block.gate_proj(x), block.up_proj(x)
+    gate = gate * torch.sigmoid(gate).detach()  # SiLU
+    product = gate * up
+    result: Tensor = block.down_proj((product + product.detach()) / 2)
+    return result
+
+
+# name -> the search, and its settings where they differ from the product's
+VARIANTS: Mapping[str, tuple[type[MaskSearch], Mapping[str, Any]]] = {
+    "product": (MaskSearch, {}),
+    "36 steps": (MaskSearch, {"steps": 36, "patience": 3}),
+    "12 steps": (MaskSearch, {"steps": 12}),
+    "half the pairs": (MaskSearch, {"batches_a_step": 2}),
+    "a ranking for each Linear": (MaskSearch, {"concentration": 1.0}),
+    "gain / cost": (LinearSearch, {}),
+    "no cost cap": (MaskSearch, {"protected": 0.0}),
+    "cost cap of 10 %": (MaskSearch, {"protected": 0.1}),
+    "path-averaged": (PathSearch, {}),
+    "relevance propagation": (PropagationSearch, {}),
+    "gradients at gamma 0.25": (MaskSearch, {"gamma": 0.25}),
+}
+
+
+def main() -> None:
+    parser = arguments(__doc__, "one axis, one seed, 6 steps, few pairs")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--axes", default=",".join(AXES))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of these, separated by commas")
+    options = parser.parse_args()
+    if not options.data.is_dir():
+        print(f"no data in {options.data}: nothing to measure", file=sys.stderr)
+        report("searches", [], options.json)
+        return
+    torch.set_num_threads(1)
+    base = load(options.model, device=options.device, dtype=options.dtype)
+    manager, figures = MaskManager.attach(base.model), list[Figure]()
+    for axis in options.axes.split(",")[: 1 if options.quick else None]:
+        for seed in map(int, options.seeds.split(",")[: 1 if options.quick else None]):
+            bench = Bench(base, manager, options.data, axis, seed, options.quick)
+            for variant in options.variants.split(","):
+                for figure in bench.measure(variant):
+                    print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
+                    figures.append(figure)
+    report("searches", figures, options.json)
+
+
+class Bench:
+    """An axis and a seed: the side's examples, statistics, neutral text and test pairs."""
+
+    def __init__(self, base: Base, manager: MaskManager, data: Path, axis: str, seed: int, quick: bool) -> None:
+        self._base, self._name, self._steps = base, f"{axis} seed {seed}", {"steps": 6} if quick else {}
+        train, validation, test = _split(data, axis, seed, 48 if quick else TRAINING)
+        own, contrast = (
+            PersonaExamples(name, [pair[at] for pair in train], [pair[at] for pair in validation])
+            for at, name in enumerate(("own", ""))
+        )
+        self._recipe = Recipe(score="refined", seed=seed, force=True)
+        self._builder = Builder(base, manager, self._recipe, own, contrast)
+        self._targets = find_targets(base.model)
+        gathering = gather(base, self._recipe, {1: own, -1: contrast}, (), calibrates=True, chooses=True, searches=True)
+        self._data = finish(gathering)
+        self._tune_set = self._data.evaluation_set(base, "tune", JUDGED, JUDGED_TOKENS)
+        texts = ([one.cut(TOKENS) for one in encode(base, [pair[at] for pair in test])] for at in (0, 1))
+        self._test_set = EvaluationSet(base, *texts, [one.cut(TOKENS) for one in self._data.neutral.report])
+        self._facts = read_facts("report")
+        self._known = finish(check_facts(base, self._facts))
+        self._collect(self._recipe.search_settings)
+
+    def measure(self, variant: str) -> Iterator[Figure]:
+        """Search with a variant, and measure its mask at several gammas."""
+        kind, changed = VARIANTS[variant]
+        settings = replace(self._recipe.search_settings, **{**changed, **self._steps})
+        search = kind(self._base, self._targets, (1,), settings, self._scratches[settings.protected])
+        for name in PREPARED:
+            setattr(search, name, getattr(self._prepared, name))
+        tuner = StrengthTuner(self._tune_set, self._draft, 1, self._recipe.limits)
+        started = time.process_time()
+        targets = finish(search.run(1, partial(tuner.judge, gamma=settings.gamma)))
+        self._scratches[settings.protected].drop("search")
+        yield Figure(f"{self._name}, {variant}: search", time.process_time() - started, "CPU-s")
+        yield Figure(f"{self._name}, {variant}: pruned", sum(one.pruned for one in targets.values()), "weights")
+        yield from self._measure_at_cost(f"{self._name}, {variant}", targets)
+
+    def _collect(self, settings: SearchSettings) -> None:
+        """Collect the statistics that all variants start from, with the costs capped as each of them does."""
+        caps = {VARIANTS[name][1].get("protected", settings.protected) for name in VARIANTS}
+        self._scratches = {cap: Scratch() for cap in sorted(caps)}
+        starts = [
+            MaskSearch(self._base, self._targets, (1,), replace(settings, protected=cap), scratch)
+            for cap, scratch in self._scratches.items()
+        ]
+
+        def add(stage: str, _: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
+            linears = {name: self._targets[name] for name in statistics}
+            for start in starts if stage == "backward" else ():
+                yield from start.add_layer(linears, statistics)
+
+        finish(self._builder._collect(self._targets, self._builder._pad(self._data, TRACED, settings.tokens), add))
+        self._prepared = starts[0]
+        finish(self._prepared.prepare(self._data.calibration_pairs(), self._data.neutral.calibration))
+
+    def _draft(self, targets: Mapping[str, Target], *, gamma: float) -> Treatment:
+        return self._builder._apply(targets, "decode", gamma)
+
+    def _measure_at_cost(self, name: str, targets: Mapping[str, Target]) -> Iterator[Figure]:
+        """The figures where neutral text costs `NEUTRAL_RATIO`, or at gamma 0 if it costs less there."""
+        base = finish(self._test_set.measure_base())
+        points = [(0.0, 0.0, 0.0)]  # nats of neutral text, of own text, shift
+        for gamma in GAMMAS:
+            masked = finish(self._test_set.measure(self._draft(targets, gamma=gamma)))
+            found = self._test_set.figures(1, base, masked)
+            costs = (math.log(found[key] or math.inf) for key in ("neutral_ratio", "own_ratio"))
+            points.append((*costs, found["margin_shift_median"]))
+            if points[-1][0] > math.log(NEUTRAL_RATIO):
+                break
+        low, high = points[-2:]
+        part = min(1.0, (math.log(NEUTRAL_RATIO) - low[0]) / max(high[0] - low[0], 1e-9))
+        neutral, own, shift = (a + part * (b - a) for a, b in zip(low, high, strict=True))
+        gammas = (1.0, *GAMMAS)[len(points) - 2 : len(points)]
+        gamma = gammas[0] + part * (gammas[1] - gammas[0])
+        known = finish(check_facts(self._base, self._facts, self._draft(targets, gamma=gamma)))
+        yield Figure(f"{name}: gamma", gamma, "gamma")
+        yield Figure(f"{name}: neutral", math.exp(neutral), "x")
+        yield Figure(f"{name}: shift", shift, "nats a token")
+        yield Figure(f"{name}: own", math.exp(own), "x")
+        yield Figure(f"{name}: facts kept", share_kept(self._known, known) or 0.0, "share")
+
+
+def _split(data: Path, axis: str, seed: int, training: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
+    """The training, validation and test pairs; the side that is searched for is first in each."""
+    train, held = (read_pairs(data, axis, split) for split in ("train", "valid"))
+    random.Random(99).shuffle(held)
+    count = min(TEST, 3 * len(held) // 5)
+    test, rest = held[:count], held[count:]
+    random.Random(seed).shuffle(train)
+    random.Random(seed).shuffle(rest)
+    parts = train[:training], rest[:VALIDATION], test
+    if seed % 2:
+        parts = tuple([(other, own) for own, other in part] for part in parts)  # type: ignore[assignment]
+    return parts
+
+
+if __name__ == "__main__":
+    main()
