@@ -24,7 +24,7 @@ def test_stories_can_be_served_and_given_a_persona(tmp_path: Path) -> None:
     store = tmp_path / "store"
     sides = []
     for side in ("extravert", "introvert"):
-        lines = (MINDSET / f"{side}.train.jsonl").read_text().splitlines()[:40]
+        lines = (MINDSET / f"{side}.train.jsonl").read_text().splitlines()[:16]
         sides.append(tmp_path / f"{side}.jsonl")
         sides[-1].write_text("\n".join(lines))
     command = [sys.executable, "-m", "masquerade", "build", "--model", str(STORIES), "--store", str(store), "--json"]
