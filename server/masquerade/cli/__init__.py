@@ -12,7 +12,7 @@ import typer
 
 from maskstore import InvalidMaskValue, InvalidName, MaskError
 from masquerade import __version__
-from masquerade.cli import build, config, doctor, evaluate, keys, masks, serve
+from masquerade.cli import build, config, doctor, evaluate, keys, masks, plan, serve
 from masquerade.errors import BadRequest, MasqueradeError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.callback()(config.read_config)
 app.command("serve")(serve.serve)
 app.command("build")(build.build)
 app.command("eval")(evaluate.evaluate)
+app.command("plan")(plan.plan)
 app.add_typer(masks.app, name="masks")
 app.add_typer(keys.app, name="keys")
 app.add_typer(config.app, name="config")

@@ -31,6 +31,7 @@ from masquerade.cli.options import AsJson, Model, StoreFolder
 from masquerade.cli.stores import LEAST_BYTES, SCHEMAS, find_store
 from masquerade.errors import MasqueradeError
 from masquerade.keys import KeyTable
+from masquerade.plan.memory import format_bytes, read_host_memory
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "fastapi", "uvicorn", "huggingface-hub")
 EXTRAS = ("bitsandbytes", "cryptography", "llguidance", "triton", "opentelemetry-sdk", "accelerate", "peft")
@@ -105,20 +106,17 @@ def _describe_hardware() -> Facts:
         free, total = torch.cuda.mem_get_info(number)
         facts[f"gpu {number}"] = (
             f"{found.name}, compute capability {found.major}.{found.minor}, "
-            f"{_bytes(free)} of {_bytes(total)} free, CUDA {torch.version.cuda}"
+            f"{format_bytes(free)} of {format_bytes(total)} free, CUDA {torch.version.cuda}"
         )
     return facts
 
 
 def _describe_memory() -> str:
-    file = Path("/proc/meminfo")
-    if not file.exists():
+    found = read_host_memory()
+    if found is None:
         return "not known"
-    kib = {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB", file.read_text(), re.MULTILINE)}
-    text = f"{_bytes(1024 * kib['MemAvailable'])} of {_bytes(1024 * kib['MemTotal'])} available"
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    maximum = limit.read_text().strip() if limit.exists() else "max"
-    return text if maximum == "max" else f"{text}; the container may use {_bytes(int(maximum))}"
+    text = f"{formatformat_bytes(found.available)} of {formatformat_bytes(found.total)} available"
+    return text if found.limit is None else f"{text}; the container may use {formatformat_bytes(found.limit)}"
 
 
 def _describe_kernels() -> Facts:
@@ -178,7 +176,7 @@ def _check_masks(root: Path, problems: list[str]) -> Facts:
     problems += [f"the store: {one.kind}: {one.subject} {one.message}" for one in found.findings]
     nbytes = sum(path.stat().st_size for path in (root / "masks").glob("*/*.safetensors"))
     health = "clean" if found.clean else f"{len(found.findings)} findings; see `masquerade masks fsck`"
-    return {"masks": f"{found.masks}, {_bytes(nbytes)}, {health}", "leftovers": len(found.leftovers)}
+    return {"masks": f"{found.masks}, {format_bytes(nbytes)}, {health}", "leftovers": len(found.leftovers)}
 
 
 def _describe_space(store: Path | None, model: str, problems: list[str]) -> Facts:
@@ -191,24 +189,16 @@ def _describe_space(store: Path | None, model: str, problems: list[str]) -> Fact
         there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
         free = shutil.disk_usage(there).free
         writable = os.access(there, os.W_OK)
-        facts[name] = f"{_bytes(free)} free, {'writable' if writable else 'not writable'}"
+        facts[name] = f"{format_bytes(free)} free, {'writable' if writable else 'not writable'}"
         if name == "store" and not writable:
             problems.append(f"the store: {there} cannot be written by user {os.getuid()}")
         if name == "store" and free < LEAST_BYTES:
-            problems.append(f"the store: {_bytes(free)} are free, and less than {_bytes(LEAST_BYTES)} is too little")
+            problems.append(f"the store: {format_bytes(free)} are free, and less than {format_bytes(LEAST_BYTES)} is too little")
     return facts
 
 
 def _count(states: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _hide_home(thing: Any) -> Any:

@@ -22,6 +22,7 @@ from masquerade.cli.options import (
     RequireSigned,
     StoreFolder,
 )
+from masquerade.cli.plan import announce
 from masquerade.cli.progress import hide_loading_bars, report_quarters
 from masquerade.cli.signals import exit_on_sigterm, run_on_sighup
 from masquerade.cli.stores import check_store, find_store, open_store
@@ -137,10 +138,11 @@ def serve(
     hide_loading_bars()
     with _listen(host, port) as listener:
         with Loading(listener):
+            config = EngineConfig(max_running, max_waiting, max_batch_tokens, cache_bytes, speculate=speculate)
+            announce(model, device, dtype, config, mask_bytes, quantization)
             report = report_quarters(lambda line: _log.info("%s", line))
             base = load(model, device=device, dtype=dtype, quantization=quantization, report=report)
             base = replace(base, name=served_model_name or base.name)
-            config = EngineConfig(max_running, max_waiting, max_batch_tokens, cache_bytes, speculate=speculate)
             store_and_registry = open_store(
                 root,
                 base.name,

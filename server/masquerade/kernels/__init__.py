@@ -50,14 +50,15 @@ def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
     return native.serves(module) or cuda.serves(module)
 
 
-def choose(linear: nn.Linear, kind: str, pruned: int) -> str:
+def choose(linear: nn.Linear, kind: str, pruned: int, device: str | None = None) -> str:
     """The name in `BACKENDS` of a target's fastest backend; measured in docs/performance.md.
 
-    `kind` is the target's (`bitmap` or `sparse`). `pruned` counts only if it is sparse.
+    `kind` is the target's (`bitmap` or `sparse`). `pruned` counts only if it is sparse. `device` is the type of the
+    device where a Linear on torch's `meta` device is to be; by default the Linear is where it is.
     """
-    if cuda.serves(linear):
+    if cuda.serves(linear, device):
         return "cuda-bits" if kind == Bitmap.kind else "cuda-list"
-    if not native.serves(linear):
+    if not native.serves(linear, device):
         return "reference" if kind == Bitmap.kind else "sparse"
     few = pruned <= LISTED_UP_TO * linear.in_features * linear.out_features
     return "list" if kind == Sparse.kind and few else "bits"
@@ -70,9 +71,9 @@ def correct(linear: nn.Linear, target: Target, backend: str | None = None) -> Co
     return BACKENDS[backend](linear, target)
 
 
-def footprint(linear: nn.Linear, kind: str, pruned: int) -> int:
-    """The `nbytes` of the correction that `correct` would make, known without reading the mask."""
-    return BACKENDS[choose(linear, kind, pruned)].footprint(linear, pruned)
+def footprint(linear: nn.Linear, kind: str, pruned: int, device: str | None = None) -> int:
+    """The `nbytes` of the correction that `correct` would make, known without reading the mask; `device` as above."""
+    return BACKENDS[choose(linear, kind, pruned, device)].footprint(linear, pruned)
 
 
 __all__ = [

@@ -86,9 +86,11 @@ def _library() -> Library:
     return library
 
 
-def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the library supports a module: a plain fp32 or bf16 Linear on the CPU."""
-    if type(module) is not nn.Linear or module.weight.device.type != "cpu" or module.weight.dtype not in _DTYPES:
+def serves(module: nn.Module, device: str | None = None) -> TypeGuard[nn.Linear]:
+    """Whether the library supports a module: a plain fp32 or bf16 Linear on the CPU. `device` as in `kernels.choose`."""
+    if type(module) is not nn.Linear or module.weight.dtype not in _DTYPES:
+        return False
+    if (device or module.weight.device.type) != "cpu":
         return False
     return module.weight.is_contiguous() and find_library() is not None
 

@@ -92,4 +92,22 @@ def _block(inputs: int) -> int:
     raise ValueError(f"rows of {inputs} weights cannot be kept in 4 bits; take int8, or no quantization")
 
 
+def measure_weight(linear: nn.Linear, how: str) -> int:
+    """Bytes that bitsandbytes keeps of a Linear's weight, scales included, once it is quantised; its bias is apart.
+
+    Raises `ValueError` if it cannot be quantised so.
+    """
+    return _SIZES[how](linear.in_features, linear.out_features)
+
+
+def _measure_nf4(inputs: int, outputs: int) -> int:
+    """Two weights a byte, a scale in fp32 a block, and the 16 levels in fp32."""
+    weights = inputs * outputs
+    return -(-weights // 2) + 4 * -(-weights // _block(inputs)) + 4 * 16
+
+
+_SIZES: Mapping[str, Callable[[int, int], int]] = {
+    "int8": lambda inputs, outputs: inputs * outputs + 4 * outputs,  # a scale in fp32 a row
+    "nf4": _measure_nf4,
+}
 QUANTIZATIONS: Mapping[str, Callable[[Any, nn.Linear], Any]] = {"int8": _int8, "nf4": _nf4}

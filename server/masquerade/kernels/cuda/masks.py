@@ -34,11 +34,17 @@ def find_kernels() -> Any | None:
     return kernels
 
 
-def serves(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the kernels support a module: a plain fp16, bf16 or fp32 Linear on a CUDA device."""
-    if type(module) is not nn.Linear or module.weight.device.type != "cuda" or module.weight.dtype not in _DTYPES:
+def serves(module: nn.Module, device: str | None = None) -> TypeGuard[nn.Linear]:
+    """Whether the kernels support a module: a plain fp16, bf16 or fp32 Linear on a CUDA device.
+
+    `device` as in `kernels.choose`; a CUDA device that this machine does not have is taken to have the kernels.
+    """
+    if type(module) is not nn.Linear or module.weight.dtype not in _DTYPES:
         return False
-    return module.weight.stride(1) == 1 and find_kernels() is not None
+    if (device or module.weight.device.type) != "cuda":
+        return False
+    elsewhere = device is not None and not torch.cuda.is_available()
+    return module.weight.stride(1) == 1 and (elsewhere or find_kernels() is not None)
 
 
 class CudaList:

@@ -1,0 +1,1 @@
+"""What a model takes and what fits beside it, from its header alone."""
