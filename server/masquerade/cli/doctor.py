@@ -115,8 +115,8 @@ def _describe_memory() -> str:
     found = read_host_memory()
     if found is None:
         return "not known"
-    text = f"{formatformat_bytes(found.available)} of {formatformat_bytes(found.total)} available"
-    return text if found.limit is None else f"{text}; the container may use {formatformat_bytes(found.limit)}"
+    text = f"{format_bytes(found.available)} of {format_bytes(found.total)} available"
+    return text if found.limit is None else f"{text}; the container may use {format_bytes(found.limit)}"
 
 
 def _describe_kernels() -> Facts:
@@ -193,7 +193,9 @@ def _describe_space(store: Path | None, model: str, problems: list[str]) -> Fact
         if name == "store" and not writable:
             problems.append(f"the store: {there} cannot be written by user {os.getuid()}")
         if name == "store" and free < LEAST_BYTES:
-            problems.append(f"the store: {format_bytes(free)} are free, and less than {format_bytes(LEAST_BYTES)} is too little")
+            problems.append(
+                f"the store: {format_bytes(free)} are free, and less than {format_bytes(LEAST_BYTES)} is too little"
+            )
     return facts
 
 

@@ -51,7 +51,9 @@ def plan(
 
     outline = _read(model, device, dtype)
     if context is not None and context > outline.context:
-        raise InvalidValue(f"--context is {context}; {outline.name} has a context of {outline.context}", param="context")
+        raise InvalidValue(
+            f"--context is {context}; {outline.name} has a context of {outline.context}", param="context"
+        )
     have, source = _find_memory(memory, outline.device)
     workload = Workload(
         personas or max_running,
@@ -242,8 +244,8 @@ def _write(report: Report) -> Iterator[str]:
     """The report as lines for people."""
     model = report["model"]
     yield (
-        f"{model['name']} on {model['device']}: {model['architecture']}, {model['layers']} layers of {model['hidden']}, "
-        f"vocabulary {model['vocabulary']}, context {model['context']}"
+        f"{model['name']} on {model['device']}: {model['architecture']}, {model['layers']} layers of "
+        f"{model['hidden']}, vocabulary {model['vocabulary']}, context {model['context']}"
     )
     yield (
         f"parameters: {model['parameters']:,}, of which {model['maskable']:,} in {model['linears']} Linears that a "
@@ -301,7 +303,7 @@ def _write_fit(fit: Report, memory: Report, kv: Report, device: str) -> Iterator
     if fit["fits"]:
         yield f"  {format_bytes(memory['bytes'] - fit['needed']):>11}  left for more requests or personas"
         yield f"  {fit['requests']} of {kv['requests']} requests of {kv['context']} tokens run at once"
-        yield f"  masquerade serve --cache-bytes {fit['cache_bytes']} --mask-bytes {fit['mask_bytes']}"
+        yield f"  serve with --cache-bytes {fit['cache_bytes']} --mask-bytes {fit['mask_bytes']}"
         return
     yield f"  {format_bytes(fit['missing']):>11}  missing"
     for remedy in fit["remedies"]:
@@ -313,7 +315,8 @@ def _write_build(build: Report) -> Iterator[str]:
     yield "\na build of a persona and its opposite with the default score"
     for line in build["lines"]:
         yield f"  {format_bytes(line['nbytes']):>11}  {line['what']}"
-    yield f"  {format_bytes(build['memory']):>11}  at least; the process, activations and logits come on top: {build['memory_basis']}"
+    yield f"  {format_bytes(build['memory']):>11}  at least; the process, activations and logits come on top:"
+    yield f"               {build['memory_basis']}"
     yield f"  the search takes at most {build['operations']:.1e} floating-point operations"
     if build["cpu_seconds"] is None:
         yield "  no time: no build was timed on a GPU"

@@ -87,7 +87,10 @@ def _library() -> Library:
 
 
 def serves(module: nn.Module, device: str | None = None) -> TypeGuard[nn.Linear]:
-    """Whether the library supports a module: a plain fp32 or bf16 Linear on the CPU. `device` as in `kernels.choose`."""
+    """Whether the library supports a module: a plain fp32 or bf16 Linear on the CPU.
+
+    `device` as in `kernels.choose`.
+    """
     if type(module) is not nn.Linear or module.weight.dtype not in _DTYPES:
         return False
     if (device or module.weight.device.type) != "cpu":

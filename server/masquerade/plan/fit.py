@@ -90,20 +90,19 @@ class Fit:
 
 def fit(outline: Outline, workload: Workload, memory: int, quantization: str | None = None) -> Fit:
     """Fit a workload into `memory` bytes. Raises `ValueError` if the model cannot be quantised so."""
-    weights = measure_weights(outline, outline.dtype, quantization)
+    weights, dense = (measure_weights(outline, outline.dtype, how) for how in (quantization, None))
     persona, block = measure_persona(outline, workload.rho, quantization).nbytes, measure_block(outline)
     blocks = count_blocks(workload.context)
     process = [Line("Python, torch and the server", PROCESS)] if outline.device == "cpu" else []
-    kept = f"{quantization} and {name_dtype(outline.dtype)}" if quantization else name_dtype(outline.dtype)
     serving = [
         *process,
-        Line(f"weights in {kept}", weights),
+        Line(f"weights in {name_form(outline, quantization)}", weights),
         Line(f"masks of {workload.personas} personas of rho {workload.rho:g}", workload.personas * persona),
         Line(f"KV cache of 1 request of {workload.context} tokens", (blocks + PADDING) * block),
     ]
-    # On a CPU the dense weights are where the quantised ones will be.
-    dense = Line(f"weights in {name_dtype(outline.dtype)}, before they are quantised", measure_weights(outline, outline.dtype))
-    loading = [*process, dense] if quantization and outline.device == "cpu" else []
+    loading = []
+    if quantization and outline.device == "cpu":  # the dense weights are loaded where the quantised ones will be
+        loading = [*process, Line(f"weights in {name_dtype(outline.dtype)}, before they are quantised", dense)]
     lines = max(serving, loading, key=lambda lines: sum(line.nbytes for line in lines))
     spare = memory - weights - sum(line.nbytes for line in process)
     return Fit(memory, tuple(lines), spare, persona, block, blocks, workload)
@@ -142,6 +141,12 @@ def _fit_context(found: Fit) -> int:
     """The longest request that fits beside the personas, or half of the present one."""
     blocks = (found.spare - found.mask_bytes) // found.block - PADDING
     return min(blocks, found.request - 1) * BLOCK_SIZE if blocks > 0 else max(1, found.workload.context // 2)
+
+
+def name_form(outline: Outline, quantization: str | None) -> str:
+    """How the weights are kept: their dtype, after what quantises those of the maskable Linears."""
+    dtype = name_dtype(outline.dtype)
+    return f"{quantization} and {dtype}" if quantization else dtype
 
 
 def name_dtype(dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from masquerade.engine import EngineConfig
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.errors import UnusableModel
-from masquerade.plan.fit import PROCESS, Line, name_dtype
+from masquerade.plan.fit import PROCESS, Line, name_dtype, name_form
 from masquerade.plan.footprint import measure_persona, measure_pool, measure_weights
 from masquerade.plan.memory import MachineMemory, format_bytes
 from masquerade.plan.outline import Outline
@@ -31,8 +31,8 @@ class Reservation:
         """One line for the log."""
         parts = ", ".join(f"{format_bytes(line.nbytes)} of {line.what}" for line in self.lines)
         return (
-            f"takes up to {format_bytes(self.nbytes)}, beside the activations of a step: {parts}; room for {self.tokens} tokens and "
-            f"{self.personas} personas of rho {self.rho:g}"
+            f"takes up to {format_bytes(self.nbytes)}, beside the activations of a step: {parts}; room for "
+            f"{self.tokens} tokens and {self.personas} personas of rho {self.rho:g}"
         )
 
 
@@ -41,9 +41,8 @@ def reserve(
 ) -> Reservation:
     """What an engine of `config` and a budget of masks reserve. Raises `ValueError` as `measure_weights` does."""
     blocks, pool = measure_pool(outline, config.max_running, config.cache_bytes)
-    kept = f"{quantization} and {name_dtype(outline.dtype)}" if quantization else name_dtype(outline.dtype)
     lines = [
-        Line(f"weights in {kept}", measure_weights(outline, outline.dtype, quantization)),
+        Line(f"weights in {name_form(outline, quantization)}", measure_weights(outline, outline.dtype, quantization)),
         Line("KV cache", pool),
         Line("masks", mask_bytes),
     ]
@@ -66,7 +65,7 @@ def check_loadable(outline: Outline, memory: MachineMemory, quantization: str | 
     most = memory.usable + memory.swap
     if weights > most:
         raise UnusableModel(
-            f"{outline.name} does not fit: its weights in {name_dtype(outline.dtype)} take {format_bytes(weights)} while "
-            f"they are loaded, and the {outline.device} device has {format_bytes(most)}, swap included; "
-            "`masquerade plan` says what would fit"
+            f"{outline.name} does not fit: its weights in {name_dtype(outline.dtype)} take {format_bytes(weights)} "
+            f"while they are loaded, and {outline.device} has {format_bytes(most)} in all; `masquerade plan` says what "
+            "would fit"
         )
