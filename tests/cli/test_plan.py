@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from masquerade.cli import plan
+from masquerade.plan.memory import MachineMemory
 from tests.cli.running import fail, masquerade, succeed
 from tests.serving import serve
 
@@ -34,6 +36,15 @@ def test_the_text_has_the_figures_of_the_json(tiny_folder: Path) -> None:
     assert f"--cache-bytes {found['fit']['cache_bytes']} --mask-bytes {found['fit']['mask_bytes']}" in done.stdout
     for row in found["personas"]:
         assert f"{row['pruned']:,}" in done.stdout
+
+
+@pytest.mark.parametrize(("dtype", "how"), [("float16", None), ("bfloat16", None), ("bfloat16", "int8")])
+def test_it_marks_what_is_served(tiny_folder: Path, dtype: str, how: str | None) -> None:
+    arguments = ("plan", "--model", tiny_folder, "--dtype", dtype, *(("--quantization", how) if how else ()))
+    marked = [line for line in masquerade(*arguments).stdout.splitlines() if line.endswith("; served")]
+    assert [line.split(":")[0].strip() for line in marked] == [how or dtype]
+    weights = succeed(*arguments)["weights"]
+    assert weights["served"] == weights[how or dtype]
 
 
 def test_without_memory_it_is_that_of_the_machine(tiny_folder: Path) -> None:
@@ -91,6 +102,21 @@ def test_serve_says_what_it_takes_before_it_loads(tiny_folder: Path) -> None:
         log = server.said()
     assert log.index("takes up to") < log.index("listening on")
     assert "KV cache" in log
+
+
+def test_serve_refuses_weights_that_cannot_be_loaded(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "read_memory", lambda _: MachineMemory(1000, 1000))
+    said = fail(1, "serve", "--model", tiny_folder, "--store", tmp_path, "--port", "0", "--dtype", "bfloat16")
+    assert "does not fit: its weights in bfloat16 take" in said
+
+
+def test_another_device_is_planned_for(tiny_folder: Path) -> None:
+    done = masquerade("plan", "--model", tiny_folder, "--device", "cuda", "--memory", "1GiB")
+    assert done.status == 0
+    assert "not counted: CUDA's context" in done.stdout
+    assert "Python" not in done.stdout
 
 
 def test_serve_warns_of_what_is_not_there_and_serves(tiny_folder: Path) -> None:

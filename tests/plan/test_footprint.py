@@ -18,6 +18,7 @@ from masquerade.engine import Engine, EngineConfig, Request, SamplingParams
 from masquerade.errors import UnusableModel
 from masquerade.model import Base, MaskManager, find_targets, load
 from masquerade.model.quantized import QUANTIZATIONS, measure_weight
+from masquerade.packaged import find_packaged
 from masquerade.plan.fit import Workload, fit
 from masquerade.plan.footprint import RHOS, find_window, measure_persona, measure_pool, measure_weights
 from masquerade.plan.outline import Outline, read_outline
@@ -140,3 +141,16 @@ def test_a_cache_of_the_planned_bytes_holds_the_planned_requests(tiny: Base, tin
     assert [len(answer) for answer in answers] == [20, 20, 20]
     assert engine.counts.preemptions == 0
     engine.stop()
+
+
+@pytest.mark.real
+def test_smollm2_takes_what_is_planned() -> None:
+    try:
+        find_packaged("smollm2")
+    except UnusableModel as error:
+        pytest.skip(str(error))
+    base, outline = load("smollm2", device="cpu"), outline_of("smollm2")
+    assert (outline.parameters, outline.dtype) == (134_515_008, base.dtype)
+    assert measure_weights(outline, outline.dtype) == weigh(base.model)
+    resident = MaskManager.attach(base.model).fit(prune_exactly(base, 0.0008))
+    assert measure_persona(outline, 0.0008).nbytes == resident.nbytes

@@ -143,6 +143,8 @@ def test_what_masks_do_not_apply_to_is_refused(tmp_path: Path) -> None:
     [
         ({"model_type": "unheard_of"}, "unheard_of"),
         ({**EIGHT_BILLION, "hidden_size": "many"}, "hidden_size"),
+        ({**EIGHT_BILLION, "num_attention_heads": 0}, "cannot be read"),
+        ({**EIGHT_BILLION, "intermediate_size": -1}, "cannot be read"),
         ({**EIGHT_BILLION, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised in its files"),
     ],
 )

@@ -157,10 +157,11 @@ def _describe_weights(outline: Outline, quantization: str | None) -> Report:
     import torch
 
     from masquerade.model.quantized import QUANTIZATIONS
+    from masquerade.plan.fit import name_dtype
     from masquerade.plan.footprint import measure_weights
 
     found: Report = {"files": dict(outline.files)}
-    for name in ("float32", "bfloat16"):
+    for name in dict.fromkeys(("float32", "bfloat16", name_dtype(outline.dtype))):
         found[name] = measure_weights(outline, getattr(torch, name))
     for name in QUANTIZATIONS:
         try:
@@ -254,7 +255,7 @@ def _write(report: Report) -> Iterator[str]:
     yield from _write_weights(report["weights"], model)
     yield from _write_cache(report["kv"], model["dtype"], model["layers"])
     yield from _write_personas(report["personas"])
-    yield from _write_fit(report["fit"], report["memory"], report["kv"], model["device"])
+    yield from _write_fit(report)
     yield from _write_build(report["build"])
 
 
@@ -263,8 +264,9 @@ def _write_weights(weights: Report, model: Report) -> Iterator[str]:
     kinds = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in weights["files"].items())
     total = format_bytes(sum(weights["files"].values()))
     yield f"  in the files: {f'{total} ({kinds})' if kinds else 'not there'}"
-    for name in ("float32", "bfloat16", "int8", "nf4"):
-        count = weights[name]
+    for name, count in weights.items():
+        if name in ("files", "served"):
+            continue
         text = "not possible with rows of this length" if count is None else format_bytes(count)
         rest = f", embeddings and norms in {model['dtype']}" if name in ("int8", "nf4") and count is not None else ""
         yield f"  {name}: {text}{rest}{'; served' if name == (model['quantization'] or model['dtype']) else ''}"
@@ -293,13 +295,15 @@ def _write_personas(rows: list[Report]) -> Iterator[str]:
         yield "  " + " ".join(f"{cell:>11}" for cell in cells)
 
 
-def _write_fit(fit: Report, memory: Report, kv: Report, device: str) -> Iterator[str]:
+def _write_fit(report: Report) -> Iterator[str]:
+    model, fit, memory, kv = (report[key] for key in ("model", "fit", "memory", "kv"))
     yield f"\n{'fits' if fit['fits'] else 'does not fit'} into {format_bytes(memory['bytes'])} ({memory['source']})"
     for line in fit["lines"]:
         yield f"  {format_bytes(line['nbytes']):>11}  {line['what']}"
     yield f"  {format_bytes(fit['needed']):>11}  needed"
-    if device == "cuda":
+    if model["device"] == "cuda":
         yield "  not counted: CUDA's context, CUDA graphs and the activations of a step"
+        yield f"  loading takes {format_bytes(report['weights'][model['dtype']])} of the host's memory"
     if fit["fits"]:
         yield f"  {format_bytes(memory['bytes'] - fit['needed']):>11}  left for more requests or personas"
         yield f"  {fit['requests']} of {kv['requests']} requests of {kv['context']} tokens run at once"

@@ -41,7 +41,9 @@ def read_host_memory() -> MachineMemory | None:
     found = {key: 1024 * int(kib) for key, kib in re.findall(r"^(\w+):\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)}
     maximum = _LIMIT.read_text().strip() if _LIMIT.exists() else "max"
     limit = None if maximum == "max" else int(maximum)
-    return MachineMemory(found["MemTotal"], found["MemAvailable"], found.get("SwapTotal", 0), limit)
+    return MachineMemory(
+        found["MemTotal"], found.get("MemAvailable", found["MemTotal"]), found.get("SwapTotal", 0), limit
+    )
 
 
 def read_memory(device: str) -> MachineMemory | None:

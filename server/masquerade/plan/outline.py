@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from maskstore import MaskError, MaskNotFound, list_tensors
-from masquerade.errors import UnusableModel
+from maskstore import MaskNotFound, list_tensors
+from masquerade.errors import MasqueradeError, UnusableModel
 from masquerade.gguf import read_checkpoint
 from masquerade.model import find_targets
 from masquerade.sources import ModelFiles
@@ -33,24 +32,20 @@ class Outline:
     name: str
     model: Any  # a transformers causal language model on the meta device, in the dtype that it is served in
     device: str  # `cpu` or `cuda`: where it is to be
+    context: int  # most positions of a request
     files: Mapping[str, int]  # bytes of the weights in the files, by their type; empty if they are not there
     is_gguf: bool
 
     @property
     def config(self) -> Any:
-        """transformers' config."""
-        return self.model.config
+        """transformers' config of the decoder."""
+        return self.model.config.get_text_config()
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights that are not quantised."""
         dtype: torch.dtype = self.model.dtype
         return dtype
-
-    @property
-    def context(self) -> int:
-        """Most positions of a request."""
-        return int(self.config.max_position_embeddings)
 
     @property
     def is_mapped(self) -> bool:
@@ -87,13 +82,17 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
         model.tie_weights()
-    except (OSError, ValueError, KeyError, TypeError, MaskError, StrictDataclassError) as error:
-        raise UnusableModel(f"the header of {files.name!r} cannot be read: {error}") from error
-    outline = Outline(files.name, model, device, sizes, files.is_gguf)
-    if not outline.linears:
-        kind = config.model_type
-        raise UnusableModel(f"{files.name!r} is a {kind!r} model; masks need Llama-shaped attention and MLP Linears")
-    return outline
+        if not find_targets(model):
+            kind = config.model_type
+            raise UnusableModel(
+                f"{files.name!r} is a {kind!r} model; masks need Llama-shaped attention and MLP Linears"
+            )
+        context = int(model.config.get_text_config().max_position_embeddings)
+    except MasqueradeError:
+        raise
+    except Exception as error:  # transformers checks a config in parts; a wrong one may raise anything
+        raise UnusableModel(f"the header of {files.name!r} cannot be read: {str(error) or repr(error)}") from error
+    return Outline(files.name, model, device, context, sizes, files.is_gguf)
 
 
 def _read_gguf(path: Path) -> tuple[Any, dict[str, int], torch.dtype]:
