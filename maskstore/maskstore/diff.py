@@ -9,7 +9,14 @@ from maskstore import algebra
 from maskstore.mask import Mask, aligned
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-_PARTS = {"self_attn": "attention", "attn": "attention", "attention": "attention", "mlp": "mlp", "feed_forward": "mlp"}
+_PARTS = {
+    "self_attn": "attention",
+    "attn": "attention",
+    "attention": "attention",
+    "mlp": "mlp",
+    "feed_forward": "mlp",
+    "shared_mlp": "mlp",
+}
 
 
 @dataclass(frozen=True)

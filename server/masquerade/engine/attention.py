@@ -37,16 +37,18 @@ class Scores:
     softcap: float | None = None  # score = softcap * tanh(score / softcap): Gemma 2
     sinks: Tensor | None = None  # [heads]: a score for a position without a value: gpt-oss
     sliding_window: int | None = None  # positions that a query attends to, its own included
+    chunk: int | None = None  # a query attends to its own chunk of so many positions: Llama 4
 
     def fit_sdpa(self, positions: int) -> bool:
         """Whether, up to so many positions, this is scaled dot-product attention."""
-        windowed = self.sliding_window is not None and positions > self.sliding_window
-        return self.softcap is None and self.sinks is None and not windowed
+        bounded = any(bound is not None and positions > bound for bound in (self.sliding_window, self.chunk))
+        return self.softcap is None and self.sinks is None and not bounded
 
     @property
     def feature(self) -> str:
         """What scaled dot-product attention does not have, in words."""
-        return "soft caps" if self.softcap is not None else "sinks" if self.sinks is not None else "a sliding window"
+        bound = "a sliding window" if self.chunk is None else "chunks"
+        return "soft caps" if self.softcap is not None else "sinks" if self.sinks is not None else bound
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def attend(
     """Attention of packed rows: q is [1, heads, rows, head size], k and v are [1, kv heads, rows, head size]. Returns
     [1, rows, heads, head size], and no weights.
     """
-    scores = _read_scores(q, kw)
+    scores = _read_scores(module, q, kw)
     if plan is None:
         return _attend_without_plan(module, q, k, v, attention_mask, scores, kw)
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers has one
@@ -164,7 +166,8 @@ def fits_sdpa(model: nn.Module, positions: int) -> bool:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     softcap = getattr(config, "attn_logit_softcapping", None)
     has_sinks = any(hasattr(module, "sinks") for module in model.modules())
-    return Scores(1.0, softcap, sliding_window=window).fit_sdpa(positions) and not has_sinks
+    chunk = getattr(config, "attention_chunk_size", None)
+    return Scores(1.0, softcap, sliding_window=window, chunk=chunk).fit_sdpa(positions) and not has_sinks
 
 
 def attend_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
@@ -183,8 +186,8 @@ def attend_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores:
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scores: Scores) -> Tensor:
-    """Attention with soft caps, sinks and sliding windows, in fp32: q is [batch, heads, rows, head size], k and v are
-    [batch, kv heads, positions, head size].
+    """Attention with soft caps, sinks, sliding windows and chunks, in fp32: q is [batch, heads, rows, head size], k and
+    v are [batch, kv heads, positions, head size].
 
     `visible` is the boolean mask [..., rows, positions], in which a row's own position is the last visible one. None
     means causal attention of equally many rows and positions.
@@ -196,9 +199,11 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sco
         product = torch.tanh(product / scores.softcap) * scores.softcap
     if visible is None:
         visible = torch.ones(product.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    own, positions = visible.sum(-1, keepdim=True) - 1, torch.arange(visible.shape[-1], device=q.device)
     if scores.sliding_window is not None:
-        own = visible.sum(-1, keepdim=True) - 1
-        visible = visible & (torch.arange(visible.shape[-1], device=q.device) > own - scores.sliding_window)
+        visible = visible & (positions > own - scores.sliding_window)
+    if scores.chunk is not None:
+        visible = visible & (positions >= own - own % scores.chunk)
     product = product.masked_fill(~visible, torch.finfo(product.dtype).min)  # finite, so that padding rows are not NaN
     if scores.sinks is not None:
         sinks = scores.sinks.float().view(-1, 1, 1).expand(*product.shape[:-1], 1)
@@ -206,16 +211,26 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sco
     return product.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
 
 
-def _read_scores(q: Tensor, kw: dict[str, Any]) -> Scores:
-    """The scores that a model asks for, by the argument names of transformers."""
+def _read_scores(module: nn.Module, q: Tensor, kw: dict[str, Any]) -> Scores:
+    """The scores that a layer asks for, by the argument names of transformers; of chunks only its config tells."""
     if unsupported := [name for name in _UNSUPPORTED if kw.get(name) is not None]:
         raise UnusableModel(
             f"the model's attention uses {', '.join(unsupported)}, which the paged cache does not support"
         )
     scale = kw.get("scaling")
     return Scores(
-        q.shape[-1] ** -0.5 if scale is None else scale, kw.get("softcap"), kw.get("s_aux"), kw.get("sliding_window")
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        kw.get("softcap"),
+        kw.get("s_aux"),
+        kw.get("sliding_window"),
+        _find_chunk(module),
     )
+
+
+def _find_chunk(module: nn.Module) -> int | None:
+    config: Any = getattr(module, "config", None)
+    chunk: int | None = getattr(config, "attention_chunk_size", None)
+    return chunk if chunk and config.layer_types[module.layer_idx] == "chunked_attention" else None
 
 
 def _attend_without_plan(

@@ -4,6 +4,7 @@ from masquerade.model.chat import TemplateOptions, open_user_message, render_cha
 from masquerade.model.cuda import SlotMap, Slots, SlotShape, Staging, find_entries
 from masquerade.model.dequantized import Report
 from masquerade.model.encoding import Room, check_bytes, encode, longest_token, too_long
+from masquerade.model.families import FAMILIES
 from masquerade.model.host_cache import HostCache
 from masquerade.model.load import Base, load
 from masquerade.model.manager import MaskManager
@@ -12,12 +13,14 @@ from masquerade.model.residency import Residency
 from masquerade.model.route import AppliedMask, ResidentMask, Route, Span
 from masquerade.model.routing import make_route
 from masquerade.model.short_attention import attend_short
-from masquerade.model.targets import SCOPES, find_targets
+from masquerade.model.targets import MASKABLE, SCOPES, find_targets
 from masquerade.model.thoughts import THOUGHTS_BEGIN, THOUGHTS_END, ThoughtParser, ThoughtStart, find_thought_start
 from masquerade.model.tools import ArgumentsDelta, CallStart, Dialect, ResponsePart, ToolCallParser, find_dialect
 from masquerade.model.verified_store import VerifiedStore
 
 __all__ = [
+    "FAMILIES",
+    "MASKABLE",
     "SCOPES",
     "THOUGHTS_BEGIN",
     "THOUGHTS_END",

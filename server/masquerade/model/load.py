@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from maskstore import MaskError
-from masquerade.errors import UnusableModel
+from masquerade.errors import UnusableModel, quote
+from masquerade.model import families
 from masquerade.model.dequantized import Report, load_gguf
 from masquerade.model.quantized import quantize
 from masquerade.model.short_attention import use_short_attention
 from masquerade.model.targets import find_targets
 from masquerade.sources import ModelFiles, find_model
+
+# the weights of the language model in Gemma 3, Mistral 3 and Llama 4, which read images too
+_TEXT_PART = {r"^(?:model\.)?language_model\.(?:model\.)?": "model.", r"^model\.lm_head\.": "lm_head."}
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,13 @@ def load(
     files = find_model(name)
     try:
         mark = files.fingerprint()
-        model, tokenizer = _load_gguf(files, dtype, report) if files.is_gguf else _load_folder(files, dtype, where)
+        model, tokenizer = (
+            _load_gguf(files, dtype, report) if files.is_gguf else _load_folder(name, files, dtype, where)
+        )
     except (OSError, ValueError, KeyError, MaskError, StrictDataclassError) as error:
         raise UnusableModel(f"cannot load a model from {name!r}: {error}") from error
     if not find_targets(model):
-        kind = model.config.model_type
-        raise UnusableModel(f"{name!r} is a {kind!r} model; masks need Llama-shaped attention and MLP Linears")
+        raise UnusableModel(f"{name!r} has no Linears that masks apply to; are its weights packed by a quantisation?")
     if quantization:
         quantize(model, quantization, where)
     if where.type == "cpu":
@@ -83,7 +89,7 @@ def load(
         fingerprint=mark,
         model=model.to(where).eval().requires_grad_(False),
         tokenizer=tokenizer,
-        context=int(model.config.max_position_embeddings),
+        context=families.find_context(model.config),
         ends=_ends(model, tokenizer),
     )
 
@@ -95,12 +101,35 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
 
 
-def _load_folder(files: ModelFiles, dtype: str, device: torch.device) -> tuple[Any, Any]:
+def _load_folder(name: str, files: ModelFiles, dtype: str, device: torch.device) -> tuple[Any, Any]:
     wanted: Any = getattr(torch, dtype, dtype)
     if dtype == "auto" and device.type == "cpu":
         wanted = torch.float32
-    model = AutoModelForCausalLM.from_pretrained(files.path, dtype=wanted, local_files_only=True)
+    config, renamed = _read_config(name, files.path)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        files.path, config=config, key_mapping=renamed, dtype=wanted, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):  # transformers makes random ones
+        raise UnusableModel(f"cannot load a model from {name!r}: the weights of {quote(missing)} are missing")
     return model, AutoTokenizer.from_pretrained(files.path, local_files_only=True)
+
+
+def _read_config(name: str, folder: Path) -> tuple[Any, Mapping[str, str] | None]:
+    """The config of a folder's language model, and where its weights have other names than the model's.
+
+    Of a model of text and images it is the part for text. Raises `UnusableModel` for a family that is not supported.
+    """
+    model_type = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", "")
+    if model_type not in CONFIG_MAPPING:
+        raise families.refuse(name, model_type)
+    whole = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = whole.get_text_config(decoder=True)
+    if config.model_type not in families.FAMILIES:
+        raise families.refuse(name, model_type)
+    if config is whole:
+        return config, None
+    config.tie_word_embeddings = whole.tie_word_embeddings
+    return config, _TEXT_PART
 
 
 def _load_gguf(files: ModelFiles, dtype: str, report: Report | None) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The maskable Linears of a Llama-family decoder: those of attention and MLP, not embeddings and LM head."""
+"""The maskable Linears of a decoder: those of attention, dense MLPs and shared experts, and no others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-_TARGET = re.compile(r"\.layers\.\d+\.(self_attn|mlp)\.\w+$")
+MASKABLE = "masks apply to the Linears of attention, dense MLPs and shared experts"
+_PARTS = r"self_attn|mlp|feed_forward|shared_mlp"  # Llama 4 and Granite have names of their own
+_ROUTER = r"(?:\w+_)?(?:gate|router)$"  # chooses experts, or weighs the shared one
+_TARGET = re.compile(rf"\.layers\.\d+\.(?:{_PARTS})\.(?:shared_experts?\.)?(?!{_ROUTER})\w+$")
+_OUTPUTS = (".o_proj", ".down_proj", ".output_linear", ".dense", ".fc2")
 
 SCOPES: Mapping[str, Callable[[str], bool]] = {
     "all": lambda _: True,
     "attention": lambda name: ".self_attn." in name,
-    "mlp": lambda name: ".mlp." in name,
-    "outputs": lambda name: name.endswith((".o_proj", ".down_proj")),
+    "mlp": lambda name: ".self_attn." not in name,
+    "outputs": lambda name: name.endswith(_OUTPUTS),
 }
 
 
@@ -25,3 +29,13 @@ def find_targets(model: nn.Module, scope: str = "all") -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and _TARGET.search(name) and within(name)
     }
+
+
+def explain(name: str) -> str:
+    """Why a module that is not in `find_targets` cannot be masked, in words that continue its name."""
+    parts = name.split(".")
+    if "experts" in parts:
+        return f"belongs to experts, which no mask can prune; {MASKABLE}"
+    if any(re.match(_ROUTER, part) for part in parts[1:]):
+        return f"is a router, which no mask can prune; {MASKABLE}"
+    return "is not a maskable Linear of this model"

@@ -48,16 +48,19 @@ class InputAccumulator:
 
     def __init__(self, sums: LayerSums, needs: frozenset[Statistic], counted: Tensor) -> None:
         self._sums, self._needs, self._counted = sums, needs, counted
+        self._rows = counted.flatten()
         self._examples = counted.nonzero()[:, 0]  # example of each counted position
         self._last: tuple[Tensor, str] | None = None  # an input, and the first Linear that got it
 
     def add(self, name: str, x: Tensor, _: Tensor) -> None:
-        """Add an input [examples, length, in] of the Linear `name`."""
+        """Add an input of the Linear `name`: [examples, length, in], or without the axis of examples, as shared experts
+        get it.
+        """
         if self._last is not None and self._last[0] is x:
             self._sums.first[name] = self._last[1]
             return
         self._last = (x, name)
-        rows = x[self._counted].float()  # [counted, in]
+        rows = x.flatten(0, -2)[self._rows].float()  # [counted, in]
         if "channels" in self._needs:
             channels, known = self._measure(rows), self._sums.channels.get(name)
             self._sums.channels[name] = known.merge(channels) if known else channels

@@ -17,7 +17,7 @@ from masquerade.errors import BuildFailed, MaskRefused, MasqueradeError
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, Example, batches
 from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import Phase, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager, find_targets
+from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targets
 from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks
 from masquerade.pruning.certificate import CertifiedMask
@@ -81,6 +81,8 @@ class Builder:
         self._score = SCORES[self._plan.score]
         if contrast is None and self._score.contrastive:
             raise BuildFailed(f"the score {recipe.score!r} compares two personas; give the opposite's examples too")
+        if not find_targets(base.model, self._plan.scope):
+            raise BuildFailed(f"{base.name!r} has no Linears in the scope {self._plan.scope!r}: {MASKABLE}")
         for side in self._built:
             check_name(self._personas[side].persona)
         if contrast is not None:

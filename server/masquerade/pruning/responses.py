@@ -140,6 +140,9 @@ class _Recorder:
         self.states = keys, values
         return keys, values
 
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
 
 class _Prefix:
     """Stands in for a cache that has stored keys and values and keeps no others."""
@@ -149,6 +152,9 @@ class _Prefix:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return self._extend("keys", keys), self._extend("values", values)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self._stored["keys"].shape[2]
 
     def _extend(self, name: str, states: Tensor) -> Tensor:
         stored = self._stored[name].to(states.device)[self._index]
