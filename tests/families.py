@@ -92,7 +92,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "Ministral 3": ("ministral3", WIDE | {"rope_parameters": YARN}),
     "Qwen2": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": WINDOW}),
     "Qwen2.5": ("qwen2", {"tie_word_embeddings": True}),
-    "Qwen2 MoE": (
+    "Qwen MoE": (
         "qwen2_moe",
         {
             "num_experts": 4,
@@ -104,6 +104,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "Qwen3": ("qwen3", WIDE | {"tie_word_embeddings": True}),
     "Qwen3 MoE": ("qwen3_moe", WIDE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "Gemma 1": ("gemma", WIDE),
     "Gemma 2": (
         "gemma2",
         WIDE
@@ -124,16 +125,27 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "OLMo 2": ("olmo2", {}),
     "OLMo 3": ("olmo3", ALTERNATE),
     "Granite": ("granite", GRANITE),
-    "Granite MoE": ("granitemoeshared", GRANITE | EXPERTS | {"shared_intermediate_size": 24}),
+    "Granite MoE": ("granitemoe", GRANITE | EXPERTS),
+    "Granite MoE with a shared expert": ("granitemoeshared", GRANITE | EXPERTS | {"shared_intermediate_size": 24}),
     "gpt-oss": ("gpt_oss", WIDE | ALTERNATE | EXPERTS),
 }
 
 
-def make_family(folder: Path, name: str, seed: int = 0) -> Path:
+def has_experts(changes: Mapping[str, Any]) -> bool:
+    """Whether a family's config asks for a mixture of experts."""
+    return any("experts" in key for key in changes)
+
+
+def make_config(name: str, **changes: Any) -> Any:
+    """The config of a family's model."""
+    model_type, own = FAMILIES[name]
+    return AutoConfig.for_model(model_type, **(SHAPE | own | changes))
+
+
+def make_family(folder: Path, name: str, **changes: Any) -> Path:
     """Write a random model of a family. Norms and biases are random too, so that an ignored one changes tokens."""
-    torch.manual_seed(seed)
-    model_type, changes = FAMILIES[name]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SHAPE | changes)))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config(name, **changes))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -128,7 +128,7 @@ def speak(
     base: Any, worn: Any, prompt: list[int], count: int, ends: frozenset[int] = frozenset(), phase: str = "all"
 ) -> Spoken:
     """The oracle: greedy tokens of one request alone. In phase `decode` all but the last prompt token is the base's."""
-    cache, rest = _begin(base, prompt, phase)
+    cache, rest = begin(base, prompt, phase)
     ids = torch.tensor([rest])
     tokens: list[int] = []
     margins: list[float] = []
@@ -148,12 +148,12 @@ def speak(
 def foresee(base: Any, worn: Any, prompt: list[int], answer: list[int], phase: str = "all") -> Tensor:
     """What the oracle thinks of the token after an answer that has begun: logits [vocabulary], in float64."""
     base, worn = (copy.deepcopy(model).double() for model in (base, worn))
-    cache, rest = _begin(base, prompt, phase)
+    cache, rest = begin(base, prompt, phase)
     logits: Tensor = worn(torch.tensor([rest + answer]), past_key_values=cache).logits
     return logits[0, -1]
 
 
-def _begin(base: Any, prompt: list[int], phase: str) -> tuple[DynamicCache, list[int]]:
+def begin(base: Any, prompt: list[int], phase: str) -> tuple[DynamicCache, list[int]]:
     """A cache with what the base reads of a prompt, and the rest, which the persona reads."""
     cache, known = DynamicCache(config=base.config), len(prompt) - 1 if phase == "decode" else 0
     if known:
