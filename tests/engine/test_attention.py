@@ -8,64 +8,31 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MistralConfig
+from transformers import AutoModelForCausalLM
 
 from masquerade.engine import Engine, EngineConfig, Request, SamplingParams, attention
 from masquerade.engine.cuda import attention as cuda_attention
 from masquerade.model import AppliedMask, Base, MaskManager, load
-from tests import world
+from tests import families, world
 
-WINDOW = 24
-SHAPE = {
-    "vocab_size": 262,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "sliding_window": WINDOW,
-    "eos_token_id": 2,
-}
-CONFIGS = {
-    "soft caps and windows": Gemma2Config(**SHAPE, attn_logit_softcapping=5.0, final_logit_softcapping=20.0),
-    "sinks and windows": GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1),
-    "windows": MistralConfig(**SHAPE),
-}
+STRANGE = ("Gemma 2", "gpt-oss", "Mistral", "Llama 4")  # soft caps, sinks, sliding windows, chunks
 
 
-def write(folder: Path, config: Any) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "sinks" in name:
-                parameter.normal_(0, 2)
-            elif parameter.ndim == 2:
-                parameter.mul_(20.0 if "embed" in name else 8.0)
-    model.save_pretrained(folder)
-    world.make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(params=CONFIGS, ids=str)
+@pytest.fixture(params=STRANGE)
 def strange(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Base, Any]:
     """A base, and the same model with the attention that its authors wrote."""
-    folder = write(tmp_path, CONFIGS[request.param])
+    folder = families.make_family(tmp_path, request.param)
     return load(str(folder), device="cpu"), AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_tokens_equal_those_of_the_models_own_attention(
-    strange: tuple[Base, Any], device: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_the_row_groups_of_a_cuda_device_leave_it_to_the_same_code(
+    strange: tuple[Base, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts beyond the window, in chunks and whole, with a mask and without, beside each other; with the row
-    groups of a CUDA device, too, which leave such scores to the same code.
+    """Prompts beyond the window, in chunks and whole, with a mask and without, beside each other. The row groups of a
+    CPU are tested with every family.
     """
     base, plain = strange
-    if device == "cuda":
-        monkeypatch.setattr(cuda_attention, "is_available", lambda _: True)
+    monkeypatch.setattr(cuda_attention, "is_available", lambda _: True)
     assert not attention.fits_sdpa(base.model, base.context)
     attention._warn_slow.cache_clear()
     assert base.context == 256

@@ -32,6 +32,7 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
 }
 _SHIFTED = ("gemma", "gemma2", "gemma3_text")
+_PERMUTED = ("llama", "smollm3", "granite")  # the converters that are subclasses of `LlamaModel`
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where llama.cpp has another name than transformers
 
 
@@ -141,6 +142,11 @@ def _add_sizes(writer: GGUFWriter, config: Any) -> None:
     _ROPES[rope["rope_type"]](writer, rope, head)
     if config.model_type in ("gemma2", "gemma3_text"):
         writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -203,7 +209,7 @@ def _add_tensors(
         name, ending = full.rsplit(".", 1)
         stored = f"{names.get_name(name)}.{ending}"
         values = parameter.detach().float().numpy()
-        turned = heads.get(name.rpartition(".")[2], 0) if writer.arch == "llama" else 0
+        turned = heads.get(name.rpartition(".")[2], 0) if writer.arch in _PERMUTED else 0
         shift = np.float32(config.model_type in _SHIFTED and full.endswith("norm.weight"))
         data, kind = pack(full, permute(values, turned) if turned else values + shift)
         back = quants.dequantize(data, kind).reshape(values.shape) - shift

@@ -64,6 +64,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-128": ("qwen3", {"head_dim": 128}),
+    "smollm3": ("smollm3", {"head_dim": 16, "num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 8.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma2": ("gemma2", {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}),
     "gemma3": (
@@ -341,7 +353,7 @@ class TestHostile:
             (
                 "general.architecture",
                 "mamba",
-                "is 'mamba'; supported: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3",
+                "is 'mamba'; supported: llama, smollm3, granite, olmo2, mistral, qwen2, qwen3, gemma, gemma2, gemma3",
             ),
             ("general.alignment", 3, "must be a power of two"),
             ("split.count", 3, "is one of 3 files"),
@@ -384,6 +396,12 @@ class TestHostile:
         with pytest.raises(UnusableModel, match=words) as refused:
             load(str(path), device="cpu")
         assert str(path) in str(refused.value)
+
+    def test_the_windows_of_olmo3_are_refused(self, tmp_path: Path) -> None:
+        """In llama.cpp OLMo 3 is an `olmo2`."""
+        path = ggufs.write(tmp_path / "m.gguf", make("olmo2"), change=lambda w: w.add_sliding_window(8)).path
+        with pytest.raises(UnusableModel, match=r"olmo2.attention.sliding_window: is OLMo 3's"):
+            load(str(path), device="cpu")
 
     @pytest.mark.parametrize("value", [[1, 2, 3], ["a", "b"], "words", -1, 2.5, True])
     def test_no_value_of_another_type_is_believed(self, tmp_path: Path, value: Any) -> None:

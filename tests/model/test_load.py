@@ -7,21 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from masquerade.errors import BadRequest, UnusableModel
-from masquerade.model import find_targets, load, render_chat
-from tests import world
-
-SHAPE = {
-    "vocab_size": 262,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+from masquerade.model import load, render_chat
+from tests import families, world
 
 
 def test_a_folder_is_loaded_under_its_name(tiny_folder: Path) -> None:
@@ -30,20 +19,8 @@ def test_a_folder_is_loaded_under_its_name(tiny_folder: Path) -> None:
     assert base.ends == {base.tokenizer.eos_token_id}
 
 
-@pytest.mark.parametrize(
-    ("config", "kind"),
-    [(Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM), (MistralConfig, MistralForCausalLM)],
-)
-def test_other_families_of_the_same_shape_are_loaded(tmp_path: Path, config: type, kind: type) -> None:
-    kind(config(**SHAPE)).save_pretrained(tmp_path)
-    world.make_tokenizer().save_pretrained(tmp_path)
-    assert len(find_targets(load(str(tmp_path), device="cpu").model)) == 14
-
-
 def test_a_sliding_window_does_not_bound_the_context(tmp_path: Path) -> None:
-    MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=32)).save_pretrained(tmp_path)
-    world.make_tokenizer().save_pretrained(tmp_path)
-    assert load(str(tmp_path), device="cpu").context == SHAPE["max_position_embeddings"]
+    assert load(str(families.make_family(tmp_path, "Mistral")), device="cpu").context == 256
 
 
 def test_the_fingerprint_is_the_weights_not_the_folder(tmp_path: Path) -> None:

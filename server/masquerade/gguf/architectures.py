@@ -30,10 +30,13 @@ class Sizes:
     head_dim: int
     vocab_size: int
 
-    def shape(self, stem: str) -> tuple[int, ...]:
-        """The shape of a layer's weight; `stem` is its GGUF name without layer and `.weight`."""
+    def shape(self, stem: str, normed_whole: bool = False) -> tuple[int, ...]:
+        """The shape of a layer's weight; `stem` is its GGUF name without layer and `.weight`.
+
+        With `normed_whole`, queries and keys are normed over all heads, otherwise each head alone.
+        """
         if stem.endswith(("q_norm", "k_norm")):
-            return (self.head_dim,)
+            return self.shape(stem.removesuffix("_norm"))[:1] if normed_whole else (self.head_dim,)
         return _SHAPES[stem](self) if stem in _SHAPES else (self.hidden_size,)
 
 
@@ -59,6 +62,8 @@ class Architecture:
     biased: tuple[str, ...] = ()  # tensors that always have a bias
     interleaved: bool = False  # llama.cpp interleaves the rows of the halves of each query and key head
     shifted: bool = False  # llama.cpp stores 1 + the weights of norms
+    normed_whole: bool = False  # queries and keys are normed over all heads
+    scales: Mapping[str, str] = field(default_factory=dict)  # fields of the config, and their keys
 
 
 _LAYER = {
@@ -73,10 +78,13 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _NORMED_HEADS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_NORMED_TWICE = {
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+_NORMED_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_NORMED_TWICE = {"ffn_norm": "pre_feedforward_layernorm"} | _NORMED_AFTER
+
+
+_LLAMA_BIASES = {
+    "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
 }
 
 
@@ -95,6 +103,18 @@ def _mistral(file: GgufFile, _: Sizes, prefix: str) -> Config:
 
 
 def _plain(file: GgufFile, _: Sizes, prefix: str) -> Config:
+    return {"rope_parameters": _rope(file, prefix)}
+
+
+def _smollm3(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
+    """No file says which layers are without positions; llama.cpp has it of the architecture."""
+    return _llama(file, sizes, prefix) | {"no_rope_layer_interval": 4}
+
+
+def _olmo2(file: GgufFile, _: Sizes, prefix: str) -> Config:
+    key = f"{prefix}.attention.sliding_window"
+    if key in file.metadata:
+        file.fail(key, "is OLMo 3's, which is not supported in GGUF; load its safetensors")
     return {"rope_parameters": _rope(file, prefix)}
 
 
@@ -135,11 +155,28 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "llama",
         _LAYER,
         _llama,
-        biases={
-            "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
-            "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
-        },
+        biases=_LLAMA_BIASES,
         interleaved=True,
+    ),
+    "smollm3": Architecture("smollm3", _LAYER, _smollm3, biases=_LLAMA_BIASES, interleaved=True),
+    "granite": Architecture(
+        "granite",
+        _LAYER,
+        _llama,
+        biases=_LLAMA_BIASES,
+        interleaved=True,
+        scales={
+            "attention_multiplier": "attention.scale",
+            "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_scale",
+        },
+    ),
+    "olmo2": Architecture(
+        "olmo2",
+        {name: _LAYER[name] for name in _LAYER if not name.endswith("norm")} | _NORMED_HEADS | _NORMED_AFTER,
+        _olmo2,
+        normed_whole=True,
     ),
     "mistral": Architecture("mistral", _LAYER, _mistral, interleaved=True),
     "qwen2": Architecture("qwen2", _LAYER, _plain, biased=("attn_q", "attn_k", "attn_v")),

@@ -42,21 +42,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if name not in ARCHITECTURES:
         file.fail("general.architecture", f"is {name!r:.80}; supported: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
-    _check_whole(file, name)
+    _check_whole(file, name, architecture)
     sizes = _measure(file, name)
     weights = tuple(_name_weights(file, architecture, sizes))
     _check_complete(file, weights)
     return Checkpoint(file, _configure(file, name, architecture, sizes), weights)
 
 
-def _check_whole(file: GgufFile, prefix: str) -> None:
+def _check_whole(file: GgufFile, prefix: str, architecture: Architecture) -> None:
     """Raise for files that would load and give wrong answers."""
     if (parts := file.size("split.count", 1)) != 1:
         file.fail("split.count", f"is one of {parts} files; merge them with `llama-gguf-split --merge`")
     if f"{prefix}.expert_count" in file.metadata and not file.is_zero(f"{prefix}.expert_count"):
         file.fail(f"{prefix}.expert_count", "mixtures of experts are not supported")
     for key in _UNSUPPORTED:
-        if f"{prefix}.{key}" in file.metadata:
+        if key not in architecture.scales.values() and f"{prefix}.{key}" in file.metadata:
             file.fail(f"{prefix}.{key}", "is not supported")
 
 
@@ -94,7 +94,7 @@ def _name_weights(file: GgufFile, architecture: Architecture, sizes: Sizes) -> I
     biased = set(architecture.biased).union(*(architecture.biases[key] for key in _find_biases(file, architecture)))
     for layer in range(sizes.num_layers):
         for stem, name in architecture.layer.items():
-            shape = sizes.shape(stem)
+            shape = sizes.shape(stem, architecture.normed_whole)
             for ending in ("weight", "bias") if stem in biased else ("weight",):
                 weight = _find(
                     file,
@@ -159,6 +159,7 @@ def _configure(file: GgufFile, prefix: str, architecture: Architecture, sizes: S
         "rms_norm_eps": file.number(f"{prefix}.attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": _HEAD not in file.tensors,
         **{field: field in biases for field in architecture.biases},
+        **{field: file.number(f"{prefix}.{key}") for field, key in architecture.scales.items()},
         **ids,
         **architecture.configure(file, sizes, prefix),
     }
