@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from masquerade.errors import UnusableModel
+from masquerade.errors import UnusableModel, quote
 
 # transformers' model type -> its families; tests/test_families.py serves each and builds masks in it
 FAMILIES: Mapping[str, str] = {
@@ -34,14 +34,16 @@ FAMILIES: Mapping[str, str] = {
 }
 
 
-def refuse(name: str, model_type: str) -> UnusableModel:
-    """The error for a model of another family: a list of those that are served.
+def refuse(name: str, model_type: str) -> NoReturn:
+    """Raise `UnusableModel` for a model of another family, with a list of those that are served.
 
     A Llama-shaped config is not enough. In transformers 5.23, DiffLlama and Doge have one and compute attention
     in their own code, so that a packed batch would get wrong answers and no error.
     """
     served = ", ".join(f"{names} ({model_type})" for model_type, names in FAMILIES.items())
-    return UnusableModel(f"{name!r} is a {model_type!r} model, which is not supported. Supported families: {served}")
+    raise UnusableModel(
+        f"{name!r} is a {quote(model_type)} model, which is not supported. Supported families: {served}"
+    )
 
 
 def find_context(config: Any) -> int:

@@ -119,13 +119,13 @@ def _read_config(name: str, folder: Path) -> tuple[Any, Mapping[str, str] | None
 
     Of a model of text and images it is the part for text. Raises `UnusableModel` for a family that is not supported.
     """
-    model_type = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", "")
+    model_type = str(PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
-        raise families.refuse(name, model_type)
+        families.refuse(name, model_type)
     whole = AutoConfig.from_pretrained(folder, local_files_only=True)
     config: Any = whole.get_text_config(decoder=True)
     if config.model_type not in families.FAMILIES:
-        raise families.refuse(name, model_type)
+        families.refuse(name, model_type)
     if config is whole:
         return config, None
     config.tie_word_embeddings = whole.tie_word_embeddings

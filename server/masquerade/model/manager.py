@@ -15,7 +15,7 @@ from maskstore import Mask, MaskMismatch, MaskReader
 from masquerade.kernels import correct, footprint, serves
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
 from masquerade.model.route import ResidentMask
-from masquerade.model.targets import explain, find_targets
+from masquerade.model.targets import explain_refusal, find_targets
 
 
 class MaskManager:
@@ -81,7 +81,7 @@ class MaskManager:
     def _check(self, name: str, shape: tuple[int, int]) -> None:
         linear = self._linears.get(name)
         if linear is None:
-            raise MaskMismatch(f"the mask's target {name!r} {explain(name)}")
+            raise MaskMismatch(f"the mask's target {name!r} {explain_refusal(name)}")
         if shape != (found := (linear.out_features, linear.in_features)):
             raise MaskMismatch(f"{name!r} has the shape {found} here, but {shape} in the mask")
 

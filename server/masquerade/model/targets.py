@@ -31,7 +31,7 @@ def find_targets(model: nn.Module, scope: str = "all") -> dict[str, nn.Linear]:
     }
 
 
-def explain(name: str) -> str:
+def explain_refusal(name: str) -> str:
     """Why a module that is not in `find_targets` cannot be masked, in words that continue its name."""
     parts = name.split(".")
     if "experts" in parts:
