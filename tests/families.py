@@ -127,6 +127,17 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "Granite": ("granite", GRANITE),
     "Granite MoE": ("granitemoe", GRANITE | EXPERTS),
     "Granite MoE with a shared expert": ("granitemoeshared", GRANITE | EXPERTS | {"shared_intermediate_size": 24}),
+    "OLMo": ("olmo", {"clip_qkv": 2.0}),
+    "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "Command R": ("cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
+    "Command R7B": ("cohere2", WIDE | ALTERNATE | {"logit_scale": 0.5}),
+    "GLM-4": ("glm4", WIDE),
+    "EXAONE 4": ("exaone4", WIDE | ALTERNATE),
+    "Seed-OSS": ("seed_oss", WIDE | {"attention_bias": True}),
+    "ERNIE 4.5": ("ernie4_5", WIDE | {"use_bias": True, "tie_word_embeddings": True}),
+    "Hunyuan": ("hunyuan_v1_dense", WIDE),
+    "Apertus": ("apertus", {}),
+    "StarCoder2": ("starcoder2", {"sliding_window": WINDOW}),
     "gpt-oss": ("gpt_oss", WIDE | ALTERNATE | EXPERTS),
 }
 

@@ -51,6 +51,10 @@ TARGETS: Mapping[str, set[str]] = {  # where they are not those of a Llama
     "Phi-4 mini": FUSED,
     "Granite MoE": ATTENTION,
     "Granite MoE with a shared expert": ATTENTION | {"shared_mlp.input_linear", "shared_mlp.output_linear"},
+    "OLMoE": ATTENTION,
+    "GLM-4": ATTENTION | {"mlp.gate_up_proj", "mlp.down_proj"},
+    "Apertus": ATTENTION | {"mlp.up_proj", "mlp.down_proj"},
+    "StarCoder2": ATTENTION | {"mlp.c_fc", "mlp.c_proj"},
     "gpt-oss": ATTENTION,
 }
 EXPERTS = [name for name, (_, changes) in families.FAMILIES.items() if families.has_experts(changes)]
@@ -93,7 +97,7 @@ def test_its_targets(family: Family, base: Base) -> None:
     found = {name.split(".", 3)[3] for name in find_targets(base.model)}
     assert found == TARGETS.get(family.name, ATTENTION | MLP)
     outputs = {name.split(".", 3)[3] for name in find_targets(base.model, "outputs")}
-    assert all(name.endswith(("o_proj", "down_proj", "dense", "fc2", "output_linear")) for name in outputs)
+    assert all(name.endswith(("o_proj", "down_proj", "dense", "fc2", "c_proj", "output_linear")) for name in outputs)
     assert {name.split(".")[2] for name in find_targets(base.model, "outputs")} == {"0", "1"}
 
 

@@ -30,6 +30,17 @@ FAMILIES: Mapping[str, str] = {
     "granite": "Granite 3",
     "granitemoe": "Granite 3 MoE",
     "granitemoeshared": "Granite MoE with a shared expert",
+    "olmo": "OLMo 1",
+    "olmoe": "OLMoE",
+    "cohere": "Command R",
+    "cohere2": "Command R7B",
+    "glm4": "GLM-4",
+    "exaone4": "EXAONE 4",
+    "seed_oss": "Seed-OSS",
+    "ernie4_5": "ERNIE 4.5",
+    "hunyuan_v1_dense": "Hunyuan",
+    "apertus": "Apertus",
+    "starcoder2": "StarCoder2",
     "gpt_oss": "gpt-oss",
 }
 
@@ -40,7 +51,7 @@ def refuse(name: str, model_type: str) -> NoReturn:
     A Llama-shaped config is not enough. In transformers 5.23, DiffLlama and Doge have one and compute attention
     in their own code, so that a packed batch would get wrong answers and no error.
     """
-    served = ", ".join(f"{names} ({model_type})" for model_type, names in FAMILIES.items())
+    served = "; ".join(f"{names} ({model_type})" for model_type, names in FAMILIES.items())
     raise UnusableModel(
         f"{name!r} is a {quote(model_type)} model, which is not supported. Supported families: {served}"
     )

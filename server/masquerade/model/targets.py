@@ -11,7 +11,7 @@ MASKABLE = "masks apply to the Linears of attention, dense MLPs and shared exper
 _PARTS = r"self_attn|mlp|feed_forward|shared_mlp"  # Llama 4 and Granite have names of their own
 _ROUTER = r"(?:\w+_)?(?:gate|router)$"  # chooses experts, or weighs the shared one
 _TARGET = re.compile(rf"\.layers\.\d+\.(?:{_PARTS})\.(?:shared_experts?\.)?(?!{_ROUTER})\w+$")
-_OUTPUTS = (".o_proj", ".down_proj", ".output_linear", ".dense", ".fc2")
+_OUTPUTS = (".o_proj", ".down_proj", ".output_linear", ".dense", ".fc2", ".c_proj")
 
 SCOPES: Mapping[str, Callable[[str], bool]] = {
     "all": lambda _: True,
