@@ -45,7 +45,7 @@ def finish(path: str, model: str = f"{MODEL}:introvert") -> dict[str, Any]:
     (found,) = benchmark(model, path)["benchmarks"]
     metrics: dict[str, Any] = found["metrics"]
     errors = [one["info"]["error"] for one in found["requests"]["errored"]]
-    assert metrics["request_totals"]["successful"] == REQUESTS, errors
+    assert metrics["request_totals"]["successful"] == REQUESTS, (metrics["request_totals"], errors)
     assert metrics["output_token_count"]["successful"]["mean"] == TOKENS
     return metrics
 
