@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
+from torch import Tensor
 
+from masquerade.evaluate import generation
 from masquerade.evaluate.facts import (
     TOKENS,
     Fact,
     Part,
     check_facts,
     encode_questions,
+    find_known_facts,
     read_everyday_questions,
     read_facts,
     share_kept,
@@ -76,6 +80,25 @@ def test_facts_are_checked_in_greedy_answers(tiny: Base, manager: MaskManager) -
     assert finish(check_facts(tiny, facts, treatment)) == [
         fact.is_in(text) for fact, text in zip(facts, changed, strict=True)
     ]
+
+
+def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
+    tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if rounding changed one answer of a small batch."""
+    questions = ["what is one", "what is two", "what is three", "what is four", "what is five"]
+    prompts = encode_questions(tiny, questions)
+    texts = finish(write_answers(tiny, prompts, params=GenerationParams(TOKENS)))
+    facts = [Fact(question, (text,)) for question, text in zip(questions, texts, strict=True)]
+    facts[3] = Fact(questions[3], ("never said",))
+    assert finish(find_known_facts(tiny, facts)) == [True, True, True, False, True]
+    choose = generation._choose
+
+    def choose_otherwise(logits: Tensor, params: GenerationParams, random: torch.Generator) -> Tensor:
+        return choose(-logits if params.rows < len(facts) and len(logits) == 4 else logits, params, random)
+
+    monkeypatch.setattr(generation, "_choose", choose_otherwise)  # the first batch of four is answered otherwise
+    assert finish(find_known_facts(tiny, facts)) == [False, False, False, False, False]
 
 
 def test_the_share_that_is_kept_is_of_what_was_known() -> None:

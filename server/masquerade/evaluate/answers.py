@@ -8,7 +8,7 @@ from typing import Any
 
 from masquerade.evaluate.bootstrap import share_interval
 from masquerade.evaluate.dataset import Encoded, Example, Message, encode_one
-from masquerade.evaluate.facts import Fact, check_facts, encode_questions, share_kept
+from masquerade.evaluate.facts import Fact, check_facts, encode_questions, find_known_facts, share_kept
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.judge import Judge
 from masquerade.evaluate.metrics import Items
@@ -45,7 +45,11 @@ def answer_questions(
     """All answers under a treatment; a work item is a pass of the model. The base must have its masks attached."""
     held_out = yield from write_answers(base, questions.held_out, treatment, params)
     everyday = yield from write_answers(base, encode_questions(base, questions.everyday), treatment, params)
-    known = yield from check_facts(base, questions.facts, treatment)
+    known = yield from (
+        find_known_facts(base, questions.facts)
+        if treatment is UNTREATED
+        else check_facts(base, questions.facts, treatment)
+    )
     chats = yield from chat(base, plan_chats(questions), treatment, params)
     return Answers(held_out, everyday, known, chats)
 

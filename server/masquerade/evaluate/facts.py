@@ -23,6 +23,7 @@ from masquerade.model import Base
 
 Part = Literal["search", "report", "all"]
 TOKENS = 40  # of an answer to a fact's question; it is greedy
+ROWS, ROWS_AGAIN = 32, 4  # questions of a batch, and where the base is asked again
 NEUTRAL_TOKENS = 48  # of an answer that is neutral text
 _LINES: dict[Part, slice] = {"search": slice(0, None, 2), "report": slice(1, None, 2), "all": slice(None)}
 
@@ -60,14 +61,29 @@ def encode_questions(base: Base, questions: Iterable[str]) -> list[Encoded]:
     return encode(base, [Example(({"role": "user", "content": question},), "?") for question in questions])
 
 
-def check_facts(base: Base, facts: Sequence[Fact], treatment: Treatment = UNTREATED) -> Items[list[bool]]:
+def check_facts(
+    base: Base, facts: Sequence[Fact], treatment: Treatment = UNTREATED, rows: int = ROWS
+) -> Items[list[bool]]:
     """Whether each fact is in the greedy answer to its question; a work item is a pass of the model.
 
-    The base must have its masks attached.
+    A batch has at most `rows` questions. The base must have its masks attached.
     """
     prompts = encode_questions(base, [fact.question for fact in facts])
-    texts = yield from write_answers(base, prompts, treatment, GenerationParams(TOKENS))
+    texts = yield from write_answers(base, prompts, treatment, GenerationParams(TOKENS, rows=rows))
     return [fact.is_in(text) for fact, text in zip(facts, texts, strict=True)]
+
+
+def find_known_facts(base: Base, facts: Sequence[Fact]) -> Items[list[bool]]:
+    """Whether the base knows each fact: it answers it in a large batch and in a small one.
+
+    In half precision the composition of a batch changes the last bits of a product. An answer that changes with it is
+    no knowledge that a treatment could keep. A work item is a pass of the model.
+    """
+    right = yield from check_facts(base, facts)
+    known = [fact for fact, is_right in zip(facts, right, strict=True) if is_right]
+    again = yield from check_facts(base, known, rows=ROWS_AGAIN)
+    kept = {fact.question for fact, is_right in zip(known, again, strict=True) if is_right}
+    return [fact.question in kept for fact in facts]
 
 
 def write_neutral_text(base: Base, questions: Iterable[str], tokens: int = NEUTRAL_TOKENS) -> Items[list[Encoded]]:

@@ -17,7 +17,6 @@ from masquerade.evaluate.metrics import Items
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, Span, make_route
 
-ROWS = 32  # most prompts of a batch
 TOKENS = 4096  # most padded prompt tokens of a batch; a longer prompt is alone
 PASS_TOKENS = 512  # most padded prompt tokens of a pass
 
@@ -29,6 +28,7 @@ class GenerationParams:
     tokens: int = 48  # most new tokens
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0
+    rows: int = 32  # most prompts of a batch
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def generate(
     """
     params = params or GenerationParams()
     random = torch.Generator().manual_seed(params.seed)
-    for rows in _group([treatment.rewrite(prompt).prompt for prompt in prompts]):
+    for rows in _group([treatment.rewrite(prompt).prompt for prompt in prompts], params.rows):
         generated = yield from _generate(base, rows, treatment, params, random)
         yield [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
 
@@ -58,12 +58,12 @@ def write_answers(
     return found
 
 
-def _group(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Batches of prompts, in order."""
+def _group(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[Sequence[int]]]:
+    """Batches of at most `rows` prompts, in order."""
     group: list[Sequence[int]] = []
     for prompt in prompts:
         longest = max(map(len, [*group, prompt]))
-        if group and (len(group) == ROWS or (len(group) + 1) * longest > TOKENS):
+        if group and (len(group) == rows or (len(group) + 1) * longest > TOKENS):
             yield group
             group = []
         group.append(prompt)

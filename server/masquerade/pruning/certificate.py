@@ -16,7 +16,7 @@ from maskstore import Mask, Target, diff
 from masquerade import __version__
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.evaluation_set import EvaluationSet, rounded
-from masquerade.evaluate.facts import Fact, check_facts, read_facts
+from masquerade.evaluate.facts import Fact, check_facts, find_known_facts, read_facts
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items, read_divergence
 from masquerade.evaluate.repetition import share_looping
@@ -97,7 +97,7 @@ class _Answers:
         """Ask the base; a work item is a pass of the model."""
         texts = yield from write_answers(base, prompts, params=GenerationParams(ANSWER_TOKENS))
         facts = read_facts("report")
-        right = yield from check_facts(base, facts)
+        right = yield from find_known_facts(base, facts)
         return cls(prompts, texts, facts, [fact for fact, is_right in zip(facts, right, strict=True) if is_right])
 
     def compare(self, base: Base, treatment: Treatment) -> Items[dict[str, Any]]:
