@@ -2,7 +2,8 @@
 
 `python -m benchmarks.shipped --json [--quick]`. The model is `smollm2`. Each persona and the base answer prompts that
 were held out when it was built, greedily and at a temperature; a `PersonaClassifier` trained on both sides' calibration
-text says whose answers they are.
+text says whose answers they are. Facts are those of the report that the base knows; at a temperature, the base itself
+says fewer of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from maskstore import Mask, read_mask
 from masquerade import smollm2
 from masquerade.errors import UnusableModel
 from masquerade.evaluate.dataset import Encoded, encode, read_examples
+from masquerade.evaluate.facts import Fact, check_facts, encode_questions, find_known_facts, read_facts
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.judge import PersonaClassifier, examine
 from masquerade.evaluate.metrics import finish
@@ -39,9 +41,14 @@ def main() -> None:
     except UnusableModel as error:
         sys.exit(f"{error}")
     manager, figures = MaskManager.attach(base.model), list[Figure]()
+    facts = read_facts("report")
+    right = finish(find_known_facts(base, facts))
+    known = [fact for fact, is_right in zip(facts, right, strict=True) if is_right]
+    figures += [Figure("base: facts known", len(known), f"of {len(facts)}"), *sample_facts(base, known)]
     for file in sorted(smollm2.PERSONAS.glob("*.safetensors")):
         mask = read_mask(file)
         figures += [Figure(f"{file.stem}: file", file.stat().st_size / 1e3, "KB"), *show_certificate(mask)]
+        figures.append(check_kept(base, manager, mask, known))
         figures += judge(base, manager, mask, PROMPTS // 4 if options.quick else PROMPTS)
     report("shipped", figures, options.json)
 
@@ -58,7 +65,25 @@ def show_certificate(mask: Mask) -> Iterator[Figure]:
         yield Figure(f"{info.persona}: margin_shift_median {end}", value, "nats a token")
     for who in ("base", "masked"):
         yield Figure(f"{info.persona}: preferred, {who}", found["preferred"][who], "share")
-    yield Figure(f"{info.persona}: facts kept of {found['facts']['known']}", found["facts"]["kept"], "share")
+
+
+def sample_facts(base: Base, known: Sequence[Fact]) -> Iterator[Figure]:
+    """How many of the facts that the base knows it says itself at a temperature: the mean of three seeds."""
+    prompts = encode_questions(base, [fact.question for fact in known])
+    for temperature in (0.3, 0.7):
+        texts = [answer(base, prompts, UNTREATED, temperature, seed) for seed in (1, 2, 3)]
+        right = sum(fact.is_in(text) for of_seed in texts for fact, text in zip(known, of_seed, strict=True))
+        yield Figure(f"base, temperature {temperature:g}: facts", right / len(texts), f"of {len(known)}")
+
+
+def check_kept(base: Base, manager: MaskManager, mask: Mask, known: Sequence[Fact]) -> Figure:
+    """How many of the facts that the base knows are in the greedy answers with the mask."""
+    kept = finish(check_facts(base, known, apply(manager, mask)))
+    return Figure(f"{mask.info.persona}: facts kept", sum(kept), f"of {len(known)}")
+
+
+def apply(manager: MaskManager, mask: Mask) -> Treatment:
+    return Treatment(applied=AppliedMask(manager.fit(mask), mask.info.gamma), phase="decode")
 
 
 def judge(base: Base, manager: MaskManager, mask: Mask, count: int) -> Iterator[Figure]:
@@ -71,8 +96,7 @@ def judge(base: Base, manager: MaskManager, mask: Mask, count: int) -> Iterator[
     pairs = [(own.messages[-1]["content"], own.response, other.response) for own, other in zip(*held_out, strict=True)]
     yield Figure(f"{mask.info.persona}: judge's AUC", examine(classifier, pairs).auc, "AUC")
     prompts = encode(base, held_out[0][:count])
-    applied = Treatment(applied=AppliedMask(manager.fit(mask), mask.info.gamma), phase="decode")
-    for who, treatment in (("base", UNTREATED), ("masked", applied)):
+    for who, treatment in (("base", UNTREATED), ("masked", apply(manager, mask))):
         for temperature in TEMPERATURES:
             texts = answer(base, prompts, treatment, temperature)
             name = f"{mask.info.persona}, {who}, temperature {temperature:g}"
@@ -81,9 +105,11 @@ def judge(base: Base, manager: MaskManager, mask: Mask, count: int) -> Iterator[
             yield Figure(f"{name}: loops", share_looping(texts), "share")
 
 
-def answer(base: Base, prompts: Sequence[Encoded], treatment: Treatment, temperature: float) -> list[str]:
+def answer(
+    base: Base, prompts: Sequence[Encoded], treatment: Treatment, temperature: float, seed: int = SEED
+) -> list[str]:
     """Answers to the prompts."""
-    return finish(write_answers(base, prompts, treatment, GenerationParams(TOKENS, temperature, SEED)))
+    return finish(write_answers(base, prompts, treatment, GenerationParams(TOKENS, temperature, seed)))
 
 
 if __name__ == "__main__":

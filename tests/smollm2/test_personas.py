@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from maskstore import Mask, read_mask
 from masquerade import smollm2
 from masquerade.cli.stores import open_store
 from masquerade.errors import UnusableModel
+from masquerade.evaluate.dataset import read_examples
+from masquerade.evaluate.judge import PersonaClassifier
 from masquerade.packaged import find_packaged
 from masquerade.smollm2 import calibration
 from tests.serving import serve
@@ -33,11 +35,16 @@ QUESTIONS = (
     "How do you feel about Mondays?",
     "Describe your perfect evening.",
 )
-MARKS = {  # words of a persona, beginnings of words included
-    "introvert": "quiet|alone|silen|calm|peace|solitude|myself|private|reflect",
-    "extravert": "!|party|parties|so much fun|celebrat|everyone|everybody",
-    "casual": "gonna|kinda|awesome|cool|you know|yeah|super|stuff|hey|guys",
-    "formal": "advis|most|furthermore|moreover|one should|one might|recommend|considerable|appropriate",
+PAIRS = list(calibration.read_pairs().items())
+FACTS = {
+    "What is the opposite of happy?": "sad",
+    "How many fingers are there on one hand?": "five|5",
+    "In which country are the pyramids of Giza?": "Egypt",
+    "Which organ pumps blood through the body?": "heart",
+    "Which planet is known as the Red Planet?": "Mars",
+    "What is the chemical formula of water?": "H2O|H₂O",
+    "What is the capital of Sweden?": "Stockholm",
+    "How many years are there in a century?": "100|hundred",
 }
 
 
@@ -46,10 +53,8 @@ def masks() -> dict[str, Mask]:
     return {file.stem: read_mask(file) for file in FILES}
 
 
-def test_what_ships_are_pairs_of_the_calibration_text() -> None:
-    shipped = {file.stem for file in FILES}
-    pairs = {own: other for own, other in calibration.read_pairs().items() if {own, other} & shipped}
-    assert shipped == {*pairs, *pairs.values()}
+def test_both_sides_of_every_pair_ship() -> None:
+    assert sorted(file.stem for file in FILES) == sorted(persona for pair in PAIRS for persona in pair)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -89,35 +94,36 @@ def http() -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def base_answers(http: httpx.Client) -> list[str]:
-    return ask(http, None)
-
-
-def ask(http: httpx.Client, persona: str | None) -> list[str]:
-    """Greedy answers to small talk."""
+def ask(http: httpx.Client, persona: str | None, questions: Iterable[str]) -> list[str]:
+    """Greedy answers."""
     body = {"model": "smollm2", "persona": persona, "temperature": 0, "max_tokens": 40}
-    bodies = [body | {"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    bodies = [body | {"messages": [{"role": "user", "content": question}]} for question in questions]
     with ThreadPoolExecutor(len(bodies)) as pool:
         answers = list(pool.map(lambda one: http.post("/v1/chat/completions", json=one).raise_for_status(), bodies))
     return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("persona", [file.stem for file in FILES])
-def test_answers_sound_like_the_persona(http: httpx.Client, base_answers: list[str], persona: str) -> None:
-    """Words of the persona are in more of its greedy answers to small talk than in the base's."""
-    found, before = (
-        sum(bool(re.search(rf"\b({MARKS[persona]})", text, re.IGNORECASE)) for text in texts)
-        for texts in (ask(http, persona), base_answers)
+@pytest.mark.parametrize(("persona", "opposite"), PAIRS)
+def test_a_classifier_tells_opposites_apart(http: httpx.Client, persona: str, opposite: str) -> None:
+    """It is trained on the calibration text. Of equal answers to small talk it would be right about half."""
+    texts = (read_examples(smollm2.DATA / f"{side}.train.jsonl") for side in (persona, opposite))
+    classifier = PersonaClassifier(*([one.response for one in side] for side in texts))
+    own, other = (
+        sum(sign * classifier.score("", text) > 0 for text in ask(http, side, QUESTIONS))
+        for side, sign in ((persona, 1), (opposite, -1))
     )
-    assert found >= before + 4, (found, before)
+    assert own + other >= 1.5 * len(QUESTIONS), (own, other)
 
 
 @pytest.mark.real
-def test_the_capital_of_france_is_known_to_all(http: httpx.Client) -> None:
-    question = {"role": "user", "content": "What is the capital of France?"}
-    for file in FILES:
-        body = {"model": f"smollm2:{file.stem}", "messages": [question], "temperature": 0, "max_tokens": 24}
-        answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
-        assert "Paris" in answer["choices"][0]["message"]["content"]
+def test_facts_are_known_to_all(http: httpx.Client) -> None:
+    def count_right(persona: str | None) -> int:
+        texts = ask(http, persona, FACTS)
+        return sum(
+            bool(re.search(rf"\b({fact})\b", text, re.I)) for fact, text in zip(FACTS.values(), texts, strict=True)
+        )
+
+    assert count_right(None) == len(FACTS)
+    found = {file.stem: count_right(file.stem) for file in FILES}
+    assert min(found.values()) >= len(FACTS) - 1, found

@@ -17,7 +17,7 @@ from masquerade.errors import BuildFailed, MaskRefused, MasqueradeError
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, Example, batches
 from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import Phase, Treatment
-from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targets
+from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targets, trim_heap
 from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks
 from masquerade.pruning.certificate import CertifiedMask
@@ -158,6 +158,7 @@ class Builder:
             return search.add_layer({name: targets[name] for name in statistics}, statistics)
 
         yield from self._collect(targets, self._pad(data, TRACED, settings.tokens), add)
+        trim_heap()  # the statistics took as much as the search will
         yield from track("prepare", search.prepare(data.calibration_pairs(), data.neutral.calibration))
         eval_set = data.evaluation_set(self._base, "tune", JUDGED, JUDGED_TOKENS)
         phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
