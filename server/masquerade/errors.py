@@ -7,7 +7,8 @@ the errors. Mask files have errors of their own, in `maskstore.errors`.
 from __future__ import annotations
 
 import reprlib
-from typing import TypedDict, Unpack
+from collections.abc import Mapping
+from typing import Any, TypedDict, Unpack
 
 GIVEN = 80  # most characters of a client's value that a message repeats
 
@@ -236,7 +237,11 @@ class UnusableModel(MasqueradeError, code="unusable_model"):
 
 
 class BuildFailed(MasqueradeError, code="build_failed"):
-    """A persona cannot be built."""
+    """A persona cannot be built. `result` is what its job made all the same."""
+
+    def __init__(self, message: str, *, param: str | None = None, result: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, param=param)
+        self.result = result
 
 
 class BadDataset(BuildFailed, status=400, type="invalid_request_error", code="bad_dataset"):
@@ -244,4 +249,4 @@ class BadDataset(BuildFailed, status=400, type="invalid_request_error", code="ba
 
 
 class MaskRefused(BuildFailed, code="mask_refused"):
-    """The certificate of a new mask says that it has no effect, or that it harms the model."""
+    """A new mask has no effect, or harms the model, and is not published; its opposite may be."""

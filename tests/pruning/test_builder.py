@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from maskstore import InvalidName, Mask
-from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MaskRefused
+from masquerade.errors import BadDataset, BuildFailed, InvalidValue
 from masquerade.evaluate.dataset import Example
 from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.facts import read_facts, write_neutral_text
@@ -35,13 +36,17 @@ def make_examples(words: str, count: int = 40, seed: int = 0) -> list[Example]:
 
 
 def run(builder: Builder) -> tuple[list[Progress], list[Mask]]:
+    """The steps and the masks of a build that refuses none."""
     steps = []
     work = builder.run()
     while True:
         try:
             steps.append(next(work))
         except StopIteration as end:
-            return steps, end.value
+            result = end.value
+            break
+    assert not result.refused
+    return steps, result.masks
 
 
 def finish(work: Generator[Any, None, Any]) -> Any:
@@ -175,6 +180,7 @@ def test_the_certificate_says_everything(tiny: Base, manager: MaskManager) -> No
     assert found["phases"][masks[0].info.phase]["flip"] == found["flip"]
     assert found["phases"]["all"] != found["phases"]["decode"]
     assert {trial["score"] for trial in found["choice"]["tried"]} == {"refined"}
+    assert masks[0].info.parameters["group"] == "model"
     for name, (low, high) in found["intervals"].items():
         value = found["preferred"]["masked"] if name == "preferred" else found[name]
         assert low - 1e-3 <= value <= high + 1e-3, name
@@ -227,10 +233,10 @@ def test_auto_gives_up_rather_than_ruin_the_model(
     tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Bench(monkeypatch, cost=1000, flip=1)
-    with pytest.raises(
-        BuildFailed, match=r"no rho .* attribution 0\.0001 \(own x1\.000, neutral x1\.\d+, shift 0\.\d+\)"
-    ):
-        run(make(tiny, manager, Recipe(score="attribution", phase="all", strength="gentle")))
+    result = finish(make(tiny, manager, Recipe(score="attribution", phase="all", strength="gentle")).run())
+    assert (result.masks, [one.persona for one in result.refused]) == ([], ["vowels", "consonants"])
+    for one in result.refused:
+        assert re.search(r"no rho .* attribution 0\.0001 \(own x1\.000, neutral x1\.\d+, shift 0\.\d+\)", one.reason)
     _, masks = run(make(tiny, manager, Recipe(score="attribution", phase="all", strength="gentle", force=True)))
     assert masks[0].info.parameters["rho"] == 0.0001
 
@@ -262,13 +268,13 @@ def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: Ma
         PersonaExamples("vowels", words[:80]),
         PersonaExamples("again", make_examples("aeiou", count=80, seed=9)),
     )
-    with pytest.raises(
-        MaskRefused, match=r"'vowels' \(signed, rho 0.001\) is refused: no effect: it shifts margins by"
-    ):
-        run(Builder(tiny, manager, Recipe(score="signed", rho=0.001, own_budget=9, neutral_budget=9), own, same, QUIET))
+    harmless = Recipe(score="signed", rho=0.001, own_budget=9, neutral_budget=9)
+    vowels = finish(Builder(tiny, manager, harmless, own, same, QUIET).run()).refused[0]
+    assert vowels.persona == "vowels"
+    assert "'vowels' (signed, rho 0.001) is refused: no effect: it shifts margins by" in vowels.reason
     scratch = Scratch(tmp_path / "s")
-    with pytest.raises(MaskRefused, match=r"too costly: own perplexity x\d+.*, budget x1.05"):
-        run(make(tiny, manager, Recipe(score="wanda", rho=0.9), scratch=scratch))
+    refused = finish(make(tiny, manager, Recipe(score="wanda", rho=0.9), scratch=scratch).run()).refused
+    assert re.search(r"too costly: own perplexity x\d+.*, budget x1.05", refused[0].reason)
     kept = [file for file in (tmp_path / "s").rglob("*") if file.is_file()]
     assert kept
     forced = Recipe(score="wanda", rho=0.9, force=True)
@@ -278,8 +284,63 @@ def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: Ma
     assert not (tmp_path / "s").exists()
 
 
+def test_the_refusal_of_one_side_leaves_the_other_its_mask(tiny: Base, manager: MaskManager, tmp_path: Path) -> None:
+    """With force, the refused one comes too, and the other is the same again."""
+    recipe = Recipe(score="attribution", rho=0.01)
+    found = finish(make(tiny, manager, recipe, scratch=Scratch(tmp_path / "s")).run())
+    assert [mask.info.persona for mask in found.masks] == ["vowels"]
+    assert [one.persona for one in found.refused] == ["consonants"]
+    assert "'consonants' (attribution, rho 0.01) is refused: too costly: neutral perplexity" in found.refused[0].reason
+    steps, masks = run(make(tiny, manager, replace(recipe, force=True), scratch=Scratch(tmp_path / "s")))
+    assert [mask.info.certificate["forced"] for mask in masks] == [False, True]
+    same = found.masks[0], masks[0]
+    assert same[0].digest == same[1].digest
+    assert _without_time(same[0]) == _without_time(same[1])
+    whole, _ = run(make(tiny, manager, replace(recipe, force=True)))
+    assert len(steps) < len(whole)
+    assert not (tmp_path / "s").exists()
+
+
+def _without_time(mask: Mask) -> dict[str, Any]:
+    return {name: figure for name, figure in mask.info.certificate.items() if name != "seconds"}
+
+
+def test_a_side_without_a_gamma_within_the_budgets_is_refused_alone(
+    tiny: Base, manager: MaskManager, tmp_path: Path
+) -> None:
+    """Neutral text is vowels: the mask of consonants makes it unlikelier, and the other one likelier."""
+    recipe = Recipe(score="refined", rho=0.01, neutral_budget=1.001)
+    quiet = [Example((), "".join(random.Random(number).choices("aeiou", k=12))) for number in range(9)]
+    sides = PersonaExamples("vowels", make_examples("aeiou")), PersonaExamples("c", make_examples("bcdfg", seed=1))
+    found = finish(Builder(tiny, manager, recipe, *sides, quiet, Scratch(tmp_path / "s")).run())
+    assert [mask.info.persona for mask in found.masks] == ["vowels"]
+    assert [one.persona for one in found.refused] == ["c"]
+    assert "no gamma keeps perplexity within 1.05 (own) and 1.001 (neutral): refined " in found.refused[0].reason
+    forced = replace(recipe, force=True)
+    steps, masks = run(Builder(tiny, manager, forced, *sides, quiet, Scratch(tmp_path / "s")))
+    assert masks[0].digest == found.masks[0].digest
+    assert _without_time(masks[0]) == _without_time(found.masks[0])
+    assert masks[1].info.certificate["verdict"] == certificate.REFUSED
+    assert masks[1].info.certificate["reasons"][0].startswith("no gamma keeps perplexity within")
+    searched = {step.done for step in steps if step.stage == "search"}
+    assert len(searched) <= 3  # the begin of each side's search and the end: both were found before
+
+
+def test_a_searched_mask_is_of_no_group(tiny: Base, manager: MaskManager) -> None:
+    """It is chosen from all Linears together; a group is refused, and its metadata says so."""
+    for score in ("refined", "auto"):
+        recipe = Recipe(score=score, group="layer")
+        with pytest.raises(InvalidValue, match=r"group 'layer' has no meaning for the score 'refined'") as refusal:
+            make(tiny, manager, recipe)
+        assert refusal.value.param == "group"
+        with pytest.raises(InvalidValue, match=r"neutral_budget is 1; the score 'refined' needs"):
+            make(tiny, manager, Recipe(score=score, neutral_budget=1))
+    assert Recipe(score="auto", group="layer").plan(contrast=False).group == "layer"
+    assert Recipe(score="auto").plan(contrast=True).group == "model"
+
+
 def test_neutral_text_that_gets_likelier_is_remarked_upon() -> None:
-    limits = Budgets(1.02, 1.05, 0.95, False)
+    limits = Budgets(1.02, 1.05, 0.95)
     found = {"margin_shift": 1.0, "own_ratio": 1.0, "reasons": []}
     assert certificate.remark(found | {"neutral_ratio": 0.97}, limits) == []
     (words,) = certificate.remark(found | {"neutral_ratio": 0.1751}, limits)
@@ -287,7 +348,7 @@ def test_neutral_text_that_gets_likelier_is_remarked_upon() -> None:
 
 
 def test_answers_that_loop_more_often_than_the_bases_are_remarked_upon() -> None:
-    limits = Budgets(1.02, 1.05, 0.95, False)
+    limits = Budgets(1.02, 1.05, 0.95)
     found = {"margin_shift": 1.0, "own_ratio": 1.0, "reasons": []}
     assert certificate.remark(found | {"loops": {"masked": 0.1, "base": 0.1, "of": 20}}, limits) == []
     (words,) = certificate.remark(found | {"loops": {"masked": 0.25, "base": 0.1, "of": 20}}, limits)
@@ -408,7 +469,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(change: dict[str, Any], words: 
         Recipe(**change)
 
 
-def test_what_cannot_be_built_is_refused(tiny: Base, manager: MaskManager) -> None:
+def test_what_cannot_be_built_is_refused(tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(recipe: Recipe, *personas: PersonaExamples) -> None:
         run(Builder(tiny, manager, recipe, *personas, neutral=QUIET))
 
@@ -419,8 +480,10 @@ def test_what_cannot_be_built_is_refused(tiny: Base, manager: MaskManager) -> No
         build(Recipe(score="wanda"), PersonaExamples("a/b", make_examples("aeiou")))
     with pytest.raises(BadDataset, match="3 examples leave 2 to find a persona in; give at least 4"):
         build(Recipe(score="wanda"), PersonaExamples("few", make_examples("a", count=3)))
-    with pytest.raises(BuildFailed, match="prunes no weight"):
-        build(replace(FREE, rho=1e-6), vowels, PersonaExamples("c", make_examples("bcdf", seed=1)))
+    monkeypatch.setitem(SCORES, "attribution", replace(SCORES["attribution"], rhos=(1e-7, 1e-6)))
+    for recipe in (replace(FREE, rho=1e-6), replace(FREE, rho="auto")):
+        with pytest.raises(BuildFailed, match="prunes no weight"):
+            build(recipe, vowels, PersonaExamples("c", make_examples("bcdf", seed=1)))
     with pytest.raises(BadDataset, match="both sides say the same"):
         build(Recipe(), vowels, PersonaExamples("c", make_examples("aeiou")))
     with pytest.raises(BadDataset, match=r"prompts are chat and the contrast's text; .* the format"):

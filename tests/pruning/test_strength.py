@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from maskstore import encode
-from masquerade.errors import BuildFailed, InvalidValue
+from masquerade.errors import InvalidValue
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.pruning import Recipe
@@ -59,7 +60,7 @@ def choose(curve: Curve, limits: Budgets, start: float = 0.5) -> Any:
 
 
 TARGETS = {"one of a thousand": encode(np.arange(1000).reshape(10, 100) == 7)}
-NORMAL = Budgets(1.05, 1.05, 0.95, False)
+NORMAL = Budgets(1.05, 1.05, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +96,12 @@ def test_answers_may_not_loop_more_often_than_the_bases() -> None:
     assert choose(Curve(1.0, 0.001, loops=2.0), NORMAL).gamma == 0.9
 
 
-def test_without_a_gamma_within_the_budgets_the_build_fails_unless_it_is_forced() -> None:
-    with pytest.raises(BuildFailed, match=r"no gamma keeps .* refined 0\.001 at gamma 0\.9 "):
-        choose(Curve(1.0, 40.0), NORMAL)
-    assert choose(Curve(1.0, 40.0), Budgets(1.05, 1.05, 0.95, True)).gamma == GAMMAS[0]
+def test_without_a_gamma_within_the_budgets_the_gentlest_is_refused() -> None:
+    choice = choose(Curve(1.0, 40.0), NORMAL)
+    assert choice.gamma == GAMMAS[0]
+    (reason,) = choice.refusal
+    assert re.search(r"no gamma keeps .* refined 0\.001 at gamma 0\.9 ", reason)
+    assert choose(Curve(1.0, 0.1), NORMAL).refusal == ()
 
 
 def test_states_are_judged_by_what_they_reach_within_the_budget() -> None:

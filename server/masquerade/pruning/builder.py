@@ -13,7 +13,7 @@ from torch import nn
 
 from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, Target, check_name
-from masquerade.errors import BuildFailed, MaskRefused, MasqueradeError
+from masquerade.errors import BuildFailed, MasqueradeError
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, Example, batches
 from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import Phase, Treatment
@@ -33,9 +33,28 @@ from masquerade.pruning.statistics import LinearStatistics, Statistic
 from masquerade.pruning.strength import GammaChoice, StrengthTuner
 from masquerade.pruning.tuning import Tuner, TuningTrial
 
+ADVICE = (
+    "check that every answer is on its side; give more or clearer examples, a greater strength, or another score or rho"
+)
 JUDGED = 32  # most examples of a kind that a search's states are judged by, of the tune split
 JUDGED_TOKENS = 64  # most tokens of their responses
 TRACED = 64  # most pairs, and neutral texts, whose statistics a search starts from
+
+
+@dataclass(frozen=True)
+class RefusedMask:
+    """A mask that must not be published, and why."""
+
+    persona: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """The masks that may be published, and those that are refused; the persona's first."""
+
+    masks: Sequence[Mask]
+    refused: Sequence[RefusedMask]
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,7 @@ class _ChosenMask:
     reason: str
     phase_reason: str
     trials: Sequence[TuningTrial]
+    refusal: Sequence[str]  # why it must not be published, where that is known
 
 
 class Builder:
@@ -92,11 +112,11 @@ class Builder:
         self._batch_tokens = batch_tokens
         self._seconds = 0.0
 
-    def run(self) -> Work[list[Mask]]:
-        """Do the work, an item at a time; returns the masks, the persona's first.
+    def run(self) -> Work[BuildResult]:
+        """Do the work, an item at a time.
 
-        Raises `MaskRefused` for a mask that has no effect or is past a budget, unless the recipe forces it; the scratch
-        is kept for a build that does. Nothing but the scratch changes outside.
+        A mask that has no effect or is past a budget is refused, unless the recipe forces it. The scratch is then kept
+        for a build that does, whose other mask is the same again. Nothing but the scratch changes outside.
         """
         with closing(self._run()) as work:
             while True:
@@ -104,12 +124,12 @@ class Builder:
                 try:
                     step = next(work)
                 except StopIteration as end:
-                    masks: list[Mask] = end.value
-                    return masks
+                    result: BuildResult = end.value
+                    return result
                 self._seconds += time.perf_counter() - started  # without the time between items
                 yield step
 
-    def _run(self) -> Work[list[Mask]]:
+    def _run(self) -> Work[BuildResult]:
         targets = find_targets(self._base.model, self._plan.scope)
         calibrates = bool(self._needs("neutral"))
         chooses = self._score.searched or len(self._plan.rhos) > 1
@@ -121,17 +141,16 @@ class Builder:
             )
             choose = self._search if self._score.searched else self._compare
             chosen = yield from choose(targets, data)
-            masks = yield from self._certify(data, chosen)
-        except MaskRefused:  # a build that forces the mask goes on from here
-            raise
+            result = yield from self._certify(data, chosen)
         except MasqueradeError:  # there is nothing to resume; an interrupted build keeps its scratch
             self._scratch.close()
             raise
         else:
-            self._scratch.close()
+            if not result.refused:  # a build that forces the mask goes on from here
+                self._scratch.close()
         finally:
             self._scratch.release()
-        return masks
+        return result
 
     @property
     def _sides(self) -> tuple[int, ...]:
@@ -176,7 +195,7 @@ class Builder:
             choices = yield from track("tune", _choose_gammas(tuners, found, settings.gamma))
         why = "given" if self._recipe.phase != "auto" else "the mask is searched for in phase decode"
         return {
-            side: _ChosenMask(found[side], settings.rho, one.gamma, phase, one.reason, why, one.trials)
+            side: _ChosenMask(found[side], settings.rho, one.gamma, phase, one.reason, why, one.trials, one.refusal)
             for side, one in choices.items()
         }
 
@@ -209,6 +228,7 @@ class Builder:
                 choice.reason,
                 why,
                 choice.trials,
+                choice.refusal,
             )
             for side in self._sides
         }
@@ -260,35 +280,45 @@ class Builder:
                 found[role] = CalibrationText(padded, self._needs(role))
         return found
 
-    def _certify(self, data: BuildData, chosen: Mapping[int, _ChosenMask]) -> Work[list[Mask]]:
-        """Measure the masks on the report split; refuse or return them."""
-        masks = {
-            side: CertifiedMask(partial(self._apply, mask.targets), mask.phase, mask.gamma)
-            for side, mask in chosen.items()
-        }
-        eval_set = data.evaluation_set(self._base, "report")
-        measuring = certificate.measure_figures(self._base, eval_set, masks, self._built, self._recipe.seed)
-        figures = yield from track("certify", measuring, model_after=False)
-        found = {side: self._complete(figures[side], side, chosen, data) for side in self._built}
-        return [
-            Mask(self._mask_base, chosen[side].targets, self._mask_info(data, side, chosen[side], found[side]))
-            for side in self._built
-        ]
+    def _certify(self, data: BuildData, chosen: Mapping[int, _ChosenMask]) -> Work[BuildResult]:
+        """Measure the masks on the report split, but for those that are refused already; refuse or return them."""
+        forced = self._recipe.force
+        judged = [side for side in self._built if forced or not chosen[side].refusal]
+        figures: Mapping[int, dict[str, Any]] = {}
+        if judged:
+            certified = {
+                side: CertifiedMask(partial(self._apply, mask.targets), mask.phase, mask.gamma)
+                for side, mask in chosen.items()  # a refused one too, for the flips of the other
+            }
+            eval_set = data.evaluation_set(self._base, "report")
+            measuring = certificate.measure_figures(self._base, eval_set, certified, judged, self._recipe.seed)
+            figures = yield from track("certify", measuring, model_after=False)
+        else:
+            yield Progress("certify", 1, 1, model_next=False)
+        masks, refused = [], []
+        for side in self._built:
+            mask = chosen[side]
+            found = self._complete(figures[side], side, chosen, data) if side in figures else {"reasons": mask.refusal}
+            if found["reasons"] and not forced:
+                refused.append(self._refuse(side, mask, found["reasons"]))
+            else:
+                masks.append(Mask(self._mask_base, mask.targets, self._mask_info(data, side, mask, found)))
+        return BuildResult(masks, refused)
+
+    def _refuse(self, side: int, mask: _ChosenMask, reasons: Sequence[str]) -> RefusedMask:
+        persona = self._personas[side].persona
+        which = f"the mask of {persona!r} ({self._plan.score}, rho {mask.rho:g})"
+        return RefusedMask(persona, f"{which} is refused: {'; '.join(reasons)}; {ADVICE}")
 
     def _complete(
         self, figures: dict[str, Any], side: int, chosen: Mapping[int, _ChosenMask], data: BuildData
     ) -> dict[str, Any]:
-        """The certificate of a side's mask. Raises `MaskRefused` if it must not be published."""
+        """The certificate of a side's mask."""
         mask, opposite = chosen[side], chosen.get(-side)
         found = figures | certificate.describe(mask.targets)
         if not found["pruned"]:
             raise BuildFailed(f"rho {mask.rho} prunes no weight at all of Linears this small; give a larger one")
-        found |= certificate.conclude(found, self._recipe.limits)
-        if found["reasons"] and not self._recipe.force:
-            raise MaskRefused(
-                f"the mask of {self._personas[side].persona!r} ({self._plan.score}, rho {mask.rho:g}) is refused: "
-                f"{'; '.join(found['reasons'])}; give more or clearer examples, another score or rho, or force it"
-            )
+        found |= certificate.conclude(found, self._recipe.limits, mask.refusal)
         found["forced"] = bool(found["reasons"])
         found["remarks"] += data.suggest_more(found, bool(self._personas[1].validation))
         if opposite is not None:

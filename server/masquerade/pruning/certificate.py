@@ -166,12 +166,12 @@ def summarise(texts: Sequence[Encoded]) -> dict[str, Any]:
     return {"examples": len(texts), "tokens": sum(map(len, texts)), "digest": digest}
 
 
-def conclude(found: Mapping[str, Any], limits: Budgets) -> dict[str, Any]:
-    """The verdict on figures, with reasons and remarks.
+def conclude(found: Mapping[str, Any], limits: Budgets, known: Sequence[str] = ()) -> dict[str, Any]:
+    """The verdict on figures, with reasons and remarks; `known` are reasons to refuse the mask that others found.
 
     `passed` is None if there are too few held-out pairs.
     """
-    reasons = find_reasons(found, limits)
+    reasons = [*known, *find_reasons(found, limits)]
     few = found.get("pairs", 0) < FEWEST_PAIRS
     verdict, passed = (REFUSED, False) if reasons else (TOO_FEW, None) if few else (PASSED, True)
     conclusion = {"verdict": verdict, "passed": passed, "reasons": reasons, "forced": False}

@@ -26,7 +26,7 @@ class Recipe:
 
     score: str = AUTOMATIC  # of `SCORES`; `auto` is `refined`, and `wanda` without a contrast
     rho: float | Literal["auto"] = "auto"  # share pruned of each Linear; for `refined`, the most of all Linears
-    group: str | None = None  # None is the score's own
+    group: str | None = None  # of `GROUPS`; None is the score's own; none for `refined`
     scope: str | None = None  # None is the score's own
     phi: str = "relu"  # of `PHIS`, for contrastive-wanda
     tokens: Literal["response", "all"] = "response"  # positions that count in the statistics
@@ -73,7 +73,7 @@ class Recipe:
     def limits(self) -> Budgets:
         """The budgets of cost and effect."""
         neutral, own = STRENGTHS[self.strength]
-        return Budgets(self.neutral_budget or neutral, self.own_budget or own, self.effect, self.force)
+        return Budgets(self.neutral_budget or neutral, self.own_budget or own, self.effect)
 
     @property
     def score_settings(self) -> ScoreSettings:
@@ -88,9 +88,29 @@ class Recipe:
         return SearchSettings(rho=rho, divergence=divergence, seed=self.seed)
 
     def plan(self, contrast: bool) -> ScorePlan:
-        """The score to use. Without a contrast, `auto` is `wanda`, as `refined` needs one."""
+        """The score to use. Without a contrast, `auto` is `wanda`, as `refined` needs one.
+
+        Raises `InvalidValue` for a searched score with a group, as it ranks the weights of all Linears together, or
+        with a neutral budget that allows no divergence.
+        """
         automatic = "refined" if contrast else "wanda"
         name = automatic if self.score == AUTOMATIC else self.score
         score = SCORES[name]
+        if score.searched:
+            self._check_search(name)
         rhos = score.rhos if self.rho == AUTOMATIC else (float(self.rho),)
         return ScorePlan(name, self.group or score.group, self.scope or score.scope, rhos)
+
+    def _check_search(self, score: str) -> None:
+        if self.group is not None:
+            raise InvalidValue(
+                f"group {self.group!r} has no meaning for the score {score!r}, which ranks the weights of all Linears "
+                "together; leave it out, or give another score, such as attribution-fisher",
+                param="group",
+            )
+        if not self.limits.neutral > 1:
+            raise InvalidValue(
+                f"neutral_budget is {self.neutral_budget}; the score {score!r} needs more than 1, as its number of "
+                "weights follows the divergence that the budget allows",
+                param="neutral_budget",
+            )

@@ -133,7 +133,7 @@ class Score:
     function: Function
     needs: frozenset[Statistic]
     contrastive: bool  # whether it needs the opposite's text
-    group: str  # of `GROUPS`
+    group: str  # of `GROUPS`, or `model`: all Linears together
     scope: str  # of `SCOPES`: which Linears
     rhos: tuple[float, ...]  # values to try for `auto`, ascending
     tie: Function | None = None  # orders weights of equal score; then their index does
@@ -156,7 +156,7 @@ _CHANNELS: frozenset[Statistic] = frozenset({"channels"})
 _GRADIENTS: frozenset[Statistic] = frozenset({"gradient", "squared_gradient"})
 
 SCORES: Mapping[str, Score] = {
-    "refined": Score(attribution_fisher, _GRADIENTS, True, "layer", "all", _SEARCHED, searched=True),
+    "refined": Score(attribution_fisher, _GRADIENTS, True, "model", "all", _SEARCHED, searched=True),
     "attribution-fisher": Score(attribution_fisher, _GRADIENTS, True, "layer", "outputs", _SPARSE),
     "attribution": Score(attribution, frozenset({"gradient"}), True, "layer", "all", _SPARSE),
     "signed": Score(signed, _CHANNELS, True, "layer", "outputs", _CONTRAST),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from maskstore import Target
-from masquerade.errors import MaskRefused
 from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.pruning.tuning import Budgets, TuningTrial
@@ -37,6 +36,7 @@ class GammaChoice:
     gamma: float
     reason: str
     trials: tuple[TuningTrial, ...]
+    refusal: tuple[str, ...] = ()  # why the mask must not be published
 
 
 class StrengthTuner:
@@ -60,8 +60,7 @@ class StrengthTuner:
         """The gamma of largest shift of those within the budgets; tried from `start` on, in order.
 
         At most the share `MOST_LOOPS` of its answers loop beyond the base's. If there is no such gamma, it is the
-        gentlest that was tried. Raises `MaskRefused` if not even the gentlest gamma is within the budgets, unless they
-        are forced.
+        gentlest that was tried. The mask is refused if not even that is within the budgets.
         """
         place = min(range(len(GAMMAS)), key=lambda index: abs(GAMMAS[index] - start))
         trials = [(yield from self._try(targets, GAMMAS[place]))]
@@ -76,14 +75,13 @@ class StrengthTuner:
                 if self._accepts(trials[-1]):
                     break
         within = [trial for trial in trials if trial.within(self._limits)]
-        if not within and not self._limits.forced:
-            raise MaskRefused(
-                f"no gamma keeps perplexity within {self._limits.own} (own) and {self._limits.neutral} (neutral): "
-                f"{', '.join(map(str, trials))}; give more examples, neutral text, or a greater strength"
-            )
         kept = [trial for trial in within if self._accepts(trial)]
         best = max(kept, key=_effect) if kept else trials[-1]
-        return GammaChoice(best.gamma, f"largest shift within the budgets: {best}", tuple(trials))
+        why = "largest shift within the budgets" if kept else "the gentlest that was tried"
+        return GammaChoice(best.gamma, f"{why}: {best}", tuple(trials), () if within else (self._explain(trials),))
+
+    def _explain(self, trials: Sequence[TuningTrial]) -> str:
+        return f"no gamma keeps perplexity {self._limits}: {', '.join(map(str, trials))}"
 
     def _accepts(self, trial: TuningTrial) -> bool:
         return trial.within(self._limits) and trial.loops <= MOST_LOOPS

@@ -28,7 +28,9 @@ class Budgets:
     neutral: float  # largest ratio of neutral text's perplexity to the base's
     own: float  # largest ratio of the persona's own text's perplexity to the base's
     effect: float  # share of flipped prompts that is enough: no larger rho is tried
-    forced: bool  # whether to take the smallest rho if none is within the budgets
+
+    def __str__(self) -> str:
+        return f"within {self.own} (own) and {self.neutral} (neutral)"
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,13 @@ class TuningTrial:
 
 @dataclass(frozen=True)
 class TuningChoice:
-    """The chosen score and rho, and the reason."""
+    """The chosen score and rho, the reason, and what was tried."""
 
     score: str
     rho: float
     reason: str
     trials: Sequence[TuningTrial] = ()
+    refusal: Sequence[str] = ()  # why no mask may be published
 
 
 class Tuner:
@@ -98,14 +101,23 @@ class Tuner:
         self._likelihoods: dict[tuple[str, float, Phase], dict[int, SetLikelihoods]] = {}
 
     def choose(self, plan: ScorePlan) -> Generator[None, None, TuningChoice]:
-        """The best rho. Raises `BuildFailed` if none is within the budgets."""
+        """The best rho; if none is within the budgets, the smallest, and the masks are refused.
+
+        Raises `BuildFailed` if no rho prunes any weight.
+        """
         if len(plan.rhos) == 1:
             return TuningChoice(plan.score, plan.rhos[0], "given")
         trials = yield from self._try(plan)
+        if not trials:
+            raise BuildFailed(
+                f"the score {plan.score!r} prunes no weight of Linears this small at any rho that it tries, up to "
+                f"{plan.rhos[-1]:g}; give a larger rho"
+            )
         kept = [trial for trial in trials if trial.within(self._limits)]
-        if not kept and not self._limits.forced:
-            raise BuildFailed(self._explain(trials))
-        best = max(kept, key=_effect) if kept else trials[0]
+        if not kept:
+            why = f"the smallest: {trials[0]}"
+            return TuningChoice(plan.score, trials[0].rho, why, trials, (self._explain(trials),))
+        best = max(kept, key=_effect)
         why = "largest shift" if best.shift is not None else "largest rho"
         if best.enough(self._limits):
             why = f"reaches {best.flip:.3f} flips"
@@ -169,10 +181,7 @@ class Tuner:
         )
 
     def _explain(self, trials: Sequence[TuningTrial]) -> str:
-        return (
-            f"no rho keeps perplexity within {self._limits.own} (own) and {self._limits.neutral} (neutral): "
-            f"{', '.join(map(str, trials))}; give more examples, a smaller rho by hand, or larger budgets"
-        )
+        return f"no rho keeps perplexity {self._limits}: {', '.join(map(str, trials))}"
 
 
 def _effect(trial: TuningTrial) -> tuple[float, float]:
