@@ -163,12 +163,15 @@ def _open_job_service(serving: Serving, keyring: Keyring, quotas: Quotas) -> Job
     folder, engine = _jobs(serving), serving.engine
     try:
         job_service = JobService(
-            folder, partial(building.build, serving, keyring), lambda item: engine.run_background(item).result(), quotas
+            folder,
+            partial(building.build, serving, keyring),
+            lambda item: engine.run_background(item).result(),
+            quotas,
+            partial(building.sweep, serving),
         )
     except NotReady as error:
         _log.warning("%s", error)
         return None
-    building.sweep(serving, job_service)
     job_service.runner.start()
     return job_service
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,11 +21,13 @@ from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, S
 from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_store
 from masquerade.errors import BuildFailed, InvalidValue, MaskRefused, MasqueradeError
+from masquerade.plan.memory import format_bytes
+from masquerade.service import kept_builds
 
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
     from masquerade.model import Base
-    from masquerade.pruning import Recipe
+    from masquerade.pruning import BuildResult, Recipe
     from masquerade.pruning.cards import Card
     from masquerade.pruning.progress import Work
     from masquerade.pruning.prompts import CalibrationPrompts
@@ -70,7 +73,9 @@ def build(
     rho: Annotated[
         str, typer.Option(help="Share of weights to prune; `auto` is the most within the budgets.")
     ] = "auto",
-    group: Annotated[str | None, typer.Option(help="Compare weights within a row or a layer.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Compare weights within a row or a layer; not for a search.")
+    ] = None,
     scope: Annotated[str | None, typer.Option(help="Linears to mask: all, mlp, attention or outputs.")] = None,
     phi: Annotated[str, typer.Option(help="For contrastive-wanda: relu or softplus.")] = "relu",
     tokens: Annotated[Literal["response", "all"], typer.Option(help="Tokens of the data that count.")] = "response",
@@ -105,7 +110,10 @@ def build(
     quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build a persona from examples of its answers, and publish it."""
+    """Build a persona from examples of its answers, and publish it.
+
+    Exit status 1 if a mask is refused; its opposite is published if that is not.
+    """
     from masquerade.model import load
     from masquerade.pruning import Recipe
 
@@ -145,13 +153,15 @@ def build(
     with follow_loading() as progress:
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
-    folder = (scratch or personas.root / "builds") / _identify(base, recipe, build_input)
-    masks = follow(_find_masks(base, recipe, build_input, folder))
-    report = _publish(masks, personas, registry, out)
-    if as_json:
-        print(json.dumps({"personas": report}))
-    else:
+    folder = (scratch or personas.root / kept_builds.FOLDER) / _identify(base, recipe, build_input)
+    found = follow(_find_masks(base, recipe, build_input, folder))
+    report = _publish(found.masks, personas, registry, out)
+    if report and as_json:
+        print(json.dumps({"personas": report, "refused": [asdict(one) for one in found.refused]}))
+    elif report:
         _print(report)
+    if found.refused:
+        raise MaskRefused(f"{found.explain()}; or force it: {_describe_kept(folder)}")
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,7 @@ def _read_input(sources: BuildSources, recipe: Recipe) -> BuildInput:
         single = Path(sources.contrast) if sources.contrast else None
         answers = mix([_read(file) for file in sources.pool]) if sources.pool else _read(single, "contrast")
         other = PersonaExamples(sources.contrast_name, answers, _read(sources.contrast_validation, "contrast"))
+    recipe.plan(contrast=other is not None)  # raises for a recipe that contradicts itself, before the base is loaded
     return BuildInput(own, other, _read(sources.neutral), script)
 
 
@@ -252,7 +263,7 @@ def _identify(base: Base, recipe: Recipe, found: BuildInput) -> str:
     return hashlib.sha256(repr((__version__, work)).encode()).hexdigest()[:16]
 
 
-def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, folder: Path) -> Work[list[Mask]]:
+def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, folder: Path) -> Work[BuildResult]:
     from masquerade.model import MaskManager
     from masquerade.pruning import Scratch
     from masquerade.service.building import find_masks
@@ -260,13 +271,17 @@ def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, folder: Pat
     scratch = Scratch(folder)
     try:
         return (yield from find_masks(base, MaskManager.attach(base.model), recipe, build_input, scratch))
-    except MaskRefused as error:
-        raise MaskRefused(
-            f"{error}; the same command with --force goes on from what is kept of this build in {folder}"
-        ) from error
     except MasqueradeError:  # a build that failed cannot resume
         scratch.close()
         raise
+
+
+def _describe_kept(folder: Path) -> str:
+    size = format_bytes(kept_builds.measure(folder).nbytes)
+    return (
+        f"the same command with --force goes on from what is kept of this build ({size}); if you do not want that, "
+        f"delete it: rm -r {shlex.quote(str(folder))}"
+    )
 
 
 def _parse_rho(text: str) -> float | Literal["auto"]:

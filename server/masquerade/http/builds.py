@@ -138,6 +138,15 @@ class BuiltPersona(Schema):
     file: str | None = None
 
 
+class RefusedPersona(Schema):
+    """A persona of a job whose mask is refused; `reason` has the figures."""
+
+    persona: str
+    score: str
+    rho: float
+    reason: str
+
+
 _JOB_EXAMPLE: dict[str, Any] = {
     "id": "ftjob-0f1e2d3c4b5a69788796a5b4",
     "object": "fine_tuning.job",
@@ -161,11 +170,15 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "persona": "sombre",
     "progress": {"stage": "backward", "step": 12, "total_steps": 96},
     "personas": [],
+    "refused": [],
 }
 
 
 class JobObject(Schema):
-    """OpenAI's job, with the name of its `persona`, its `progress` and the `personas` it has made."""
+    """OpenAI's job, with the name of its `persona`, its `progress`, and the `personas` it has made or `refused`.
+
+    A job with a refused persona has failed, although it may have published the opposite.
+    """
 
     model_config = show(_JOB_EXAMPLE)
 
@@ -191,12 +204,14 @@ class JobObject(Schema):
     persona: str  # the name that was asked for, or made; whether or not the job has come to that
     progress: JobProgress | None  # of a job that runs
     personas: list[BuiltPersona]
+    refused: list[RefusedPersona]  # their masks have no effect, or harm the model
 
 
 def describe_job(job_service: JobService, job: Job) -> JobObject:
     """The job object of a job as it is now."""
     spec, result = job.spec, job.result or {}
     personas = result.get("personas", [])
+    finetuned = f"{spec['base']['name']}:{personas[0]['persona']}" if job.state == "succeeded" else None
     return JobObject.model_validate(
         {
             "id": job.id,
@@ -205,7 +220,7 @@ def describe_job(job_service: JobService, job: Job) -> JobObject:
             "finished_at": int(job.finished_at) if job.finished_at else None,
             "estimated_finish": _estimate_finish(job_service, job),
             "model": spec["base"]["name"],
-            "fine_tuned_model": f"{spec['base']['name']}:{personas[0]['persona']}" if personas else None,
+            "fine_tuned_model": finetuned,
             "result_files": [persona["file"] for persona in personas],
             "status": job.state,
             "training_file": spec["files"]["training"],
@@ -219,6 +234,7 @@ def describe_job(job_service: JobService, job: Job) -> JobObject:
             "persona": JobNames.of(job.id, spec).persona,
             "progress": job_service.table.progress(job.id) if job.state == "running" else None,
             "personas": personas,
+            "refused": result.get("refused", []),
         }
     )
 

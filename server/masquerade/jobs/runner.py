@@ -113,7 +113,8 @@ class Runner:
             self._table.requeue_running()
             self._woken.wait(IDLE_SECONDS)
         except MasqueradeError as error:
-            self._table.finish(job.id, "failed", error=_describe(error))
+            made = error.result if isinstance(error, BuildFailed) else None
+            self._table.finish(job.id, "failed", result=made, error=_describe(error))
         except Exception as error:
             _log.exception("the job %s failed", job.id)
             failure = BuildFailed(f"the build failed: {type(error).__name__}; the server's log says why")

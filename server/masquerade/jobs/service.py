@@ -22,11 +22,17 @@ FILE_BYTES = 2**28  # most bytes of one uploaded file
 class JobService:
     """Uploads, tables and runner below a folder, with a lock that the kernel releases when the process dies.
 
-    Raises `WorkedElsewhere` if another process has the lock.
+    `sweep` deletes what ended jobs left elsewhere; it is called with the service at the start and every hour. Raises
+    `WorkedElsewhere` if another process has the lock.
     """
 
     def __init__(
-        self, folder: Path, prepare: Callable[[JobService, Job], Work], execute: Execute, quotas: Quotas | None = None
+        self,
+        folder: Path,
+        prepare: Callable[[JobService, Job], Work],
+        execute: Execute,
+        quotas: Quotas | None = None,
+        sweep: Callable[[JobService], None] = lambda _: None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder / "lock")
@@ -35,13 +41,15 @@ class JobService:
         self.results = folder / "batches"  # of `BatchResults`
         self.uploads = Uploads(folder / "files", self.table, FILE_BYTES)
         self.responses = ResponseTable(self.table.database.path, self.table.quotas)
+        self._sweep = sweep
         self.tidy()
         self.runner = Runner(self.table, lambda job: prepare(self, job), execute, self.tidy)
 
     def tidy(self) -> None:
-        """Delete expired files, jobs and responses."""
+        """Delete expired files, jobs and responses, and what ended jobs left."""
         self.uploads.expire(time.time())
         self.responses.expire(time.time())
+        self._sweep(self)
 
     def close(self) -> None:
         """Stop the runner, close the table of responses and release the lock."""

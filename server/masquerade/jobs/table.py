@@ -193,6 +193,12 @@ class JobTable:
         with self.database.read() as db:
             return self._jobs(db, f"where {_OPEN} order by rowid")
 
+    def failed_jobs(self, code: str, since: float) -> list[Job]:
+        """The jobs of all owners that have failed with an error code after a time, the newest first."""
+        clause = "where state = 'failed' and json_extract(error, '$.code') = ? and finished_at > ?"
+        with self.database.read() as db:
+            return self._jobs(db, f"{clause} order by finished_at desc", code, since)
+
     def typical_seconds(self) -> float | None:
         """Median duration of the last jobs that succeeded; None if there are none."""
         with self.database.read() as db:

@@ -33,9 +33,7 @@ from masquerade.pruning.statistics import LinearStatistics, Statistic
 from masquerade.pruning.strength import GammaChoice, StrengthTuner
 from masquerade.pruning.tuning import Tuner, TuningTrial
 
-ADVICE = (
-    "check that every answer is on its side; give more or clearer examples, a greater strength, or another score or rho"
-)
+ADVICE = "check that every answer is on its own side; give more or clearer examples, another strength, score or rho"
 JUDGED = 32  # most examples of a kind that a search's states are judged by, of the tune split
 JUDGED_TOKENS = 64  # most tokens of their responses
 TRACED = 64  # most pairs, and neutral texts, whose statistics a search starts from
@@ -46,7 +44,12 @@ class RefusedMask:
     """A mask that must not be published, and why."""
 
     persona: str
+    score: str
+    rho: float
     reason: str
+
+    def __str__(self) -> str:
+        return f"the mask of {self.persona!r} ({self.score}, rho {self.rho:g}) is refused: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class BuildResult:
 
     masks: Sequence[Mask]
     refused: Sequence[RefusedMask]
+
+    def explain(self) -> str:
+        """Which masks are refused and why, which is published all the same, and what to do."""
+        published = [f"{mask.info.persona!r} is published" for mask in self.masks]
+        return "; ".join((*map(str, self.refused), *published, ADVICE))
 
 
 @dataclass(frozen=True)
@@ -300,15 +308,11 @@ class Builder:
             mask = chosen[side]
             found = self._complete(figures[side], side, chosen, data) if side in figures else {"reasons": mask.refusal}
             if found["reasons"] and not forced:
-                refused.append(self._refuse(side, mask, found["reasons"]))
+                reason = "; ".join(found["reasons"])
+                refused.append(RefusedMask(self._personas[side].persona, self._plan.score, mask.rho, reason))
             else:
                 masks.append(Mask(self._mask_base, mask.targets, self._mask_info(data, side, mask, found)))
         return BuildResult(masks, refused)
-
-    def _refuse(self, side: int, mask: _ChosenMask, reasons: Sequence[str]) -> RefusedMask:
-        persona = self._personas[side].persona
-        which = f"the mask of {persona!r} ({self._plan.score}, rho {mask.rho:g})"
-        return RefusedMask(persona, f"{which} is refused: {'; '.join(reasons)}; {ADVICE}")
 
     def _complete(
         self, figures: dict[str, Any], side: int, chosen: Mapping[int, _ChosenMask], data: BuildData

@@ -58,7 +58,7 @@ def submit(
     if job is None:
         for role, file_id in spec["files"].items():
             _check_file(job_service, owner, file_id, building.field_of(role))
-        _check_names(serving, job_service, owner, names, replace=request.replace)
+        _check_names(serving, job_service, owner, spec, names)
         building.check(job_service, spec, names)
         job = job_service.table.add_job(owner, spec, repeat, job_id)
         job_service.runner.wake()
@@ -125,9 +125,12 @@ def _check_rights(serving: Serving, rights: Rights, request: BuildRequest, names
 
 
 def _check_names(
-    serving: Serving, job_service: JobService, owner: str, names: building.JobNames, *, replace: bool
+    serving: Serving, job_service: JobService, owner: str, spec: Mapping[str, Any], names: building.JobNames
 ) -> None:
-    """The names must be valid, differ, and be free unless the build replaces a persona."""
+    """The names must be valid, differ, and be free unless the build replaces a persona.
+
+    A persona that a refused job of the same build has published is no obstacle.
+    """
     if names.opposite == names.persona:
         raise InvalidValue("the opposite needs a name of its own", param="method.mask.contrast_name")
     open_jobs = {
@@ -136,6 +139,7 @@ def _check_names(
         for name, _ in building.JobNames.of(job.id, job.spec).fields()
     }
     aliases = serving.registry.aliases()
+    published = building.find_published(job_service, owner, spec)
     for persona, param in names.fields():
         try:
             check_name(persona)
@@ -143,14 +147,16 @@ def _check_names(
             raise InvalidValue(error.message, param=param) from error
         if persona in aliases:
             raise PersonaExists(f"{persona!r} is an alias; a persona needs a name of its own", param=param)
-        if replace:
+        if spec["replace"]:
             continue
         if job := open_jobs.get(persona):
             which = f"the job {job.id}" if job.owner == owner else "a job of another key"
             raise PersonaExists(f"{which} is building {persona!r} already", param=param)
         try:
-            serving.registry.resolve(persona)
+            current = serving.registry.resolve(persona)
         except MaskNotFound:
+            continue
+        if published.get(persona) == current.digest:  # it stays; this request goes on for its opposite
             continue
         raise PersonaExists(
             f"there is a persona {persona!r}; set method.mask.replace to make a new generation of it", param=param

@@ -5,22 +5,26 @@ A build runs on the served base and does not change it.
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maskstore import ANY, Mask, MaskConflict, MaskExists, Registry, StoreBusy
+from maskstore import ANY, Mask, MaskConflict, MaskExists, MaskNotFound, Registry, Revision, StoreBusy
 from maskstore import sweep as clear_masks
+from masquerade import __version__
 from masquerade.errors import (
     BadDataset,
     BuildFailed,
     Forbidden,
     InvalidKey,
     InvalidValue,
+    MaskRefused,
     MasqueradeError,
     PersonaExists,
     QuotaExceeded,
@@ -31,14 +35,18 @@ from masquerade.jobs import ID, Cancelled, Job, JobService
 from masquerade.jobs.runner import Work
 from masquerade.keys import Keyring
 from masquerade.model import Base, MaskManager, trim_heap
-from masquerade.pruning import Builder, PersonaExamples, Progress, Recipe, Scratch
+from masquerade.plan.memory import format_bytes
+from masquerade.pruning import Builder, BuildResult, PersonaExamples, Progress, Recipe, Scratch
 from masquerade.pruning.cards import read_card
 from masquerade.pruning.prompts import CalibrationPrompts, add_generated, sample_questions
 from masquerade.pruning.scores import SCORES
+from masquerade.service import kept_builds
 from masquerade.service.rights import Rights, find_rights
 from masquerade.service.serving import Serving
 
 T = TypeVar("T")
+KEPT_HOURS = 24.0  # for which the work of a refused build is kept
+KEPT_BUILDS = 4  # most refused builds whose work is kept, one of each owner
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,9 @@ def check(job_service: JobService, spec: Mapping[str, Any], names: JobNames) -> 
     the request.
     """
     build_input = read_input(job_service, spec, names)
+    recipe = _recipe(spec)
+    with _about("method.mask."):
+        recipe.plan(contrast=build_input.contrast is not None)
     if build_input.script is not None:
         return
     if build_input.contrast is None:
@@ -163,33 +174,54 @@ def read_input(job_service: JobService, spec: Mapping[str, Any], names: JobNames
 
 
 def sweep(serving: Serving, job_service: JobService) -> None:
-    """Delete the remains of finished jobs and killed writers. Unfinished jobs keep their scratch to continue."""
+    """Delete the remains of finished jobs and killed writers.
+
+    Unfinished jobs keep their scratch to continue. So does the last refused job of each owner, of the last
+    `KEPT_BUILDS` of them for `KEPT_HOURS`, for a request that forces the mask.
+    """
     with suppress(StoreBusy):
         clear_masks(serving.store.root)
-    kept = {_folder(serving, job.id) for job in job_service.table.open_jobs()}
-    for folder in (serving.store.root / "builds").glob("job-*"):
+    last: dict[str, Job] = {}
+    for job in _refused_jobs(job_service):
+        last.setdefault(job.owner, job)
+    jobs = *job_service.table.open_jobs(), *list(last.values())[:KEPT_BUILDS]
+    kept = {_folder(serving, job.owner, job.spec) for job in jobs}
+    for folder in (serving.store.root / kept_builds.FOLDER).glob("job-*"):
         if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)  # an interrupted build may be deleting it too
+            kept_builds.delete(folder)
+
+
+def find_published(job_service: JobService, owner: str, spec: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the personas that a refused job of the same build has published, by name."""
+    work = _identify(owner, spec)
+    same = [job for job in _refused_jobs(job_service) if _identify(job.owner, job.spec) == work]
+    return {made["persona"]: made["digest"] for job in same[::-1] for made in (job.result or {}).get("personas", [])}
+
+
+def _refused_jobs(job_service: JobService) -> list[Job]:
+    """The jobs whose work may be kept, the newest first."""
+    return job_service.table.failed_jobs(MaskRefused.code, time.time() - KEPT_HOURS * 3600)
 
 
 def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, build_input: BuildInput) -> Work:
     """Build and publish. The first work item uses no model; `model_next` of each one says whether the next does."""
-    folder = _folder(serving, job.id)
+    folder = _folder(serving, job.owner, job.spec)
     scratch = Scratch(folder)
     try:
-        masks = yield from find_masks(serving.base, serving.manager, _recipe(job.spec), build_input, scratch)
+        found = yield from find_masks(serving.base, serving.manager, _recipe(job.spec), build_input, scratch)
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
-        shutil.rmtree(folder, ignore_errors=True)
+        scratch.release()
+        kept_builds.delete(folder)
         raise
     finally:
         scratch.release()
         trim_heap()
-    return partial(_publish, serving, keyring, job_service, job, masks)
+    return partial(_finish, serving, keyring, job_service, job, found)
 
 
 def find_masks(
     base: Base, manager: MaskManager, recipe: Recipe, build_input: BuildInput, scratch: Scratch
-) -> Generator[Progress, None, list[Mask]]:
+) -> Generator[Progress, None, BuildResult]:
     """Let the base write what a script requires, then find the masks; resumes from `scratch`."""
     own, contrast = build_input.own, build_input.contrast
     if build_input.script is not None and contrast is not None:
@@ -208,15 +240,31 @@ def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
         ) from error
 
 
-def _publish(
-    serving: Serving, keyring: Keyring, job_service: JobService, job: Job, masks: Sequence[Mask]
+def _finish(
+    serving: Serving, keyring: Keyring, job_service: JobService, job: Job, found: BuildResult
 ) -> dict[str, Any]:
+    """Publish the masks, and return the job's result. Raises `MaskRefused` with it if a mask is refused."""
     _check_owner(serving, keyring, job)
+    result = _publish(serving, job_service, job, found.masks)
+    result["refused"] = [asdict(one) for one in found.refused]
+    if found.refused:
+        size = format_bytes(kept_builds.measure(_folder(serving, job.owner, job.spec)).nbytes)
+        raise MaskRefused(
+            f"{found.explain()}; or force it: within {KEPT_HOURS:g} hours the same request with `force` goes on from "
+            f"what is kept of this build ({size})",
+            result=result,
+        )
+    return result
+
+
+def _publish(serving: Serving, job_service: JobService, job: Job, masks: Sequence[Mask]) -> dict[str, Any]:
+    known = find_published(job_service, job.owner, job.spec)
     published = []
     for mask in masks:
         name = mask.info.persona
         try:
-            revision = serving.registry.publish_built(mask, ANY if job.spec["replace"] else None)
+            revision = _find_current(serving.registry, name, mask.digest) if known.get(name) == mask.digest else None
+            revision = revision or serving.registry.publish_built(mask, ANY if job.spec["replace"] else None)
             path = serving.store.path(mask.digest)
             file = job_service.uploads.adopt(job.owner, f"{name}.safetensors", path, mask.digest)
         except (MaskConflict, MaskExists) as error:
@@ -225,9 +273,19 @@ def _publish(
             raise BuildFailed(f"the mask was found but cannot be written: {error.strerror}") from error
         certificate = dict(mask.info.certificate)
         published.append({"persona": name, "digest": revision.digest, "certificate": certificate, "file": file.id})
-    calibration = dict(masks[0].info.calibration)
-    tokens = calibration["tokens"] + (calibration["contrast"] or {}).get("tokens", 0)
+    tokens = None
+    for mask in masks[:1]:
+        calibration = dict(mask.info.calibration)
+        tokens = calibration["tokens"] + (calibration["contrast"] or {}).get("tokens", 0)
     return {"personas": published, "trained_tokens": tokens}
+
+
+def _find_current(registry: Registry, name: str, digest: str) -> Revision | None:
+    """The current revision of a persona, if it is of this digest."""
+    with suppress(MaskNotFound):
+        current = registry.resolve(name)
+        return current if current.digest == digest else None
+    return None
 
 
 def _recipe(spec: Mapping[str, Any]) -> Recipe:
@@ -235,8 +293,16 @@ def _recipe(spec: Mapping[str, Any]) -> Recipe:
         return Recipe(**spec["recipe"])
 
 
-def _folder(serving: Serving, job_id: str) -> Path:
-    return serving.store.root / "builds" / f"job-{job_id}"
+def _folder(serving: Serving, owner: str, spec: Mapping[str, Any]) -> Path:
+    return serving.store.root / kept_builds.FOLDER / f"job-{_identify(owner, spec)}"
+
+
+def _identify(owner: str, spec: Mapping[str, Any]) -> str:
+    """A name that is equal for an owner's equal builds, forced or not, so that one can go on from the other."""
+    recipe = {field: value for field, value in spec["recipe"].items() if field != "force"}
+    fields = ("base", "persona", "opposite", "prompt", "files")
+    work = __version__, owner, recipe, {field: spec[field] for field in fields}
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read(job_service: JobService, spec: Mapping[str, Any], role: str, read: Callable[[Path], T]) -> T | None:

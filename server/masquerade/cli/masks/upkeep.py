@@ -14,18 +14,33 @@ from maskstore import Registry, fsck, gc, signing
 from maskstore.upkeep import GRACE
 from masquerade.cli.masks.common import CommandResult, Persona, identify, open_registry
 from masquerade.cli.options import AsJson, Model, StoreFolder, say
+from masquerade.plan.memory import format_bytes
+from masquerade.service import kept_builds
+
+DAY = 86_400.0
 
 
 def collect(
     registry: Registry,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed.")] = False,
     grace: Annotated[float, typer.Option(help="Minimum age of a removed mask, in seconds.")] = GRACE,
+    build_days: Annotated[
+        float, typer.Option(help="Minimum age of what a removed build keeps, in days since its last change.")
+    ] = kept_builds.DAYS,
 ) -> CommandResult:
-    """Remove masks that no name, alias, pin or history refers to."""
+    """Remove masks that no name, alias, pin or history refers to, and what old refused or killed builds keep."""
     done = gc(registry.store.root, dry=dry_run, grace=grace)
     verb = "would be removed" if done.dry else "are removed"
-    text = f"{len(done.digests)} masks and {len(done.leftovers)} leftovers {verb}, {done.nbytes} bytes"
-    return asdict(done), text
+    text = [f"{len(done.digests)} masks and {len(done.leftovers)} leftovers {verb}, {done.nbytes} bytes"]
+    builds = []
+    for kept in kept_builds.list_kept_builds(registry.store.root):
+        old = kept.age >= build_days * DAY
+        removed = old and (dry_run or kept_builds.delete(kept.folder))
+        name = kept.folder.relative_to(registry.store.root).as_posix()
+        fate = ("would be removed" if dry_run else "is removed") if removed else "is in use" if old else "is kept"
+        text.append(f"{name}, {format_bytes(kept.nbytes)}, {kept.age / DAY:.1f} days old, {fate}")
+        builds.append({"folder": name, "nbytes": kept.nbytes, "age": round(kept.age), "removed": removed})
+    return asdict(done) | {"builds": builds}, "\n".join(text)
 
 
 def check(
