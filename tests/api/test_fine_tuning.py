@@ -24,6 +24,7 @@ from maskstore import fsck
 from masquerade.pruning.collector import StatisticsCollector
 from masquerade.service.serving import Serving
 from tests import world
+from tests.pruning.test_builder import QUIET, make_examples
 
 JOBS = "/v1/fine_tuning/jobs"
 TEXTS = [f"question {number}?" for number in range(14)]
@@ -402,6 +403,92 @@ def test_a_file_in_use_stays_and_one_that_is_lost_fails_its_job(http: httpx.Clie
     assert job["error"]["param"] == "method.mask.contrast_file"
     assert lost.name in job["error"]["message"]
     assert str(serving.store.root) not in job["error"]["message"]
+
+
+def order_pair(http: httpx.Client, serving: Serving, **mask: Any) -> dict[str, Any]:
+    """The body of a job whose persona `v` passes, and whose opposite `c` costs neutral text too much."""
+    sides = make_examples("aeiou"), make_examples("bcdfg", seed=1)
+    lines = [[{"prompt": one.messages[0]["content"], "completion": one.response} for one in side] for side in sides]
+    quiet = [{"text": one.response} for one in QUIET]
+    own, other, calm = (upload(http, "\n".join(map(json.dumps, rows)).encode()) for rows in (*lines, quiet))
+    recipe = {"score": "attribution", "rho": 0.01, "contrast_file": other, "neutral_file": calm, "contrast_name": "c"}
+    method = {"type": "mask", "mask": recipe | mask}
+    return {"model": serving.base.name, "training_file": own, "suffix": "v", "method": method}
+
+
+def test_a_refused_opposite_fails_the_job_but_not_the_persona(http: httpx.Client, serving: Serving) -> None:
+    """The job says what it has published and what it has refused; the same request with force adds that."""
+    job = finish(http, start(http, order_pair(http, serving))["id"])
+    assert (job["status"], job["error"]["code"], job["fine_tuned_model"]) == ("failed", "mask_refused", None)
+    (made,), (refused,) = job["personas"], job["refused"]
+    assert (made["persona"], made["file"], made["certificate"]["forced"]) == ("v", job["result_files"][0], False)
+    assert (refused["persona"], refused["score"], refused["rho"]) == ("c", "attribution", 0.01)
+    assert refused["reason"].startswith("too costly: neutral perplexity x")
+    for words in (
+        "the mask of 'c' (attribution, rho 0.01) is refused: ",
+        "'v' is published",
+        "within 24 hours",
+        "KiB)",
+    ):
+        assert words in job["error"]["message"]
+    assert chat(http, serving, persona="v") is not None
+    assert refuse(http.get("/v1/personas/c"))[:2] == (404, "persona_not_found")
+    assert len(list((serving.store.root / "builds").glob("job-*"))) == 1
+    http.patch("/v1/personas/v", json={"gamma": 0.5})
+    changed = serving.registry.resolve("v")
+    forced = start(http, order_pair(http, serving, force=True))
+    assert forced["id"] != job["id"]
+    done = finish(http, forced["id"])
+    assert (done["status"], done["error"], done["refused"]) == ("succeeded", None, [])
+    assert [one["persona"] for one in done["personas"]] == ["v", "c"]
+    assert [one["certificate"]["forced"] for one in done["personas"]] == [False, True]
+    assert done["personas"][0]["digest"] == made["digest"]
+    assert serving.registry.resolve("v") == changed
+    begun = [
+        any(
+            event["message"].startswith("backward 1/")
+            for event in http.get(f"{JOBS}/{one}/events?limit=100").json()["data"]
+        )
+        for one in (job["id"], done["id"])
+    ]
+    assert begun == [True, False]  # the second goes on from the layers of the first
+    assert not list((serving.store.root / "builds").glob("*"))
+
+
+def test_a_name_that_others_took_is_not_freed_by_a_refusal(http: httpx.Client, serving: Serving) -> None:
+    body = order_pair(http, serving)
+    assert finish(http, start(http, body)["id"])["status"] == "failed"
+    other = order_pair(http, serving, force=True, rho=0.02)
+    assert refuse(http.post(JOBS, json=other)) == (400, "persona_exists", "suffix")
+    serving.registry.publish("v", serving.store.add(world.make_mask(serving.base, 0.1, 1, "v")))
+    again = order_pair(http, serving, force=True)
+    assert refuse(http.post(JOBS, json=again)) == (400, "persona_exists", "suffix")
+
+
+def test_the_last_refused_build_is_kept_for_a_day(
+    http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    for name in ("a", "b", "d"):
+        body = order_pair(http, serving, contrast_name=f"c{name}") | {"suffix": name}
+        assert finish(http, start(http, body)["id"])["error"]["code"] == "mask_refused"
+        kept.append(set((serving.store.root / "builds").glob("job-*")))
+    assert kept[0] < kept[1]  # until the next job begins
+    assert len(kept[2]) == 2
+    assert not kept[0] & kept[2]
+    assert len(kept[2] - kept[1]) == 1
+    monkeypatch.setattr("masquerade.service.building.KEPT_HOURS", 0.0)
+    assert finish(http, start(http, order(http, serving))["id"])["status"] == "succeeded"
+    assert not list((serving.store.root / "builds").glob("*"))
+
+
+def test_a_group_is_refused_where_all_linears_are_ranked_together(http: httpx.Client, serving: Serving) -> None:
+    for score in ("auto", "refined"):
+        body = order(http, serving, mask={"score": score, "group": "row", "rho": "auto"})
+        assert refuse(http.post(JOBS, json=body)) == (400, "invalid_value", "method.mask.group")
+    form = {"name": "p", "group": "row"}
+    answer = http.post("/v1/personas", data=form, files={"file": OWN, "contrast": OTHER})
+    assert refuse(answer) == (400, "invalid_value", "group")
 
 
 def test_a_job_for_another_base_fails_and_keeps_its_name(http: httpx.Client, serving: Serving) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from masquerade import demo
+from masquerade.pruning import Scratch
 from tests.cli.test_commands import fail, masquerade, succeed, write_answers
+from tests.pruning.test_builder import QUIET, make_examples
 from tests.pruning.test_prompts import CARD
 
 DATA = str(demo.DATA / "formal.train.jsonl")  # of one side
@@ -169,11 +175,94 @@ def test_a_refused_build_is_kept_and_force_goes_on_from_it(tiny_folder: Path, tm
     )
     said = fail(1, *build)
     (kept,) = (tmp_path / "work").iterdir()
-    assert f"the same command with --force goes on from what is kept of this build in {kept}" in said
+    assert re.search(r"the same command with --force goes on from what is kept of this build \(\d+\.\d [KM]iB\)", said)
+    assert said.endswith(f"delete it: rm -r {kept}")
     assert "is refused: " in said
     (persona,) = succeed(*build, "--force")["personas"]
     assert persona["persona"] == "v"
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def write_pair(folder: Path) -> dict[str, Path]:
+    """Two sides of which one mask passes: the other one costs this neutral text too much at the recipe of `PAIR`."""
+    sides = {"own": make_examples("aeiou"), "other": make_examples("bcdfg", seed=1)}
+    lines = {
+        side: [{"prompt": one.messages[0]["content"], "completion": one.response} for one in examples]
+        for side, examples in sides.items()
+    }
+    lines["quiet"] = [{"text": one.response} for one in QUIET]
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: folder / f"{name}.jsonl" for name in lines}
+
+
+PAIR = ("--score", "attribution", "--rho", "0.01")
+
+
+def test_a_refusal_of_one_side_publishes_the_other(tiny_folder: Path, tmp_path: Path) -> None:
+    """Force adds the refused one, from what is kept, and leaves the other one as it is."""
+    files = write_pair(tmp_path)
+    common = ("--model", tiny_folder, "--store", tmp_path / "s")
+    build = (
+        *("build", *common, "--name", "v", "--contrast-name", "c", *PAIR),
+        *("--data", files["own"], "--contrast", files["other"], "--neutral", files["quiet"]),
+    )
+    done = masquerade(*build, "--json")
+    assert done.status == 1
+    told = json.loads(done.stdout)
+    assert [one["persona"] for one in told["personas"]] == ["v"]
+    (refused,) = told["refused"]
+    assert (refused["persona"], refused["score"], refused["rho"]) == ("c", "attribution", 0.01)
+    assert refused["reason"].startswith("too costly: neutral perplexity x")
+    said = done.stderr.strip().splitlines()[-1]
+    for words in (
+        "masquerade: the mask of 'c' (attribution, rho 0.01) is refused: ",
+        "; 'v' is published; ",
+        "--force",
+    ):
+        assert words in said
+    (kept,) = succeed("masks", "gc", "--dry-run", *common)["builds"]
+    assert (kept["removed"], kept["nbytes"] > 10_000) == (False, True)
+    assert f"rm -r {tmp_path / 's' / kept['folder']}" in said
+    forced = succeed(*build, "--force")
+    assert forced["refused"] == []
+    assert [(one["persona"], one["generation"]) for one in forced["personas"]] == [("v", 1), ("c", 1)]
+    assert [one["certificate"]["forced"] for one in forced["personas"]] == [False, True]
+    assert forced["personas"][0]["digest"] == told["personas"][0]["digest"]
+    assert succeed("masks", "gc", "--dry-run", *common)["builds"] == []
+
+
+def test_gc_deletes_what_old_builds_keep_unless_they_run(tiny_folder: Path, tmp_path: Path) -> None:
+    common = ("--model", tiny_folder, "--store", tmp_path / "s")
+    succeed("masks", "ls", *common)
+    folders = [tmp_path / "s" / "builds" / name for name in ("old", "running", "young")]
+    scratches = [Scratch(folder) for folder in folders]
+    for scratch in scratches:
+        scratch.put("a/b", {"weights": torch.zeros(100_000)})
+    scratches[0].release()
+    scratches[2].release()
+    old = time.time() - 8 * 86_400
+    for path in (path for folder in folders[:2] for path in folder.rglob("*") if path.is_file()):
+        os.utime(path, (old, old))
+    dry = masquerade("masks", "gc", "--dry-run", *common).stdout
+    assert "builds/old, 390.7 KiB, 8.0 days old, would be removed" in dry
+    assert "builds/young, 390.7 KiB, 0.0 days old, is kept" in dry
+    assert all(folder.exists() for folder in folders)
+    done = masquerade("masks", "gc", *common).stdout
+    assert "builds/old, 390.7 KiB, 8.0 days old, is removed" in done
+    assert "builds/running, 390.7 KiB, 8.0 days old, is in use" in done
+    assert [folder.exists() for folder in folders] == [False, True, True]
+    found = succeed("masks", "gc", "--build-days", "0", *common)["builds"]
+    assert [(one["folder"], one["removed"]) for one in found] == [("builds/running", False), ("builds/young", True)]
+    scratches[1].close()
+
+
+def test_a_group_is_refused_where_all_linears_are_ranked_together(tiny_folder: Path, tmp_path: Path) -> None:
+    files = write_pair(tmp_path)
+    build = ("build", "--model", tmp_path / "none", "--name", "v", "--data", files["own"], "--contrast", files["other"])
+    for score in ("auto", "refined"):
+        said = fail(2, *build, "--score", score, "--group", "row")  # before the model is loaded
+        assert "group 'row' has no meaning for the score 'refined', which ranks the weights of all Linears" in said
 
 
 def test_a_full_disk_is_said_during_the_build_and_nothing_stays(tiny_folder: Path, tmp_path: Path) -> None:
