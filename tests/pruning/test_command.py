@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import resource
 import time
@@ -230,6 +231,79 @@ def test_a_refusal_of_one_side_publishes_the_other(tiny_folder: Path, tmp_path: 
     assert [one["certificate"]["forced"] for one in forced["personas"]] == [False, True]
     assert forced["personas"][0]["digest"] == told["personas"][0]["digest"]
     assert succeed("masks", "gc", "--dry-run", *common)["builds"] == []
+
+
+def write_lines(path: Path, letters: str, count: int, seed: int) -> list[dict[str, str]]:
+    """Answers to as many prompts, which are in the file."""
+    rng = random.Random(seed)
+    rows = [{"prompt": f"q{index}", "completion": "".join(rng.choices(letters, k=6))} for index in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_sides_that_are_mixed_up_are_refused_and_the_search_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    """Half of the answers of either file are the other side's, so no mask has an effect."""
+    files = [tmp_path / "own.jsonl", tmp_path / "other.jsonl"]
+    sides = [
+        write_lines(file, *given) for file, given in zip(files, (("aeiou", 40, 1), ("bcdfg", 40, 51)), strict=True)
+    ]
+    rng = random.Random(1)
+    mixed = [pair if rng.random() < 0.5 else pair[::-1] for pair in zip(*sides, strict=True)]
+    for file, rows in zip(files, zip(*mixed, strict=True), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quiet = tmp_path / "quiet.jsonl"
+    quiet.write_text("".join(json.dumps({"text": f"neutral text {index}"}) + "\n" for index in range(12)))
+    common = ("--model", tiny_folder, "--store", tmp_path / "s")
+    build = (
+        *("build", *common, "--name", "v", "--contrast-name", "c"),
+        *("--data", files[0], "--contrast", files[1], "--neutral", quiet),
+    )
+    said = fail(1, *build)
+    for words in (
+        "the mask of 'v' (refined, rho 0.0008) is refused: no effect: it shifts margins by ",
+        "the mask of 'c' (refined, rho 0.0008) is refused: no effect: it shifts margins by ",
+        "measured on 4 held-out pairs; give 120 more pairs with prompts of their own",
+        "check that every answer is on its own side",
+        "the same command with --force goes on from what is kept of this build",
+    ):
+        assert words in said
+    assert len(succeed("masks", "gc", "--dry-run", *common)["builds"]) == 1
+    done = masquerade(*build, "--force", "--json")
+    assert done.status == 0, done.stderr
+    found = [one["certificate"] for one in json.loads(done.stdout)["personas"]]
+    assert [(one["verdict"], one["forced"]) for one in found] == [("refused", True)] * 2
+    assert succeed("masks", "gc", "--dry-run", *common)["builds"] == []
+
+
+def test_ten_pairs_make_a_persona_that_says_how_many_more_it_needs(tiny_folder: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "own.jsonl", tmp_path / "other.jsonl"]
+    write_lines(files[0], "aeiou", 10, 0)
+    write_lines(files[1], "bcdfg", 10, 1)
+    built = succeed(
+        *("build", "--model", tiny_folder, "--store", tmp_path / "s", "--name", "v", "--score", "attribution"),
+        *("--rho", "0.001", "--data", files[0], "--contrast", files[1], "--neutral", files[0], "--own-budget", "9"),
+    )
+    found = built["personas"][0]["certificate"]
+    assert (found["verdict"], found["passed"]) == ("too few to tell", None)
+    assert any(words.startswith("give 150 more pairs with prompts of their own") for words in found["remarks"])
+
+
+def test_sides_that_say_the_same_are_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    own, same = tmp_path / "own.jsonl", tmp_path / "same.jsonl"
+    rows = write_lines(own, "aeiou", 12, 0)
+    same.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    both = tmp_path / "both.jsonl"
+    names = "question", "answer_matching_behavior", "answer_not_matching_behavior"
+    both.write_text(
+        "".join(
+            json.dumps(dict(zip(names, (row["prompt"], row["completion"], row["completion"]), strict=True))) + "\n"
+            for row in rows
+        )
+    )
+    build = ("build", "--model", tmp_path / "none", "--store", tmp_path / "s", "--name", "v", "--data")
+    assert f"{own}, {same}: both sides say the same, example for example" in fail(1, *build, own, "--contrast", same)
+    assert f"{both}: both sides say the same, example for example" in fail(1, *build, both)
+    assert not (tmp_path / "s").exists()
 
 
 def test_gc_deletes_what_old_builds_keep_unless_they_run(tiny_folder: Path, tmp_path: Path) -> None:

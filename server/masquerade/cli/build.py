@@ -20,14 +20,14 @@ from masquerade import __version__
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
 from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_store
-from masquerade.errors import BuildFailed, InvalidValue, MaskRefused, MasqueradeError
+from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MaskRefused, MasqueradeError
 from masquerade.plan.memory import format_bytes
 from masquerade.service import kept_builds
 
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
     from masquerade.model import Base
-    from masquerade.pruning import BuildResult, Recipe
+    from masquerade.pruning import BuildResult, PersonaExamples, Recipe
     from masquerade.pruning.cards import Card
     from masquerade.pruning.progress import Work
     from masquerade.pruning.prompts import CalibrationPrompts
@@ -230,8 +230,21 @@ def _read_input(sources: BuildSources, recipe: Recipe) -> BuildInput:
         single = Path(sources.contrast) if sources.contrast else None
         answers = mix([_read(file) for file in sources.pool]) if sources.pool else _read(single, "contrast")
         other = PersonaExamples(sources.contrast_name, answers, _read(sources.contrast_validation, "contrast"))
+        if not script:
+            _check_contrast(sources, own, other)
     recipe.plan(contrast=other is not None)  # raises for a recipe that contradicts itself, before the base is loaded
     return BuildInput(own, other, _read(sources.neutral), script)
+
+
+def _check_contrast(sources: BuildSources, own: PersonaExamples, contrast: PersonaExamples) -> None:
+    """Raise `BadDataset`, with the names of the files, for sides that make no contrast."""
+    from masquerade.evaluate.splits import check_contrast
+
+    try:
+        check_contrast(own.examples, contrast.examples)
+    except BadDataset as error:
+        others = sources.pool or [sources.contrast]
+        raise BadDataset(f"{', '.join(dict.fromkeys(map(str, (sources.data, *others))))}: {error}") from error
 
 
 def _read(path: Path | None, side: Literal["own", "contrast"] = "own") -> list[Example]:

@@ -308,7 +308,8 @@ class Builder:
             mask = chosen[side]
             found = self._complete(figures[side], side, chosen, data) if side in figures else {"reasons": mask.refusal}
             if found["reasons"] and not forced:
-                reason = "; ".join(found["reasons"])
+                more = data.suggest_more(found, bool(self._personas[1].validation))
+                reason = "; ".join((*found["reasons"], *more))
                 refused.append(RefusedMask(self._personas[side].persona, self._plan.score, mask.rho, reason))
             else:
                 masks.append(Mask(self._mask_base, mask.targets, self._mask_info(data, side, mask, found)))

@@ -224,7 +224,9 @@ def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     reasons = []
     if "margin_shift" in certificate and not intervals["margin_shift"][0] > 0:
         low, high = intervals["margin_shift"]
-        reasons.append(f"no effect: it shifts margins by {certificate['margin_shift']} nats a token [{low}, {high}]")
+        pairs = "1 held-out pair" if certificate["pairs"] == 1 else f"{certificate['pairs']} held-out pairs"
+        shift = f"{certificate['margin_shift']} nats a token [{low}, {high}]"
+        reasons.append(f"no effect: it shifts margins by {shift}, measured on {pairs}")
     for name, budget in (("own_ratio", limits.own), ("neutral_ratio", limits.neutral)):
         if name not in certificate:
             continue

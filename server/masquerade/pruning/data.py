@@ -81,7 +81,7 @@ class BuildData:
     def suggest_more(self, found: Mapping[str, Any], has_validation: bool) -> list[str]:
         """Which data the certificate lacks, if there are too few pairs."""
         available, measured = self.sides[1].report, len(self.held_out(1, "report"))
-        if found["verdict"] != certificate.TOO_FEW or "pairs" not in found:
+        if found.get("pairs", certificate.FEWEST_PAIRS) >= certificate.FEWEST_PAIRS:
             return []
         if measured < len(available):
             most = f"{self.recipe.judged} examples and {self.recipe.judged_tokens} tokens"
