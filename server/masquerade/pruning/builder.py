@@ -19,12 +19,13 @@ from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targets, trim_heap
 from masquerade.pruning import certificate
-from masquerade.pruning.candidates import CandidateMasks
+from masquerade.pruning.candidates import CandidateMasks, pack, unpack
 from masquerade.pruning.certificate import CertifiedMask
 from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
 from masquerade.pruning.data import BuildData, PersonaExamples, gather
 from masquerade.pruning.layerwise import layer_number
 from masquerade.pruning.progress import Progress, Work, count, track
+from masquerade.pruning.prompts import WRITTEN
 from masquerade.pruning.recipe import Recipe
 from masquerade.pruning.scores import SCORES
 from masquerade.pruning.scratch import Scratch
@@ -36,6 +37,7 @@ from masquerade.pruning.tuning import Tuner, TuningTrial
 ADVICE = "check that every answer is on its own side; give more or clearer examples, another strength, score or rho"
 JUDGED = 32  # most examples of a kind that a search's states are judged by, of the tune split
 JUDGED_TOKENS = 64  # most tokens of their responses
+FOUND = "found"  # name of the searched masks in the scratch
 TRACED = 64  # most pairs, and neutral texts, whose statistics a search starts from
 
 
@@ -177,6 +179,36 @@ class Builder:
     def _search(self, targets: Mapping[str, nn.Linear], data: BuildData) -> Work[dict[int, _ChosenMask]]:
         """Search for the mask of each side that is built, and choose its gamma."""
         settings = self._recipe.search_settings
+        eval_set = data.evaluation_set(self._base, "tune", JUDGED, JUDGED_TOKENS)
+        phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
+        tuners = {
+            side: StrengthTuner(eval_set, partial(self._apply, phase=phase), side, self._recipe.limits)
+            for side in self._built
+        }
+        if FOUND not in self._scratch:
+            masks = yield from self._find(targets, data, tuners)
+            self._scratch.put(
+                FOUND, pack({f"{side}|{name}": one for side in masks for name, one in masks[side].items()})
+            )
+        self._scratch.retain(FOUND, WRITTEN)  # the rest is large, and a refused build is kept for days
+        found: dict[int, dict[str, Target]] = {side: {} for side in tuners}
+        for label, target in unpack(self._scratch.get(FOUND)).items():
+            side, name = label.split("|")
+            found[int(side)][name] = target
+        choices = {side: GammaChoice(self._recipe.gamma or 0.0, "given", ()) for side in tuners}
+        if self._recipe.gamma is None:
+            choices = yield from track("tune", _choose_gammas(tuners, found, settings.gamma))
+        why = "given" if self._recipe.phase != "auto" else "the mask is searched for in phase decode"
+        return {
+            side: _ChosenMask(found[side], settings.rho, one.gamma, phase, one.reason, why, one.trials, one.refusal)
+            for side, one in choices.items()
+        }
+
+    def _find(
+        self, targets: Mapping[str, nn.Linear], data: BuildData, tuners: Mapping[int, StrengthTuner]
+    ) -> Work[dict[int, dict[str, Target]]]:
+        """The targets of each side's search."""
+        settings = self._recipe.search_settings
         search = MaskSearch(self._base, targets, self._built, settings, self._scratch)
 
         def add(stage: str, _: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
@@ -187,25 +219,12 @@ class Builder:
         yield from self._collect(targets, self._pad(data, TRACED, settings.tokens), add)
         trim_heap()  # the statistics took as much as the search will
         yield from track("prepare", search.prepare(data.calibration_pairs(), data.neutral.calibration))
-        eval_set = data.evaluation_set(self._base, "tune", JUDGED, JUDGED_TOKENS)
-        phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
-        tuners = {
-            side: StrengthTuner(eval_set, partial(self._apply, phase=phase), side, self._recipe.limits)
-            for side in self._built
-        }
         found = {}
         for number, (side, tuner) in enumerate(tuners.items()):
             run = search.run(side, partial(tuner.judge, gamma=settings.gamma))
             found[side] = yield from count("search", run, number * search.items, len(tuners) * search.items)
         yield Progress("search", len(tuners) * search.items, len(tuners) * search.items)
-        choices = {side: GammaChoice(self._recipe.gamma or 0.0, "given", ()) for side in tuners}
-        if self._recipe.gamma is None:
-            choices = yield from track("tune", _choose_gammas(tuners, found, settings.gamma))
-        why = "given" if self._recipe.phase != "auto" else "the mask is searched for in phase decode"
-        return {
-            side: _ChosenMask(found[side], settings.rho, one.gamma, phase, one.reason, why, one.trials, one.refusal)
-            for side, one in choices.items()
-        }
+        return found
 
     def _compare(self, targets: Mapping[str, nn.Linear], data: BuildData) -> Work[dict[int, _ChosenMask]]:
         """Rank the weights by the score, and choose one rho for all sides."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,27 @@ class ScorePlan:
     rhos: tuple[float, ...]  # ascending
 
 
+def pack(targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """Targets as tensors that a `Scratch` can keep."""
+    return {
+        f"{label}|{part}|{target.shape[1]}": torch.from_numpy(array.copy())
+        for label, target in targets.items()
+        for part, array in target.tensors.items()
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Target]:
+    """The targets that `pack` was given."""
+    parts: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        label, part, columns = key.rsplit("|", 2)
+        parts[label, int(columns)][part] = tensor.numpy()
+    return {
+        label: Bitmap(arrays["keep"], columns) if "keep" in arrays else Sparse(**arrays, columns=columns)
+        for (label, columns), arrays in parts.items()
+    }
+
+
 CandidateKey = tuple[str, int, float]  # score, side, rho
 
 
@@ -51,28 +73,21 @@ class CandidateMasks:
         A work item is one ranking of a Linear, or the selection at one rho. It yields the number of Linears that it
         completes.
         """
-        found: dict[str, Tensor] = {}
+        found: dict[str, Target] = {}
         for name, linear in linears.items():
             for selected in self._select(name, linear, backward, statistics[name]):
                 if selected is not None:
                     candidate, target = selected
-                    for part, array in target.tensors.items():
-                        label = "|".join((*map(str, candidate), name, part, str(target.shape[1])))
-                        found[label] = torch.from_numpy(array.copy())
+                    found["|".join((*map(str, candidate), name))] = target
                 yield 0
             yield 1
-        self._scratch.put(f"ladder/{key}", found)
+        self._scratch.put(f"ladder/{key}", pack(found))
 
     def load(self, key: str) -> None:
         """Read what `score_layer` kept under a key."""
-        kept: dict[tuple[CandidateKey, str, int], dict[str, Tensor]] = defaultdict(dict)
-        for label, tensor in self._scratch.get(f"ladder/{key}").items():
-            score, side, rho, name, part, columns = label.split("|")
-            kept[(score, int(side), float(rho)), name, int(columns)][part] = tensor
-        for (candidate, module, width), parts in kept.items():
-            arrays = {part: tensor.numpy() for part, tensor in parts.items()}
-            known = Bitmap(arrays["keep"], width) if "keep" in arrays else Sparse(**arrays, columns=width)
-            self._targets[candidate][module] = known
+        for label, target in unpack(self._scratch.get(f"ladder/{key}")).items():
+            score, side, rho, name = label.split("|")
+            self._targets[score, int(side), float(rho)][name] = target
 
     def targets(self, candidate: CandidateKey) -> dict[str, Target]:
         """The targets of a candidate, by module name."""

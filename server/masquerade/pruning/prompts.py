@@ -17,6 +17,8 @@ from masquerade.pruning.data import ENCODED, PersonaExamples
 from masquerade.pruning.progress import Progress, Work
 from masquerade.pruning.scratch import Scratch
 
+WRITTEN = "written"  # name of the answers in the scratch
+
 
 @dataclass(frozen=True)
 class CalibrationPrompts:
@@ -108,10 +110,12 @@ def generate_examples(
 
 
 def _save(scratch: Scratch, side: int, texts: Sequence[str]) -> None:
-    scratch.put(f"written/{side}", {"json": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)})
+    scratch.put(
+        f"{WRITTEN}/{side}", {"json": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)}
+    )
 
 
 def _load(scratch: Scratch, side: int) -> list[str]:
-    name = f"written/{side}"
+    name = f"{WRITTEN}/{side}"
     found: list[str] = json.loads(bytes(scratch.get(name)["json"].tolist())) if name in scratch else []
     return found

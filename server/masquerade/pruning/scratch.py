@@ -68,6 +68,18 @@ class Scratch:
         self._path(prefix).unlink(missing_ok=True)
         shutil.rmtree(self._folder / prefix, ignore_errors=True)
 
+    def retain(self, *names: str) -> None:
+        """Delete everything but what is under these names, which have no slash, or below them."""
+        self._kept = {name: kept for name, kept in self._kept.items() if name.split("/")[0] in names}
+        if self._folder is None:
+            return
+        self._acquire_lock()
+        for path in self._folder.iterdir():
+            if path.is_dir() and path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix == ".safetensors" and path.stem not in names:
+                path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Delete everything, and unlock the folder."""
         self._kept.clear()
