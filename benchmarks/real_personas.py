@@ -130,7 +130,7 @@ class Bench:
             PersonaExamples(name, [pair[side] for pair in train], [pair[side] for pair in validation])
             for side, name in enumerate(NAMES[axis])
         )
-        return finish(Builder(self._base, self._manager, recipe, own, contrast).run())
+        return finish(Builder(self._base, self._manager, recipe, own, contrast).run()).masks
 
     def _options(self, name: str, controls: Sequence[str]) -> EvaluationOptions:
         sizes = QUICK if self._quick else EvaluationSizes(prompts=24, facts=100, everyday=24, chats=4)
