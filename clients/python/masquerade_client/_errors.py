@@ -42,7 +42,10 @@ class UnexpectedAnswer(MasqueradeError):
 
 
 class BuildFailed(MasqueradeError):
-    """A build failed, with the server's reason, or was cancelled."""
+    """A build failed, with the server's reason, or was cancelled.
+
+    If the server refused one mask of two, `build.made` has the other.
+    """
 
     def __init__(self, message: str, build: Any) -> None:
         super().__init__(message)
