@@ -243,8 +243,8 @@ def _check_contrast(sources: BuildSources, own: PersonaExamples, contrast: Perso
     try:
         check_contrast(own.examples, contrast.examples)
     except BadDataset as error:
-        others = sources.pool or [sources.contrast]
-        raise BadDataset(f"{', '.join(dict.fromkeys(map(str, (sources.data, *others))))}: {error}") from error
+        files = map(str, (sources.data, *(sources.pool or [Path(sources.contrast)])))
+        raise BadDataset(f"{', '.join(dict.fromkeys(files))}: {error}") from error
 
 
 def _read(path: Path | None, side: Literal["own", "contrast"] = "own") -> list[Example]:
