@@ -188,7 +188,8 @@ def sweep(serving: Serving, job_service: JobService) -> None:
     kept = {_folder(serving, job.owner, job.spec) for job in jobs}
     for folder in (serving.store.root / kept_builds.FOLDER).glob("job-*"):
         if folder not in kept:
-            kept_builds.delete(folder)
+            with suppress(OSError):  # it is tried again before the next job
+                kept_builds.delete(folder)
 
 
 def find_published(job_service: JobService, owner: str, spec: Mapping[str, Any]) -> dict[str, str]:
@@ -211,7 +212,8 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
         found = yield from find_masks(serving.base, serving.manager, _recipe(job.spec), build_input, scratch)
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         scratch.release()
-        kept_builds.delete(folder)
+        with suppress(OSError):
+            kept_builds.delete(folder)
         raise
     finally:
         scratch.release()
