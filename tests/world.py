@@ -84,7 +84,8 @@ def make_mask(base: Base, rho: float, seed: int, persona: str = "p") -> Mask:
     """Prune a random share of every maskable Linear; the density chooses the encoding."""
     rng = np.random.default_rng(seed)
     targets = {
-        name: encode(rng.random(tuple(linear.weight.shape)) < rho) for name, linear in find_targets(base.model).items()
+        name: encode(rng.random((linear.out_features, linear.in_features)) < rho)
+        for name, linear in find_targets(base.model).items()
     }
     return Mask(MaskBase(base.fingerprint, base.name), targets, MaskInfo(persona=persona, score="random"))
 

@@ -145,7 +145,10 @@ def test_what_masks_do_not_apply_to_is_refused(tmp_path: Path) -> None:
         ({**EIGHT_BILLION, "hidden_size": "many"}, "hidden_size"),
         ({**EIGHT_BILLION, "num_attention_heads": 0}, "cannot be read"),
         ({**EIGHT_BILLION, "intermediate_size": -1}, "cannot be read"),
-        ({**EIGHT_BILLION, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised in its files"),
+        (
+            {**EIGHT_BILLION, "quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantised with 'gptq' in its files",
+        ),
     ],
 )
 def test_a_config_without_a_model_is_refused_with_the_reason(

@@ -14,7 +14,7 @@ from masquerade.pruning.scores import SCORES
 from tests.pruning.test_builder import FREE, make, run
 from tests.pruning.test_collector import collect
 
-NEAR = {"nf4": 1e-4, "int8": 0.1}  # of the norm; int8 rounds what a Linear gets, too
+NEAR = {"nf4": 1e-4, "fp4": 1e-4, "int8": 0.1}  # of the norm; int8 rounds what a Linear gets, too
 
 
 @pytest.mark.parametrize("how", QUANTIZATIONS)

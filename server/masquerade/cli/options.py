@@ -26,7 +26,7 @@ Dtype = Annotated[
     ),
 ]
 Quantization = Annotated[
-    Literal["int8", "nf4"] | None,
+    Literal["int8", "nf4", "fp4"] | None,
     typer.Option(help="Quantise the weights of attention and MLP to 8 or 4 bits (needs the extra `quantization`)."),
 ]
 RequireSigned = Annotated[

@@ -21,7 +21,7 @@ from masquerade.kernels.cuda import CudaBits, CudaList
 from masquerade.kernels.native import NativeBits, NativeList, NativeMask, NativeParts, NativeProduct, NativeSpan, dense
 from masquerade.kernels.reference import ReferenceCorrection
 from masquerade.kernels.sparse import RowwiseCorrection, SparseCorrection
-from masquerade.kernels.weights import dense_weight
+from masquerade.kernels.weights import dense_tiles, dense_weight
 
 
 class Backend(Protocol):
@@ -89,6 +89,7 @@ __all__ = [
     "choose",
     "correct",
     "dense",
+    "dense_tiles",
     "dense_weight",
     "footprint",
     "serves",

@@ -11,11 +11,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from maskstore import MaskError
+from maskstore import MaskError, list_tensors
 from masquerade.errors import UnusableModel, quote
 from masquerade.model import families
 from masquerade.model.dequantized import Report, load_gguf
-from masquerade.model.quantized import quantize
+from masquerade.model.quantized import adopt, check_stored, import_stored, quantize
 from masquerade.model.short_attention import use_short_attention
 from masquerade.model.targets import find_targets
 from masquerade.sources import ModelFiles, find_model
@@ -35,6 +35,7 @@ class Base:
     tokenizer: Any
     context: int  # most positions of a request
     ends: frozenset[int]  # token ids that end a generation
+    quantization: str | None = None  # a name in `QUANTIZATIONS`; None for weights as the files have them
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +92,7 @@ def load(
         tokenizer=tokenizer,
         context=families.find_context(model.config),
         ends=_ends(model, tokenizer),
+        quantization=quantization,
     )
 
 
@@ -105,13 +107,32 @@ def _load_folder(name: str, files: ModelFiles, dtype: str, device: torch.device)
     wanted: Any = getattr(torch, dtype, dtype)
     if dtype == "auto" and device.type == "cpu":
         wanted = torch.float32
+    stored = _check_stored(files)
     config, renamed = _read_config(name, files.path)
+    place: Any = {"device_map": {"": device}} if stored else {}  # 8-bit weights cannot be moved afterwards
     model, report = AutoModelForCausalLM.from_pretrained(
-        files.path, config=config, key_mapping=renamed, dtype=wanted, local_files_only=True, output_loading_info=True
+        files.path,
+        config=config,
+        key_mapping=renamed,
+        dtype=wanted,
+        local_files_only=True,
+        output_loading_info=True,
+        **place,
     )
     if missing := sorted(report["missing_keys"]):  # transformers makes random ones
         raise UnusableModel(f"cannot load a model from {name!r}: the weights of {quote(missing)} are missing")
+    if stored:
+        adopt(files.name, model)
     return model, AutoTokenizer.from_pretrained(files.path, local_files_only=True)
+
+
+def _check_stored(files: ModelFiles) -> bool:
+    """Whether bitsandbytes quantised the weights in the files. Raises `UnusableModel` for what cannot be loaded."""
+    config, _ = PreTrainedConfig.get_config_dict(files.path, local_files_only=True)
+    stored = check_stored(files.name, config, (tensor.name for tensor in list_tensors(files.path)))
+    if stored:
+        import_stored(files.name)
+    return stored is not None
 
 
 def _read_config(name: str, folder: Path) -> tuple[Any, Mapping[str, str] | None]:

@@ -1,28 +1,37 @@
-"""Quantises a base's maskable Linears with bitsandbytes (int8 or NF4).
+"""Quantises a base's maskable Linears with bitsandbytes (int8, NF4 or FP4), and checks checkpoints that are quantised.
 
 A correction subtracts pruned weights, dequantised (`kernels.dense_weight`), from the quantised layer's own product. A
-base's fingerprint is that of its files, so a mask built on the dense base fits the quantised one and vice versa.
+base's fingerprint is that of its files, so a mask of the unquantised base fits the quantised one and vice versa. It is
+served there if it was measured there (`service/serving.py`).
 
 * `int8` is LLM.int8() (Dettmers et al. 2022): weights in 8 bits with a scale per row, inputs in 8 bits with a scale per
   token, channels with inputs above 6 in floating point. These channels are chosen per batch, so an answer's rounding
   depends on the other requests.
 * `nf4` is NormalFloat 4 (Dettmers et al. 2023) in blocks of 64, or of 32 where 64 does not divide a row. Only weights
   are rounded; products are those of `dense_weight`.
+* `fp4` is the same with the levels of a float of 4 bits, which fit normally distributed weights less well.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from masquerade.errors import UnusableModel
+from masquerade.errors import UnusableModel, quote
 from masquerade.model.targets import find_targets
 
-BLOCKS = (64, 32)  # sizes of NF4 blocks, preferred first
+BLOCKS = (64, 32)  # sizes of blocks of 4-bit weights, preferred first
+BITSANDBYTES = "bitsandbytes"
+_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
+_INSTEAD = (
+    "take the unquantised checkpoint, with --quantization int8, nf4 or fp4 if it must be small, or a GGUF file of it"
+)
 OUTLIER = 6.0  # inputs above this keep their channel in floating point; the paper's and transformers' default
 
 
@@ -32,14 +41,7 @@ def quantize(model: nn.Module, how: str, device: torch.device) -> None:
     `how` is a name in `QUANTIZATIONS`. Raises `UnusableModel` if bitsandbytes is not installed, if the model is already
     quantised, or if bitsandbytes cannot quantise its row length correctly.
     """
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UnusableModel(
-            f"`--quantization {how}` needs bitsandbytes, which cannot be imported ({error}); "
-            "pip install 'masquerade[quantization]'"
-        ) from error
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every product
+    bitsandbytes = _import_bitsandbytes(f"`--quantization {how}`")
     make = QUANTIZATIONS[how]
     for name, linear in find_targets(model).items():
         if not linear.weight.is_floating_point():
@@ -54,6 +56,67 @@ def quantize(model: nn.Module, how: str, device: torch.device) -> None:
         model.set_submodule(name, quantised.to(device))
 
 
+def _import_bitsandbytes(what: str, *more: str) -> Any:
+    """The package, quiet. Raises `UnusableModel` if it, or one of more packages that `what` needs, is missing."""
+    for module in ("autograd._functions", "backends.cpu.ops"):  # they warn in every product, or of what is not used
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
+    try:
+        return [importlib.import_module(name) for name in (*more, BITSANDBYTES)][-1]
+    except ImportError as error:
+        raise UnusableModel(
+            f"{what} needs {' and '.join((BITSANDBYTES, *more))}, which cannot be imported ({error}); "
+            "pip install 'masquerade[quantization]'"
+        ) from error
+
+
+def check_stored(name: str, config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
+    """How the weights in a checkpoint's files are quantised: None, or `bitsandbytes`, which is served as it is.
+
+    `config` is config.json's object, `tensors` the names in the safetensors headers. Raises `UnusableModel` for every
+    other quantisation.
+    """
+    how = config.get("quantization_config") or config.get("compression_config")
+    method = how.get("quant_method") if isinstance(how, Mapping) else how
+    if isinstance(how, Mapping) and method is None and (how.get("load_in_4bit") or how.get("load_in_8bit")):
+        method = BITSANDBYTES  # written before there was `quant_method`
+    if method == BITSANDBYTES:
+        return BITSANDBYTES
+    if how:
+        raise UnusableModel(f"{name!r} is quantised with {quote(method)} in its files; {_INSTEAD}")
+    strange = next((tensor for tensor in tensors if tensor.endswith(_QUANTISED)), None)
+    if strange:
+        raise UnusableModel(
+            f"{name!r} has the quantised tensor {strange}, and its config.json has no `quantization_config` that says "
+            f"how to read it; {_INSTEAD}"
+        )
+    return None
+
+
+def import_stored(name: str) -> None:
+    """Prepare to load a checkpoint that bitsandbytes quantised. Raises `UnusableModel` if a package is missing."""
+    _import_bitsandbytes(f"{name!r}, which is quantised in its files,", "accelerate")
+
+
+def adopt(name: str, model: Any) -> None:
+    """Make Linears that a checkpoint quantised compute what `dense_weight` says, in the model's dtype, in place.
+
+    Raises `UnusableModel` for rows that bitsandbytes misreads.
+    """
+    for target, linear in find_targets(model).items():
+        state = getattr(linear.weight, "quant_state", None)
+        if state is None:
+            continue
+        if _is_misread(linear.in_features, state.blocksize):
+            raise UnusableModel(
+                f"{name!r}: {target} has rows of {linear.in_features} weights in blocks of {state.blocksize}, which "
+                f"bitsandbytes misreads on CPUs; {_INSTEAD}"
+            )
+        quantised: Any = linear
+        quantised.compute_dtype = model.dtype
+        quantised.compute_type_is_set = True
+        quantised.support_avx512bf16_for_cpu = False
+
+
 def _int8(nn: Any, linear: Any) -> Any:
     module = nn.Linear8bitLt(
         linear.in_features, linear.out_features, False, has_fp16_weights=False, threshold=OUTLIER, device="meta"
@@ -62,14 +125,14 @@ def _int8(nn: Any, linear: Any) -> Any:
     return module
 
 
-def _nf4(nn: Any, linear: Any) -> Any:
+def _4bit(kind: str, nn: Any, linear: Any) -> Any:
     module = nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         False,
         compute_dtype=linear.weight.dtype,
         compress_statistics=False,
-        quant_type="nf4",
+        quant_type=kind,
         device="meta",
     )
     module.weight = nn.Params4bit(
@@ -77,7 +140,7 @@ def _nf4(nn: Any, linear: Any) -> Any:
         requires_grad=False,
         blocksize=_block(linear.in_features),
         compress_statistics=False,
-        quant_type="nf4",
+        quant_type=kind,
         module=module,
     )
     module.support_avx512bf16_for_cpu = False  # would repack weights after the first product and change the rounding
@@ -85,11 +148,16 @@ def _nf4(nn: Any, linear: Any) -> Any:
 
 
 def _block(inputs: int) -> int:
-    """Weights per scale. With AVX-512 bitsandbytes misreads rows of a multiple of 16 that end inside a block."""
+    """Weights per scale."""
     for block in BLOCKS:
-        if inputs % 16 or inputs % block == 0:
+        if not _is_misread(inputs, block):
             return block
     raise ValueError(f"rows of {inputs} weights cannot be kept in 4 bits; take int8, or no quantization")
+
+
+def _is_misread(inputs: int, block: int) -> bool:
+    """With AVX-512 bitsandbytes misreads rows of a multiple of 16 that end inside a block."""
+    return inputs % 16 == 0 and inputs % block != 0
 
 
 def measure_weight(linear: nn.Linear, how: str) -> int:
@@ -100,7 +168,7 @@ def measure_weight(linear: nn.Linear, how: str) -> int:
     return _SIZES[how](linear.in_features, linear.out_features)
 
 
-def _measure_nf4(inputs: int, outputs: int) -> int:
+def _measure_4bit(inputs: int, outputs: int) -> int:
     """Two weights a byte, a scale in fp32 a block, and the 16 levels in fp32."""
     weights = inputs * outputs
     return -(-weights // 2) + 4 * -(-weights // _block(inputs)) + 4 * 16
@@ -108,6 +176,11 @@ def _measure_nf4(inputs: int, outputs: int) -> int:
 
 _SIZES: Mapping[str, Callable[[int, int], int]] = {
     "int8": lambda inputs, outputs: inputs * outputs + 4 * outputs,  # a scale in fp32 a row
-    "nf4": _measure_nf4,
+    "nf4": _measure_4bit,
+    "fp4": _measure_4bit,
 }
-QUANTIZATIONS: Mapping[str, Callable[[Any, nn.Linear], Any]] = {"int8": _int8, "nf4": _nf4}
+QUANTIZATIONS: Mapping[str, Callable[[Any, nn.Linear], Any]] = {
+    "int8": _int8,
+    "nf4": partial(_4bit, "nf4"),
+    "fp4": partial(_4bit, "fp4"),
+}

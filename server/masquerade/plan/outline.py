@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from maskstore import MaskNotFound, list_tensors
 from masquerade.errors import MasqueradeError, UnusableModel
 from masquerade.gguf import read_checkpoint
 from masquerade.model import find_targets
+from masquerade.model.quantized import check_stored
 from masquerade.sources import ModelFiles
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -75,9 +76,7 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
     folder may be missing. Raises `UnusableModel` for files that do not describe a model that masks apply to.
     """
     try:
-        config, sizes, stored = _read_gguf(files.path) if files.is_gguf else _read_folder(files.path)
-        if getattr(config, "quantization_config", None):
-            raise UnusableModel(f"{files.name!r} is quantised in its files; a plan needs an unquantised checkpoint")
+        config, sizes, stored = _read_gguf(files.path) if files.is_gguf else _read_folder(files)
         wanted = _choose_dtype(dtype, device, files.is_gguf, stored)
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
@@ -103,14 +102,21 @@ def _read_gguf(path: Path) -> tuple[Any, dict[str, int], torch.dtype]:
     return AutoConfig.for_model(**checkpoint.config), dict(sizes), torch.bfloat16
 
 
-def _read_folder(folder: Path) -> tuple[Any, dict[str, int], torch.dtype]:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    sizes: Counter[str] = Counter()
+def _read_folder(files: ModelFiles) -> tuple[Any, dict[str, int], torch.dtype]:
     try:
-        for tensor in list_tensors(folder):
+        tensors = list_tensors(files.path)
+        sizes = Counter[str]()
+        for tensor in tensors:
             sizes[tensor.dtype] += tensor.nbytes
     except MaskNotFound:  # the config alone tells the shapes
-        sizes = Counter(_read_index(folder / _INDEX))
+        tensors, sizes = (), Counter(_read_index(files.path / _INDEX))
+    found, _ = PreTrainedConfig.get_config_dict(files.path, local_files_only=True)
+    if check_stored(files.name, found, (tensor.name for tensor in tensors)):
+        raise UnusableModel(
+            f"{files.name!r} is quantised with bitsandbytes in its files; it can be served, but a plan needs its "
+            "unquantised original, with the same --quantization"
+        )
+    config = AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=False)
     stored = next((_DTYPES[kind] for kind in sizes if kind in _DTYPES), torch.float32)
     return config, dict(sizes), config.dtype or stored
 
