@@ -72,6 +72,12 @@ class MaskInfo:
         for name in OBJECTS:
             object.__setattr__(self, name, check_object(name, getattr(self, name)))
 
+    @property
+    def quantization(self) -> str | None:
+        """How the base's weights were quantised when its maker certified the mask; None are those of its files."""
+        found: str | None = self.certificate.get("quantization")
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Mask:

@@ -127,6 +127,7 @@ _CERTIFICATE: Mapping[str, Kind] = {
     "loops": _object({"masked": _NUMBER, "base": _NUMBER, "of": _COUNT}, required=True),
     "phase": _object({"default": _PHASE, "why": _TEXT}),
     "choice": _object({"why": _TEXT, "tried": _list(_ANY_OBJECT)}),
+    "quantization": _or_null(_TEXT),
     "verdict": _TEXT,
     "passed": _FLAG,
     "forced": _FLAG,

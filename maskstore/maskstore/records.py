@@ -55,7 +55,8 @@ class Measurement:
     """A certificate that this store's own server or commands measured; a file cannot claim one.
 
     It holds for a digest, which identifies base and tensors, applied at `gamma` and, unless it says otherwise, in
-    `phase`. `data` identifies what it was measured on, by digests and counts.
+    `phase`, to weights that are quantised by `quantization`; None are those of the base's files as they are. `data`
+    identifies what it was measured on, by digests and counts.
     """
 
     digest: str
@@ -64,6 +65,7 @@ class Measurement:
     phase: Phase
     data: Mapping[str, Any]
     measured_at: str
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
 
 from maskstore import strictjson
 from maskstore.database import Database
@@ -23,6 +25,7 @@ from maskstore.store import Store
 
 FILE = "registry.sqlite"
 NOTES_LIMIT = 10_000
+_MEASURED = [field.name for field in fields(Measurement)]
 _CURRENT = (
     "select g.name, digest, number, created_at, g.gamma, phase from generation g join persona p on p.name = g.name"
 )
@@ -75,7 +78,8 @@ class Registry:
         if not built_before:
             with self.database.write() as db:
                 db.execute("insert or replace into built values (?, ?)", (digest, _identify(mask)))
-        self.record(Measurement(digest, info.certificate, info.gamma, info.phase, info.calibration, now()))
+        measured = info.certificate, info.gamma, info.phase, info.calibration, now(), info.quantization
+        self.record(Measurement(digest, *measured))
         return self.publish(info.persona, digest, expected, info)
 
     def _built_here(self, digest: str) -> bool:
@@ -88,20 +92,27 @@ class Registry:
             return False
 
     def record(self, measurement: Measurement) -> None:
-        """Record a measurement of a digest; it replaces an earlier one."""
+        """Record a measurement of a digest; it replaces an earlier one with the same quantisation."""
         check_digest(measurement.digest)
         texts = {name: strictjson.dump(getattr(measurement, name)) for name in ("certificate", "data")}
+        row = vars(measurement) | texts | {"quantization": measurement.quantization or ""}
+        names = ", ".join(f":{name}" for name in _MEASURED)
         with self.database.write() as db:
-            row = tuple((vars(measurement) | texts).values())
-            db.execute("insert or replace into measurement values (?, ?, ?, ?, ?, ?)", row)
+            db.execute(f"insert or replace into measurement ({', '.join(_MEASURED)}) values ({names})", row)
 
-    def certificate(self, digest: str, info: MaskInfo) -> Certificate:
-        """The certificate measured here, or else the one that the file claims; `info` is the file's."""
+    def measurements(self, digest: str) -> dict[str | None, Measurement]:
+        """What was measured here of a digest, by the quantisation of the base."""
         with self.database.read() as db:
-            row = db.execute("select * from measurement where digest = ?", (check_digest(digest),)).fetchone()
-        if row:
-            figures, data = (strictjson.parse(row[place], "a measurement") for place in (1, 4))
-            return Certificate(figures, "measured", Measurement(digest, figures, row[2], row[3], data, row[5]))
+            query = f"select {', '.join(_MEASURED)} from measurement where digest = ? order by quantization"
+            rows = db.execute(query, (check_digest(digest),))
+            return {one.quantization: one for one in map(_read_measurement, rows)}
+
+    def certificate(self, digest: str, info: MaskInfo, quantization: str | None = None) -> Certificate:
+        """The certificate measured here on a base of this quantisation, or else the one that the file claims, of
+        whatever quantisation; `info` is the file's.
+        """
+        if measured := self.measurements(digest).get(quantization):
+            return Certificate(measured.certificate, "measured", measured)
         if not info.certificate:
             return Certificate({}, None)
         verdict = dict.fromkeys({"passed", "verdict"} & {"passed", *info.certificate})
@@ -331,6 +342,12 @@ class Registry:
         row = db.execute("select name from alias where alias = ?", (name,)).fetchone()
         if row:
             raise MaskExists(f"{name} is an alias of {row[0]}")
+
+
+def _read_measurement(row: tuple[Any, ...]) -> Measurement:
+    digest, certificate, gamma, phase, data, measured_at, quantization = row
+    figures, counts = (strictjson.parse(text, "a measurement") for text in (certificate, data))
+    return Measurement(digest, figures, gamma, phase, counts, measured_at, quantization or None)
 
 
 def _identify(copy: Signable) -> str:

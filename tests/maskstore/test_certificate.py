@@ -87,3 +87,27 @@ def test_the_last_measurement_counts(registry):
     registry.record(later)
     found = told(Registry(registry.store.root), digest)
     assert (found.figures, found.measurement) == ({"passed": False}, later)
+
+
+def test_each_quantisation_of_the_base_has_a_measurement_of_its_own(registry):
+    digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
+    info = registry.store.summary(digest).info
+    quantised = Measurement(digest, {"passed": False}, 0.0, "all", {}, now(), "nf4")
+    registry.record(quantised)
+    assert registry.certificate(digest, info, "nf4").measurement == quantised
+    assert registry.certificate(digest, info).figures == TRUE
+    assert registry.certificate(digest, info, "int8").source == "claimed"
+    assert {how: one.certificate["passed"] for how, one in registry.measurements(digest).items()} == {
+        None: True,
+        "nf4": False,
+    }
+    registry.record(Measurement(digest, {"passed": True}, 0.0, "all", {}, now(), "nf4"))
+    assert registry.certificate(digest, info, "nf4").figures == {"passed": True}
+
+
+def test_a_build_on_a_quantised_base_is_measured_there(registry):
+    digest = registry.publish_built(world.mixed(certificate=TRUE | {"quantization": "int8"})).digest
+    info = registry.store.summary(digest).info
+    assert info.quantization == "int8"
+    assert [*registry.measurements(digest)] == ["int8"]
+    assert registry.certificate(digest, info).source == "claimed"

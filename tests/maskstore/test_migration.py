@@ -68,12 +68,14 @@ MEASURED = """
 insert into measurement values
     ('{first}', '{{"passed":false}}', 0.5, 'decode', '{{"own":{{}}}}', '2026-01-04T00:00:00Z');
 """
+BUILT = "create table built (digest text primary key, copy text not null) strict, without rowid;"
 _THIRD = SECOND + GENERATION + ALIAS + TAG + DEFAULTS
 RECORDED = {
     1: (FIRST + GENERATION + ALIAS, ROWS),
     2: (SECOND + GENERATION + ALIAS + TAG, ROWS + MORE),
     3: (_THIRD, ROWS + MORE + LATER),
     4: (_THIRD + MEASUREMENT, ROWS + MORE + LATER + MEASURED),
+    5: (_THIRD + MEASUREMENT + BUILT, ROWS + MORE + LATER + MEASURED),
 }
 
 
@@ -123,6 +125,7 @@ def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
     found = registry.certificate(first, world.info(certificate={"passed": True}))
     assert found.source == ("measured" if version > 3 else "claimed")  # before, measured and claimed are not told apart
     assert found.figures["passed"] is (False if version > 3 else None)
+    assert [*registry.measurements(first)] == ([None] if version > 3 else [])
     assert {one.name for one in registry.personas()} == {"old", "other"}
     assert database.Database(tmp_path / "store" / FILE).faults() == []
 
