@@ -12,6 +12,7 @@ const TOUCH = matchMedia("(hover: none)"); // where focus opens a keyboard on th
 export async function showChat(page, signal, wanted) {
   const [models, personas] = await Promise.all([ask("GET", "v1/models"), ask("GET", "v1/personas")]);
   if (signal.aborted) return;
+  personas.data = personas.data.filter((one) => one.served);
   const base = models.data.find((model) => model.parent === null).id;
   const table = h("div", { class: "columns", "data-kept": true });
   const columns = [];

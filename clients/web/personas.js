@@ -14,7 +14,8 @@ export async function showPersonas(page, signal) {
     h("th", { scope: "row" }, h("a", { href: `#/personas/${encodeURIComponent(one.id)}` }, one.id)),
     h("td", {}, h("code", {}, short(one.generation))), number(bytes(one.bytes)), h("td", {}, one.phase), number(one.gamma),
     number(one.requests), h("td", {}, one.resident ? "yes" : "no"), h("td", {}, one.tags.join(", ")),
-    h("td", {}, h("a", { href: `#/chat/${encodeURIComponent(one.id)}`, "aria-label": `Chat with ${one.id}` }, "Chat")));
+    h("td", {}, one.served ? h("a", { href: `#/chat/${encodeURIComponent(one.id)}`, "aria-label": `Chat with ${one.id}` }, "Chat")
+      : "not served"));
   const heads = ["Name", "Generation", "Size", "Phase", "Gamma", "Requests", "In memory", "Tags", ""];
   const numbers = new Set(["Size", "Gamma", "Requests"]);
   const head = (text) => (text ? h("th", { scope: "col", class: numbers.has(text) && "number" }, text) : h("td", {}));
@@ -35,7 +36,9 @@ export async function showPersona(page, signal, name) {
   page.append(
     h("h2", {}, name),
     about(persona),
-    h("div", { class: "buttons" }, h("a", { class: "button", href: `#/chat/${encodeURIComponent(name)}` }, "Chat with it"),
+    ...(persona.warning ? [h("p", { class: "notice" }, h("strong", {}, persona.served ? "Take care: " : "Not served: "), persona.warning, ".")] : []),
+    h("div", { class: "buttons" },
+      persona.served && h("a", { class: "button", href: `#/chat/${encodeURIComponent(name)}` }, "Chat with it"),
       h("button", { type: "button", onclick: () => asked(() => download(`${path(name)}/content`, `${name}.safetensors`)) },
         `Download the mask (${bytes(persona.bytes)})`)),
     outcome,

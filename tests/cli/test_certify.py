@@ -40,7 +40,11 @@ def write_held_out(path: Path, letters: str) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("files")
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def write_files(folder: Path) -> dict[str, Path]:
+    """What a build of two opposites reads, by its options."""
     return {
         "data": write_answers(folder / "own.jsonl", "aeiou"),
         "contrast": write_answers(folder / "other.jsonl", "bcdfg"),

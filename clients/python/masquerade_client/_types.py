@@ -243,6 +243,10 @@ class Persona:
     """Whether its mask is on the device."""
     requests: int
     """Requests with this persona since the server started."""
+    served: bool = True
+    """False if the server's base is quantised and the persona was not measured there."""
+    warning: str | None = None
+    """Why its certificate does not hold on this server's base."""
     notes: str = ""
     history: tuple[Generation, ...] = ()
     built: Mapping[str, Any] = field(default_factory=dict)

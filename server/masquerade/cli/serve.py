@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("masquerade")
 _LONGEST_NAME = 128
+MOST_NAMED = 8  # personas in a line of the log
 
 WRONG_KEY_SECONDS = 0.25  # limits a client that guesses keys to four attempts a second per connection
 
@@ -74,6 +75,13 @@ def serve(
     ] = 10.0,
     require_signed: RequireSigned = False,
     accept_tensor_signatures: AcceptTensorSignatures = False,
+    accept_uncertified: Annotated[
+        bool,
+        typer.Option(
+            "--accept-uncertified",
+            help="On a quantised base: also serve personas that were not measured there (see `masks certify`).",
+        ),
+    ] = False,
     insecure_no_auth: Annotated[
         bool,
         typer.Option(
@@ -150,7 +158,9 @@ def serve(
                 require_signed=require_signed,
                 accept_tensors=accept_tensor_signatures,
             )
-            serving = _assemble(base, config, *store_and_registry, mask_bytes, host_mask_bytes)
+            serving = _assemble(
+                base, config, *store_and_registry, mask_bytes, host_mask_bytes, accept_uncertified=accept_uncertified
+            )
             _warm_up(serving.engine)
         _log_state(serving, keys, listener)
         server = _make_server(serving, policy, drain_seconds)
@@ -159,7 +169,14 @@ def serve(
 
 
 def _assemble(
-    base: Base, config: EngineConfig, store: Store, registry: Registry, mask_bytes: int, host_mask_bytes: int | None
+    base: Base,
+    config: EngineConfig,
+    store: Store,
+    registry: Registry,
+    mask_bytes: int,
+    host_mask_bytes: int | None,
+    *,
+    accept_uncertified: bool,
 ) -> Serving:
     from masquerade.engine import Engine
     from masquerade.model import HostCache, MaskManager, Residency, VerifiedStore
@@ -170,7 +187,8 @@ def _assemble(
     manager = MaskManager.attach(base.model)
     verified_store = VerifiedStore(store, base.fingerprint)
     residency = Residency(manager, verified_store, mask_bytes, HostCache(host_mask_bytes), config.max_waiting)
-    return Serving(base, Engine(base, config), store, registry, residency, manager)
+    engine = Engine(base, config)
+    return Serving(base, engine, store, registry, residency, manager, accept_uncertified=accept_uncertified)
 
 
 def _make_server(serving: Serving, policy: Policy, drain_seconds: float) -> DrainingServer:
@@ -214,8 +232,24 @@ def _check_model_name(name: str) -> None:
 def _log_state(serving: Serving, keys: int, listener: socket.socket) -> None:
     names = ", ".join(revision.name for revision in serving.personas())
     _log.info("%s on %s with the personas: %s", serving.base.name, serving.base.device, names or "none yet")
+    _log_uncertified(serving)
     _log_keys(keys)
     _log.info("listening on http://%s:%d", *listener.getsockname()[:2])
+
+
+def _log_uncertified(serving: Serving) -> None:
+    """Warn of personas whose certificates do not hold on the quantised base."""
+    names = [revision.name for revision in serving.own_personas() if serving.find_warning(revision)]
+    if not names:
+        return
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    _log.warning(
+        "%s without a certificate on %s weights: %s%s; `masquerade masks certify` measures one",
+        "served" if serving.accept_uncertified else "not served",
+        serving.base.quantization or "unquantised",
+        ", ".join(names[:MOST_NAMED]),
+        more,
+    )
 
 
 def _log_keys(count: int) -> None:

@@ -48,7 +48,7 @@ class LoopsObject(TypedDict):
 class CertificateObject(TypedDict, total=False):
     """Figures at the default gamma and phase, with 95 % intervals, and the `curve` over gamma.
 
-    In a claimed certificate, `passed` and `verdict` are null.
+    `quantization` is that of the base that they were measured on; absent, its weights were as in its files. In a claimed certificate, `passed` and `verdict` are null.
     """
 
     verdict: str | None
@@ -64,6 +64,7 @@ class CertificateObject(TypedDict, total=False):
     curve: list[CurvePointObject]
     facts: FactsObject
     loops: LoopsObject
+    quantization: str | None
 
 
 CERTIFICATE_EXAMPLE: dict[str, Any] = {

@@ -31,11 +31,17 @@ _PERSONA_EXAMPLE: dict[str, Any] = {
     "bytes": 9216,
     "resident": True,
     "requests": 17,
+    "served": True,
+    "warning": None,
 }
 
 
 class PersonaObject(RevisionObject):
-    """A persona: its current generation, defaults, size, residency and the number of requests that used it."""
+    """A persona: its current generation, defaults, size, residency and the number of requests that used it.
+
+    `warning` says why its certificate does not hold on the quantised weights that this server has. It is then `served`
+    only if the server accepts such personas.
+    """
 
     model_config = show(_PERSONA_EXAMPLE)
 
@@ -50,6 +56,8 @@ class PersonaObject(RevisionObject):
     bytes: int
     resident: bool
     requests: int
+    served: bool
+    warning: str | None
 
 
 class SignatureObject(Schema):
@@ -64,12 +72,15 @@ class SignatureObject(Schema):
 
 
 class MeasurementObject(Schema):
-    """When this server measured a certificate, at which gamma and phase, and on what: digests and counts."""
+    """When this server measured a certificate, at which gamma and phase, on what (digests and counts), and how the base
+    was quantised (null: not).
+    """
 
     measured_at: str
     gamma: float
     phase: Literal["all", "decode"]
     data: dict[str, Any]
+    quantization: str | None
 
 
 class PersonaDetails(PersonaObject):
@@ -92,6 +103,7 @@ class PersonaDetails(PersonaObject):
                 "gamma": 0.0,
                 "phase": "decode",
                 "data": {"examples": 256, "digest": "5c9e0f1a" * 8},
+                "quantization": None,
             },
             "signature": None,
         }

@@ -68,8 +68,10 @@ _TO_PREVIOUS = Rollback()
 
 @router.get("")
 def list_personas(serving: Served, caller: Chatting, tag: Annotated[str | None, Query()] = None) -> PersonaList:
-    """The personas of the served base that the key may use; with `tag`, those that have it."""
-    visible = {revision.name for revision in serving.personas() if caller.sees(revision.name)}
+    """The personas of the served base that the key may use; with `tag`, those that have it. Those that are not served
+    have a `warning` that says why.
+    """
+    visible = {revision.name for revision in serving.own_personas() if caller.sees(revision.name)}
     personas = [persona for persona in serving.registry.personas(tag) if persona.name in visible]
     return PersonaList(data=[PersonaObject(**_describe_persona(serving, caller, persona)) for persona in personas])
 
@@ -228,7 +230,8 @@ def _show(serving: Serving, caller: Caller, name: str, status: int = 200) -> Res
     persona = serving.registry.describe(name.partition("@")[0])
     history = serving.registry.history(persona.name)
     summary = serving.store.summary(persona.current.digest)
-    certificate = serving.registry.certificate(persona.current.digest, summary.info)
+    quantization = serving.base.quantization
+    certificate = serving.registry.certificate(persona.current.digest, summary.info, quantization)
     signature = examine(summary, serving.store.keys.trusted())
     info = asdict(summary.info)
     _hide(caller, info)
@@ -248,7 +251,7 @@ def _show(serving: Serving, caller: Caller, name: str, status: int = 200) -> Res
 
 
 def _describe_measurement(measurement: Measurement) -> dict[str, Any]:
-    return {key: getattr(measurement, key) for key in ("measured_at", "gamma", "phase", "data")}
+    return {key: getattr(measurement, key) for key in ("measured_at", "gamma", "phase", "data", "quantization")}
 
 
 def _hide(caller: Caller, info: dict[str, Any]) -> None:
@@ -262,6 +265,7 @@ def _hide(caller: Caller, info: dict[str, Any]) -> None:
 def _describe_persona(serving: Serving, caller: Caller, persona: Persona) -> dict[str, Any]:
     summary = serving.store.summary(persona.current.digest)
     gamma, phase = persona.current.defaults(summary.info)
+    warning = serving.find_warning(persona.current)
     return {
         "id": persona.name,
         "object": "persona",
@@ -275,6 +279,8 @@ def _describe_persona(serving: Serving, caller: Caller, persona: Persona) -> dic
         "bytes": summary.nbytes,
         "resident": persona.current.digest in serving.residency,
         "requests": serving.request_counts.of(persona.current.digest),
+        "served": warning is None or serving.accept_uncertified,
+        "warning": warning,
     }
 
 

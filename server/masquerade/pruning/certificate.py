@@ -55,7 +55,8 @@ def measure_figures(
 ) -> Generator[None, None, dict[int, dict[str, Any]]]:
     """Figures of the masks of `sides`: of the default phase with intervals, of both phases, of answers, and by gamma.
 
-    `masks` may have the opposite's too, for flips. The code after the last item uses no model.
+    `masks` may have the opposite's too, for flips. On a quantised base, the figures name the quantisation. The code
+    after the last item uses no model.
     """
     untreated = yield from eval_set.measure_base()
     likelihoods = {}
@@ -80,6 +81,8 @@ def measure_figures(
             | {"intervals": {name: list(ends) for name, ends in intervals.items()}}
             | {"phases": {phase: eval_set.figures(side, untreated, *both[phase]) for phase in PHASES}}
         )
+        if base.quantization:
+            found[side]["quantization"] = base.quantization
     return found
 
 

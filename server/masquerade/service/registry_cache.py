@@ -1,15 +1,15 @@
-"""Resolves references to personas, with one read of the registry per reference and state of the registry."""
+"""Resolves references to personas and finds measurements, with one read of each per state of the registry."""
 
 from __future__ import annotations
 
 import asyncio
 
-from maskstore import Registry, Revision
+from maskstore import Measurement, Registry, Revision
 
 
 class RegistryCache:
-    """The resolved references since the last change of the registry. Misses are not cached, so that the cache is never
-    larger than the registry. For the event loop's thread only.
+    """What was read since the last change of the registry. Misses are not cached, so that the cache is never larger
+    than the registry. For the event loop's thread only.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -17,19 +17,35 @@ class RegistryCache:
         self._watch = registry.watch()
         self._state: tuple[int, ...] | None = None
         self._resolved: dict[str, tuple[Revision, float | None]] = {}  # in this state
+        self._measured: dict[str, Measurement] = {}
 
     async def resolve(self, reference: str) -> tuple[Revision, float | None]:
         """The revision, and the persona's gamma, which overrides the revision's unless it is None.
 
         Reads in a thread. Raises as `Registry.resolve` does.
         """
-        state = self._watch.look()
-        if state is None or state != self._state:
-            self._state, self._resolved = state, {}
+        self._look()
         resolved = self._resolved  # a read that overlaps a change goes into the dictionary of the old state
         if reference not in resolved:
             resolved[reference] = await asyncio.to_thread(self._read, reference)
         return resolved[reference]
+
+    async def measurement(self, digest: str, quantization: str | None) -> Measurement | None:
+        """What was measured here of a digest on a base of this quantisation, which is the same in every call."""
+        self._look()
+        measured = self._measured
+        if digest not in measured:
+            found = (await asyncio.to_thread(self._registry.measurements, digest)).get(quantization)
+            if found is None:
+                return None
+            measured[digest] = found
+        return measured[digest]
+
+    def _look(self) -> None:
+        """Forget what was read if the registry has changed."""
+        state = self._watch.look()
+        if state is None or state != self._state:
+            self._state, self._resolved, self._measured = state, {}, {}
 
     def close(self) -> None:
         """Close the connection to the registry."""

@@ -12,7 +12,17 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
-from maskstore import InvalidName, MaskError, MaskInfo, MaskMismatch, MaskNotFound, Registry, Revision, Store
+from maskstore import (
+    InvalidName,
+    MaskError,
+    MaskInfo,
+    MaskMismatch,
+    MaskNotFound,
+    Measurement,
+    Registry,
+    Revision,
+    Store,
+)
 from masquerade.engine import Engine, Phase
 from masquerade.errors import InvalidValue, ModelNotFound, Overloaded, PersonaConflict, PersonaNotFound, quote
 from masquerade.model import AppliedMask, Base, MaskManager, Residency, ResidentMask, find_targets
@@ -75,6 +85,8 @@ class Serving:
     notifier: StepNotifier = field(default_factory=StepNotifier)
     workers: Workers = field(default_factory=Workers)
     unreadable: set[str] = field(default_factory=set)  # digests that are logged
+    accept_uncertified: bool = False  # serve masks that `find_warning` warns of
+    warned: set[str] = field(default_factory=set)  # digests of such masks that are logged
 
     @cached_property
     def registry_cache(self) -> RegistryCache:
@@ -82,10 +94,16 @@ class Serving:
         return RegistryCache(self.registry)
 
     def personas(self) -> Iterator[Revision]:
-        """The current revisions of this base's personas; those whose masks cannot be read are logged and left out."""
+        """The current revisions of the personas that are served."""
+        return filter(self._is_served, self.own_personas())
+
+    def own_personas(self) -> Iterator[Revision]:
+        """The current revisions of this base's personas, served or not; those whose masks cannot be read are logged and
+        left out.
+        """
         for revision in self.registry.names():
             try:
-                fits = self.fits_base(revision)
+                fits = self._is_of_base(revision)
             except MaskError as error:
                 if revision.digest not in self.unreadable:
                     self.unreadable.add(revision.digest)
@@ -96,8 +114,39 @@ class Serving:
                 yield revision
 
     def fits_base(self, revision: Revision) -> bool:
-        """Whether a revision's mask is for this base."""
+        """Whether a revision's mask is for this base and served on it."""
+        return self._is_of_base(revision) and self._is_served(revision)
+
+    def _is_of_base(self, revision: Revision) -> bool:
         return self.store.summary(revision.digest).base.fingerprint == self.base.fingerprint
+
+    def _is_served(self, revision: Revision) -> bool:
+        return self.accept_uncertified or self.find_warning(revision) is None
+
+    def find_warning(self, revision: Revision) -> str | None:
+        """Why a mask of this base may do something else here than its certificate says: None, or a clause about it.
+
+        A mask is fine on the quantisation that its maker certified it on. On another one it needs a certificate that
+        this store measured there and that is no refusal.
+        """
+        if not self._is_elsewhere(revision):
+            return None
+        return self._warn(revision, self.registry.measurements(revision.digest).get(self.base.quantization))
+
+    def _is_elsewhere(self, revision: Revision) -> bool:
+        info = self._read_info(revision.digest)
+        return (info.quantization if info else None) != self.base.quantization
+
+    def _warn(self, revision: Revision, measured: Measurement | None) -> str | None:
+        how = self.base.quantization
+        weights = f"{how} weights" if how else "unquantised weights"
+        if measured is None:
+            options = f"{revision.name} --quantization {how}" if how else revision.name
+            return f"it was not measured on {weights}; `masquerade masks certify {options}` does that"
+        if measured.certificate.get("passed") is False:
+            reasons = "; ".join(measured.certificate.get("reasons", ())) or "no reason is recorded"
+            return f"its certificate on {weights} is a refusal: {reasons}"
+        return None
 
     def find_reference(self, model: str, persona: str | None, header: str | None) -> PersonaReference | None:
         """The persona that a request names; None is the base.
@@ -166,9 +215,24 @@ class Serving:
     ) -> tuple[Revision, float | None]:
         """The revision that a reference means, and its persona's own gamma. Raises as `resolve_persona` does."""
         try:
-            return await self.registry_cache.resolve(reference.name)
-        except (MaskNotFound, InvalidName) as error:
+            revision, preferred = await self.registry_cache.resolve(reference.name)
+            await self._check_certified(revision)
+        except (MaskNotFound, MaskMismatch, InvalidName) as error:
             raise await self._refuse(reference, error, sees) from error
+        return revision, preferred
+
+    async def _check_certified(self, revision: Revision) -> None:
+        """Raise `MaskMismatch` for a mask with a warning, or log the warning once if such masks are accepted."""
+        if not self._is_elsewhere(revision):
+            return
+        measured = await self.registry_cache.measurement(revision.digest, self.base.quantization)
+        if (warning := self._warn(revision, measured)) is None:
+            return
+        if not self.accept_uncertified:
+            raise MaskMismatch(f"{warning}; `masquerade serve --accept-uncertified` serves it all the same")
+        if revision.digest not in self.warned:
+            self.warned.add(revision.digest)
+            _log.warning("the persona %s is served without a certificate: %s", revision.name, warning)
 
     async def _refuse(
         self, reference: PersonaReference, error: MaskError, sees: Callable[[str], bool]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
@@ -38,6 +39,9 @@ def show(
         cells = (one.generation[:8], one.phase, one.gamma, one.bytes, one.requests, "yes" if one.resident else "no")
         table.add_row(one.name, *map(str, cells))
     Console().print(table)
+    for one in personas:
+        if one.warning:
+            print(f"{one.name} is {'served' if one.served else 'not served'}: {one.warning}", file=sys.stderr)
 
 
 _FIGURES: dict[str, tuple[str, str]] = {
@@ -92,6 +96,8 @@ def _provenance(persona: Persona) -> list[tuple[str, str]]:
     rows = [("certificate", _SOURCES[persona.certificate_source])] if persona.certificate_source in _SOURCES else []
     if persona.certificate.get("passed") is False:
         rows.append(("passed", "no"))
+    if persona.warning:
+        rows.append(("served" if persona.served else "not served", persona.warning))
     if (signed := persona.signature) is not None:
         fits = {True: "", False: ", does not fit", None: ", not checked"}[signed["valid"]]
         by = signed["label"] or f"an untrusted key, {signed['key'][:16]}"

@@ -40,7 +40,10 @@ def certify(
     quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a persona's certificate on this machine, and store it beside the unchanged mask file."""
+    """Measure a persona's certificate on this machine, and store it beside the unchanged mask file.
+
+    With --quantization it holds for a base that is quantised so, and is kept beside that of the unquantised base.
+    """
     from masquerade.evaluate.dataset import holds_both_sides, read_examples
     from masquerade.evaluate.metrics import finish
     from masquerade.model import MaskManager, load
@@ -63,7 +66,7 @@ def certify(
     found = open_opposite(registry, mask)
     opposite = _serve(registry, *found)[0] if found else None
     certificate, measured_on = finish(measure(base, manager, served, phase, held, opposite, seed))
-    measurement = Measurement(revision.digest, certificate, served.gamma, phase, measured_on, now())
+    measurement = Measurement(revision.digest, certificate, served.gamma, phase, measured_on, now(), base.quantization)
     registry.record(measurement)
     if as_json:
         print(json.dumps(identify(revision) | asdict(measurement) | {"certificate_source": "measured"}))
@@ -82,7 +85,8 @@ def _serve(registry: Registry, revision: Revision, mask: Mask) -> tuple[ServedMa
 
 def _print(revision: Revision, measurement: Measurement) -> None:
     certificate = measurement.certificate
-    table = Table("", revision.name)
+    quantization = measurement.quantization
+    table = Table("", f"{revision.name} on {quantization} weights" if quantization else revision.name)
     for name in ("flip", "margin_shift", "margin_shift_median", "own_ratio", "neutral_ratio", "kl", "pairs", "passed"):
         if name in certificate:
             interval = certificate["intervals"].get(name)

@@ -57,16 +57,21 @@ def _list_row(registry: Registry, persona: PersonaRecord) -> dict[str, Any]:
 
 
 def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
-    """Show the metadata of a persona's mask, its history, and the curve of its certificate as a table."""
+    """Show the metadata of a persona's mask, its history, and the curve of its certificate as a table.
+
+    `measurements` has what was measured here, for each quantisation of the base.
+    """
     registry = open_registry(model, store)
     revision = registry.resolve(persona)
     mask = registry.store.open(revision.digest)
     known = registry.describe(revision.name)
-    certificate = registry.certificate(mask.digest, mask.info)
+    measurements = registry.measurements(mask.digest)
+    certificate = registry.certificate(mask.digest, mask.info, mask.info.quantization)
     info = asdict(mask.info) | {
         "certificate": dict(certificate.figures),
         "certificate_source": certificate.source,
         "measurement": certificate.measurement and asdict(certificate.measurement),
+        "measurements": [asdict(one) for one in measurements.values()],
     }
     details = (
         _measure(mask, registry.store.keys.trusted()) | info | identify(revision) | {"made_at": info["created_at"]}
