@@ -48,7 +48,8 @@ class LoopsObject(TypedDict):
 class CertificateObject(TypedDict, total=False):
     """Figures at the default gamma and phase, with 95 % intervals, and the `curve` over gamma.
 
-    `quantization` is that of the base that they were measured on; absent, its weights were as in its files. In a claimed certificate, `passed` and `verdict` are null.
+    `quantization` is that of the base that they were measured on; absent, its weights were as in its files. In a
+    claimed certificate, `passed` and `verdict` are null.
     """
 
     verdict: str | None

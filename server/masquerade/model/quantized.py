@@ -112,6 +112,7 @@ def adopt(name: str, model: Any) -> None:
                 f"bitsandbytes misreads on CPUs; {_INSTEAD}"
             )
         quantised: Any = linear
+        state.dtype = model.dtype
         quantised.compute_dtype = model.dtype
         quantised.compute_type_is_set = True
         quantised.support_avx512bf16_for_cpu = False
