@@ -220,6 +220,17 @@ def test_another_quantisation_is_refused_by_name(tmp_path: Path, config: Any, me
         load(str(folder), device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("awq", "is quantised with 'awq' in its files"), ("bitsandbytes", "model of text and images")],
+)
+def test_a_part_for_text_that_is_quantised_is_refused(tmp_path: Path, method: str, message: str) -> None:
+    text = {"quantization_config": {"quant_method": method, "load_in_4bit": True}}
+    folder = rewrite_config(world.make_model(tmp_path / "m"), text_config=text)
+    with pytest.raises(UnusableModel, match=message):
+        load(str(folder), device="cpu")
+
+
 def test_packed_weights_without_a_word_in_the_config_are_refused(stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored, tmp_path / "m")
     rewrite_config(tmp_path / "m", quantization_config=None)

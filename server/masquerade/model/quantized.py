@@ -28,6 +28,7 @@ from masquerade.model.targets import find_targets
 
 BLOCKS = (64, 32)  # sizes of blocks of 4-bit weights, preferred first
 BITSANDBYTES = "bitsandbytes"
+_CONFIGS = ("quantization_config", "compression_config")
 _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
 _INSTEAD = (
     "take the unquantised checkpoint, with --quantization int8, nf4 or fp4 if it must be small, or a GGUF file of it"
@@ -75,10 +76,14 @@ def check_stored(name: str, config: Mapping[str, Any], tensors: Iterable[str]) -
     `config` is config.json's object, `tensors` the names in the safetensors headers. Raises `UnusableModel` for every
     other quantisation.
     """
-    how = config.get("quantization_config") or config.get("compression_config")
+    how = _find_config(config)
     method = how.get("quant_method") if isinstance(how, Mapping) else how
     if isinstance(how, Mapping) and method is None and (how.get("load_in_4bit") or how.get("load_in_8bit")):
         method = BITSANDBYTES  # written before there was `quant_method`
+    if method == BITSANDBYTES and "text_config" in config:
+        raise UnusableModel(
+            f"{name!r} is a model of text and images that {BITSANDBYTES} quantised, which cannot be loaded; {_INSTEAD}"
+        )
     if method == BITSANDBYTES:
         return BITSANDBYTES
     if how:
@@ -90,6 +95,13 @@ def check_stored(name: str, config: Mapping[str, Any], tensors: Iterable[str]) -
             f"how to read it; {_INSTEAD}"
         )
     return None
+
+
+def _find_config(config: Mapping[str, Any]) -> Any:
+    """What a config, or its part for text, says of quantisation."""
+    text = config.get("text_config")
+    parts = (config, text) if isinstance(text, Mapping) else (config,)
+    return next((part[key] for part in parts for key in _CONFIGS if part.get(key)), None)
 
 
 def import_stored(name: str) -> None:
