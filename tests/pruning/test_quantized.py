@@ -64,7 +64,7 @@ def test_auto_searches_as_on_a_dense_base(quantised: tuple[Base, MaskManager]) -
 
 
 @pytest.mark.parametrize("score", ["refined", "attribution"])
-@pytest.mark.parametrize("how", ["nf4", "fp4"])
+@pytest.mark.parametrize("how", ["int8", "nf4", "fp4"])
 def test_a_base_in_bfloat16_is_built_on(tiny_folder: Path, how: str, score: str) -> None:
     base = load(str(tiny_folder), device="cpu", dtype="bfloat16", quantization=how)
     _, masks = run(make(base, MaskManager.attach(base.model), replace(FREE, score=score, rho=0.1)))

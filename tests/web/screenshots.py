@@ -52,7 +52,7 @@ def compare(page: Page, server: Server) -> None:
 
 def persona(page: Page, server: Server) -> None:
     visit(page, server, "#/personas/formal")
-    expect(page.locator(".heat")).to_have_count(210)
+    expect(page.locator(".heat")).to_have_count(420)
 
 
 def build(page: Page, server: Server) -> None:

@@ -316,7 +316,7 @@ class MaskSearch:
         return gains.clamp(min=0).square_().mul_(worth)
 
     def _mask(self, linear: nn.Linear, pruned: Tensor) -> Tensor:
-        weight = dense_weight(linear)
+        weight = dense_weight(linear).to(self._base.dtype)  # int8 is dequantised to fp32
         return torch.where(pruned, weight * self._settings.gamma, weight)
 
     def _save(self, side: int, state: _State) -> Items:
