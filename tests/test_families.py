@@ -157,7 +157,7 @@ def test_a_mask_is_built_published_and_served(
         try:
             next(work)
         except StopIteration as end:
-            masks: list[Mask] = end.value
+            masks: list[Mask] = end.value.masks
             break
     registry = Registry(tmp_path)
     for mask in masks:

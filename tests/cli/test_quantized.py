@@ -28,7 +28,15 @@ def test_a_checkpoint_of_another_quantisation_is_refused_by_name(tmp_path: Path,
     data = write_answers(tmp_path / "own.jsonl", "aeiou")
     rest = {
         "serve": ("serve", "--port", "0"),
-        "build": ("build", "--data", data, "--contrast", data, "--name", "p"),
+        "build": (
+            "build",
+            "--data",
+            data,
+            "--contrast",
+            write_answers(tmp_path / "other.jsonl", "bcdfg"),
+            "--name",
+            "p",
+        ),
         "eval": ("eval", "--persona", "p", "--data", data, "--contrast", data),
         "certify": ("masks", "certify", "p", "--data", data),
         "plan": ("plan",),

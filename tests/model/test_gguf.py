@@ -25,6 +25,7 @@ from masquerade.errors import UnusableModel
 from masquerade.gguf import ARCHITECTURES, read_checkpoint
 from masquerade.gguf.weight import is_readable, round_to_bfloat16
 from masquerade.model import find_targets, load
+from masquerade.model.short_attention import FUSED, NAME
 from masquerade.model.vocabulary import read_tokenizer
 from masquerade.sources import find_model
 from tests import world
@@ -106,6 +107,9 @@ def compare(model: Any, expected: Any) -> None:
 
 @torch.no_grad()
 def answer(model: Any) -> torch.Tensor:
+    """Logits with torch's fused attention, which `load` replaces for short sequences."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation(FUSED)
     logits: torch.Tensor = model(PROMPT).logits
     return logits
 
