@@ -96,7 +96,9 @@ class Run:
         return httpx.request(method, self.server.base_url + path, headers=headers, timeout=60, **options)
 
     def chat(self, token: str, **fields: Any) -> httpx.Response:
-        body = {"model": "tiny", "messages": [{"role": "user", "content": CONTENT}], "max_tokens": 4} | fields
+        """A greedy answer; a sampled one ends before its first token now and then."""
+        body = {"model": "tiny", "messages": [{"role": "user", "content": CONTENT}], "max_tokens": 4, "temperature": 0}
+        body |= fields
         return self.ask(token, "POST", "/v1/chat/completions", json=body, headers={"x-request-id": "chat-1"})
 
     def lines(self) -> list[dict[str, Any]]:
