@@ -3,11 +3,15 @@
 All but the style is not part of the project; `--data` names its folder.
 """
 
+import argparse
 import json
+import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks._report import arguments
 from masquerade.evaluate.dataset import Example, read_examples
 from masquerade.smollm2 import DATA
 
@@ -18,6 +22,38 @@ STYLE_SPLITS = {"train": "train", "valid": "heldout"}
 CHOICE = re.compile(r"^ *\(([A-Z])\) (.*)$", re.MULTILINE)
 PROMPT, ANSWER = 320, 400  # most characters of each
 Pair = tuple[Example, Example]  # + and - answer to one prompt
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Most pairs. At most three fifths of the held-out pairs are for the test."""
+
+    training: int = 256
+    validation: int = 64
+    test: int = 60
+
+
+def pair_arguments(doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """The options of a benchmark on pairs: the model, the data, the axes and the seeds."""
+    parser = arguments(doc, quick)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--axes", default=",".join(AXES))
+    parser.add_argument("--seeds", default="0,1,2")
+    return parser
+
+
+def split_pairs(data: Path, axis: str, seed: int, sizes: Sizes) -> tuple[list[Pair], list[Pair], list[Pair]]:
+    """The training, validation and test pairs; the test pairs are the same for all seeds."""
+    train, held = (read_pairs(data, axis, split) for split in ("train", "valid"))
+    random.Random(99).shuffle(held)
+    count = min(sizes.test, 3 * len(held) // 5)
+    test, rest = held[:count], held[count:]
+    random.Random(seed).shuffle(train)
+    random.Random(seed).shuffle(rest)
+    return train[: sizes.training], rest[: sizes.validation], test
 
 
 def read_pairs(data: Path, axis: str, split: str) -> list[Pair]:

@@ -1,8 +1,6 @@
-"""A base to measure on: a random Llama of any size, and a tokenizer of as many words as it has tokens.
+"""Bases to measure on: a random Llama of any size, with a tokenizer of as many words as it has tokens, and SmolLM2."""
 
-Knows how it is made, the same every time. Knows no benchmark.
-"""
-
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from masquerade.errors import UnusableModel
 from masquerade.model import Base, load
 
 VOCABULARY = 8192
@@ -31,3 +30,11 @@ def make_base(shape: dict[str, int]) -> Base:
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), shape)
         return load(folder, device="cpu")
+
+
+def load_smollm2() -> Base:
+    """SmolLM2 on the CPU; ends the process with the reason if it cannot be had."""
+    try:
+        return load("smollm2", device="cpu")
+    except UnusableModel as error:
+        sys.exit(f"{error}")

@@ -8,7 +8,6 @@ al. 2023), of the persona's and the base's distributions p and q at the temperat
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,14 +15,14 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks._report import Figure, arguments, report
+from benchmarks._world import load_smollm2
 from maskstore import read_mask
 from masquerade import smollm2
 from masquerade.engine import Engine, Request, SamplingParams
-from masquerade.errors import UnusableModel
 from masquerade.evaluate.dataset import Encoded, encode, read_examples
 from masquerade.evaluate.metrics import predict
 from masquerade.evaluate.treatment import UNTREATED, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager, load
+from masquerade.model import AppliedMask, Base, MaskManager
 
 PROMPTS, TOKENS, TEMPERATURE = 32, 48, 0.7
 DRAFT = 4  # tokens of a draft
@@ -33,10 +32,7 @@ def main() -> None:
     options = arguments(__doc__, "a quarter of the prompts").parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    try:
-        base = load("smollm2", device="cpu")
-    except UnusableModel as error:
-        sys.exit(f"{error}")
+    base = load_smollm2()
     manager = MaskManager.attach(base.model)
     figures: list[Figure] = []
     for file in sorted(smollm2.PERSONAS.glob("*.safetensors")):

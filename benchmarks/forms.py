@@ -8,7 +8,6 @@ its base's perplexity over the unquantised base's.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,9 +15,9 @@ import torch
 from transformers.utils import logging
 
 from benchmarks._report import Figure, arguments, report
+from benchmarks._world import load_smollm2
 from maskstore import Mask, read_mask
 from masquerade import smollm2
-from masquerade.errors import UnusableModel
 from masquerade.evaluate.dataset import Encoded, encode, read_examples
 from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods
 from masquerade.evaluate.metrics import finish
@@ -36,10 +35,7 @@ def main() -> None:
     options = arguments(__doc__, "an eighth of the text").parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    try:
-        base = load("smollm2", device="cpu")
-    except UnusableModel as error:
-        sys.exit(f"{error}")
+    base = load_smollm2()
     mask = read_mask(smollm2.PERSONAS / f"{PERSONA}.safetensors")
     sides = [read_examples(smollm2.DATA / f"{side}.heldout.jsonl") for side in (PERSONA, mask.info.opposite)]
     part = slice(None, None, 8 if options.quick else None)

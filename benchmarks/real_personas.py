@@ -8,18 +8,16 @@ which they cost as much neutral text as the mask. Progress is on stderr. Skips, 
 at hand.
 """
 
-import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks._pairs import AXES, MINDSET, STYLE, Pair, read_pairs
-from benchmarks._report import Figure, arguments, report
+from benchmarks._pairs import MINDSET, STYLE, Pair, Sizes, pair_arguments, split_pairs
+from benchmarks._report import Figure, report
 from maskstore import Mask
 from masquerade.evaluate.generation import GenerationParams
 from masquerade.evaluate.metrics import finish
@@ -43,23 +41,8 @@ FIGURES = ("margin_shift", "margin_shift_median", "own_ratio", "neutral_ratio")
 ANSWERS = ("hit", "differing", "loops")
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Most pairs. At most three fifths of the held-out pairs are for the test."""
-
-    training: int = 256
-    validation: int = 64
-    test: int = 60
-
-
 def main() -> None:
-    parser = arguments(__doc__, "one axis, one seed, few pairs")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument("--axes", default=",".join(AXES))
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = pair_arguments(__doc__, "one axis, one seed, few pairs")
     parser.add_argument("--strengths", default="normal")
     parser.add_argument("--methods", default="refined,attribution-fisher")
     parser.add_argument("--controls", default="prompt,bias,lora-contrastive,random")
@@ -92,7 +75,7 @@ class Bench:
 
     def measure(self, axis: str, seed: int, strength: str, method: str, controls: Sequence[str]) -> Iterator[Figure]:
         """Build the pair of masks, and evaluate each with the controls."""
-        train, validation, test = self._split(axis, seed)
+        train, validation, test = split_pairs(self._data, axis, seed, self._sizes)
         started = time.process_time()
         masks = self._build(axis, Recipe(score=method, strength=strength, seed=seed, force=True), train, validation)
         name = f"{axis} seed {seed} {strength} {method}"
@@ -115,15 +98,6 @@ class Bench:
             )
             print(f"{name} {mask.info.persona} after {time.process_time() - started:.0f} CPU-s", file=sys.stderr)
             yield from self._show(f"{name} {mask.info.persona}", mask, found)
-
-    def _split(self, axis: str, seed: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
-        train, held = (read_pairs(self._data, axis, split) for split in ("train", "valid"))
-        random.Random(99).shuffle(held)
-        count = min(self._sizes.test, 3 * len(held) // 5)
-        test, rest = held[:count], held[count:]
-        random.Random(seed).shuffle(train)
-        random.Random(seed).shuffle(rest)
-        return train[: self._sizes.training], rest[: self._sizes.validation], test
 
     def _build(self, axis: str, recipe: Recipe, train: Sequence[Pair], validation: Sequence[Pair]) -> list[Mask]:
         own, contrast = (

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._pairs import AXES, Pair, read_pairs
-from benchmarks._report import Figure, arguments, report
+from benchmarks._pairs import Sizes, pair_arguments, split_pairs
+from benchmarks._report import Figure, report
 from maskstore import Target
 from masquerade.evaluate.dataset import encode
 from masquerade.evaluate.evaluation_set import EvaluationSet
-from masquerade.evaluate.facts import check_facts, read_facts, share_kept
+from masquerade.evaluate.facts import check_facts, find_known_facts, read_facts, share_kept
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import Treatment
 from masquerade.kernels import dense_weight
@@ -44,7 +44,6 @@ from masquerade.pruning.strength import StrengthTuner
 
 NEUTRAL_RATIO = 1.05
 GAMMAS = (0.75, 0.5, 0.25, 0.0)
-TEST, VALIDATION, TRAINING = 60, 64, 256  # most pairs; at most three fifths of the held-out ones are for the test
 TOKENS = 64  # most of a measured response
 PREPARED = "_pairs", "_neutral", "_likelihoods", "_answers"  # what `MaskSearch.prepare` computes
 
@@ -118,13 +117,7 @@ VARIANTS: Mapping[str, tuple[type[MaskSearch], Mapping[str, Any]]] = {
 
 
 def main() -> None:
-    parser = arguments(__doc__, "one axis, one seed, 6 steps, few pairs")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument("--axes", default=",".join(AXES))
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = pair_arguments(__doc__, "one axis, one seed, 6 steps, few pairs")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of these, separated by commas")
     options = parser.parse_args()
     if not options.data.is_dir():
@@ -149,10 +142,11 @@ class Bench:
 
     def __init__(self, base: Base, manager: MaskManager, data: Path, axis: str, seed: int, quick: bool) -> None:
         self._base, self._name, self._steps = base, f"{axis} seed {seed}", {"steps": 6} if quick else {}
-        train, validation, test = _split(data, axis, seed, 48 if quick else TRAINING)
+        train, validation, test = split_pairs(data, axis, seed, Sizes(training=48) if quick else Sizes())
+        order = (1, 0) if seed % 2 else (0, 1)  # the side that is searched for comes first
         own, contrast = (
             PersonaExamples(name, [pair[at] for pair in train], [pair[at] for pair in validation])
-            for at, name in enumerate(("own", ""))
+            for at, name in zip(order, ("own", ""), strict=True)
         )
         self._recipe = Recipe(score="refined", seed=seed, force=True)
         self._builder = Builder(base, manager, self._recipe, own, contrast)
@@ -160,10 +154,10 @@ class Bench:
         gathering = gather(base, self._recipe, {1: own, -1: contrast}, (), calibrates=True, chooses=True, searches=True)
         self._data = finish(gathering)
         self._tune_set = self._data.evaluation_set(base, "tune", JUDGED, JUDGED_TOKENS)
-        texts = ([one.cut(TOKENS) for one in encode(base, [pair[at] for pair in test])] for at in (0, 1))
+        texts = ([one.cut(TOKENS) for one in encode(base, [pair[at] for pair in test])] for at in order)
         self._test_set = EvaluationSet(base, *texts, [one.cut(TOKENS) for one in self._data.neutral.report])
         self._facts = read_facts("report")
-        self._known = finish(check_facts(base, self._facts))
+        self._known = finish(find_known_facts(base, self._facts))
         self._collect(self._recipe.search_settings)
 
     def measure(self, variant: str) -> Iterator[Figure]:
@@ -224,20 +218,6 @@ class Bench:
         yield Figure(f"{name}: shift", shift, "nats a token")
         yield Figure(f"{name}: own", math.exp(own), "x")
         yield Figure(f"{name}: facts kept", share_kept(self._known, known) or 0.0, "share")
-
-
-def _split(data: Path, axis: str, seed: int, training: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """The training, validation and test pairs; the side that is searched for is first in each."""
-    train, held = (read_pairs(data, axis, split) for split in ("train", "valid"))
-    random.Random(99).shuffle(held)
-    count = min(TEST, 3 * len(held) // 5)
-    test, rest = held[:count], held[count:]
-    random.Random(seed).shuffle(train)
-    random.Random(seed).shuffle(rest)
-    parts = train[:training], rest[:VALIDATION], test
-    if seed % 2:
-        parts = tuple([(other, own) for own, other in part] for part in parts)  # type: ignore[assignment]
-    return parts
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ says fewer of them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 from transformers.utils import logging
 
 from benchmarks._report import Figure, arguments, report
+from benchmarks._world import load_smollm2
 from maskstore import Mask, read_mask
 from masquerade import smollm2
-from masquerade.errors import UnusableModel
 from masquerade.evaluate.dataset import Encoded, encode, read_examples
 from masquerade.evaluate.facts import Fact, check_facts, encode_questions, find_known_facts, read_facts
 from masquerade.evaluate.generation import GenerationParams, write_answers
@@ -26,7 +25,7 @@ from masquerade.evaluate.judge import PersonaClassifier, examine
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.repetition import share_looping
 from masquerade.evaluate.treatment import UNTREATED, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager, load
+from masquerade.model import AppliedMask, Base, MaskManager
 
 PROMPTS, TOKENS, TEMPERATURES, SEED = 32, 48, (0.0, 0.7), 1
 CERTIFIED = {"margin_shift_median": "nats a token", "own_ratio": "x", "neutral_ratio": "x", "flip": "share"}
@@ -36,10 +35,7 @@ def main() -> None:
     options = arguments(__doc__, "a quarter of the prompts").parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    try:
-        base = load("smollm2", device="cpu")
-    except UnusableModel as error:
-        sys.exit(f"{error}")
+    base = load_smollm2()
     manager, figures = MaskManager.attach(base.model), list[Figure]()
     facts = read_facts("report")
     right = finish(find_known_facts(base, facts))
