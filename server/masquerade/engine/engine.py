@@ -22,7 +22,7 @@ from masquerade.engine.block_manager import BlockManager
 from masquerade.engine.counts import Counts, Occupancy
 from masquerade.engine.cuda import graphs
 from masquerade.engine.embedding import collect_states
-from masquerade.engine.kv_cache import KVCache, bytes_per_position
+from masquerade.engine.kv_cache import KVCache, bytes_per_position, count_blocks
 from masquerade.engine.prefix import BLOCK_SIZE, Salts
 from masquerade.engine.prompt_logprobs import score_tokens
 from masquerade.engine.request import MAX_LOGPROBS, Request
@@ -435,10 +435,8 @@ class Engine:
         return DRAFT_ROWS.get(device, max(DRAFT_ROWS.values())) if speculate else 0
 
     def _count_blocks(self) -> int:
-        """As many as fit the budget, but at most twice what the running requests can use."""
         block_bytes = bytes_per_position(self.base.model.config, self.base.dtype) * BLOCK_SIZE
-        useful = 2 * self.config.max_running * -(-self.base.context // BLOCK_SIZE)
-        return max(1, min(useful, self.config.cache_bytes // block_bytes))
+        return count_blocks(block_bytes, self.base.context, self.config.max_running, self.config.cache_bytes)
 
     def _check(self, request: Request) -> None:
         context, prompt, vocabulary = self.base.context, len(request.prompt), self.base.vocabulary

@@ -20,6 +20,12 @@ def bytes_per_position(config: Any, dtype: torch.dtype) -> int:
     return 2 * int(config.num_hidden_layers) * kv_heads * head_size * dtype.itemsize
 
 
+def count_blocks(block_bytes: int, context: int, max_running: int, cache_bytes: int) -> int:
+    """Blocks for requests: as many as fit the budget, but at most twice what the running requests can use."""
+    useful = 2 * max_running * -(-context // BLOCK_SIZE)
+    return max(1, min(useful, cache_bytes // block_bytes))
+
+
 class KVCache:
     """`num_blocks` blocks of `BLOCK_SIZE` positions, and two for padding: block 0 is always zero and padding reads it;
     padding writes to `scratch_block`, which is never read.

@@ -12,7 +12,7 @@ from torch import nn
 
 from maskstore import Bitmap, Sparse
 from maskstore.target import is_thin
-from masquerade.engine.kv_cache import bytes_per_position
+from masquerade.engine import kv_cache
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.kernels import BACKENDS, choose, footprint
 from masquerade.model.quantized import measure_weight
@@ -57,13 +57,12 @@ def measure_block(outline: Outline) -> int:
 
 def measure_token(outline: Outline) -> int:
     """Bytes of a token's keys and values over all layers."""
-    return bytes_per_position(outline.config, outline.dtype)
+    return kv_cache.bytes_per_position(outline.config, outline.dtype)
 
 
 def measure_pool(outline: Outline, max_running: int, cache_bytes: int) -> tuple[int, int]:
     """The blocks for requests that an engine with these limits has, and the bytes of its KV cache."""
-    useful = 2 * max_running * count_blocks(outline.context)
-    blocks = max(1, min(useful, cache_bytes // measure_block(outline)))
+    blocks = kv_cache.count_blocks(measure_block(outline), outline.context, max_running, cache_bytes)
     return blocks, (blocks + PADDING) * measure_block(outline)
 
 
