@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -50,6 +51,12 @@ def test_leaks_are_left_out_and_counted_and_duplicates_counted() -> None:
     assert (remarks[1].duplicates, remarks[1].leaks) == (1, 3)
 
 
+def test_what_both_sides_say_is_counted() -> None:
+    fresh = {1: [Encoded((1, 99), (7,))] * 2}
+    _, remarks = divide({1: talk(5), -1: [*talk(5)[:10], *talk(6)[10:]]}, {1: fresh[1], -1: fresh[1]}, seed=0)
+    assert (remarks[1].shared, remarks[-1].shared) == (10, 10)
+
+
 @pytest.mark.parametrize(
     ("sides", "validation", "words"),
     [
@@ -57,6 +64,7 @@ def test_leaks_are_left_out_and_counted_and_duplicates_counted() -> None:
         ({1: talk(5, count=9, prompts=1)}, {}, "all examples answer one prompt"),
         ({1: talk(5)}, {1: talk(5)[:7]}, "all 7 validation examples are calibration examples too"),
         ({1: talk(5), -1: talk(5)}, {}, "both sides say the same"),
+        ({1: talk(5), -1: [*talk(5)[:31], *talk(6)[31:]]}, {}, "of 32 examples are word for word the same on both"),
     ],
 )
 def test_what_cannot_be_split_is_refused(
@@ -119,7 +127,7 @@ def test_a_pool_takes_one_of_each_by_turns() -> None:
 
 def test_a_contrast_of_another_form_is_refused() -> None:
     system = Example(({"role": "system", "content": "s"}, {"role": "user", "content": "q"}), "a")
-    check_contrast([say(1), system], [system])
+    check_contrast([say(1), system], [replace(system, response="b")])
     with pytest.raises(BadDataset, match="prompts are chat and the contrast's chat with a system prompt"):
         check_contrast([say(1)], [system])
 
@@ -127,3 +135,5 @@ def test_a_contrast_of_another_form_is_refused() -> None:
 def test_a_contrast_that_says_the_same_is_refused_in_any_order() -> None:
     with pytest.raises(BadDataset, match="say the same"):
         check_contrast([say(1), say(2)], [say(2), say(1)])
+    with pytest.raises(BadDataset, match="2 of 3 examples are word for word the same"):
+        check_contrast([say(1), say(2), say(3)], [say(2), say(1), say(4), say(5)])

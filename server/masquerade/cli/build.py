@@ -272,8 +272,9 @@ def _read_script(sources: BuildSources, recipe: Recipe) -> tuple[CalibrationProm
 def _identify(base: Base, recipe: Recipe, found: BuildInput) -> str:
     """A name that is equal for equal builds, so that a build can resume after a kill."""
     unforced = replace(recipe, force=False)  # what is refused at first may be forced then
-    work = base.fingerprint, unforced, found.script, found.own, found.contrast, found.neutral
-    return hashlib.sha256(repr((__version__, work)).encode()).hexdigest()[:16]
+    weights = base.fingerprint, base.dtype, base.quantization
+    work = unforced, found.script, found.own, found.contrast, found.neutral
+    return hashlib.sha256(repr((__version__, weights, work)).encode()).hexdigest()[:16]
 
 
 def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, folder: Path) -> Work[BuildResult]:

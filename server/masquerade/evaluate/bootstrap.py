@@ -1,6 +1,6 @@
 """95 % intervals: of means and ratios by the bootstrap, of shares by Wilson's score.
 
-These two formulas are all that is needed of scipy.stats, which would be a dependency of 35 MB.
+These formulas are all that is needed of scipy.stats, which would be a dependency of 35 MB.
 """
 
 from __future__ import annotations
@@ -20,11 +20,33 @@ Z = 1.959964  # of the standard normal distribution, for `LEVEL`
 def interval(
     figure: Callable[[NDArray[np.intp]], float], examples: int, seed: int = 0, rounds: int = ROUNDS
 ) -> tuple[float, float]:
-    """The central `LEVEL` of a figure over resampled examples; `figure` takes the indices of a resample."""
+    """The expanded percentile interval of a figure; `figure` takes the indices of a resample.
+
+    Percentiles of resamples are too narrow for few examples: their spread is too small by sqrt(1 - 1/n), and their
+    tails are the normal distribution's, not Student's. The percentiles are moved outwards by both (Hesterberg, "What
+    Teachers Should Know About the Bootstrap", 2015, section 4.3). Of a single example the interval is its figure.
+    """
     rng = np.random.default_rng(seed)
     values = [figure(rng.integers(0, examples, examples)) for _ in range(rounds)]
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = _find_tail(examples)
+    low, high = np.quantile(values, [tail, 1 - tail])
     return round(float(low), 4), round(float(high), 4)
+
+
+def _find_tail(examples: int) -> float:
+    """The share of resamples below an interval: Phi(-sqrt(n / (n - 1)) t), which tends to 0.025.
+
+    Student's t for n - 1 degrees of freedom by the expansion of Cornish and Fisher, within 1 % from 4 examples on.
+    """
+    free = max(1, examples - 1)
+    terms = (
+        Z,
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+    )
+    student = sum(term / free**power for power, term in enumerate(terms))
+    return math.erfc(student * math.sqrt((free + 1) / free) / math.sqrt(2)) / 2
 
 
 def mean_interval(values: Floats, seed: int = 0) -> tuple[float, float]:

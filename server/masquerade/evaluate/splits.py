@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from masquerade.evaluate.dataset import Encoded, Example
 T = TypeVar("T")
 HELD_OUT = 5  # one prompt in so many is held out if there are no validation examples
 LEAST = 4  # fewest calibration examples of a side
+SHARED = 0.5  # more examples than this share that are the same on both sides make no contrast
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class DatasetNotes:
 
     duplicates: int  # calibration examples that repeat an earlier one, word for word
     leaks: int  # validation examples that are also calibration examples, and were left out
+    shared: int = 0  # calibration examples that the other side has too, word for word
     too_long: int = 0  # examples left out because their prompts leave no room for a response in the base's context
 
 
@@ -61,7 +63,7 @@ def divide(
 
     If a side has no validation examples, one prompt in `HELD_OUT` is held out. Held-out examples are halved into tune
     and report. Validation examples that are calibration examples too are left out. Raises `BadDataset` if a part is
-    empty, if fewer than `LEAST` calibration examples remain, and if two sides have the same examples.
+    empty, if fewer than `LEAST` calibration examples remain, and if two sides have mostly the same examples.
     """
     held = _choose_held_out([side for key, side in sides.items() if not validation.get(key)], seed)
     splits, remarks = {}, {}
@@ -74,8 +76,8 @@ def divide(
         tune, report = halve(judged, seed)
         splits[key] = Split(calibration, tune, report)
         remarks[key] = DatasetNotes(len(calibration) - len(known), len(given) - len(judged))
-    _check_different(*(split.calibration for split in splits.values()))
-    return splits, remarks
+    shared = _count_shared(*(split.calibration for split in splits.values()))
+    return splits, {key: replace(notes, shared=shared) for key, notes in remarks.items()}
 
 
 def divide_neutral(texts: Sequence[Encoded], calibrates: bool, chooses: bool) -> Split:
@@ -115,11 +117,11 @@ def match(own: Sequence[Encoded], contrast: Sequence[Encoded]) -> list[tuple[int
 
 
 def check_contrast(own: Sequence[Example], contrast: Sequence[Example]) -> None:
-    """Raises `BadDataset` if both sides have the same examples, or if their prompts have no shape in common.
+    """Raises `BadDataset` if both sides have mostly the same examples, or if their prompts have no shape in common.
 
     Without a common shape, a mask would be found for the format.
     """
-    _check_different(*([repr((one.messages, one.response)) for one in side] for side in (own, contrast)))
+    _count_shared(*([repr((one.messages, one.response)) for one in side] for side in (own, contrast)))
     own_shapes, contrast_shapes = ({example.shape for example in side} for side in (own, contrast))
     if not own_shapes & contrast_shapes:
         raise BadDataset(
@@ -154,9 +156,19 @@ def _key(one: Encoded) -> tuple[int, ...]:
     return one.prompt if len(one.prompt) > 1 else one.prompt + one.response
 
 
-def _check_different(*sides: Sequence[object]) -> None:
-    if len(sides) == 2 and Counter(sides[0]) == Counter(sides[1]):
+def _count_shared(*sides: Sequence[object]) -> int:
+    """How many examples are on both sides. Raises `BadDataset` if they are more than the share `SHARED`."""
+    if len(sides) < 2:
+        return 0
+    shared, fewest = (Counter(sides[0]) & Counter(sides[1])).total(), min(map(len, sides))
+    if shared == max(map(len, sides)):
         raise BadDataset("both sides say the same, example for example; a contrast needs two different personas")
+    if shared > SHARED * fewest:
+        raise BadDataset(
+            f"{shared} of {fewest} examples are word for word the same on both sides; a contrast needs two different "
+            "personas: leave such examples out, or give answers that differ"
+        )
+    return shared
 
 
 def _by_prompt(examples: Sequence[T], key: Callable[[T], object]) -> dict[object, list[int]]:

@@ -76,7 +76,12 @@ class BuildData:
 
     def describe_calibration(self, side: int) -> dict[str, Any]:
         """Counts and digest of the calibration examples, for the mask's metadata."""
-        return {**certificate.summarise(self.sides[side].calibration), "duplicates": self.notes[side].duplicates}
+        notes = self.notes[side]
+        return {
+            **certificate.summarise(self.sides[side].calibration),
+            "duplicates": notes.duplicates,
+            "shared": notes.shared,
+        }
 
     def suggest_more(self, found: Mapping[str, Any], has_validation: bool) -> list[str]:
         """Which data the certificate lacks, if there are too few pairs."""

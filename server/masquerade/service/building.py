@@ -296,7 +296,10 @@ def _recipe(spec: Mapping[str, Any]) -> Recipe:
 
 
 def _folder(serving: Serving, owner: str, spec: Mapping[str, Any]) -> Path:
-    return serving.store.root / kept_builds.FOLDER / f"job-{_identify(owner, spec)}"
+    """Where the work of a build is kept; what was found on other forms of the weights is not of use."""
+    weights = str(serving.base.dtype).removeprefix("torch."), serving.base.quantization
+    name = "-".join(filter(None, ("job", _identify(owner, spec), *weights)))
+    return serving.store.root / kept_builds.FOLDER / name
 
 
 def _identify(owner: str, spec: Mapping[str, Any]) -> str:
