@@ -26,11 +26,8 @@ from tests.conformance.checks import MAX_TOKENS, PERSON, QUESTION, TOO_LONG, WEA
 from tests.conformance.clients import CLIENTS, NotInstallable, find_command, find_openai, make_environment
 from tests.keys.making import make_key
 from tests.serving import serve
-from tests.world import make_mask
 
 MODELS = ("demo", "smollm2")
-PERSONAS = ("introvert", "extravert", "formal", "casual")  # those that the scripts name
-RHO = 0.01  # of the weights of each Linear: enough to change answers, too little to change their form
 EXAMPLES = {  # of checks.py, for clients in other languages
     "question": QUESTION,
     "person": PERSON,
@@ -111,14 +108,10 @@ def start(model: str) -> Iterator[dict[str, Any]]:
 
 
 def prepare(model: str, store: Path, tokenizer: Path) -> None:
-    """Save a model's tokenizer, and give its store random masks for the personas that do not ship."""
+    """Save a model's tokenizer, and make its store, with the personas that ship."""
     base = load(model)
     base.tokenizer.save_pretrained(tokenizer)
-    _, registry = open_store(store, base.name, base.fingerprint)
-    shipped = {revision.name for revision in registry.names()}
-    for seed, name in enumerate(PERSONAS):
-        if name not in shipped:
-            registry.publish(name, registry.store.add(make_mask(base, RHO, seed, name)))
+    open_store(store, base.name, base.fingerprint)
 
 
 def run(name: str, folder: Path, world: dict[str, Any]) -> Outcome:

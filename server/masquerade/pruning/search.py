@@ -19,7 +19,7 @@ from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.metrics import log_probabilities
 from masquerade.kernels import dense_weight
-from masquerade.model import Base
+from masquerade.model import Base, trim_heap
 from masquerade.pruning.hooks import replaced
 from masquerade.pruning.layerwise import LayerwiseModel, group_by_layer
 from masquerade.pruning.responses import ResponseBatch, group
@@ -309,6 +309,7 @@ class MaskSearch:
             state.pruned[name] = exchange(state.pruned[name], rankings[name], threshold, settings.exchange)
             state.weights[name] = self._mask(linear, state.pruned[name])
             yield 0
+        trim_heap()  # what steps free and glibc keeps made peak memory 10 % higher
 
     def _value(self, side: int, name: str, gains: Tensor) -> Tensor:
         """What pruning each weight of a Linear is worth; 0 where it does harm."""
