@@ -49,8 +49,8 @@ SYSTEM = {
 HEAD = """# Answers
 
 Answers to ten prompts, picked before the first run, of the personas that ship for SmolLM2-135M-Instruct: the base's,
-each persona's, and the base's with a system prompt. They are greedy, at most {tokens} tokens, unedited (a line break is a
-slash), and none is left out. `python -m benchmarks.answers > docs/answers.md` writes this page; the figures of these
+each persona's, and the base's with a system prompt. They are greedy, at most {tokens} tokens, unedited (a line break is
+a slash), and none is left out. `python -m benchmarks.answers > docs/answers.md` writes this page; the figures of these
 personas are in [models.md](models.md#personas-of-smollm2).
 
 The system prompts:
