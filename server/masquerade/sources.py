@@ -23,7 +23,7 @@ class ModelFiles:
     """The files of a base model."""
 
     name: str  # the default id in the API
-    path: Path  # a folder of `save_pretrained`, or a GGUF file
+    path: Path  # a folder of `save_pretrained`, or a GGUF file, or any part of one
 
     @property
     def is_gguf(self) -> bool:
@@ -56,7 +56,7 @@ def find_model(name: str, *, download: bool = True) -> ModelFiles:
     if path.is_dir():
         return ModelFiles(path.resolve().name, _find_in_folder(path.resolve()))
     if path.suffix == GGUF and path.is_file():
-        return ModelFiles(path.stem, path.absolute())
+        return ModelFiles(_name_file(path), path.absolute())
     if path.exists():
         raise UnusableModel(
             f"the model {name!r} is a file; give the folder that holds config.json and *.safetensors, or a {GGUF} file"
@@ -78,11 +78,20 @@ def find_model(name: str, *, download: bool = True) -> ModelFiles:
 
 
 def _find_in_folder(folder: Path) -> Path:
-    """The folder, or its only GGUF file if it has no safetensors."""
+    """The folder, or the file or first part of its only GGUF if it has no safetensors."""
     found = sorted(folder.glob(f"*{GGUF}"))
     if not found or any(folder.glob("*.safetensors")):
         return folder
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise UnusableModel(f"the folder {str(folder)!r} holds {len(found)} models; name one of them: {names:.300}")
+    models = {_name_file(path): path for path in reversed(found)}
+    if len(models) > 1:
+        names = ", ".join(sorted(path.name for path in models.values()))
+        raise UnusableModel(f"the folder {str(folder)!r} holds {len(models)} models; name one of them: {names:.300}")
     return found[0]
+
+
+def _name_file(path: Path) -> str:
+    """The name of a GGUF file without `.gguf`, nor the number of a part."""
+    from masquerade.gguf import PartName
+
+    name = PartName.parse(path)
+    return name.stem if name else path.stem

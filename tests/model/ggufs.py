@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map, quants
+from gguf import (
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    TokenType,
+    get_tensor_name_map,
+    quants,
+)
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -217,3 +226,33 @@ def _add_tensors(
         if stored not in leave_out:
             writer.add_tensor(stored, data, raw_dtype=None if kind in (Kind.F32, Kind.F16) else kind)
     return expected
+
+
+def write_parts(path: Path, tensors: int, folder: Path, *, bare_first: bool = False) -> list[Path]:
+    """Write the parts of a file, of so many tensors each, as llama.cpp's gguf-split writes them.
+
+    With `bare_first`, the first part has the metadata and no tensor (`--no-tensor-first-split`).
+    """
+    reader = GGUFReader(path)
+    shares = [reader.tensors[begin : begin + tensors] for begin in range(0, len(reader.tensors), tensors)]
+    shares = [[], *shares] if bare_first else shares
+    paths = []
+    for number, share in enumerate(shares):
+        name = f"{path.stem}-{number + 1:05d}-of-{len(shares):05d}.gguf"
+        writer = GGUFWriter(folder / name, "none")
+        writer.kv_data[0].clear()
+        for field in reader.fields.values() if number == 0 else ():
+            if not field.name.startswith("GGUF."):
+                kind, of_items = [*field.types, None][:2]
+                writer.add_key_value(field.name, field.contents(), kind, of_items)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(shares))
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in share:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(folder / name)
+    return paths

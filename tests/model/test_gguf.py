@@ -360,7 +360,7 @@ class TestHostile:
                 "is 'mamba'; supported: llama, smollm3, granite, olmo2, mistral, qwen2, qwen3, gemma, gemma2, gemma3",
             ),
             ("general.alignment", 3, "must be a power of two"),
-            ("split.count", 3, "is one of 3 files"),
+            ("split.count", 3, "is 3; the name of a part must end in -0000N-of-00003"),
             ("llama.expert_count", 8, "mixtures of experts"),
             ("llama.attention.scale", 0.5, "is not supported"),
             ("llama.block_count", 2**31 - 1, "but the file has only 21 tensors"),
@@ -471,6 +471,109 @@ def test_any_byte_may_be_wrong(tmp_path: Path, whole: bytes) -> None:
     assert outcomes == {"loaded", "refused"}
 
 
+class TestParts:
+    def split(self, folder: Path, name: str = "Some-Model", **how: Any) -> list[Path]:
+        """The parts of a file in a folder of their own. Its frequencies are read from the part that has them."""
+        whole = ggufs.write(folder / f"{name}.gguf", make("llama-3"), ggufs.quantise(Kind.Q8_0)).path
+        (folder / "parts").mkdir(exist_ok=True)
+        return ggufs.write_parts(whole, 7, folder / "parts", **how)
+
+    def refuse(self, path: Path, words: str) -> None:
+        with pytest.raises(UnusableModel, match=words):
+            load(str(path), device="cpu")
+
+    @pytest.mark.parametrize("how", [{}, {"bare_first": True}])
+    def test_the_parts_are_the_file(self, tmp_path: Path, how: dict[str, Any]) -> None:
+        parts = self.split(tmp_path, **how)
+        whole = load(str(tmp_path / "Some-Model.gguf"), device="cpu")
+        for path in (parts[0], parts[1], parts[-1], tmp_path / "parts"):
+            base = load(str(path), device="cpu")
+            assert base.fingerprint == whole.fingerprint
+            compare(base.model, dict(whole.model.named_parameters()))
+            assert base.model.config.to_dict() == whole.model.config.to_dict()
+            assert (base.ends, base.tokenizer.get_vocab()) == (whole.ends, whole.tokenizer.get_vocab())
+        assert len(parts) > 3
+
+    def test_parts_are_called_by_the_file_or_by_their_folder(self, tmp_path: Path) -> None:
+        parts = self.split(tmp_path)
+        assert {find_model(str(path)).name for path in parts} == {"Some-Model"}
+        assert find_model(str(tmp_path / "parts")).name == "parts"
+
+    def test_parts_in_a_cache_of_links_are_found(self, tmp_path: Path) -> None:
+        """The hub's cache links each file to a blob of another name."""
+        (tmp_path / "snapshot").mkdir()
+        for number, path in enumerate(self.split(tmp_path)):
+            path.rename(tmp_path / f"blob-{number}")
+            (tmp_path / "snapshot" / path.name).symlink_to(tmp_path / f"blob-{number}")
+        assert load(str(tmp_path / "snapshot"), device="cpu").name == "snapshot"
+
+    def test_a_folder_with_two_models_in_parts_says_which(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            self.split(tmp_path, name)
+        self.refuse(tmp_path / "parts", r"holds 2 models; name one of them: a-00001-of-\d{5}.gguf, b-00001-of-")
+
+    @pytest.mark.parametrize("number", [0, 1, -1])
+    def test_a_missing_part_is_named(self, tmp_path: Path, number: int) -> None:
+        parts = self.split(tmp_path)
+        parts[number].unlink()
+        other = parts[number - 1]
+        for path in (other, tmp_path / "parts"):
+            self.refuse(
+                path, rf"{parts[number]}: is missing; {'.*' if path != other else other.name} is one of \d parts"
+            )
+
+    def test_a_part_under_another_name_is_named(self, tmp_path: Path) -> None:
+        parts = self.split(tmp_path)
+        renamed = parts[1].rename(tmp_path / "parts" / "second.gguf")
+        self.refuse(renamed, r"second.gguf: split.count: is 4; the name of a part must end in -0000N-of-00004.gguf")
+
+    def test_parts_in_the_wrong_places_are_named(self, tmp_path: Path) -> None:
+        parts = self.split(tmp_path)
+        contents = [path.read_bytes() for path in parts]
+        parts[1].write_bytes(contents[2])
+        self.refuse(parts[0], rf"{parts[1]}: split.no: says that this is part 3, and its name that it is part 2")
+
+    def test_a_part_of_a_model_of_another_size_is_named(self, tmp_path: Path) -> None:
+        parts = self.split(tmp_path)
+        (tmp_path / "other").mkdir()
+        other = ggufs.write(tmp_path / "Some-Model.gguf", make("llama-tied")).path
+        foreign = ggufs.write_parts(other, 6, tmp_path / "other")
+        assert len(foreign) == len(parts)
+        parts[2].write_bytes(foreign[2].read_bytes())
+        self.refuse(parts[0], rf"{parts[2]}: split.tensors.count: is 20, and 22 in {parts[0].name}; .*different files")
+
+    def test_parts_that_were_cut_elsewhere_are_named(self, tmp_path: Path) -> None:
+        """Of the same model, but others: a tensor is there twice, or not at all."""
+        parts = self.split(tmp_path)
+        shifted = self.split(tmp_path / "parts", bare_first=True)
+        contents = [path.read_bytes() for path in shifted]
+        for path in shifted:
+            path.unlink()
+        changed = contents[2].replace(b"split.count\x02\0\0\0\x05", b"split.count\x02\0\0\0\x04")
+        parts[2].write_bytes(changed)
+        self.refuse(parts[0], rf"{parts[2]}: .*: is in {parts[1].name} too; these are parts of different files")
+
+    def test_a_damaged_part_is_named(self, tmp_path: Path) -> None:
+        parts = self.split(tmp_path)
+        parts[2].write_bytes(parts[2].read_bytes()[:-40])
+        self.refuse(parts[0], rf"{parts[2]}: .*but the file has \d+ bytes")
+
+    def test_a_wrong_tensor_is_named_with_its_part(self, tmp_path: Path) -> None:
+        parts = self.split(tmp_path)
+        raw = parts[2].read_bytes()
+        for one, other in (("gate", "xxxx"), ("down", "gate"), ("xxxx", "down")):
+            raw = raw.replace(f"blk.1.ffn_{one}".encode(), f"blk.1.ffn_{other}".encode())
+        parts[2].write_bytes(raw)
+        self.refuse(parts[0], rf"{parts[2]}: blk.1.ffn_gate.weight: has the shape")
+
+    def test_parts_with_a_tensor_less_than_they_say(self, tmp_path: Path) -> None:
+        parts = self.split(tmp_path)
+        for path in parts:
+            raw = path.read_bytes()
+            path.write_bytes(raw.replace(b"split.tensors.count\x05\0\0\0\x16", b"split.tensors.count\x05\0\0\0\x17"))
+        self.refuse(parts[1], rf"{parts[0]}: split.tensors.count: is 23, and the 4 parts have 22 tensors")
+
+
 class TestSources:
     def test_a_file_is_called_by_its_name_and_a_folder_by_its_own(self, tmp_path: Path) -> None:
         folder = tmp_path / "Some-Model"
@@ -500,6 +603,16 @@ class TestSources:
     def test_a_file_that_is_not_there(self, name: str) -> None:
         with pytest.raises(UnusableModel, match=r"not an existing folder or \.gguf file"):
             load(name, device="cpu")
+
+    def test_a_file_that_was_merged_again_is_whole(self, tmp_path: Path) -> None:
+        """gguf-split leaves the keys of the first part, with a count of 0."""
+
+        def change(writer: GGUFWriter) -> None:
+            writer.add_uint16("split.no", 0)
+            writer.add_uint16("split.count", 0)
+
+        path = ggufs.write(tmp_path / "m.gguf", make("llama"), change=change).path
+        assert load(str(path), device="cpu").name == "m"
 
     def test_the_reader_agrees_with_ggufs(self, tmp_path: Path) -> None:
         path = ggufs.write(tmp_path / "m.gguf", make("gemma3"), ggufs.quantise(Kind.Q4_0)).path

@@ -127,6 +127,15 @@ def test_a_gguf_has_the_outline_of_its_model(tmp_path: Path) -> None:
     assert not outline.is_mapped
 
 
+def test_a_gguf_in_parts_has_the_outline_of_the_file(tmp_path: Path) -> None:
+    file = ggufs.write(tmp_path / "model.gguf", ggufs.make_model("llama"), ggufs.quantise(ggufs.Kind.Q8_0)).path
+    (tmp_path / "parts").mkdir()
+    parts = ggufs.write_parts(file, 5, tmp_path / "parts")
+    for path in (parts[0], parts[2], tmp_path / "parts"):
+        outline = read(path)
+        assert (outline.parameters, outline.files) == (read(file).parameters, read(file).files)
+
+
 def test_only_weights_of_the_served_dtype_stay_in_the_file(tiny_folder: Path) -> None:
     assert read(tiny_folder).is_mapped
     assert not read(tiny_folder, dtype="bfloat16").is_mapped

@@ -3,6 +3,7 @@
 from masquerade.gguf.architectures import ARCHITECTURES
 from masquerade.gguf.checkpoint import Checkpoint, read_checkpoint
 from masquerade.gguf.file import GgufFile, read_file
+from masquerade.gguf.parts import PartName
 from masquerade.gguf.weight import Weight
 
-__all__ = ["ARCHITECTURES", "Checkpoint", "GgufFile", "Weight", "read_checkpoint", "read_file"]
+__all__ = ["ARCHITECTURES", "Checkpoint", "GgufFile", "PartName", "Weight", "read_checkpoint", "read_file"]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from masquerade.gguf.architectures import ARCHITECTURES, Architecture, Sizes
-from masquerade.gguf.file import GgufFile, read_file
+from masquerade.gguf.file import GgufFile
+from masquerade.gguf.parts import read_parts
 from masquerade.gguf.weight import Weight, is_readable
 
 _EMBEDDING = "token_embd.weight"
@@ -36,8 +37,11 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read everything but the values. Raises `UnusableModel`, which names the key or tensor at fault."""
-    file = read_file(path)
+    """Read everything but the values of a GGUF file, or of all parts if `path` is one of them.
+
+    Raises `UnusableModel`, which names the key or tensor at fault.
+    """
+    file = read_parts(path)
     name = file.text("general.architecture")
     if name not in ARCHITECTURES:
         file.fail("general.architecture", f"is {name!r:.80}; supported: {', '.join(ARCHITECTURES)}")
@@ -51,8 +55,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _check_whole(file: GgufFile, prefix: str, architecture: Architecture) -> None:
     """Raise for files that would load and give wrong answers."""
-    if (parts := file.size("split.count", 1)) != 1:
-        file.fail("split.count", f"is one of {parts} files; merge them with `llama-gguf-split --merge`")
     if f"{prefix}.expert_count" in file.metadata and not file.is_zero(f"{prefix}.expert_count"):
         file.fail(f"{prefix}.expert_count", "mixtures of experts are not supported")
     for key in _UNSUPPORTED:
@@ -125,7 +127,7 @@ def _find(file: GgufFile, stored: str, name: str, shape: tuple[int, ...]) -> Wei
         file.fail(stored, f"has the shape {list(tensor.shape)!s:.80}; the metadata says {list(shape)}")
     if not is_readable(tensor.kind) or (len(shape) == 1 and tensor.kind.name not in _VALUES):
         file.fail(stored, f"is of type {tensor.kind.name}, which is not supported")
-    return Weight(name, shape, file.path, tensor)
+    return Weight(name, shape, tensor)
 
 
 def _check_complete(file: GgufFile, weights: tuple[Weight, ...]) -> None:

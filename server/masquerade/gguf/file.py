@@ -38,6 +38,7 @@ _MISSING: Any = object()
 class GgufTensor:
     """One stored tensor. `shape` has the order of numpy and torch: rows first."""
 
+    path: Path  # of its file
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -57,20 +58,21 @@ class _Strings:
 class GgufFile:
     """The header. The getters raise `UnusableModel` for a value that is missing or of another type."""
 
-    path: Path
+    path: Path  # of the metadata
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
     def fail(self, key: str, message: str) -> NoReturn:
-        """Raise `UnusableModel` about a key or a tensor."""
-        raise UnusableModel(f"{self.path}: {key}: {message}")
+        """Raise `UnusableModel` about a key or a tensor, and the file that has it."""
+        path = self.tensors[key].path if key in self.tensors else self.path
+        raise UnusableModel(f"{path}: {key}: {message}")
 
-    def size(self, key: str, default: D = _MISSING) -> int | D:
-        """A positive integer."""
+    def size(self, key: str, default: D = _MISSING, least: int = 1) -> int | D:
+        """An integer from `least`."""
         value = self._find(key, default)
-        if value is default or (type(value) is int and 1 <= value <= LARGEST):
+        if value is default or (type(value) is int and least <= value <= LARGEST):
             return value
-        return self.fail(key, f"must be a whole number from 1 to {LARGEST}, not {value!r:.80}")
+        return self.fail(key, f"must be a whole number from {least} to {LARGEST}, not {value!r:.80}")
 
     def is_zero(self, key: str) -> bool:
         """Whether the value is 0."""
@@ -189,7 +191,7 @@ def _locate(file: GgufFile, name: str, number: int, shape: tuple[int, ...], begi
     nbytes = prod(shape) // values * size
     if begin + nbytes > end:
         file.fail(name, f"lies at {begin}..{begin + nbytes}, but the file has {end} bytes")
-    return GgufTensor(name, kind, shape, begin, nbytes)
+    return GgufTensor(file.path, name, kind, shape, begin, nbytes)
 
 
 class _Cursor:

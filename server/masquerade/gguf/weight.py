@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    path: Path
     tensor: GgufTensor
     head_dim: int = 0  # rows of a head whose halves llama.cpp interleaves, or 0
     offset: float = 0.0  # llama.cpp adds it to every value
@@ -49,7 +47,7 @@ class Weight:
         """Rows as bfloat16: [end - begin, columns]. A vector has one value per row."""
         rows, _ = self._matrix
         width = self.tensor.nbytes // rows
-        stored: NDArray[Any] = np.memmap(self.path, np.uint8, "r", self.tensor.begin, (rows, width))
+        stored: NDArray[Any] = np.memmap(self.tensor.path, np.uint8, "r", self.tensor.begin, (rows, width))
         if self.head_dim:
             number, row = np.divmod(np.arange(begin, end), self.head_dim)
             half, position = np.divmod(row, self.head_dim // 2)
