@@ -1,4 +1,4 @@
-"""Finds the files of a base model: in the package, a folder, a GGUF file, a registry or the hub. Needs no torch."""
+"""Finds the files of a base model: in the package, a folder or file, Ollama's store, a registry, the hub. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from huggingface_hub.errors import HFValidationError
 from maskstore import fingerprint, fingerprint_tensors
 from masquerade import demo
 from masquerade.errors import UnusableModel
+from masquerade.ollama import PREFIX, find_ollama
 from masquerade.packaged import PACKAGED, find_packaged
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _NAMES = ", ".join(f"`{name}`" for name in (demo.NAME, *PACKAGED))
 GGUF = ".gguf"
+_MAGIC = b"GGUF"  # of a file without the suffix, such as a blob of Ollama's store
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ModelFiles:
 
 
 def find_model(name: str, *, download: bool = True) -> ModelFiles:
-    """The files of a model, given as a name, folder, GGUF file or hub id.
+    """The files of a model, given as a name, folder, GGUF file, name in Ollama's store or hub id.
 
     Downloads hub and registry models once; without `download`, a hub model's files are those that the cache has, which
     may be its config alone. Raises `UnusableModel` if there is no such model, or if it is not there to be read.
@@ -52,14 +54,17 @@ def find_model(name: str, *, download: bool = True) -> ModelFiles:
         return ModelFiles(name, demo.MODEL)
     if name in PACKAGED:
         return ModelFiles(name, find_packaged(name, download=download))
+    if name.startswith(PREFIX):
+        return ModelFiles(*find_ollama(name.removeprefix(PREFIX)))
     path = Path(name).expanduser()
     if path.is_dir():
         return ModelFiles(path.resolve().name, _find_in_folder(path.resolve()))
-    if path.suffix == GGUF and path.is_file():
+    if path.is_file() and (path.suffix == GGUF or _begins_as_gguf(path)):
         return ModelFiles(_name_file(path), path.absolute())
     if path.exists():
         raise UnusableModel(
-            f"the model {name!r} is a file; give the folder that holds config.json and *.safetensors, or a {GGUF} file"
+            f"the model {name!r} is a file, and none in GGUF; give the folder that holds config.json and "
+            f"*.safetensors, or a {GGUF} file"
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == GGUF:
         raise UnusableModel(
@@ -89,9 +94,17 @@ def _find_in_folder(folder: Path) -> Path:
     return found[0]
 
 
+def _begins_as_gguf(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise UnusableModel(f"the model {str(path)!r} cannot be read: {error}") from error
+
+
 def _name_file(path: Path) -> str:
     """The name of a GGUF file without `.gguf`, nor the number of a part."""
     from masquerade.gguf import PartName
 
     name = PartName.parse(path)
-    return name.stem if name else path.stem
+    return name.stem if name else path.name.removesuffix(GGUF)

@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 Model = Annotated[
-    str, typer.Option("--model", help="`demo`, `smollm2`, a folder, a .gguf file, or a hub id such as owner/name.")
+    str,
+    typer.Option(
+        "--model", help="`demo`, `smollm2`, a folder, a .gguf file, ollama:NAME, or a hub id such as owner/name."
+    ),
 ]
 StoreFolder = Annotated[
     Path | None,

@@ -18,6 +18,7 @@ from masquerade.model.dequantized import Report, load_gguf
 from masquerade.model.quantized import adopt, check_stored, import_stored, quantize
 from masquerade.model.short_attention import use_short_attention
 from masquerade.model.targets import find_targets
+from masquerade.ollama import PREFIX
 from masquerade.sources import ModelFiles, find_model
 
 # the weights of the language model in Gemma 3, Mistral 3 and Llama 4, which read images too
@@ -78,6 +79,11 @@ def load(
         )
     except (OSError, ValueError, KeyError, MaskError, StrictDataclassError) as error:
         raise UnusableModel(f"cannot load a model from {name!r}: {error}") from error
+    if name.startswith(PREFIX) and not tokenizer.chat_template:
+        raise UnusableModel(
+            f"{name}: its GGUF has no chat template (tokenizer.chat_template), and Ollama's own template is not used; "
+            f"`--model {files.path}` serves it without one, for `/v1/completions`"
+        )
     if not find_targets(model):
         raise UnusableModel(f"{name!r} has no Linears that masks apply to; are its weights packed by a quantisation?")
     if quantization:
