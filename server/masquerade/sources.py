@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -13,6 +15,9 @@ from masquerade import demo
 from masquerade.errors import UnusableModel
 from masquerade.ollama import PREFIX, find_ollama
 from masquerade.packaged import PACKAGED, find_packaged
+
+if TYPE_CHECKING:
+    from masquerade.gguf import Checkpoint
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _NAMES = ", ".join(f"`{name}`" for name in (demo.NAME, *PACKAGED))
@@ -37,11 +42,14 @@ class ModelFiles:
 
         Raises `UnusableModel` or a `MaskError` for files without a model.
         """
-        if not self.is_gguf:
-            return fingerprint(self.path)
+        return fingerprint_tensors(self.checkpoint.weights) if self.is_gguf else fingerprint(self.path)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The header of a GGUF file, read once. Raises `UnusableModel`."""
         from masquerade.gguf import read_checkpoint
 
-        return fingerprint_tensors(read_checkpoint(self.path).weights)
+        return read_checkpoint(self.path)
 
 
 def find_model(name: str, *, download: bool = True) -> ModelFiles:

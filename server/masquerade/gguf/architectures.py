@@ -227,7 +227,7 @@ def _llama3(file: GgufFile, sizes: Sizes, prefix: str, theta: float) -> Config:
         file.fail(
             name, f"is {tensor.kind.name} of the shape {list(tensor.shape)}; expected F32 [{sizes.head_dim // 2}]"
         )
-    factors = np.fromfile(tensor.path, "<f4", sizes.head_dim // 2, offset=tensor.begin)
+    factors = tensor.map().view("<f4")
     config = {
         "rope_type": "llama3",
         "rope_theta": theta,

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 from masquerade.errors import UnusableModel
 
@@ -30,6 +31,7 @@ _NUMBERS: Mapping[int, np.dtype[Any]] = {
     for kind, name in enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8"))
     if name
 }
+_LENGTH = struct.Struct("<Q")  # of a string
 D = TypeVar("D")
 _MISSING: Any = object()
 
@@ -45,12 +47,21 @@ class GgufTensor:
     begin: int  # in the file
     nbytes: int
 
+    def map(self) -> NDArray[np.uint8]:
+        """Its bytes, mapped as long as the array lives; pages that are mapped count as memory of the process."""
+        start = self.begin - self.begin % mmap.ALLOCATIONGRANULARITY
+        end = self.begin + self.nbytes
+        with open(self.path, "rb") as file:
+            data = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_READ, offset=start)
+        return np.frombuffer(data, np.uint8, self.nbytes, self.begin - start)
+
 
 @dataclass(frozen=True)
 class _Strings:
     """An array of strings, decoded on demand."""
 
     begin: int
+    end: int
     count: int
 
 
@@ -98,7 +109,7 @@ class GgufFile:
             return value
         return self.fail(key, f"must be text, not {value!r:.80}")
 
-    def numbers(self, key: str) -> np.ndarray[Any, Any]:
+    def numbers(self, key: str) -> NDArray[Any]:
         """An array of numbers."""
         value = self._find(key, _MISSING)
         return value if isinstance(value, np.ndarray) else self.fail(key, f"must be numbers, not {value!r:.80}")
@@ -108,9 +119,17 @@ class GgufFile:
         value = self._find(key, _MISSING)
         if not isinstance(value, _Strings):
             self.fail(key, f"must be strings, not {value!r:.80}")
-        with _open(self.path) as data:
-            cursor = _Cursor(self.path, data, value.begin)
-            return [cursor.text(key) for _ in range(value.count)]
+        with _open(self.path) as mapped:
+            data = mapped[value.begin : value.end]
+        found, position = [], 0
+        for _ in range(value.count):  # the bounds are known to hold; a vocabulary has many strings
+            begin = position + _LENGTH.size
+            position = begin + _LENGTH.unpack_from(data, position)[0]
+            found.append(data[begin:position])
+        try:
+            return [text.decode() for text in found]
+        except UnicodeDecodeError as error:
+            self.fail(key, f"has a string that is not UTF-8: {error}")
 
     def token(self, key: str, count: int) -> int | None:
         """A token id below `count`, or None if the file has none."""
@@ -252,14 +271,13 @@ class _Cursor:
             return self._numbers(key, kind, self.integer("<Q", key))
         count = self.count(key, least=8)
         begin = position = self.position
-        length = struct.Struct("<Q")
         try:
             for _ in range(count):  # a vocabulary may be large: only find its end
-                position += 8 + length.unpack_from(self._data, position)[0]
+                position += _LENGTH.size + _LENGTH.unpack_from(self._data, position)[0]
         except (struct.error, OverflowError):
             position = len(self._data) + 1
         self.skip(position - begin, key)
-        return _Strings(begin, count)
+        return _Strings(begin, position, count)
 
 
 def _plain(value: Any) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from masquerade.gguf.file import GgufTensor
 
-CHUNK = 2**20  # values that are dequantised at a time
+CHUNK = 2**18  # values that are dequantised at a time: they stay in a processor's cache
 _NAN = 0x7FC0
 
 
@@ -35,34 +34,37 @@ class Weight:
         """Bytes in a checkpoint."""
         return 2 * prod(self.shape)
 
-    def chunks(self) -> Iterator[tuple[int, int, NDArray[np.uint16]]]:
-        """All rows in chunks: begin, end, and their values."""
+    def chunks(self) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """All rows in chunks: begin, end, and their values before they are rounded: [end - begin, columns]."""
         rows, columns = self._matrix
         step = max(1, CHUNK // columns)
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
-            yield begin, end, self.rows(begin, end)
+            yield begin, end, self._dequantize(np.arange(begin, end))
 
-    def rows(self, begin: int, end: int) -> NDArray[np.uint16]:
-        """Rows as bfloat16: [end - begin, columns]. A vector has one value per row."""
-        rows, _ = self._matrix
-        width = self.tensor.nbytes // rows
-        stored: NDArray[Any] = np.memmap(self.tensor.path, np.uint8, "r", self.tensor.begin, (rows, width))
+    def read(self, spans: Sequence[tuple[int, int]]) -> bytes:
+        """Spans of bytes of the checkpoint's tensor; dequantises their rows."""
+        width = 2 * self._matrix[1]
+        covers = [np.arange(begin // width, -(-end // width)) for begin, end in spans]
+        rows = round_to_bfloat16(self._dequantize(np.concatenate(covers))).astype("<u2", copy=False).tobytes()
+        found, at = [], 0
+        for (begin, end), cover in zip(spans, covers, strict=True):
+            first = at + begin % width
+            found.append(rows[first : first + end - begin])
+            at += width * len(cover)
+        return b"".join(found)
+
+    def _dequantize(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Rows as float32: [rows, columns]. A vector has one value per row."""
+        stored = self.tensor.map().reshape(self.shape[0], -1)
         if self.head_dim:
-            number, row = np.divmod(np.arange(begin, end), self.head_dim)
+            number, row = np.divmod(rows, self.head_dim)
             half, position = np.divmod(row, self.head_dim // 2)
-            raw = stored[self.head_dim * number + 2 * position + half]
-        else:
-            raw = np.ascontiguousarray(stored[begin:end])
+            rows = self.head_dim * number + 2 * position + half
+        raw = stored[rows].reshape(1, -1)  # gguf works on 16 rows at a time: as one row, a chunk takes half the time
         with np.errstate(all="ignore"):  # the file may hold infinities
-            return round_to_bfloat16(dequantize(raw, self.tensor.kind) - np.float32(self.offset))
-
-    def read(self, begin: int, end: int) -> bytes:
-        """Bytes `begin` to `end` of the checkpoint's tensor; dequantises their rows."""
-        columns = 2 * self._matrix[1]
-        first = begin // columns
-        rows = self.rows(first, -(-end // columns))
-        return rows.astype("<u2", copy=False).tobytes()[begin - first * columns : end - first * columns]
+            values = dequantize(raw, self.tensor.kind).reshape(len(rows), -1)
+            return values - np.float32(self.offset) if self.offset else values
 
     @property
     def _matrix(self) -> tuple[int, int]:

@@ -1,16 +1,15 @@
-"""A GGUF file as a transformers model: each weight is dequantised into its place, a million values at a time."""
+"""A GGUF file as a transformers model: each weight is dequantised into its place, in chunks that a cache holds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from masquerade.gguf import Checkpoint, Weight, read_checkpoint
+from masquerade.gguf import Checkpoint, Weight
 from masquerade.model.vocabulary import find_ends, read_tokenizer
 from masquerade.sources import ModelFiles
 
@@ -23,7 +22,7 @@ def load_gguf(files: ModelFiles, dtype: torch.dtype, report: Report | None = Non
     Weights are rounded to bfloat16, once, and then cast: the model is the one that `save_pretrained` would save in
     bfloat16, whatever the dtype. Peak memory is the model and a few megabytes. Raises `UnusableModel`.
     """
-    checkpoint = read_checkpoint(files.path)
+    checkpoint = files.checkpoint
     tokenizer = read_tokenizer(checkpoint.file, checkpoint.config["vocab_size"])
     model = _make(checkpoint, dtype)
     _fill(model, checkpoint, report or (lambda _done, _all: None))
@@ -58,4 +57,4 @@ def _fill(model: Any, checkpoint: Checkpoint, report: Report) -> None:
 def _copy(weight: Weight, place: torch.Tensor) -> None:
     rows = place.view(place.shape[0], -1)
     for begin, end, values in weight.chunks():
-        rows[begin:end].copy_(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16))
+        rows[begin:end].copy_(torch.from_numpy(values).to(torch.bfloat16))

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from maskstore import MaskNotFound, list_tensors
 from masquerade.errors import MasqueradeError, UnusableModel
-from masquerade.gguf import read_checkpoint
+from masquerade.gguf import Checkpoint
 from masquerade.model import find_targets
 from masquerade.model.quantized import check_stored
 from masquerade.sources import ModelFiles
@@ -76,7 +76,7 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
     folder may be missing. Raises `UnusableModel` for files that do not describe a model that masks apply to.
     """
     try:
-        config, sizes, stored = _read_gguf(files.path) if files.is_gguf else _read_folder(files)
+        config, sizes, stored = _read_gguf(files.checkpoint) if files.is_gguf else _read_folder(files)
         wanted = _choose_dtype(dtype, device, files.is_gguf, stored)
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
@@ -94,8 +94,7 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
     return Outline(files.name, model, device, context, sizes, files.is_gguf)
 
 
-def _read_gguf(path: Path) -> tuple[Any, dict[str, int], torch.dtype]:
-    checkpoint = read_checkpoint(path)
+def _read_gguf(checkpoint: Checkpoint) -> tuple[Any, dict[str, int], torch.dtype]:
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.file.tensors.values():
         sizes[tensor.kind.name] += tensor.nbytes
