@@ -14,13 +14,13 @@ from masquerade.model import Base, load
 VOCABULARY = 8192
 
 
-def write_base(folder: Path, shape: dict[str, int]) -> None:
+def write_base(folder: Path, shape: dict[str, int], dtype: torch.dtype = torch.float32) -> None:
     """Save a random Llama with grouped heads and tied embeddings to a folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, **shape
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w3").save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""A real model: loading, tokens per CPU-second with and without personas, and the statistics of a build.
+"""A real model: tokens per CPU-second with and without personas, and the statistics of a build.
 
 `python -m benchmarks.real --json [--quick]`. The model is `smollm2` (SmolLM2-135M-Instruct in bf16, fetched once). All
 times are CPU time of the whole process, on one thread. `generate` of transformers runs on a second copy of the model
@@ -9,8 +9,6 @@ is equal. Masks are random, of the size of masks that are built for this model: 
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -37,24 +35,6 @@ PRUNED = 55_000
 GAMMA = 0.5
 REQUESTS = (1, 4, 16)
 PERSONAS = (0, 1, 8)
-LOADING = f"""
-import json, re, time
-from pathlib import Path
-import torch
-from masquerade.model import load
-
-def resident(key):
-    return 1024 * int(re.search(rf"{{key}}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-torch.set_num_threads(1)
-load("demo", device="cpu")
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before, started = resident("VmRSS"), time.process_time()
-base = load({MODEL!r}, device="cpu")
-seconds, taken = time.process_time() - started, resident("VmHWM") - before
-tensors = [tensor.nbytes for tensor in base.model.parameters()]
-print(json.dumps([seconds, taken, sum(tensors), max(tensors)]))
-"""
 
 
 @dataclass(frozen=True)
@@ -77,21 +57,10 @@ def main() -> None:
     torch.set_num_threads(1)
     scale = QUICK if options.quick else FULL
     try:
-        figures = [*measure_loading(), *measure_throughput(scale), *measure_build(scale)]
+        figures = [*measure_throughput(scale), *measure_build(scale)]
     except UnusableModel as error:
         sys.exit(f"{error}")
     report("real", figures, options.json)
-
-
-def measure_loading() -> Iterator[Figure]:
-    """In a process of its own, after a small model was loaded."""
-    load(MODEL, device="cpu")  # fetched before the process that is measured
-    done = subprocess.run([sys.executable, "-c", LOADING], check=True, capture_output=True, text=True)
-    seconds, taken, model, tensor = json.loads(done.stdout)
-    yield Figure("identify and load", seconds, "CPU-s")
-    yield Figure("the model in bf16", model / 2**20, "MiB")
-    yield Figure("peak memory of loading it", taken / 2**20, "MiB")
-    yield Figure("peak memory / (model + its largest tensor)", taken / (model + tensor), "x", "<= 1")
 
 
 def measure_throughput(scale: Scale) -> Iterator[Figure]:

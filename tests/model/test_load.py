@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskstore import list_tensors
 from masquerade.errors import BadRequest, UnusableModel
 from masquerade.model import load, render_chat
 from tests import families, world
@@ -17,6 +18,16 @@ def test_a_folder_is_loaded_under_its_name(tiny_folder: Path) -> None:
     base = load(str(tiny_folder), device="cpu")
     assert (base.name, base.context, base.dtype) == (tiny_folder.name, 256, torch.float32)
     assert base.ends == {base.tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_progress_of_a_folder_is_told(tiny_folder: Path, dtype: str, capfd: pytest.CaptureFixture[str]) -> None:
+    steps: list[tuple[int, int]] = []
+    base = load(str(tiny_folder), device="cpu", dtype=dtype, report=lambda done, total: steps.append((done, total)))
+    total = sum(tensor.nbytes for tensor in list_tensors(tiny_folder))
+    assert (steps, steps[-1]) == (sorted(steps), (total, total))
+    assert len(steps) == len(list(base.model.parameters()))
+    assert "Loading weights" not in capfd.readouterr().err
 
 
 def test_a_sliding_window_does_not_bound_the_context(tmp_path: Path) -> None:

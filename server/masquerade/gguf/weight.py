@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from masquerade.gguf.file import GgufTensor
 
-CHUNK = 2**18  # values that are dequantised at a time: they stay in a processor's cache
+CHUNK = 2**17  # values that are dequantised at a time: they stay in a processor's cache
 _NAN = 0x7FC0
 
 

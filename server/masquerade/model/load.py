@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils.logging import set_tqdm_hook
 
 from maskstore import MaskError, list_tensors
 from masquerade.errors import UnusableModel, quote
@@ -23,6 +26,7 @@ from masquerade.sources import ModelFiles, find_model
 
 # the weights of the language model in Gemma 3, Mistral 3 and Llama 4, which read images too
 _TEXT_PART = {r"^(?:model\.)?language_model\.(?:model\.)?": "model.", r"^model\.lm_head\.": "lm_head."}
+_LOADING = "Loading weights"  # transformers' name of its progress bar
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,16 @@ def load(
 
     `device` is `auto`, `cpu` or `cuda`; `dtype` is `auto` (the checkpoint's, but float32 for a folder on a CPU),
     `float32`, `bfloat16` or `float16`; `quantization` is a name in `QUANTIZATIONS`; `report` is told of the bytes that
-    are loaded from a GGUF file. Raises `UnusableModel` with the reason.
+    are loaded. Raises `UnusableModel` with the reason.
     """
     where = _choose_device(device)
     files = find_model(name)
     try:
         mark = files.fingerprint()
-        model, tokenizer = (
-            _load_gguf(files, dtype, report) if files.is_gguf else _load_folder(name, files, dtype, where)
-        )
+        with _no_collections():
+            model, tokenizer = (
+                _load_gguf(files, dtype, report) if files.is_gguf else _load_folder(name, files, dtype, where, report)
+            )
     except (OSError, ValueError, KeyError, MaskError, StrictDataclassError) as error:
         raise UnusableModel(f"cannot load a model from {name!r}: {error}") from error
     if name.startswith(PREFIX) and not tokenizer.chat_template:
@@ -102,6 +107,18 @@ def load(
     )
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep the garbage collector from running: a vocabulary starts it, and it walks through all modules for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _choose_device(device: str) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
@@ -109,27 +126,50 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
 
 
-def _load_folder(name: str, files: ModelFiles, dtype: str, device: torch.device) -> tuple[Any, Any]:
+def _load_folder(
+    name: str, files: ModelFiles, dtype: str, device: torch.device, report: Report | None
+) -> tuple[Any, Any]:
     wanted: Any = getattr(torch, dtype, dtype)
     if dtype == "auto" and device.type == "cpu":
         wanted = torch.float32
     stored = _check_stored(files)
     config, renamed = _read_config(name, files.path)
     place: Any = {"device_map": {"": device}} if stored else {}  # 8-bit weights cannot be moved afterwards
-    model, report = AutoModelForCausalLM.from_pretrained(
-        files.path,
-        config=config,
-        key_mapping=renamed,
-        dtype=wanted,
-        local_files_only=True,
-        output_loading_info=True,
-        **place,
-    )
-    if missing := sorted(report["missing_keys"]):  # transformers makes random ones
+    with _follow_weights(report, files) if report else nullcontext():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            files.path,
+            config=config,
+            key_mapping=renamed,
+            dtype=wanted,
+            local_files_only=True,
+            output_loading_info=True,
+            **place,
+        )
+    if missing := sorted(found["missing_keys"]):  # transformers makes random ones
         raise UnusableModel(f"cannot load a model from {name!r}: the weights of {quote(missing)} are missing")
     if stored:
         adopt(files.name, model)
     return model, AutoTokenizer.from_pretrained(files.path, local_files_only=True)
+
+
+@contextmanager
+def _follow_weights(report: Report, files: ModelFiles) -> Iterator[None]:
+    """Report the weights that transformers loads in place of its progress bar, as if all were equally large."""
+    total = sum(tensor.nbytes for tensor in list_tensors(files.path))
+
+    def follow(make_bar: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return count(arguments[0]) if options.get("desc") == _LOADING else make_bar(*arguments, **options)
+
+    def count(weights: Collection[Any]) -> Iterator[Any]:
+        for done, weight in enumerate(weights, 1):
+            yield weight
+            report(total * done // len(weights), total)
+
+    previous = set_tqdm_hook(follow)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
 
 
 def _check_stored(files: ModelFiles) -> bool:
