@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -41,20 +42,22 @@ def _make(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model
 
 
-@torch.no_grad()
 def _fill(model: Any, checkpoint: Checkpoint, report: Report) -> None:
-    places = dict(model.named_parameters())  # a tied head is not a second one
+    """Dequantise each weight on one of as many threads as torch has; numpy and torch release Python's lock."""
+    places = {name: weight.detach() for name, weight in model.named_parameters()}  # a tied head is not a second one
     if places.keys() != (names := {weight.name for weight in checkpoint.weights}):
         odd = sorted(places.keys() ^ names)
         checkpoint.file.fail(odd[0], "is a weight of either the file or the model, not of both")
     done, total = 0, sum(weight.nbytes for weight in checkpoint.weights)
-    for weight in checkpoint.weights:
-        _copy(weight, places[weight.name])
-        done += weight.nbytes
-        report(done, total)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for nbytes in pool.map(lambda weight: _copy(weight, places[weight.name]), checkpoint.weights):
+            done += nbytes
+            report(done, total)
 
 
-def _copy(weight: Weight, place: torch.Tensor) -> None:
+def _copy(weight: Weight, place: torch.Tensor) -> int:
+    """Returns its bytes in a checkpoint."""
     rows = place.view(place.shape[0], -1)
     for begin, end, values in weight.chunks():
         rows[begin:end].copy_(torch.from_numpy(values).to(torch.bfloat16))
+    return weight.nbytes
