@@ -1,17 +1,21 @@
 """A persona that ships for SmolLM2 on the quantised forms of its base: shift, and cost of its own and of neutral text.
 
-`python -m benchmarks.forms --json [--quick]`. The mask, its held-out text and the neutral text, which the unquantised
-base generates, are the same for every form. Ratios are against the base of the same form; what the form itself costs is
-its base's perplexity over the unquantised base's.
+`python -m benchmarks.forms --json [--quick] [--forms int8,Q8_0]`. The forms are the quantisations of `--quantization`,
+and GGUF files into which the base's weights are quantised again. The mask, its held-out text and the neutral text,
+which the unquantised base generates, are the same for every form. Ratios are against the base of the same form; what
+the form itself costs is its base's perplexity over the unquantised base's.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from transformers.utils import logging
 
 from benchmarks._report import Figure, arguments, report
@@ -25,14 +29,19 @@ from masquerade.evaluate.treatment import Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, load
 from masquerade.model.quantized import QUANTIZATIONS
 from masquerade.pruning.neutral import generate_neutral_text
+from masquerade.sources import find_model
+from tests.model.ggufs import copy_metadata
 
 PERSONA = "introvert"
+KINDS = ("Q8_0", "Q5_1", "Q4_0")  # of GGUF; gguf's own quantisers have no K types
 UNITS = {"margin_shift": "nats a token", "margin_shift_median": "nats a token", "own_ratio": "x", "neutral_ratio": "x"}
 SIDES = {1: "own", -1: "the opposite's", 0: "neutral"}
 
 
 def main() -> None:
-    options = arguments(__doc__, "an eighth of the text").parse_args()
+    parser = arguments(__doc__, "an eighth of the text")
+    parser.add_argument("--forms", default=",".join((*QUANTIZATIONS, *KINDS)), help="those that are measured")
+    options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     base = load_smollm2()
@@ -45,18 +54,46 @@ def main() -> None:
     unquantised, found = measure(base, mask, texts)
     figures += found
     del base
-    for how in QUANTIZATIONS:
-        _, found = measure(load("smollm2", device="cpu", quantization=how), mask, texts, unquantised)
+    for form in options.forms.split(","):
+        _, found = measure(load_form(form), mask, texts, unquantised, form)
         figures += found
     report("forms", figures, options.json)
 
 
+def load_form(form: str) -> Base:
+    """SmolLM2 in a quantised form."""
+    if form in QUANTIZATIONS:
+        return load("smollm2", device="cpu", quantization=form)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{form}.gguf")
+        requantise(find_model("smollm2").path, path, GGMLQuantizationType[form])
+        return load(str(path), device="cpu")
+
+
+def requantise(source: Path, path: Path, kind: GGMLQuantizationType) -> None:
+    """Write a GGUF with all matrices of another in one type."""
+    reader, writer = GGUFReader(source), GGUFWriter(path, "none")
+    copy_metadata(reader, writer)
+    for tensor in reader.tensors:
+        chosen = kind if len(tensor.shape) > 1 else tensor.tensor_type
+        values = quants.dequantize(tensor.data, tensor.tensor_type)
+        raw = None if chosen == GGMLQuantizationType.F32 else chosen
+        writer.add_tensor(tensor.name, quants.quantize(values, chosen), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def measure(
-    base: Base, mask: Mask, texts: Sequence[Sequence[Encoded]], unquantised: SetLikelihoods | None = None
+    base: Base,
+    mask: Mask,
+    texts: Sequence[Sequence[Encoded]],
+    unquantised: SetLikelihoods | None = None,
+    form: str = "bfloat16",
 ) -> tuple[SetLikelihoods, list[Figure]]:
     """The likelihoods under a form of the base, and the figures of the mask on it."""
     started = time.process_time()
-    form = base.quantization or str(base.dtype).removeprefix("torch.")
     resident = MaskManager.attach(base.model).fit(mask)
     eval_set = EvaluationSet(base, *texts)
     before = finish(eval_set.measure_base())

@@ -228,6 +228,15 @@ def _add_tensors(
     return expected
 
 
+def copy_metadata(reader: GGUFReader, writer: GGUFWriter) -> None:
+    """Give a new file all keys of another, in place of those that it has."""
+    writer.kv_data[0].clear()
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF."):
+            kind, of_items = [*field.types, None][:2]
+            writer.add_key_value(field.name, field.contents(), kind, of_items)
+
+
 def write_parts(path: Path, tensors: int, folder: Path, *, bare_first: bool = False) -> list[Path]:
     """Write the parts of a file, of so many tensors each, as llama.cpp's gguf-split writes them.
 
@@ -241,10 +250,8 @@ def write_parts(path: Path, tensors: int, folder: Path, *, bare_first: bool = Fa
         name = f"{path.stem}-{number + 1:05d}-of-{len(shares):05d}.gguf"
         writer = GGUFWriter(folder / name, "none")
         writer.kv_data[0].clear()
-        for field in reader.fields.values() if number == 0 else ():
-            if not field.name.startswith("GGUF."):
-                kind, of_items = [*field.types, None][:2]
-                writer.add_key_value(field.name, field.contents(), kind, of_items)
+        if number == 0:
+            copy_metadata(reader, writer)
         writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", len(shares))
         writer.add_int32("split.tensors.count", len(reader.tensors))
