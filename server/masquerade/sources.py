@@ -7,9 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
 from maskstore import fingerprint, fingerprint_tensors
 from masquerade import demo
 from masquerade.errors import UnusableModel
@@ -79,6 +76,9 @@ def find_model(name: str, *, download: bool = True) -> ModelFiles:
             f"the model {name!r} is not an existing folder or {GGUF} file, nor one of {_NAMES}, nor a hub id such as "
             "`owner/name`"
         )
+    from huggingface_hub import snapshot_download  # with its HTTP client, which no other model needs
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return ModelFiles(name, Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=not download)))
     except (OSError, HFValidationError) as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
 from masquerade.engine import Engine, Phase, Request, SamplingParams
 from masquerade.engine.prefix import BLOCK_SIZE, PrefixHashes, Salts
@@ -186,3 +187,14 @@ def test_a_persona_that_yields_no_numbers_leaves_no_trace(
     assert "not a number" in str(events[-1].error)  # type: ignore[attr-defined]
     assert [beside.ids[3:]] == alone
     assert engine.generate([ask([9, 8, 7]) for _ in range(9)]) == alone * 9  # in every block that it had
+
+
+def test_what_memory_held_before_the_engine_took_it_reaches_no_answer(make_engine: Make) -> None:
+    prompts = [DOCUMENT, [9, 8, 7], DOCUMENT[:40]]
+    answers = make_engine().generate([ask(prompt) for prompt in prompts])
+    torch.use_deterministic_algorithms(True)  # fills new memory with what is not a number
+    try:
+        engine = make_engine()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert engine.generate([ask(prompt) for prompt in prompts]) == answers

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests import serving
 
-FIRST = ("torch", "transformers", "fastapi", "uvicorn", "masquerade.http", "masquerade.app", "masquerade.cli.serve")
+FIRST = ("masquerade.cli.serve", "masquerade.cli.loading", "masquerade.cli.server")
 REAP_SECONDS = 30.0
 
 

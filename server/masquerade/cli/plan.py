@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from masquerade.cli import heap
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization
 from masquerade.errors import InvalidValue, UnusableModel
 from masquerade.plan.memory import format_bytes, parse_bytes, read_memory
@@ -45,9 +46,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a model takes, what fits beside it, and what a build takes, without loading the model."""
-    from masquerade.plan.build import estimate_build
-    from masquerade.plan.fit import Workload, find_remedies, fit
-    from masquerade.pruning import Recipe
+    with heap.importing():
+        from masquerade.plan.build import estimate_build
+        from masquerade.plan.fit import Workload, find_remedies, fit
+        from masquerade.pruning import Recipe
 
     outline = _read(model, device, dtype)
     if context is not None and context > outline.context:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from masquerade.cli import keyfiles
+from masquerade.cli import heap, keyfiles
 from masquerade.cli.options import (
     AcceptTensorSignatures,
     Device,
@@ -28,17 +25,8 @@ from masquerade.cli.signals import exit_on_sigterm, run_on_sighup
 from masquerade.cli.stores import check_store, find_store, open_store
 from masquerade.errors import CannotListen, InvalidValue
 
-if TYPE_CHECKING:
-    from maskstore import Registry, Store
-    from masquerade.cli.draining import DrainingServer
-    from masquerade.engine import Engine, EngineConfig
-    from masquerade.http.limits import Policy
-    from masquerade.model import Base
-    from masquerade.service.serving import Serving
-
 _log = logging.getLogger("masquerade")
 _LONGEST_NAME = 128
-MOST_NAMED = 8  # personas in a line of the log
 
 WRONG_KEY_SECONDS = 0.25  # limits a client that guesses keys to four attempts a second per connection
 
@@ -122,12 +110,10 @@ def serve(
     keys = keyfiles.add_missing(root, key_file or ())
     run_on_sighup(lambda: _log_keys(keyfiles.add_missing(root, key_file or ())))
 
+    # FastAPI, which the checks before need not
     from masquerade.cli.loading import Loading
-    from masquerade.engine import EngineConfig
     from masquerade.http import logs
-    from masquerade.http.access import is_loopback
-    from masquerade.http.limits import Policy
-    from masquerade.model import load
+    from masquerade.http.limits import Policy, is_loopback
 
     if not (keys or insecure_no_auth or is_loopback(host)):
         raise InvalidValue(
@@ -143,9 +129,13 @@ def serve(
         gateway_metrics=gateway_metrics,
     )
     logs.configure(log_format)
-    hide_loading_bars()
     with _listen(host, port) as listener:
         with Loading(listener):
+            with heap.importing():  # clients are answered while these are imported
+                from masquerade.cli import server
+                from masquerade.engine import EngineConfig
+                from masquerade.model import load
+            hide_loading_bars()
             config = EngineConfig(max_running, max_waiting, max_batch_tokens, cache_bytes, speculate=speculate)
             announce(model, device, dtype, config, mask_bytes, quantization)
             report = report_quarters(lambda line: _log.info("%s", line))
@@ -158,67 +148,15 @@ def serve(
                 require_signed=require_signed,
                 accept_tensors=accept_tensor_signatures,
             )
-            serving = _assemble(
+            serving = server.assemble(
                 base, config, *store_and_registry, mask_bytes, host_mask_bytes, accept_uncertified=accept_uncertified
             )
-            _warm_up(serving.engine)
-        _log_state(serving, keys, listener)
-        server = _make_server(serving, policy, drain_seconds)
-        with _frozen_heap():
-            server.run(sockets=[listener])
-
-
-def _assemble(
-    base: Base,
-    config: EngineConfig,
-    store: Store,
-    registry: Registry,
-    mask_bytes: int,
-    host_mask_bytes: int | None,
-    *,
-    accept_uncertified: bool,
-) -> Serving:
-    from masquerade.engine import Engine
-    from masquerade.model import HostCache, MaskManager, Residency, VerifiedStore
-    from masquerade.service.serving import Serving
-
-    if host_mask_bytes is None:
-        host_mask_bytes = 0 if base.device.type == "cpu" else 4 * mask_bytes
-    manager = MaskManager.attach(base.model)
-    verified_store = VerifiedStore(store, base.fingerprint)
-    residency = Residency(manager, verified_store, mask_bytes, HostCache(host_mask_bytes), config.max_waiting)
-    engine = Engine(base, config)
-    return Serving(base, engine, store, registry, residency, manager, accept_uncertified=accept_uncertified)
-
-
-def _make_server(serving: Serving, policy: Policy, drain_seconds: float) -> DrainingServer:
-    import uvicorn
-
-    from masquerade.app import create_app
-    from masquerade.cli.draining import DrainingServer
-    from masquerade.http.limits import Protocol
-
-    config = uvicorn.Config(
-        create_app(serving, policy),
-        http=Protocol,
-        ws="none",
-        timeout_graceful_shutdown=10,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-    )
-    return DrainingServer(config, lambda: serving.engine.drain(drain_seconds))
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Exclude what is loaded from garbage collection: a full collection would stop all requests for 0.3 s."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+        server.log_personas(serving)
+        _log_keys(keys)
+        _log.info("listening on http://%s:%d", *listener.getsockname()[:2])
+        draining_server = server.make_server(serving, policy, drain_seconds)
+        heap.freeze()
+        draining_server.run(sockets=[listener])
 
 
 def _check_model_name(name: str) -> None:
@@ -229,40 +167,9 @@ def _check_model_name(name: str) -> None:
         )
 
 
-def _log_state(serving: Serving, keys: int, listener: socket.socket) -> None:
-    names = ", ".join(revision.name for revision in serving.personas())
-    _log.info("%s on %s with the personas: %s", serving.base.name, serving.base.device, names or "none yet")
-    _log_uncertified(serving)
-    _log_keys(keys)
-    _log.info("listening on http://%s:%d", *listener.getsockname()[:2])
-
-
-def _log_uncertified(serving: Serving) -> None:
-    """Warn of personas whose certificates do not hold on the quantised base."""
-    names = [revision.name for revision in serving.own_personas() if serving.find_warning(revision)]
-    if not names:
-        return
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    _log.warning(
-        "%s without a certificate on %s weights: %s%s; `masquerade masks certify` measures one",
-        "served" if serving.accept_uncertified else "not served",
-        serving.base.quantization or "unquantised",
-        ", ".join(names[:MOST_NAMED]),
-        more,
-    )
-
-
 def _log_keys(count: int) -> None:
     access = "each request needs one" if count else "anyone who can reach the server can use it"
     _log.info("%d keys: %s", count, access)
-
-
-def _warm_up(engine: Engine) -> None:
-    """Generate one short answer, so that the first client does not wait for lazy initialisation."""
-    from masquerade.engine import Request
-
-    length = min(8, engine.base.context - 2)
-    engine.generate([Request([0] * length, max_tokens=2, emit=lambda _: None)])
 
 
 def _listen(host: str, port: int) -> socket.socket:

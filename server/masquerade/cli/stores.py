@@ -9,7 +9,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from maskstore import Mask, MaskError, Registry, Revision, Store, database, read_mask
+from maskstore import Mask, MaskError, MaskReader, Registry, Revision, Store, database
 from maskstore.sqlite import read_version
 from masquerade import demo, smollm2
 from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
@@ -84,11 +84,15 @@ def open_store(
     root = root or _default(base_name, base_fingerprint)
     new = not (root / "registry.sqlite").exists()
     registry = Registry(root, require_signed, accept_tensors)
-    shipped = (read_mask(file) for folder in SHIPPED for file in sorted(folder.glob("*.safetensors")))
-    for mask in shipped if new else ():
-        if mask.base.fingerprint == base_fingerprint:
-            registry.publish(mask.info.persona, registry.store.add(mask))
+    for file in _find_shipped() if new else ():
+        with MaskReader(file) as reader:
+            if reader.base.fingerprint == base_fingerprint:
+                registry.publish(reader.info.persona, registry.store.add(reader.mask()))
     return registry.store, registry
+
+
+def _find_shipped() -> list[Path]:
+    return [file for folder in SHIPPED for file in sorted(folder.glob("*.safetensors"))]
 
 
 def open_opposite(registry: Registry, mask: Mask) -> tuple[Revision, Mask] | None:

@@ -37,12 +37,14 @@ class KVCache:
     def __init__(self, config: Any, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.kv_heads, self.head_size = _shape(config)
         shape = (config.num_hidden_layers, (2 + num_blocks) * self.kv_heads, BLOCK_SIZE, self.head_size)
-        self.keys: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self.values: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        # Without values: a block is cleared when it is allocated, and on a CPU it takes no memory before that.
+        self.keys: Tensor = torch.empty(shape, dtype=dtype, device=device)
+        self.values: Tensor = torch.empty(shape, dtype=dtype, device=device)
         self.device = device
         self.num_blocks = num_blocks
         self.scratch_block = num_blocks + 1
         self._heads = np.arange(self.kv_heads)
+        self.zero([0])
         visible, hidden = torch.zeros(self.positions), torch.full((self.positions,), float("-inf"))
         self._mask_row = torch.cat([visible, hidden]).to(device=device, dtype=dtype)  # every mask row is a slice of it
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,7 +26,7 @@ from masquerade.errors import (
 from masquerade.http import errors
 from masquerade.http.bodies import read_body
 from masquerade.http.internal import PRIORITY, SENDER, InternalSender
-from masquerade.http.limits import Policy
+from masquerade.http.limits import Policy, is_loopback
 from masquerade.http.request_log import RequestRecord
 from masquerade.keys import Key, Keyring, Rates
 from masquerade.keys import Scope as KeyScope
@@ -221,14 +220,6 @@ def _read_tokens(headers: Headers) -> Iterator[str]:
         if scheme.lower() == "bearer" and token.strip():
             yield token.strip()
     yield from (token.strip() for token in headers.getlist("x-api-key") if token.strip())
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or address can only be this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def _hostname(host: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import math
 import re
@@ -46,6 +47,14 @@ class Policy:
     answer_seconds: float = 600.0  # for all answers to a request
     response_days: float = 30.0  # for which responses are stored; 0 stores none
     gateway_metrics: bool = False  # whether there is what `gateway.py` serves
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address can only be this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 class LimitsMiddleware:
