@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # befo
 
 from masquerade.model import Base, MaskManager, load
 from tests import world
-from tests.serving import Server, serve
+from tests.serving import Server, forking, serve
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 
@@ -21,6 +21,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forking() -> Iterator[None]:
+    with forking():
+        yield
 
 
 @pytest.fixture(scope="session")

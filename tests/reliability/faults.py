@@ -29,8 +29,8 @@ from tests.reliability.chaos import upload, write_examples
 from tests.reliability.crowd import CHAT, Crowd, Heard, Known, ask, code_of, draw
 from tests.reliability.report import Progress, Row, Scale
 from tests.reliability.scene import NAME, PERSONAS, Scene, ailments, make_scene, mask_file
-from tests.reliability.zygote import Zygote
 from tests.serving import Server
+from tests.zygote import Zygote
 
 UNFORESEEN = ("untyped", "internal_error")
 BALLAST = 2**16  # bytes of a piece

@@ -17,8 +17,8 @@ import torch
 from maskstore import Mask, Registry, fsck
 from masquerade.model import Base, load
 from tests import world
-from tests.reliability.zygote import Zygote
 from tests.serving import Server, free_port, stop, wait_until_ready
+from tests.zygote import Zygote
 
 NAME = "tiny"
 CONTEXT = 512
