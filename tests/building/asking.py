@@ -11,6 +11,7 @@ from masquerade import demo
 from tests.serving import Server
 
 RECIPE = {"score": "attribution", "rho": 0.003}
+QUICK = {"samples": 32, "force": True}  # with these a build ends in seconds, and what the mask does is left open
 UNFINISHED = ("validating_files", "queued", "running")
 
 

@@ -14,7 +14,7 @@ from openai import APIConnectionError, OpenAI
 
 from maskstore import fsck
 from masquerade.jobs import JobTable
-from tests.building.asking import RECIPE, UNFINISHED, build, connect, finish, order, upload
+from tests.building.asking import QUICK, RECIPE, UNFINISHED, build, connect, finish, order, upload
 from tests.serving import serve
 
 KILLS = int(os.environ.get("MASQUERADE_KILLS", "2"))  # 30 for a thorough run
@@ -55,7 +55,7 @@ def test_what_was_acknowledged_survives_being_killed_at_any_moment(tmp_path: Pat
 def test_a_server_that_is_stopped_puts_its_job_back_and_goes_on_with_it(tmp_path: Path) -> None:
     store = tmp_path / "store"
     with serve("--model", "demo", "--store", str(store)) as server, connect(server) as sdk:
-        job = build(sdk, "p").id
+        job = build(sdk, "p", samples=64).id
         while not any(event.message.startswith("backward") for event in sdk.fine_tuning.jobs.list_events(job)):
             time.sleep(0.05)
         server.process.terminate()
@@ -84,7 +84,7 @@ def work(sdk: OpenAI, name: str, files: set[str], jobs: set[str]) -> None:
         ids += upload(sdk, kind)
         files.add(ids[-1])
     if sum(job.status in UNFINISHED for job in sdk.fine_tuning.jobs.list(limit=100)) < QUEUED:
-        jobs.add(order(sdk, name, ids[0], RECIPE | {"contrast_file": ids[1], "neutral_file": ids[2]}).id)
+        jobs.add(order(sdk, name, ids[0], RECIPE | QUICK | {"contrast_file": ids[1], "neutral_file": ids[2]}).id)
     while True:
         sdk.fine_tuning.jobs.list(limit=1)
         time.sleep(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from openai import OpenAI
 from maskstore import fsck
 from masquerade import demo
 from masquerade.demo.judge import DemoJudge
-from tests.building.asking import RECIPE, ask, build, connect, finish, order, upload
+from tests.building.asking import QUICK, RECIPE, ask, build, connect, finish, order, upload
 from tests.serving import Server, serve
 
 TRAIN, OTHER = demo.DATA / "formal.train.jsonl", demo.DATA / "casual.train.jsonl"
@@ -44,7 +45,7 @@ def sdk(running: Server) -> Iterator[OpenAI]:
 @pytest.fixture(scope="module")
 def built(sdk: OpenAI) -> Any:
     """A job that has made a pair of opposites."""
-    return finish(sdk, build(sdk, "stiff", contrast_name="loose", scope="all").id)
+    return finish(sdk, build(sdk, "stiff", contrast_name="loose", scope="all", samples=128).id)
 
 
 def test_a_persona_is_built_and_used_in_the_next_request(sdk: OpenAI, store: Path, built: Any) -> None:
@@ -80,10 +81,11 @@ def test_a_page_of_events_goes_on_behind_the_last_one(sdk: OpenAI, built: Any) -
 def test_chat_goes_on_and_stays_exact_while_a_persona_is_built(sdk: OpenAI) -> None:
     models = ["demo", "demo:formal", "demo:casual", "demo:gloomy"]
     before = [ask(sdk, model) for model in models]
-    job = build(sdk, "busy")
+    job = build(sdk, "busy", **QUICK)
     with ThreadPoolExecutor(4) as pool:
         while sdk.fine_tuning.jobs.retrieve(job.id).status != "succeeded":
             assert list(pool.map(lambda model: ask(sdk, model), models)) == before
+            time.sleep(0.2)  # a build waits for chats, so that without a pause this would take minutes
     assert finish(sdk, job.id).status == "succeeded"
 
 
@@ -99,6 +101,7 @@ def test_a_running_job_can_be_cancelled_and_an_ended_one_cannot(sdk: OpenAI) -> 
 
 def test_one_form_uploads_and_builds(sdk: OpenAI, running: Server) -> None:
     form = {"name": "formed", "contrast_name": "unformed", "score": "attribution", "rho": "0.004", "phase": "all"}
+    form |= {name: json.dumps(value) for name, value in QUICK.items()}
     files = {"file": TRAIN.read_bytes(), "contrast": OTHER.read_bytes(), "neutral": FACTS.read_bytes()}
     made = httpx.post(f"{running.base_url}/v1/personas", data=form, files=files, timeout=60)
     assert made.status_code == 200, made.text

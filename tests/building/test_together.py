@@ -14,11 +14,11 @@ import httpx
 import pytest
 
 from maskstore import fsck
-from tests.building.asking import ask, build, connect, finish
+from tests.building.asking import QUICK, ask, build, connect, finish
 from tests.serving import Server, serve
 
 MODELS = ("demo", "demo:formal", "demo:gloomy", "demo:extravert")
-SECONDS = float(os.environ.get("MASQUERADE_STRESS_SECONDS", "8"))  # 120 for a thorough run
+SECONDS = float(os.environ.get("MASQUERADE_STRESS_SECONDS", "4"))  # 120 for a thorough run
 CHANGES = 17  # of the registry, at least, by each of three
 
 
@@ -51,7 +51,7 @@ def test_builds_chats_and_changes_at_once_disturb_nobody(builder: Server, store:
         ThreadPoolExecutor(16) as pool,
     ):
         before = dict(zip(asked, pool.map(lambda one: ask(sdk, *one), asked), strict=True))
-        jobs = [build(sdk, name).id for name in ("first", "second")]
+        jobs = [build(sdk, name, **QUICK).id for name in ("first", "second")]
 
         def chat(seed: int) -> int:
             rng, count = random.Random(seed), 0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.cli.running import succeed
 from tests.serving import serve
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -27,10 +25,9 @@ def test_stories_can_be_served_and_given_a_persona(tmp_path: Path) -> None:
         lines = (MINDSET / f"{side}.train.jsonl").read_text().splitlines()[:16]
         sides.append(tmp_path / f"{side}.jsonl")
         sides[-1].write_text("\n".join(lines))
-    command = [sys.executable, "-m", "masquerade", "build", "--model", str(STORIES), "--store", str(store), "--json"]
-    options = ["--name", "extravert", "--data", str(sides[0]), "--contrast", str(sides[1])]
-    options += ["--score", "attribution", "--rho", "0.003", "--force", "--neutral", str(sides[1])]  # any text
-    built = json.loads(subprocess.run([*command, *options], check=True, capture_output=True).stdout)["personas"][0]
+    data = ("--data", sides[0], "--contrast", sides[1], "--neutral", sides[1])  # any text
+    recipe = ("--name", "extravert", "--score", "attribution", "--rho", "0.003", "--force")
+    built = succeed("build", "--model", STORIES, "--store", store, *data, *recipe)["personas"][0]
     assert built["certificate"]["margin_shift"] > 0
 
     with serve("--model", str(STORIES), "--store", str(store)) as server:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from maskstore import Mask, MaskConflict, Registry, Store, fsck, gc, import_mask, write_mask
 from tests.maskstore import world
 
-KILLS = 200
+KILLS = 80
 PUBLICATIONS = 500  # by each of two processes
 
 

@@ -74,7 +74,7 @@ def follow(work: Any) -> Iterator[tuple[bool, str]]:
         uses_model = step.model_next
 
 
-@pytest.mark.parametrize("score", ["auto", *SCORES])
+@pytest.mark.parametrize("score", SCORES)
 def test_an_item_is_at_most_one_pass_or_one_ranking(
     tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch, score: str
 ) -> None:
@@ -112,7 +112,7 @@ def test_questions_are_tokenised_beside_the_model(
     assert tokenised >= 80
 
 
-@pytest.mark.parametrize("score", ["auto", "sparsegpt"])
+@pytest.mark.parametrize("score", ["refined", "sparsegpt"])
 def test_no_item_stalls_the_demo(score: str) -> None:
     """In CPU time, as multiples of one pass over a micro-batch in the same run.
 
@@ -125,9 +125,11 @@ def test_no_item_stalls_the_demo(score: str) -> None:
     manager = MaskManager.attach(base.model)
     batches = [encode(base, formal[start : start + 12]) for start in range(0, 60, 12)]
     passes = sorted(spend(lambda batch=batch: likelihoods(base, batch)) for batch in batches)
-    recipe = Recipe(score=score, force=True, samples=96)
+    recipe = Recipe(score=score, force=True, samples=48)
     work = follow(
-        Builder(base, manager, recipe, PersonaExamples("dude", casual), PersonaExamples("sir", formal), facts).run()
+        Builder(
+            base, manager, recipe, PersonaExamples("dude", casual), PersonaExamples("sir", formal), facts[:40]
+        ).run()
     )
     items: list[tuple[float, str]] = []
     gc.collect()

@@ -27,11 +27,11 @@ def cut(tmp_path: Path, name: str, count: int) -> Path:
     return short
 
 
-@pytest.mark.parametrize(("kind", "model"), [("extravert", "demo"), ("narcissist", str(STORIES))])
-def test_pairs_of_answers(tmp_path: Path, kind: str, model: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_of_answers(tmp_path: Path, kind: str) -> None:
     own, contrast = (cut(tmp_path, f"{name}.train.jsonl", 9) for name in KINDS[kind])
     quiet = cut(tmp_path, "synthetic-persona-chat/valid.jsonl", 2)
-    common = ("--model", model, "--store", tmp_path / "s", "--data", own, "--contrast", contrast, "--neutral", quiet)
+    common = ("--model", STORIES, "--store", tmp_path / "s", "--data", own, "--contrast", contrast, "--neutral", quiet)
     built = succeed("build", *common, "--name", kind, "--score", "attribution-fisher", "--rho", "0.001", "--force")
     certificate: dict[str, Any] = built["personas"][0]["certificate"]
     assert (certificate["passed"] is False) == bool(certificate["reasons"])
@@ -40,12 +40,11 @@ def test_pairs_of_answers(tmp_path: Path, kind: str, model: str) -> None:
     assert found["mask"]["margin_shift"] != 0 == found["none"]["margin_shift"]
 
 
-@pytest.mark.parametrize("model", ["demo", str(STORIES)])
-def test_plain_text_without_an_opposite(tmp_path: Path, model: str) -> None:
+def test_plain_text_without_an_opposite(tmp_path: Path) -> None:
     """Nothing is preferred to anything there, so the certificate has costs and no effect."""
     data = cut(tmp_path, "synthetic-persona-chat/train.jsonl", 6)
     quiet = cut(tmp_path, "synthetic-persona-chat/valid.jsonl", 2)
-    common = ("--model", model, "--store", tmp_path / "s", "--data", data, "--neutral", quiet)
+    common = ("--model", STORIES, "--store", tmp_path / "s", "--data", data, "--neutral", quiet)
     certificate = succeed("build", *common, "--name", "chatty", "--rho", "0.1", "--force")["personas"][0]["certificate"]
     assert "own_ratio" in certificate
     assert "margin_shift" not in certificate
