@@ -27,7 +27,7 @@ lint: setup
 	@for folder in server maskstore clients; do test ! -e $$folder/__init__.py || { echo "$$folder is no package"; exit 1; }; done
 
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 docs: setup
 	$(BIN)/python -m masquerade.app > docs/api.md

@@ -85,7 +85,7 @@ def test_chat_goes_on_and_stays_exact_while_a_persona_is_built(sdk: OpenAI) -> N
     with ThreadPoolExecutor(4) as pool:
         while sdk.fine_tuning.jobs.retrieve(job.id).status != "succeeded":
             assert list(pool.map(lambda model: ask(sdk, model), models)) == before
-            time.sleep(0.2)  # a build waits for chats, so that without a pause this would take minutes
+            time.sleep(0.2)  # the build runs while nobody chats
     assert finish(sdk, job.id).status == "succeeded"
 
 
