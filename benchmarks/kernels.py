@@ -1,4 +1,5 @@
-"""The native masked product against its own dense product and against torch's `F.linear`, and what a model gains.
+"""The native masked product against its own dense product and against torch's `F.linear`, native attention against
+torch's, and what a model gains.
 
 `python -m benchmarks.kernels --json [--quick]`, on one thread. Weights rotate through a pool far larger than the
 processor's cache, so that every product reads them from memory, as a decode step does. Candidates are interleaved call
@@ -14,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,11 @@ from benchmarks import engine
 from benchmarks._report import Figure, report
 from maskstore import encode
 from masquerade.engine import EngineConfig
+from masquerade.engine.attention import AttentionCall, Scores
+from masquerade.engine.kv_cache import KVCache
+from masquerade.engine.prefix import BLOCK_SIZE
+from masquerade.engine.row_groups import NativeRows, group_for_torch
+from masquerade.engine.scheduler import Chunk
 from masquerade.kernels import NativeMask, NativeParts, NativeProduct, NativeSpan, correct
 from masquerade.model import AppliedMask, MaskManager
 
@@ -81,16 +89,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one shape and few repeats; within a minute")
-    parser.add_argument("--only", choices=("products", "model"), help="one part of it")
+    parser.add_argument("--only", choices=("products", "attention", "model"), help="one part of it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     shapes, seconds = (QUICK, 1.5) if options.quick else (FULL, 8.0)
     figures: list[Figure] = []
-    if options.only != "model":
+    if options.only in (None, "products"):
         figures += [figure for case in CASES for figure in measure(case, shapes, seconds)]
-    if options.only != "products":
+    if options.only in (None, "attention"):
+        figures += measure_attention(seconds / 8)
+    if options.only in (None, "model"):
         figures += measure_model(engine.QUICK if options.quick else engine.FULL, 2 if options.quick else 5)
     report("kernels", figures, options.json)
 
@@ -145,6 +155,50 @@ def make_product(case: Case, linear: nn.Linear, kind: str, seed: int) -> NativeP
         parts = NativeParts({"linear": mask}, {"linear": 0})
         spans += [NativeSpan(parts, 1 - case.gamma, row, row + 1) for row in range(persona, case.rows, case.personas)]
     return NativeProduct(spans)
+
+
+def measure_attention(seconds: float) -> Iterator[Figure]:
+    """One layer with the heads of SmolLM2 (9 of 64, three to a head of keys): decodes, and chunks of prompts."""
+    decodes = [(rows, 1, context) for rows in (1, 4, 16, 64) for context in (64, 512, 2048, 8192)]
+    prompts = [(1, rows, rows + before) for rows in (32, 128, 512) for before in (0, 512, 2048)]
+    for dtype in (BF16, FP32):
+        for count, rows, length in decodes + prompts:
+            if count * length > 2**17:
+                continue
+            native, torch_ = compare_attention(dtype, count, rows, length, seconds)
+            what = f"a chunk of {rows} rows" if rows > 1 else f"{count} decode{'s' * (count > 1)}"
+            label = f"{'bf16' if dtype is BF16 else 'fp32'}, {what}, context {length}"
+            yield Figure(f"attention, {label}, torch", torch_ * 1e3, "CPU-ms")
+            yield Figure(f"attention, {label}, native / torch", native / torch_, "x", "<= 1.05")
+
+
+def compare_attention(dtype: torch.dtype, count: int, rows: int, length: int, seconds: float) -> tuple[float, float]:
+    """The median CPU time of the native kernel and of torch: `rows` rows at the end of each of `count` contexts."""
+    config: Any = SimpleNamespace(
+        num_hidden_layers=1, num_key_value_heads=3, num_attention_heads=9, hidden_size=576, head_dim=64
+    )
+    width = -(-length // BLOCK_SIZE)
+    cache = KVCache(config, count * width, dtype, torch.device("cpu"))
+    cache.keys.normal_(), cache.values.normal_()
+    table = np.random.default_rng(0).permutation(count * width).reshape(count, width) + 1
+    requests: list[Any] = [SimpleNamespace(batch_index=index) for index in range(count)]
+    chunks = [Chunk(request, length - rows, length, True) for request in requests]
+    queries, keys, values = (torch.randn(count * rows, heads, 64).to(dtype) for heads in (9, 3, 3))
+    call = AttentionCall(0, Scores(0.125), cache, keys, values)
+    native = NativeRows(chunks, table, cache)
+    groups = [*group_for_torch(chunks, table, cache)]
+    candidates = {
+        "native": lambda: native.attend(queries, call),
+        "torch": lambda: [group.attend(queries[group.start : group.stop], call) for group in groups],
+    }
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or len(times["native"]) < 5:
+        for name, run in candidates.items():
+            started = time.thread_time()
+            run()
+            times[name].append(time.thread_time() - started)
+    return float(np.median(times["native"])), float(np.median(times["torch"]))
 
 
 def measure_model(scale: engine.Scale, repeats: int) -> Iterator[Figure]:

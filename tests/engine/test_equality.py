@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from masquerade.engine import Engine, Request, SamplingParams
+from masquerade.engine import Engine, Request, SamplingParams, row_groups
 from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 
@@ -68,6 +68,15 @@ def test_requests_that_join_a_running_batch_equal_the_oracle(
     while engine.step():
         pass
     check(tiny, requests, [request.ids[len(request.prompt) :] for request, _, _ in requests])
+
+
+def test_torch_attends_where_the_native_kernel_does_not(
+    tiny: Base, manager: MaskManager, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decodes of all lengths beside prompts in chunks."""
+    monkeypatch.setattr(row_groups, "attends", lambda _: False)
+    engine, requests = make_engine(max_batch_tokens=32), make_requests(tiny, manager, (2, 200), seed=2)
+    check(tiny, requests, engine.generate([request for request, _, _ in requests]))
 
 
 def test_gamma_one_gives_the_tokens_of_the_base(

@@ -1,9 +1,11 @@
-// The masked product over many small shapes against sums in double, in memory of just the right size: what
+// The masked product and attention over many small shapes against sums in double, in memory of just the right size: what
 // AddressSanitizer and UndefinedBehaviorSanitizer are run on. Exits with 1 at the first wrong number.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -11,9 +13,12 @@
 #if !defined(WITH_AVX512)
 void multiply_avx512(const Call&) {}
 void multiply_avx512bf16(const Call&) {}
+void attend_avx512(const AttentionCall&) {}
+void attend_avx512bf16(const AttentionCall&) {}
 #endif
 #if !defined(__x86_64__)
 void multiply_avx2(const Call&) {}
+void attend_avx2(const AttentionCall&) {}
 #endif
 
 namespace {
@@ -152,6 +157,54 @@ bool check_refusals() {
   return masquerade_product(nullptr, 0, 0, &weight, nullptr, x, y, 0, 1, 1, kFloat32, kPortable, 1) == kDone;
 }
 
+// Chunks of requests whose blocks are in no order, each behind the other ones' last.
+template <class T>
+bool check_attention(int32_t isa, int64_t heads, int64_t kv_heads, int64_t size, int64_t positions,
+                     const std::vector<int32_t>& rows, const std::vector<int32_t>& lengths) {
+  const int64_t chunks = rows.size();
+  int64_t total = 0, width = 0, count = 0;
+  std::vector<int32_t> starts;
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    starts.push_back(total);
+    total += rows[chunk];
+    width = std::max<int64_t>(width, (lengths[chunk] + positions - 1) / positions);
+  }
+  std::vector<int32_t> blocks(chunks * width, -1);
+  for (int64_t chunk = chunks; chunk--;)
+    for (int64_t at = 0; at * positions < lengths[chunk]; at++) blocks[chunk * width + at] = count++;
+  std::vector<T> q(total * heads * size), y(q.size()), keys(count * kv_heads * positions * size), values(keys.size());
+  for (auto* all : {&q, &keys, &values})
+    for (T& value : *all) value = encode<T>(uniform() - 0.5);
+  const float scale = 3.0f;
+  if (masquerade_attention(q.data(), keys.data(), values.data(), y.data(), blocks.data(), starts.data(), rows.data(),
+                           lengths.data(), chunks, heads, kv_heads, size, width, positions, scale,
+                           sizeof(T) == 4 ? kFloat32 : kBfloat16, isa, 2) != kDone)
+    return false;
+  for (int64_t chunk = 0; chunk < chunks; chunk++)
+    for (int64_t row = 0; row < rows[chunk]; row++)
+      for (int64_t head = 0; head < heads; head++) {
+        const int64_t length = lengths[chunk] - rows[chunk] + 1 + row, query = ((starts[chunk] + row) * heads + head) * size;
+        std::vector<double> sums(size);
+        double mass = 0;
+        for (int64_t at = 0; at < length; at++) {
+          const int64_t block = blocks[chunk * width + at / positions] * kv_heads + head / (heads / kv_heads);
+          const int64_t place = (block * positions + at % positions) * size;
+          double score = 0;
+          for (int64_t i = 0; i < size; i++) score += decode(q[query + i]) * decode(keys[place + i]);
+          const double weight = std::exp(score * scale);
+          mass += weight;
+          for (int64_t i = 0; i < size; i++) sums[i] += weight * decode(values[place + i]);
+        }
+        for (int64_t i = 0; i < size; i++)
+          if (!(std::fabs(decode(y[query + i]) - sums[i] / mass) <= (sizeof(T) == 4 ? 1e-5 : 1e-2))) {
+            std::printf("isa %d, attention of %ld heads of %ld, chunk %ld, row %ld\n", isa, (long)heads, (long)size,
+                        (long)chunk, (long)row);
+            return false;
+          }
+      }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -169,6 +222,15 @@ int main() {
     if (isa >= kAvx512) continue;
 #endif
     if (!(masquerade_isas() >> isa & 1)) continue;
+    const int64_t heads[][2] = {{1, 1}, {6, 2}, {8, 1}};
+    const int64_t blocks[][2] = {{16, 16}, {48, 64}, {80, 4}};
+    for (const auto& many : heads)
+      for (const auto& block : blocks)
+        for (const auto& [rows, lengths] : std::vector<std::pair<std::vector<int32_t>, std::vector<int32_t>>>{
+                 {{1}, {1}}, {{1, 5, 1}, {64, 70, 131}}, {{20, 3}, {20, 150}}}) {
+          if (!check_attention<float>(isa, many[0], many[1], block[0], block[1], rows, lengths)) return 1;
+          if (!check_attention<uint16_t>(isa, many[0], many[1], block[0], block[1], rows, lengths)) return 1;
+        }
     for (const auto& shape : shapes)
       for (const auto& batch : batches)
         for (int64_t base_rows : {0, 1, 26}) {

@@ -16,6 +16,7 @@ from torch import nn
 
 from maskstore import Bitmap, Sparse, Target
 from masquerade.kernels import cuda, native
+from masquerade.kernels.attention import PagedChunks, attend_chunks, attends
 from masquerade.kernels.correction import Assignment, Correction
 from masquerade.kernels.cuda import CudaBits, CudaList
 from masquerade.kernels.native import NativeBits, NativeList, NativeMask, NativeParts, NativeProduct, NativeSpan, dense
@@ -84,8 +85,11 @@ __all__ = [
     "NativeParts",
     "NativeProduct",
     "NativeSpan",
+    "PagedChunks",
     "RowwiseCorrection",
     "SparseCorrection",
+    "attend_chunks",
+    "attends",
     "choose",
     "correct",
     "dense",

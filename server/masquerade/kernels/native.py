@@ -30,9 +30,9 @@ from masquerade.kernels.correction import accumulator, bitmap_footprint
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
-INTERFACE = 4  # of product.h
+INTERFACE = 5  # of product.h
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # slowest first, numbered as in product.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIST, _WIDE_LIST, _BITMAP = range(1, 4)
 _PART = np.dtype([("kind", np.int64), ("data", np.uintp)])
 _SPAN = "Pdqq"  # address of the parts, strength, start, stop
@@ -51,6 +51,13 @@ class Library:
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),  # spans, their count, index of the Linear
             *(ctypes.c_void_p,) * 4,  # weight, bias, x, y
             *(ctypes.c_int64,) * 3,  # rows, out, in
+            *(ctypes.c_int32,) * 3,  # dtype, isa, threads
+        )
+        self.attend = library.masquerade_attention
+        self.attend.argtypes = (
+            *(ctypes.c_void_p,) * 8,  # q, keys, values, y; blocks, starts, rows and lengths of chunks
+            *(ctypes.c_int64,) * 6,  # chunks, heads, kv heads, head size, width of blocks, positions of a block
+            ctypes.c_float,
             *(ctypes.c_int32,) * 3,  # dtype, isa, threads
         )
         kind_and_dtype, address, size = (ctypes.c_int64, ctypes.c_int32), ctypes.c_void_p, ctypes.c_int64
@@ -80,7 +87,8 @@ def find_library() -> Library | None:
     return library
 
 
-def _library() -> Library:
+def require_library() -> Library:
+    """The library. Raises `UnusableModel` if it was not built."""
     if (library := find_library()) is None:
         raise UnusableModel("the native kernels were not built; install a C++ compiler and the package again")
     return library
@@ -91,7 +99,7 @@ def serves(module: nn.Module, device: str | None = None) -> TypeGuard[nn.Linear]
 
     `device` as in `kernels.choose`.
     """
-    if type(module) is not nn.Linear or module.weight.dtype not in _DTYPES:
+    if type(module) is not nn.Linear or module.weight.dtype not in DTYPES:
         return False
     if (device or module.weight.device.type) != "cpu":
         return False
@@ -150,7 +158,7 @@ class NativeList(NativeMask):
         data = torch.empty(self.footprint(linear, sparse.pruned), dtype=torch.uint8).numpy()  # starts on a cache line
         super().__init__(linear, sparse.pruned, kind, data)
         rows, cols, weight = sparse.rows, sparse.cols.astype(column, copy=False), linear.weight
-        _library().write_list(
+        require_library().write_list(
             kind, dtype, rows.ctypes.data, cols.ctypes.data, weight.data_ptr(), *self.shape, data.ctypes.data
         )
 
@@ -158,14 +166,14 @@ class NativeList(NativeMask):
     def footprint(linear: nn.Linear, pruned: int) -> int:
         """The `nbytes` of a list: a column and a value per pruned weight, and about six bytes per output."""
         kind, dtype, _ = _layout(linear)
-        size: int = _library().measure_list(kind, dtype, linear.out_features, pruned)
+        size: int = require_library().measure_list(kind, dtype, linear.out_features, pruned)
         return size
 
     def to_keep(self) -> NDArray[np.bool_]:
         """True where a weight is kept, [out, in]."""
         (kind, dtype, column), (out, _) = _layout(self._linear), self.shape
         rows, cols = np.empty(out + 1, np.int32), np.empty(self.pruned, column)
-        _library().read_list(kind, dtype, self._data.ctypes.data, out, rows.ctypes.data, cols.ctypes.data)
+        require_library().read_list(kind, dtype, self._data.ctypes.data, out, rows.ctypes.data, cols.ctypes.data)
         keep = np.ones(self.shape, np.bool_)
         keep[np.repeat(np.arange(out), np.diff(rows)), cols] = False
         return keep
@@ -174,7 +182,7 @@ class NativeList(NativeMask):
 def _layout(linear: nn.Linear) -> tuple[int, int, type[np.uint16 | np.uint32]]:
     """The kind, and the dtypes of values and columns, of a Linear's lists."""
     wide = linear.in_features >= 1 << 16  # an output may have as many pruned weights
-    dtype = _DTYPES[linear.weight.dtype]
+    dtype = DTYPES[linear.weight.dtype]
     return (_WIDE_LIST, dtype, np.uint32) if wide else (_LIST, dtype, np.uint16)
 
 
@@ -209,7 +217,7 @@ class NativeProduct:
     """
 
     def __init__(self, spans: Sequence[NativeSpan] = (), isa: str | None = None) -> None:
-        library = _library()
+        library = require_library()
         self._multiply = library.multiply
         self._isa = ISAS.index(isa) if isa else library.fastest
         self._parts = [span.parts for span in spans]  # keeps the tables that the packed spans point to
@@ -250,7 +258,7 @@ class NativeProduct:
             rows,
             out,
             columns,
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             self._isa,
             torch.get_num_threads(),
         )

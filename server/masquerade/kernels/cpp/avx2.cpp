@@ -1,5 +1,7 @@
 // x86-64 with AVX2 and FMA.
 #include "lanes8.h"
+#include "attention.h"
 #include "tiles.h"
 
 void multiply_avx2(const Call& call) { multiply(call); }
+void attend_avx2(const AttentionCall& call) { attend(call); }

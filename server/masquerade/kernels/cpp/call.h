@@ -18,7 +18,20 @@ struct Call {
   int32_t dtype, threads;
 };
 
+struct AttentionCall {
+  const void *q, *keys, *values;
+  void* y;
+  const int32_t *blocks, *starts, *rows, *lengths;
+  int64_t chunks, heads, kv_heads, size, width, positions;
+  float scale;
+  int32_t dtype, threads;
+};
+
 void multiply_portable(const Call&);
 void multiply_avx2(const Call&);
 void multiply_avx512(const Call&);
 void multiply_avx512bf16(const Call&);  // of bf16 only
+void attend_portable(const AttentionCall&);
+void attend_avx2(const AttentionCall&);
+void attend_avx512(const AttentionCall&);
+void attend_avx512bf16(const AttentionCall&);  // of bf16 only

@@ -13,11 +13,11 @@ struct Place {
 
 // kTile outputs of `n` rows, all with one mask or `each` with its own, over some inputs.
 template <class T, Mode mode, bool each, int n>
-void direct(const Job<T>& job, const Pass& pass, const Place<T>& place, const Reach& reach, Ahead& ahead_) {
+void direct(const Inputs<T>& inputs, const Pass& pass, const Place<T>& place, const Reach& reach, Ahead& ahead_) {
   constexpr int step = kStep<T>, masks = each ? n : 1;
-  const int64_t in = reach.stop, stride = job.stride, apart = place.apart, keep_apart = place.keep_apart;
+  const int64_t in = reach.stop, stride = inputs.stride, apart = place.apart, keep_apart = place.keep_apart;
   const T* weight = place.weight;
-  const Input<T>* x = job.x + pass.row * stride;
+  const Input<T>* x = inputs.x + pass.row * stride;
   Ahead ahead = ahead_;
   const uint8_t* keep[masks];
   F gamma[masks];
@@ -63,10 +63,10 @@ void direct(const Job<T>& job, const Pass& pass, const Place<T>& place, const Re
 }
 
 template <class T, Mode mode, bool each, int n = Lanes::rows>
-void direct_rows(const Job<T>& job, const Pass& pass, const Place<T>& place, const Reach& reach, Ahead& ahead) {
+void direct_rows(const Inputs<T>& inputs, const Pass& pass, const Place<T>& place, const Reach& reach, Ahead& ahead) {
   if constexpr (n > 1)
-    if (pass.rows < n) return direct_rows<T, mode, each, n - 1>(job, pass, place, reach, ahead);
-  direct<T, mode, each, n>(job, pass, place, reach, ahead);
+    if (pass.rows < n) return direct_rows<T, mode, each, n - 1>(inputs, pass, place, reach, ahead);
+  direct<T, mode, each, n>(inputs, pass, place, reach, ahead);
 }
 
 // The tile that begins at an output, for all passes.
@@ -89,7 +89,7 @@ void direct_tile(const Job<T>& job, int64_t output, float* totals, const Stage& 
       float* kept = totals;
       for (const Pass& pass : job.passes) {
         const Reach reach{k, stop, k == 0, stop == in, kept, stage.of(pass.whole, pass.row, at)};
-        kDirect[static_cast<int>(pass.mode)][pass.each](job, pass, place, reach, ahead);
+        kDirect[static_cast<int>(pass.mode)][pass.each](job.inputs, pass, place, reach, ahead);
         kept += pass.rows * kTile * Lanes::width;
       }
     }

@@ -89,3 +89,22 @@ extern "C" int32_t masquerade_product(const Span* spans, int64_t count, int64_t 
   }
   return kDone;
 }
+
+extern "C" int32_t masquerade_attention(const void* q, const void* keys, const void* values, void* y,
+                                        const int32_t* blocks, const int32_t* starts, const int32_t* rows,
+                                        const int32_t* lengths, int64_t chunks, int64_t heads, int64_t kv_heads,
+                                        int64_t size, int64_t width, int64_t positions, float scale, int32_t dtype,
+                                        int32_t isa, int32_t threads) {
+  if (!(masquerade_isas() >> isa & 1)) return kNoIsa;
+  const AttentionCall call{q,     keys,     values, y,     blocks,    starts, rows,  lengths, chunks,
+                           heads, kv_heads, size,   width, positions, scale,  dtype, threads};
+  switch (isa) {
+#if defined(__x86_64__)
+    case kAvx512Bf16: dtype == kBfloat16 ? attend_avx512bf16(call) : attend_avx512(call); break;
+    case kAvx512: attend_avx512(call); break;
+    case kAvx2: attend_avx2(call); break;
+#endif
+    default: attend_portable(call);
+  }
+  return kDone;
+}

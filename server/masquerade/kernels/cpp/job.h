@@ -123,10 +123,30 @@ struct Many {
 };
 
 template <class T>
+struct Inputs {
+  Input<T>* x;     // [rows, stride]
+  int64_t stride;  // of the rows, in steps and a cache line, lest all fall on the same lines of the cache
+};
+
+template <class T>
+void lay_out(const T* from, int64_t in, int64_t stride, Input<T>* to) {
+  if constexpr (std::is_same_v<T, Input<T>>) {
+    std::memcpy(to, from, in * sizeof(T));
+    std::fill(to + in, to + stride, T{});
+    return;
+  }
+  constexpr int step = kStep<T>, width = Lanes::width;
+  for (int64_t k = 0; k < stride; k += step)
+    for (int i = 0; i < step; i++) {
+      const int at = i % 2 * width + i / 2;
+      to[k + at] = k + i < in ? widen(from[k + i]) : 0.0f;
+    }
+}
+
+template <class T>
 struct Job {
   const Call& call;
-  int64_t stride;           // of the rows of x, in steps and a cache line, lest all fall on the same lines of the cache
-  Input<T>* x;              // [rows, stride]
+  Inputs<T> inputs;
   Many<Pass> passes;        // rows that few share weights with
   Many<Piece> panels;       // and those that many do
   Many<Piece> blends;       // rows whose product is made of two

@@ -82,7 +82,7 @@ void panel_piece(const Job<T>& job, const Piece& piece, int64_t first, int64_t l
           float* sums = stage.of(piece.whole, row, first + tile * kTile);
           const Reach reach{k, k + depth, k == 0, k + depth == in, kept, sums};
           ahead.fetch();
-          sweep_rows<T>(next - row, panel + tile * kTile * depth, job.x + row * job.stride + k, job.stride, reach);
+          sweep_rows<T>(next - row, panel + tile * kTile * depth, job.inputs.x + row * job.inputs.stride + k, job.inputs.stride, reach);
         }
       }
     }

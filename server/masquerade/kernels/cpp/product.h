@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 4;  // changes whenever anything here does
+constexpr int32_t kInterface = 5;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum Kind : int64_t { kNothing = 0, kList16 = 1, kList32 = 2, kBitmap = 3 };
@@ -47,4 +47,18 @@ int32_t masquerade_product(const Span* spans, int64_t count, int64_t number,
                            const void* x,       // [rows, in], of dtype
                            void* y,             // [rows, out], of dtype
                            int64_t rows, int64_t out, int64_t in, int32_t dtype, int32_t isa, int32_t threads);
+
+// Attention of rows that are consecutive positions of a request, chunk by chunk: the last row of a chunk attends to
+// the first `lengths` positions of its blocks, the one before to one less. `heads` is a multiple of `kv_heads`, `size` of
+// 16, and `positions`, those of a block, divide 64 and are a multiple of 4.
+int32_t masquerade_attention(const void* q,           // [rows, heads, size], of dtype
+                             const void* keys,        // [blocks, kv_heads, positions, size], of dtype
+                             const void* values,      // the same
+                             void* y,                 // as q
+                             const int32_t* blocks,   // [chunks, width]: those of each, the rest is not read
+                             const int32_t* starts,   // [chunks]: first rows
+                             const int32_t* rows,     // [chunks], at least 1
+                             const int32_t* lengths,  // [chunks], at least `rows`
+                             int64_t chunks, int64_t heads, int64_t kv_heads, int64_t size, int64_t width,
+                             int64_t positions, float scale, int32_t dtype, int32_t isa, int32_t threads);
 }

@@ -13,21 +13,6 @@
 namespace {
 
 template <class T>
-void lay_out(const T* from, int64_t in, int64_t stride, Input<T>* to) {
-  if constexpr (std::is_same_v<T, Input<T>>) {
-    std::memcpy(to, from, in * sizeof(T));
-    std::fill(to + in, to + stride, T{});
-    return;
-  }
-  constexpr int step = kStep<T>, width = Lanes::width;
-  for (int64_t k = 0; k < stride; k += step)
-    for (int i = 0; i < step; i++) {
-      const int at = i % 2 * width + i / 2;
-      to[k + at] = k + i < in ? widen(from[k + i]) : 0.0f;
-    }
-}
-
-template <class T>
 void finish(const Job<T>& job, const Stage& stage) {
   const T* bias = static_cast<const T*>(job.call.bias);
   const int64_t outputs = stage.last - stage.first;
@@ -120,12 +105,12 @@ void multiply_as(const Call& call) {
     lists += (group->rows + kLine<T> - 1) / kLine<T>;
     lined += (group->rows + kLine<T> - kFew) / kLine<T>;
   }
-  Job<T> job{call, round_up(call.in, kStep<T>) + kPad<T>, nullptr, {}, {}, {}, {}};
+  Job<T> job{call, {nullptr, round_up(call.in, kStep<T>) + kPad<T>}, {}, {}, {}, {}};
   const int64_t pieces = 2 * groups + 1, passes = 2 * call.rows, line = call.in * kLine<T>;
-  scratch.reserve(call.rows * job.stride * sizeof(Input<T>) + lined * line * sizeof(T) + 2 * pieces * sizeof(Piece) +
+  scratch.reserve(call.rows * job.inputs.stride * sizeof(Input<T>) + lined * line * sizeof(T) + 2 * pieces * sizeof(Piece) +
                       passes * sizeof(Pass) + lists * sizeof(Listed<T>),
                   6);
-  job.x = scratch.take<Input<T>>(call.rows * job.stride);
+  job.inputs.x = scratch.take<Input<T>>(call.rows * job.inputs.stride);
   T* lines = scratch.take<T>(lined * line);
   const auto room = [](auto* at) { return Many<std::remove_pointer_t<decltype(at)>>{at, at}; };
   job.panels = room(scratch.take<Piece>(pieces));
@@ -133,7 +118,7 @@ void multiply_as(const Call& call) {
   job.passes = room(scratch.take<Pass>(passes));
   job.listed = room(scratch.take<Listed<T>>(lists));
 
-  for (int64_t r = 0; r < call.rows; r++) lay_out(job.input(r), call.in, job.stride, job.x + r * job.stride);
+  for (int64_t r = 0; r < call.rows; r++) lay_out(job.input(r), call.in, job.inputs.stride, job.inputs.x + r * job.inputs.stride);
   const auto add = [&](const Piece& piece) {
     const int64_t rows = piece.stop - piece.start;
     if (rows >= (piece.mode == Mode::dense ? kManyDense : kMany))
