@@ -4,7 +4,8 @@
 greedily, without an end token, so that the work is equal; `generate` gets all prompts of a case as one static,
 left-padded batch. Runs are interleaved and medians count, of ratios those of each round; time is CPU time of the whole
 process, on one thread, from the prompts to the last token. The peers give whole steps to prompts; so does the engine
-here, unless the figure says that it has the default settings. Host work and the time between tokens are CPU time, too.
+here, unless the figure says that it has the default settings. Decode steps, host work and the time between tokens are
+CPU time, too.
 """
 
 from __future__ import annotations
@@ -246,7 +247,53 @@ def measure_latency(scale: Scale) -> Iterator[Figure]:
     )
 
 
-PARTS = {"host": measure_host_work, "latency": measure_latency, "throughput": measure_throughput}
+def measure_decoding(scale: Scale) -> Iterator[Figure]:
+    """Decode steps of 1, 4 and 16 streams without a persona, with one, and over eight, in both dtypes."""
+    for dtype in (torch.bfloat16, torch.float32):
+        base = make_base(scale.model)
+        base.model.to(dtype)
+        manager = MaskManager.attach(base.model)
+        masks = [AppliedMask(manager.fit(make_mask(base, seed)), 0.0) for seed in range(PERSONAS)]
+        for count in (1, 4, 16):
+            cases: dict[int, Sequence[AppliedMask | None]] = {0: [None], 1: masks[:1], PERSONAS: masks}
+            engines = {personas: _start_decoding(base, count, applied) for personas, applied in cases.items()}
+            spent: dict[int, list[float]] = {personas: [] for personas in engines}
+            for _ in range(scale.quiet):
+                for personas, engine in engines.items():
+                    started = time.process_time()
+                    engine.step()
+                    spent[personas].append(time.process_time() - started)
+            for engine in reversed(engines.values()):
+                engine.stop()
+            seconds = {personas: float(np.median(times)) for personas, times in spent.items()}
+            label = f"{str(dtype).removeprefix('torch.')}, {count} streams"
+            yield Figure(f"{label} of the base", count / seconds[0], "tokens/CPU-s")
+            yield Figure(f"{label}, step of the base / of one persona", seconds[0] / seconds[1], "x", "<= 1.03")
+            ratio = seconds[0] / seconds[PERSONAS]
+            yield Figure(f"{label}, step of the base / of {PERSONAS} personas", ratio, "x", "<= 1.03")
+        manager.detach()
+
+
+def _start_decoding(base: Base, count: int, applied: Sequence[AppliedMask | None]) -> Engine:
+    """An engine whose requests have computed their prompts."""
+    engine = Engine(base, EngineConfig(speculate=False, cache_bytes=2**27))
+    prompts = make_prompts(count, (90, 110))
+    requests = [
+        Request(prompt, 1000, lambda _: None, applied[place % len(applied)], sampling=GREEDY)
+        for place, prompt in enumerate(prompts)
+    ]
+    engine.submit(*requests)
+    while any(not request.num_output_tokens for request in requests):
+        engine.step()
+    return engine
+
+
+PARTS = {
+    "decode": measure_decoding,
+    "host": measure_host_work,
+    "latency": measure_latency,
+    "throughput": measure_throughput,
+}
 
 if __name__ == "__main__":
     main()

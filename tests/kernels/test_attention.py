@@ -42,14 +42,11 @@ class Paged:
         """All rows in their chunks, or one by one those that are given."""
         starts = np.cumsum(self.rows, dtype=np.int32) - self.rows
         if rows is None:
-            q, chunks = self.q, PagedChunks(self.blocks, starts, self.rows, self.lengths)
+            q, chunks = self.q, PagedChunks(self.blocks, self.rows, self.lengths)
         else:
             chunk = np.searchsorted(starts, rows, "right") - 1
             lengths = self.lengths[chunk] - self.rows[chunk] + 1 + rows - starts[chunk]
-            ones = np.ones(len(rows), np.int32)
-            places = np.arange(len(rows), dtype=np.int32)
-            q = self.q[torch.from_numpy(rows)]
-            chunks = PagedChunks(self.blocks[chunk], places, ones, lengths.astype(np.int32))
+            q, chunks = self.q[torch.from_numpy(rows)], PagedChunks(self.blocks[chunk], np.ones_like(rows), lengths)
         return attend_chunks(q, self.keys, self.values, self.kv_heads, chunks, 0.3, isa)
 
     def expect(self) -> Tensor:
@@ -136,7 +133,11 @@ def test_what_the_kernel_supports() -> None:
     assert not attends(torch.zeros(4, 16, 64).half())
     assert not attends(torch.zeros(4, 16, 40))
     paged = Paged([(1, 5)], 1, 1, 64, torch.float32, 0)
-    paged.q = paged.q.bfloat16()
+    whole = paged.q
+    paged.q = whole.repeat(2, 1, 1)
+    with pytest.raises(ValueError, match="do not fit 1 rows"):
+        paged.attend()
+    paged.q = whole.bfloat16()
     with pytest.raises(ValueError, match="do not fit"):
         paged.attend()
 

@@ -71,14 +71,14 @@ def test_gamma_one_is_the_base_to_the_bit(tiny: Base, manager: MaskManager) -> N
 
 def test_a_route_lasts_for_one_call(tiny: Base, manager: MaskManager) -> None:
     ids = torch.arange(6, 46).unsqueeze(0)
-    before = logits_of(tiny, ids, [])
+    before = tiny.model(ids).logits.float()
     logits_of(tiny, ids, [Span(AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0), 0, 40)])
     assert torch.equal(tiny.model(ids).logits.float(), before)
 
 
 def test_a_route_does_not_outlive_a_failing_call(tiny: Base, manager: MaskManager) -> None:
     ids = torch.arange(6, 46).unsqueeze(0)
-    before = logits_of(tiny, ids, [])
+    before = tiny.model(ids).logits.float()
     spans = [Span(AppliedMask(manager.fit(world.make_mask(tiny, 0.3, seed=1)), 0.0), 0, 40)]
     with pytest.raises(IndexError):
         logits_of(tiny, torch.full((1, 40), 10**6), spans)

@@ -40,6 +40,8 @@ class KVCache:
         # Without values: a block is cleared when it is allocated, and on a CPU it takes no memory before that.
         self.keys: Tensor = torch.empty(shape, dtype=dtype, device=device)
         self.values: Tensor = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = [*zip(self.keys, self.values, strict=True)]  # keys and values of each layer
+        self._slots = [tuple(part.view(-1, self.head_size) for part in layer) for layer in self.layers]
         self.device = device
         self.num_blocks = num_blocks
         self.scratch_block = num_blocks + 1
@@ -91,8 +93,9 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [rows * kv heads, head size] in slots, int64 [rows * kv heads]."""
-        self.keys[layer].view(-1, self.head_size).index_copy_(0, slots, k)
-        self.values[layer].view(-1, self.head_size).index_copy_(0, slots, v)
+        keys, values = self._slots[layer]
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)
 
     def read(self, layer: int, head_blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of head blocks, int64 [rows * kv heads * n]: [rows, kv heads, n * BLOCK_SIZE, head size]."""

@@ -29,25 +29,23 @@ class NativeRows:
     @property
     def stop(self) -> int:
         """The row after the last one."""
-        return int(self._paged.starts[-1] + self._paged.rows[-1])
+        return self._paged.num_rows
 
     def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
         """See `RowGroup`. The native kernel is faster than torch for every number of rows and positions
         (docs/performance.md).
         """
-        if call.scores.fit_sdpa(int(self._paged.lengths.max())):
-            keys, values = call.cache.keys[call.layer], call.cache.values[call.layer]
+        if call.scores.fit_sdpa(self._paged.longest):
+            keys, values = call.cache.layers[call.layer]
             return attend_chunks(q, keys, values, call.cache.kv_heads, self._paged, call.scores.scale)
         return torch.cat([group.attend(q[group.start : group.stop], call) for group in self._groups])
 
     @cached_property
     def _paged(self) -> PagedChunks:
         indices = [chunk.request.batch_index for chunk in self.chunks]
-        spans = np.array([(chunk.stop - chunk.start, chunk.stop) for chunk in self.chunks], np.int32)
-        rows, lengths = np.ascontiguousarray(spans.T)
-        width = -(-int(lengths.max()) // BLOCK_SIZE)
-        blocks = np.ascontiguousarray(self.block_table[indices, :width], np.int32)
-        return PagedChunks(blocks, np.cumsum(rows, dtype=np.int32) - rows, rows, lengths)
+        rows = np.array([chunk.stop - chunk.start for chunk in self.chunks])
+        lengths = np.array([chunk.stop for chunk in self.chunks])
+        return PagedChunks(self.block_table[indices, : -(-int(lengths.max()) // BLOCK_SIZE)], rows, lengths)
 
     @cached_property
     def _groups(self) -> Sequence[RowGroup]:

@@ -19,7 +19,16 @@ from masquerade.kernels import cuda, native
 from masquerade.kernels.attention import PagedChunks, attend_chunks, attends
 from masquerade.kernels.correction import Assignment, Correction
 from masquerade.kernels.cuda import CudaBits, CudaList
-from masquerade.kernels.native import NativeBits, NativeList, NativeMask, NativeParts, NativeProduct, NativeSpan, dense
+from masquerade.kernels.native import (
+    NativeBits,
+    NativeList,
+    NativeMask,
+    NativeParts,
+    NativeProduct,
+    NativeSpan,
+    dense,
+    multiply_base,
+)
 from masquerade.kernels.reference import ReferenceCorrection
 from masquerade.kernels.sparse import RowwiseCorrection, SparseCorrection
 from masquerade.kernels.weights import dense_tiles, dense_weight
@@ -96,5 +105,6 @@ __all__ = [
     "dense_tiles",
     "dense_weight",
     "footprint",
+    "multiply_base",
     "serves",
 ]

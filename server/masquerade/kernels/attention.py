@@ -6,8 +6,6 @@ number of threads.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,13 +16,19 @@ from masquerade.kernels.native import DTYPES, ISAS, find_library, require_librar
 SIZES = 16  # a head size is a multiple of it
 
 
-class PagedChunks(NamedTuple):
-    """Chunks of consecutive positions, whose last one attends to the first `lengths` positions of its blocks."""
+class PagedChunks:
+    """Chunks of consecutive positions, packed one after the other. Laid out once for all layers."""
 
-    blocks: NDArray[np.int32]  # [chunks, width]; what is beyond a chunk's length is not read
-    starts: NDArray[np.int32]  # the first row of each: [chunks]
-    rows: NDArray[np.int32]  # [chunks]
-    lengths: NDArray[np.int32]  # [chunks]
+    def __init__(self, blocks: NDArray[np.integer], rows: NDArray[np.integer], lengths: NDArray[np.integer]) -> None:
+        """The last of a chunk's `rows` [chunks] attends to the first `lengths` [chunks] positions of its blocks, the
+        row before to one less; `blocks` is [chunks, width], and what is beyond a chunk's length is not read.
+        """
+        counts = np.array([np.cumsum(rows) - rows, rows, lengths], np.int32)  # starts, rows, lengths
+        self._arrays = np.ascontiguousarray(blocks, np.int32), counts  # keeps what the addresses point to
+        self.count, self.width = blocks.shape
+        self.num_rows = int(rows.sum())
+        self.longest = int(lengths.max())
+        self.addresses = self._arrays[0].ctypes.data, *(part.ctypes.data for part in counts)
 
 
 def attends(keys: Tensor) -> bool:
@@ -45,29 +49,28 @@ def attend_chunks(
     """Attention of q [rows, heads, head size], in its shape and dtype; the chunks cover all rows. `keys` and `values`
     are [blocks * kv heads, positions of a block, head size]. `isa` as in `NativeProduct`.
 
-    Raises `ValueError` if q has another dtype or head size than the cache.
+    Raises `ValueError` if q has another number of rows than the chunks, or another dtype or head size than the cache.
     """
-    library, (_, heads, size) = require_library(), q.shape
-    if q.dtype != keys.dtype or size != keys.shape[2]:
-        raise ValueError(f"queries {tuple(q.shape)} of {q.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}")
+    library, (rows, heads, size), (_, positions, key_size) = require_library(), q.shape, keys.shape
+    if q.dtype != keys.dtype or size != key_size or rows != chunks.num_rows:
+        raise ValueError(
+            f"queries {tuple(q.shape)} of {q.dtype} do not fit {chunks.num_rows} rows and keys {tuple(keys.shape)} of "
+            f"{keys.dtype}"
+        )
     q = q.contiguous()
     out = torch.empty_like(q)
-    blocks, starts, rows, lengths = chunks
     library.attend(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         out.data_ptr(),
-        blocks.ctypes.data,
-        starts.ctypes.data,
-        rows.ctypes.data,
-        lengths.ctypes.data,
-        len(blocks),
+        *chunks.addresses,
+        chunks.count,
         heads,
         kv_heads,
         size,
-        blocks.shape[1],
-        keys.shape[1],
+        chunks.width,
+        positions,
         scale,
         DTYPES[q.dtype],
         ISAS.index(isa) if isa else library.fastest,

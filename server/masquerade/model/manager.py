@@ -36,8 +36,8 @@ class MaskManager:
     def attach(cls, model: nn.Module) -> Self:
         """Attach to a model and replace its supported Linears.
 
-        A call without a `route` computes the base: bit-identical in fp32; in bf16 on a CPU the native kernels round
-        differently from torch.
+        A call without a `route` computes the base: bit-identical in fp32; with one, and in bf16, the native kernels
+        of a CPU round differently from torch.
         """
         manager = cls(model)
         manager._handles = [

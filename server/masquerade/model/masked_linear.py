@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs [..., in] to outputs [..., out] as the current route has it; without one, as the base does."""
-        weight, bias, route = self.weight, self.bias, self._current.route
+        parameters: Any = self._parameters  # where nn.Module finds an attribute last
+        weight, bias, route = parameters["weight"], parameters.get("bias"), self._current.route
         if x.dtype != weight.dtype or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             y = F.linear(x, weight, bias)
             if route:

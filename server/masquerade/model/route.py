@@ -23,7 +23,7 @@ from masquerade.kernels import (
     NativeSpan,
     RowwiseCorrection,
     SparseCorrection,
-    dense,
+    multiply_base,
 )
 
 FEW = 4  # most rows of a mask that are corrected together with other masks' rows
@@ -132,7 +132,7 @@ class Route:
         """The masked outputs [..., out] of a Linear that the native kernels support, for inputs x [..., in]."""
         product = self._product
         index = product.find(name) if product else None
-        y = product(x, weight, bias, index) if product and index is not None else dense(x, weight, bias)
+        y = product(x, weight, bias, index) if product and index is not None else multiply_base(x, weight, bias)
         if self._has_separate:
             self.subtract(name, x, y, separate=True)
         return y

@@ -129,8 +129,9 @@ struct Share {
 template <class T>
 class Attention {
  public:
-  Attention(const AttentionCall& call, const Share& share)
-      : call_(call), share_(share), shared_(call.heads / call.kv_heads), rows_(call.rows[share.chunk]) {}
+  // `next` is what comes after, or null.
+  Attention(const AttentionCall& call, const Share& share, const Share* next)
+      : call_(call), share_(share), next_(next), shared_(call.heads / call.kv_heads), rows_(call.rows[share.chunk]) {}
 
   void run() {
     static thread_local Scratch scratch;
@@ -158,9 +159,16 @@ class Attention {
     const int64_t row = call_.starts[share_.chunk] + query / shared_;
     return (row * call_.heads + share_.head * shared_ + query % shared_) * call_.size;
   }
-  const T* block(const void* cache, int64_t position) const {
-    const int64_t number = call_.blocks[share_.chunk * call_.width + position / call_.positions];
-    return static_cast<const T*>(cache) + (number * call_.kv_heads + share_.head) * call_.positions * call_.size;
+  const T* block(const void* cache, int64_t position) const { return block(share_, cache, position); }
+  const T* block(const Share& share, const void* cache, int64_t position) const {
+    const int64_t number = call_.blocks[share.chunk * call_.width + position / call_.positions];
+    return static_cast<const T*>(cache) + (number * call_.kv_heads + share.head) * call_.positions * call_.size;
+  }
+  // The keys that are needed when those of a block are done: kBlock positions on, or the first ones of what comes next.
+  const T* following(int64_t position, int64_t first, int64_t longest) const {
+    if (position + kBlock < longest) return block(call_.keys, position + kBlock);
+    const bool ends = first + kBlock >= longest && next_ && position - first < call_.lengths[next_->chunk];
+    return ends ? block(*next_, call_.keys, position - first) : nullptr;
   }
 
   void begin(Queries<T>& queries, int64_t start) const {
@@ -186,8 +194,7 @@ class Attention {
     });
     weigh(queries, call_.scale, first, size, scores);
     each_block([&](int64_t at, int64_t count) {
-      const bool more = fetches && at + kBlock < queries.longest();
-      const T* next = more ? block(call_.keys, at + kBlock) : nullptr;
+      const T* next = fetches ? following(at, first, queries.longest()) : nullptr;
       add_values(queries, block(call_.values, at), size, count, scores + at - first, next);
     });
   }
@@ -201,6 +208,7 @@ class Attention {
 
   const AttentionCall& call_;
   const Share share_;
+  const Share* const next_;
   const int64_t shared_, rows_;  // query heads of a head of the cache, rows of the chunk
 };
 
@@ -220,7 +228,7 @@ void attend_as(const AttentionCall& call) {
   const Share* const all = shares.data();  // of this thread
   const int64_t threads = std::min({int64_t{call.threads}, worth, count});
 #pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads)) if (threads > 1)
-  for (int64_t share = 0; share < count; share++) Attention<T>(call, all[share]).run();
+  for (int64_t share = 0; share < count; share++) Attention<T>(call, all[share], share + 1 < count ? all + share + 1 : nullptr).run();
 }
 
 [[maybe_unused]] void attend(const AttentionCall& call) {
