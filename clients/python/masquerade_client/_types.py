@@ -348,6 +348,8 @@ class BuildOptions(TypedDict, total=False):
     rho: float | Literal["auto"]
     group: Literal["row", "layer"]
     scope: Literal["all", "mlp", "attention", "outputs"]
+    structure: Literal["weights", "channels"]
+    """What the mask prunes: single weights, or whole input channels, so that it can be exported as a LoRA."""
     gamma: float
     phase: Literal["all", "decode"]
     strength: Literal["gentle", "normal", "strong"]

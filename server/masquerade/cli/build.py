@@ -77,6 +77,10 @@ def build(
         str | None, typer.Option(help="Compare weights within a row or a layer; not for a search.")
     ] = None,
     scope: Annotated[str | None, typer.Option(help="Linears to mask: all, mlp, attention or outputs.")] = None,
+    structure: Annotated[
+        Literal["weights", "channels"],
+        typer.Option(help="Prune single weights, or whole input channels, which `masks export --as lora` needs."),
+    ] = "weights",
     phi: Annotated[str, typer.Option(help="For contrastive-wanda: relu or softplus.")] = "relu",
     tokens: Annotated[Literal["response", "all"], typer.Option(help="Tokens of the data that count.")] = "response",
     gamma: Annotated[
@@ -122,6 +126,7 @@ def build(
         rho=_parse_rho(rho),
         group=group,
         scope=scope,
+        structure=structure,
         phi=phi,
         tokens=tokens,
         gamma=gamma,

@@ -31,6 +31,7 @@ class MaskRecipe(Schema, extra="forbid"):
     rho: float | Literal["auto"] | None = None
     group: Text | None = None
     scope: Text | None = None
+    structure: Text | None = None  # weights, or channels: whole input channels of a Linear
     phi: Text | None = None
     tokens: Text | None = None
     gamma: float | None = None

@@ -1,5 +1,6 @@
 """The base model and its masks: loading, chat templates, maskable Linears, routes, residency."""
 
+from masquerade.model.adapter import AdapterKind, ExportedAdapter, export_adapter
 from masquerade.model.chat import TemplateOptions, open_user_message, render_chat
 from masquerade.model.cuda import SlotMap, Slots, SlotShape, Staging, find_entries
 from masquerade.model.dequantized import Report
@@ -24,11 +25,13 @@ __all__ = [
     "SCOPES",
     "THOUGHTS_BEGIN",
     "THOUGHTS_END",
+    "AdapterKind",
     "AppliedMask",
     "ArgumentsDelta",
     "Base",
     "CallStart",
     "Dialect",
+    "ExportedAdapter",
     "HostCache",
     "MaskManager",
     "Report",
@@ -50,6 +53,7 @@ __all__ = [
     "attend_short",
     "check_bytes",
     "encode",
+    "export_adapter",
     "find_dialect",
     "find_entries",
     "find_targets",

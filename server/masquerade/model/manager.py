@@ -11,11 +11,11 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from maskstore import Mask, MaskMismatch, MaskReader
+from maskstore import Mask, MaskReader
 from masquerade.kernels import correct, footprint, serves
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
 from masquerade.model.route import ResidentMask
-from masquerade.model.targets import explain_refusal, find_targets
+from masquerade.model.targets import check_target, find_targets
 
 
 class MaskManager:
@@ -66,7 +66,7 @@ class MaskManager:
         `MaskMismatch` if a target is not a maskable Linear of the model or has another shape.
         """
         for name, target in mask.targets.items():
-            self._check(name, target.shape)
+            check_target(self._linears, name, target.shape)
         corrections = {name: correct(self._linears[name], target, backend) for name, target in mask.targets.items()}
         return ResidentMask(mask.digest, mask.info, corrections, self._indices)
 
@@ -74,16 +74,9 @@ class MaskManager:
         """Device bytes that `fit` will need, from the file's header. Raises `MaskMismatch` as `fit` does."""
         total = 0
         for name, module in mask.header.modules.items():
-            self._check(name, (module.out, module.columns))
+            check_target(self._linears, name, (module.out, module.columns))
             total += footprint(self._linears[name], module.kind, module.pruned or 0)
         return total
-
-    def _check(self, name: str, shape: tuple[int, int]) -> None:
-        linear = self._linears.get(name)
-        if linear is None:
-            raise MaskMismatch(f"the mask's target {name!r} {explain_refusal(name)}")
-        if shape != (found := (linear.out_features, linear.in_features)):
-            raise MaskMismatch(f"{name!r} has the shape {found} here, but {shape} in the mask")
 
     def _set_route(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self._current.route = kwargs.pop("route", None)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from maskstore import MaskMismatch
+
 MASKABLE = "masks apply to the Linears of attention, dense MLPs and shared experts"
 _PARTS = r"self_attn|mlp|feed_forward|shared_mlp"  # Llama 4 and Granite have names of their own
 _ROUTER = r"(?:\w+_)?(?:gate|router)$"  # chooses experts, or weighs the shared one
@@ -31,7 +33,16 @@ def find_targets(model: nn.Module, scope: str = "all") -> dict[str, nn.Linear]:
     }
 
 
-def explain_refusal(name: str) -> str:
+def check_target(linears: Mapping[str, nn.Linear], name: str, shape: tuple[int, int]) -> None:
+    """Raise `MaskMismatch` if a mask's target is none of a model's Linears, or has another shape (out, in)."""
+    linear = linears.get(name)
+    if linear is None:
+        raise MaskMismatch(f"the mask's target {name!r} {_explain_refusal(name)}")
+    if shape != (found := (linear.out_features, linear.in_features)):
+        raise MaskMismatch(f"{name!r} has the shape {found} here, but {shape} in the mask")
+
+
+def _explain_refusal(name: str) -> str:
     """Why a module that is not in `find_targets` cannot be masked, in words that continue its name."""
     parts = name.split(".")
     if "experts" in parts:

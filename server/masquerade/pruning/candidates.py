@@ -26,12 +26,13 @@ from masquerade.pruning.statistics import LinearStatistics
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """A score to try, with its group, its scope and the values of rho."""
+    """A score to try, with its group, its scope, what it prunes and the values of rho."""
 
     score: str
     group: str
     scope: str
     rhos: tuple[float, ...]  # ascending
+    structure: str = "weights"  # of `STRUCTURES`
 
 
 def pack(targets: Mapping[str, Target]) -> dict[str, Tensor]:
@@ -103,14 +104,19 @@ class CandidateMasks:
         for side in self._sides:
             orders = self._rank(plan, linear, statistics, side)
             yield None
+            shape = torch.Size((linear.out_features, linear.in_features))
+            ranked = torch.Size((1, linear.in_features)) if plan.structure == "channels" else shape
             for rho in plan.rhos:
-                pruned = prune(orders(rho), torch.Size((linear.out_features, linear.in_features)), rho)
+                pruned = prune(orders(rho), ranked, rho).expand(shape)
                 yield (plan.score, side, rho), encode_target(pruned.cpu().numpy())
 
     def _rank(
         self, plan: ScorePlan, linear: nn.Linear, statistics: LinearStatistics, side: int
     ) -> Callable[[float], Tensor]:
-        """rho -> indices to prune. One ranking serves every rho, unless the score depends on rho."""
+        """rho -> indices to prune, of weights or of channels, whose score is the sum of their weights'.
+
+        One ranking serves every rho, unless the score depends on rho.
+        """
         score, weight = SCORES[plan.score], dense_weight(linear).float()
         backwards = score.allocates and side == -1
         if side == -1:
@@ -122,6 +128,8 @@ class CandidateMasks:
             if not bool(values.isfinite().all()):
                 raise BuildFailed(f"the score {plan.score!r} is not finite; are there NaN among the base's weights?")
             tie = score.tie and score.tie(weight, statistics, settings)
+            if plan.structure == "channels":
+                values, tie = values.sum(0, keepdim=True), None if tie is None else tie.sum(0, keepdim=True)
             return rank(values, rho, plan.group, tie, backwards)
 
         if score.assumes_rho:

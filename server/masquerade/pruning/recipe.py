@@ -12,7 +12,7 @@ from masquerade.model import SCOPES
 from masquerade.pruning.candidates import ScorePlan
 from masquerade.pruning.scores import PHIS, SCORES, ScoreSettings
 from masquerade.pruning.search import SearchSettings
-from masquerade.pruning.selection import GROUPS
+from masquerade.pruning.selection import GROUPS, STRUCTURES
 from masquerade.pruning.strength import STRENGTHS
 from masquerade.pruning.tuning import Budgets
 
@@ -24,10 +24,11 @@ DIVERGENCE = 0.7  # target of a search's KL divergence beside the log of the neu
 class Recipe:
     """The settings of a build. Raises `InvalidValue` with the field, its value and what is allowed."""
 
-    score: str = AUTOMATIC  # of `SCORES`; `auto` is `refined`, and `wanda` without a contrast
+    score: str = AUTOMATIC  # of `SCORES`; what `auto` is depends on contrast and structure
     rho: float | Literal["auto"] = "auto"  # share pruned of each Linear; for `refined`, the most of all Linears
     group: str | None = None  # of `GROUPS`; None is the score's own; none for `refined`
     scope: str | None = None  # None is the score's own
+    structure: str = "weights"  # of `STRUCTURES`: what is pruned; none but weights for `refined`
     phi: str = "relu"  # of `PHIS`, for contrastive-wanda
     tokens: Literal["response", "all"] = "response"  # positions that count in the statistics
     gamma: float | None = None  # default that the mask is published with; None is the score's own
@@ -47,6 +48,7 @@ class Recipe:
             ("score", {AUTOMATIC, *SCORES}, SCORES),
             ("scope", SCOPES, SCOPES),
             ("group", GROUPS, GROUPS),
+            ("structure", STRUCTURES, STRUCTURES),
             ("phi", PHIS, PHIS),
             ("tokens", ("response", "all"), ("response", "all")),
             ("strength", STRENGTHS, STRENGTHS),
@@ -88,20 +90,34 @@ class Recipe:
         return SearchSettings(rho=rho, divergence=divergence, seed=self.seed)
 
     def plan(self, contrast: bool) -> ScorePlan:
-        """The score to use. Without a contrast, `auto` is `wanda`, as `refined` needs one.
+        """The score to use. `auto` is `refined`; for channels `attribution-fisher`; without a contrast `wanda`.
 
-        Raises `InvalidValue` for a searched score with a group, as it ranks the weights of all Linears together, or
-        with a neutral budget that allows no divergence.
+        Raises `InvalidValue` for a searched score with a group or channels, as it ranks single weights of all Linears
+        together, or with a neutral budget that allows no divergence; and for channels within rows.
         """
-        automatic = "refined" if contrast else "wanda"
+        channels = self.structure == "channels"
+        automatic = ("attribution-fisher" if channels else "refined") if contrast else "wanda"
         name = automatic if self.score == AUTOMATIC else self.score
         score = SCORES[name]
         if score.searched:
             self._check_search(name)
+        if channels and self.group == "row":
+            raise InvalidValue(
+                "group 'row' has no meaning for the structure 'channels', as a channel has a weight in every row; leave "
+                "it out",
+                param="group",
+            )
+        group = "layer" if channels else self.group or score.group
         rhos = score.rhos if self.rho == AUTOMATIC else (float(self.rho),)
-        return ScorePlan(name, self.group or score.group, self.scope or score.scope, rhos)
+        return ScorePlan(name, group, self.scope or score.scope, rhos, self.structure)
 
     def _check_search(self, score: str) -> None:
+        if self.structure == "channels":
+            raise InvalidValue(
+                f"structure 'channels' has no meaning for the score {score!r}, which searches for single weights; give "
+                "another score, such as attribution-fisher",
+                param="structure",
+            )
         if self.group is not None:
             raise InvalidValue(
                 f"group {self.group!r} has no meaning for the score {score!r}, which ranks the weights of all Linears "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 GROUPS: Mapping[str, str] = {"row": "within each output row", "layer": "within the whole Linear"}
+STRUCTURES: Mapping[str, str] = {"weights": "single weights", "channels": "whole input channels of a Linear"}
 
 
 def rank(score: Tensor, rho: float, group: str, tie: Tensor | None = None, backwards: bool = False) -> Tensor:

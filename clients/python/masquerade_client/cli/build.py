@@ -47,6 +47,9 @@ def build(
     ] = None,
     score: Annotated[str | None, typer.Option(help="How weights are ranked; by default a search in steps.")] = None,
     rho: Annotated[str | None, typer.Option(help="Share of weights to prune, or `auto`.")] = None,
+    structure: Annotated[
+        Literal["weights", "channels"] | None, typer.Option(help="Prune single weights, or whole input channels.")
+    ] = None,
     phase: Annotated[str | None, typer.Option(help="`all` or `decode`.")] = None,
     samples: Annotated[int | None, typer.Option(help="Maximum number of examples.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
@@ -69,6 +72,7 @@ def build(
         "strength": strength,
         "score": score,
         "rho": rho,
+        "structure": structure,
         "phase": phase,
         "samples": samples,
         "seed": seed,

@@ -1,4 +1,4 @@
-"""`masquerade masks`: inspect, transfer and name masks. Only `certify` imports torch."""
+"""`masquerade masks`: inspect, transfer and name masks. Only `certify` and `export --as` import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "diff": on_registry(views.compare_masks),
     "certify": certificates.certify,
     "compose": on_registry(files.compose_mask),
-    "export": on_registry(files.write_file),
+    "export": files.write_file,
     "import": files.read_file,
     "set": on_registry(names.set_defaults),
     "rename": on_registry(names.rename),

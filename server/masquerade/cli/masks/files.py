@@ -1,32 +1,90 @@
-"""Masks as files, and masks composed of others: `export`, `import`, `compose`."""
+"""Masks as files, as adapters, and composed of others: `export`, `import`, `compose`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from maskstore import ANY, Anything, InvalidMaskValue, Registry, compose_persona, export_mask, import_mask
-from masquerade.cli.masks.common import CommandResult, Expected, Persona, identify, open_registry
-from masquerade.cli.options import AcceptTensorSignatures, AsJson, Model, RequireSigned, StoreFolder, say
+from maskstore import ANY, Anything, InvalidMaskValue, Registry, Revision, compose_persona, export_mask, import_mask
+from masquerade.cli.masks.common import CommandResult, Expected, Persona, find_defaults, identify, open_registry
+from masquerade.cli.options import AcceptTensorSignatures, AsJson, Dtype, Model, RequireSigned, StoreFolder, say
+from masquerade.cli.progress import follow_loading
+from masquerade.errors import InvalidValue
 from masquerade.sources import find_model
+
+if TYPE_CHECKING:
+    from masquerade.model import AdapterKind, Base
 
 
 def write_file(
-    registry: Registry,
     persona: Persona,
-    file: Annotated[Path, typer.Argument(help="Path of the new file, such as NAME.safetensors.")],
+    file: Annotated[Path | None, typer.Argument(help="Path of the new file, such as NAME.safetensors.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Write the difference to this persona instead, if that is smaller.")
     ] = None,
-) -> CommandResult:
-    """Write a persona's mask to a file."""
+    kind: Annotated[
+        Literal["lora", "shira"] | None,
+        typer.Option(
+            "--as", help="Write an adapter for other engines instead: a LoRA of whole channels, or a SHiRA of any mask."
+        ),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the adapter.")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Gamma of the adapter; by default the persona's.")
+    ] = None,
+    dtype: Dtype = "auto",
+    model: Model = "demo",
+    store: StoreFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a persona's mask to a file, or as an adapter that PEFT, vLLM, SGLang and llama.cpp load.
+
+    An adapter needs the weights of --model; --dtype is the type in which it holds them.
+    """
+    adapts = to is not None or gamma is not None or dtype != "auto"
+    if kind is None and (file is None or adapts):
+        raise InvalidValue("give a FILE for the mask; --to FOLDER, --gamma and --dtype are for an adapter and need --as")
+    if kind is not None and (to is None or file is not None or against is not None):
+        raise InvalidValue(f"--as {kind} writes a folder: give --to FOLDER, and neither FILE nor --against")
+    registry = open_registry(model, store)
+    revision = registry.resolve(persona)
+    if file is not None:
+        done = _write_mask(registry, revision, file, against)
+    elif kind is not None and to is not None:
+        from masquerade.model import load
+
+        with follow_loading() as progress:
+            base = load(model, device="cpu", dtype=dtype, report=progress)
+        done = _write_adapter(base, registry, revision, kind, to, gamma)
+    say(as_json, *done)
+
+
+def _write_mask(registry: Registry, revision: Revision, file: Path, against: str | None) -> CommandResult:
     parent = registry.resolve(against).digest if against else None
-    done = export_mask(registry.store, registry.resolve(persona).digest, file, parent)
+    done = export_mask(registry.store, revision.digest, file, parent)
     kind = f"as a difference to {done.parent[:8]}" if done.parent else "whole"
-    return asdict(done) | {"file": str(file)}, f"{file}: {persona}, {kind}, {done.nbytes} bytes"
+    return asdict(done) | {"file": str(file)}, f"{file}: {revision.name}, {kind}, {done.nbytes} bytes"
+
+
+def _write_adapter(
+    base: Base, registry: Registry, revision: Revision, kind: AdapterKind, folder: Path, gamma: float | None
+) -> CommandResult:
+    from masquerade.model import export_adapter
+
+    mask = registry.store.open(revision.digest, base=base.fingerprint)
+    served, phase = find_defaults(registry, revision, mask.info)
+    gamma = served if gamma is None else gamma
+    done = export_adapter(base, mask, kind, gamma, folder)
+    text = f"{folder}: {revision.name} at gamma {gamma:g}, as a {kind} adapter with r {done.rank}, {done.nbytes} bytes"
+    if phase == "decode":
+        text += (
+            "\nan adapter applies to the prompt too, as phase `all` does; the persona's own phase is `decode`, and "
+            "`masks show` has the figures of both"
+        )
+    return identify(revision) | asdict(done) | {"gamma": gamma, "phase": "all", "folder": str(folder)}, text
 
 
 def read_file(
