@@ -162,6 +162,7 @@ def test_everything_that_a_method_may_say_may_be_said_in_a_form(http: httpx.Clie
     said |= {
         "gamma": "0.25",
         "phase": "all",
+        "structure": "channels",
         "strength": "gentle",
         "neutral_budget": "1.5",
         "own_budget": "1.4",

@@ -1,4 +1,4 @@
-"""`masquerade masks`, from naming to upkeep, on a real store; none of it needs a model in memory."""
+"""`masquerade masks`, from naming to upkeep, on a real store; only an adapter needs a model in memory."""
 
 from __future__ import annotations
 
@@ -98,6 +98,41 @@ def test_files_go_out_whole_or_as_differences_and_come_back_the_same(
     )
     whole.write_bytes(whole.read_bytes()[:-1])
     fail(1, "masks", "import", whole, *other)
+
+
+def test_an_adapter_goes_out_as_a_folder(at: At, registry: Registry, tmp_path: Path) -> None:
+    """At the gamma at which the persona is served, unless another is given; without the phase, which it cannot have."""
+    calm, folder = registry.store.open(registry.resolve("calm").digest), tmp_path / "adapters" / "calm"
+    channels = np.zeros((96, 64), bool)
+    channels[:, [5, 9]] = True
+    registry.publish_built(Mask(calm.base, {NAME: encode(channels)}, MaskInfo("few", "random", phase="decode")))
+    assert f"of the {calm.pruned} weights that 'calm' prunes are outside of whole input channels" in fail(
+        2, "masks", "export", "calm", "--as", "lora", "--to", folder, *at
+    )
+    succeed("masks", "set", "calm", "--gamma", "0.5", *at)
+    done = succeed("masks", "export", "calm", "--as", "shira", "--to", folder, *at)
+    assert (done["digest"], done["kind"], done["gamma"], done["phase"]) == (calm.digest, "shira", 0.5, "all")
+    assert done["nbytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    said = ("masks", "export", "few", "--as", "lora", "--to", folder, "--dtype", "bfloat16", "--gamma", "0.25", *at)
+    done = succeed(*said)
+    assert (done["persona"], done["rank"], done["gamma"]) == ("few", 2, 0.25)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+    assert "an adapter applies to the prompt too" in masquerade(*said).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "give a FILE for the mask"),
+        (("a.safetensors", "--gamma", "0.5"), "--gamma and --dtype are for an adapter and need --as"),
+        (("--to", "folder"), "--gamma and --dtype are for an adapter and need --as"),
+        (("--as", "lora"), "--as lora writes a folder: give --to FOLDER"),
+        (("a.safetensors", "--as", "lora", "--to", "folder"), "neither FILE nor --against"),
+        (("--as", "shira", "--to", "folder", "--against", "loud"), "neither FILE nor --against"),
+    ],
+)
+def test_a_mask_goes_to_a_file_and_an_adapter_to_a_folder(at: At, arguments: tuple[str, ...], words: str) -> None:
+    assert words in fail(2, "masks", "export", "calm", *arguments, *at)
 
 
 def test_compose_follows_the_sets(at: At, registry: Registry) -> None:

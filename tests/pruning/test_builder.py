@@ -120,6 +120,39 @@ def test_rho_is_the_share_pruned_of_each_linear(tiny: Base, manager: MaskManager
         assert (~target.to_keep()).sum(1).tolist() == [round(0.25 * target.shape[1])] * target.shape[0]
 
 
+@pytest.mark.parametrize("score", [name for name, score in SCORES.items() if not score.searched])
+def test_channels_are_pruned_whole_and_rho_is_their_share(tiny: Base, manager: MaskManager, score: str) -> None:
+    _, masks = run(make(tiny, manager, replace(FREE, score=score, structure="channels", rho=0.1)))
+    for mask in masks:
+        for target in mask.targets.values():
+            pruned = ~target.to_keep()
+            assert (pruned == pruned[0]).all()
+            assert pruned[0].sum() == round(0.1 * target.shape[1])
+        assert mask.info.parameters["structure"] == "channels"
+        assert mask.info.parameters["group"] == "layer"
+        assert mask.info.certificate["curve"]
+    if SCORES[score].allocates:
+        own, contrast = masks
+        assert not (own & contrast).pruned
+
+
+def test_the_score_of_a_channel_is_the_sum_of_its_weights(tiny: Base, manager: MaskManager) -> None:
+    _, masks = run(make(tiny, manager, replace(FREE, score="magnitude", structure="channels", rho=0.1)))
+    for name, target in masks[0].targets.items():
+        sums = tiny.model.get_submodule(name).weight.abs().sum(0)
+        count = round(0.1 * len(sums))
+        assert set((~target.to_keep()[0]).nonzero()[0]) == set(sums.argsort()[:count].tolist())
+
+
+def test_auto_takes_a_score_that_ranks_channels(tiny: Base, manager: MaskManager) -> None:
+    assert Recipe(structure="channels").plan(contrast=True).score == "attribution-fisher"
+    assert Recipe(structure="channels").plan(contrast=False).score == "wanda"
+    with pytest.raises(InvalidValue, match="structure 'channels' has no meaning for the score 'refined'"):
+        make(tiny, manager, Recipe(score="refined", structure="channels"))
+    with pytest.raises(InvalidValue, match="group 'row' has no meaning for the structure 'channels'"):
+        make(tiny, manager, Recipe(score="wanda", group="row", structure="channels"))
+
+
 def test_counting_all_tokens_or_another_phi_is_another_mask(tiny: Base, manager: MaskManager) -> None:
     changes: list[dict[str, Any]] = [{}, {"tokens": "all"}, {"phi": "softplus"}]
     recipe = replace(FREE, score="contrastive-wanda", rho=0.1)
@@ -457,6 +490,7 @@ def test_between_two_work_items_the_base_is_the_base(tiny: Base, manager: MaskMa
         ({"score": "magic"}, "score 'magic' is unknown; there are refined, attribution-fisher, attribution"),
         ({"scope": "head"}, "scope 'head' is unknown; there are all"),
         ({"group": "column"}, "group 'column' is unknown; there are row, layer"),
+        ({"structure": "rows"}, "structure 'rows' is unknown; there are weights, channels"),
         ({"phi": "tanh"}, "phi 'tanh' is unknown; there are relu, softplus"),
         ({"phase": "never"}, "phase 'never' is unknown; there are auto, all, decode"),
         ({"tokens": "few"}, "tokens 'few' is unknown"),
