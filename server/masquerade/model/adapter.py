@@ -120,8 +120,8 @@ def _find_channels(pruned: Mapping[str, Sparse], persona: str) -> dict[str, NDAr
     if outside:
         total = sum(target.pruned for target in pruned.values())
         raise InvalidValue(
-            f"{outside} of the {total} weights that {persona!r} prunes are outside of whole input channels, so it is no "
-            "LoRA of low rank; build it with `--structure channels`, or export it with `--as shira`"
+            f"{outside} of the {total} weights that {persona!r} prunes are outside of whole input channels, so it is "
+            "no LoRA of low rank; build it with `--structure channels`, or export it with `--as shira`"
         )
     return channels
 

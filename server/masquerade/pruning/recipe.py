@@ -103,8 +103,8 @@ class Recipe:
             self._check_search(name)
         if channels and self.group == "row":
             raise InvalidValue(
-                "group 'row' has no meaning for the structure 'channels', as a channel has a weight in every row; leave "
-                "it out",
+                "group 'row' has no meaning for the structure 'channels', as a channel has a weight in every row; "
+                "leave it out",
                 param="group",
             )
         group = "layer" if channels else self.group or score.group

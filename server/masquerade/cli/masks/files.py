@@ -46,7 +46,7 @@ def write_file(
     """
     adapts = to is not None or gamma is not None or dtype != "auto"
     if kind is None and (file is None or adapts):
-        raise InvalidValue("give a FILE for the mask; --to FOLDER, --gamma and --dtype are for an adapter and need --as")
+        raise InvalidValue("give a FILE for the mask; --to, --gamma and --dtype are for an adapter and need --as")
     if kind is not None and (to is None or file is not None or against is not None):
         raise InvalidValue(f"--as {kind} writes a folder: give --to FOLDER, and neither FILE nor --against")
     registry = open_registry(model, store)
