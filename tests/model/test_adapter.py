@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from maskstore import Mask, MaskInfo, MaskMismatch, encode
 from masquerade.errors import InvalidValue, UnusableModel
 from masquerade.model import AdapterKind, AppliedMask, Base, MaskManager, Span, export_adapter, find_targets, load
 from tests import families, world
+from tests.model import ggufs
 from tests.model.test_manager import logits_of
 
 # Largest difference of logits, relative to their spread. In float32 the materialised model itself is up to 9e-6 away
@@ -146,6 +148,17 @@ def test_a_lora_has_one_rank_and_scale_for_every_engine(base: Base, tmp_path: Pa
     assert (origin["base"], origin["gamma"]) == (base.fingerprint, 0.25)
 
 
+def test_it_subtracts_the_weights_that_a_gguf_file_has_rounded(tmp_path: Path) -> None:
+    file = ggufs.write(tmp_path / "m.gguf", ggufs.make_model("llama"), ggufs.quantise(GGMLQuantizationType.Q8_0))
+    base = load(str(file.path), device="cpu")
+    mask = make_mask(base, "lora")
+    export_adapter(base, mask, "lora", 0.0, tmp_path)
+    for name, target in mask.targets.items():
+        a, b = (read(tmp_path)[1][f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        kept = torch.from_numpy(target.to_keep())
+        assert torch.equal(b @ a, -file.expected[f"{name}.weight"].masked_fill(kept, 0))
+
+
 def test_what_an_adapter_cannot_say_is_refused(tiny: Base, tmp_path: Path) -> None:
     single, name = make_mask(tiny, "shira"), "model.layers.0.mlp.up_proj"
     pruned = np.zeros((96, 64), bool)
@@ -159,6 +172,7 @@ def test_what_an_adapter_cannot_say_is_refused(tiny: Base, tmp_path: Path) -> No
     cases: list[tuple[Base, Mask, AdapterKind, float, type[Exception], str]] = [
         (tiny, partly, "lora", 0, InvalidValue, "5 of the 101 weights .*--structure channels.*--as shira"),
         (tiny, nothing, "lora", 0, InvalidValue, "'p' is the base, as its mask prunes no weight"),
+        (tiny, single, "lora", 1.5, InvalidValue, r"gamma is 1\.5; it must lie in \[0, 1\]"),
         (tiny, single, "shira", 1, InvalidValue, "'p' is the base, as its gamma is 1"),
         (tiny, replace(single, targets=dense), "shira", 0, InvalidValue, "needs 23, and .*k_proj has room for 21"),
         (tiny, missing, "lora", 0, MaskMismatch, "'model.embed_tokens' is not a maskable Linear"),

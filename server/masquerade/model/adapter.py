@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -43,9 +43,11 @@ def export_adapter(base: Base, mask: Mask, kind: AdapterKind, gamma: float, fold
 
     The adapter adds -(1 - gamma) W where the mask prunes, so the sum is the weight that is served (eq. 7), up to the
     rounding of that dtype. It holds weights of the base. Raises `MaskMismatch` for targets that the base does not have,
-    `UnusableModel` for a base with other names or packed weights, and `InvalidValue` for a mask without effect, or that
-    the kind cannot express.
+    `UnusableModel` for a base with other names or packed weights, and `InvalidValue` for a gamma out of range, or for a
+    mask that has no effect or that the kind cannot express.
     """
+    if not 0 <= gamma <= 1:
+        raise InvalidValue(f"gamma is {gamma}; it must lie in [0, 1]", param="gamma")
     linears = find_targets(base.model)
     for name, target in mask.targets.items():
         check_target(linears, name, target.shape)
@@ -59,7 +61,7 @@ def export_adapter(base: Base, mask: Mask, kind: AdapterKind, gamma: float, fold
     config = {"base_model_name_or_path": base.name, "task_type": "CAUSAL_LM", "inference_mode": True} | config
     origin = {"persona": mask.info.persona, "mask": mask.digest, "base": mask.base.fingerprint, "gamma": gamma}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt", "masquerade": json.dumps(origin)})
+    (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt", "masquerade": json.dumps(origin)}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return ExportedAdapter(kind, rank, len(tensors) // 2, (folder / WEIGHTS).stat().st_size)
 

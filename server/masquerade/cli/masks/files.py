@@ -32,9 +32,7 @@ def write_file(
         ),
     ] = None,
     to: Annotated[Path | None, typer.Option(help="Folder of the adapter.")] = None,
-    gamma: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Gamma of the adapter; by default the persona's.")
-    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="Gamma of the adapter; by default the persona's.")] = None,
     dtype: Dtype = "auto",
     model: Model = "demo",
     store: StoreFolder = None,
