@@ -22,6 +22,7 @@ from tests.pruning.test_builder import FREE, make, run
 from tests.pruning.test_collector import collect
 
 NEAR = {"nf4": 1e-4, "fp4": 1e-4, "int8": 0.1}  # of the norm; int8 rounds what a Linear gets, too
+TWO = ("int8", "nf4")  # fp4 differs from nf4 in its code book only, whose values the statistics show
 
 
 @pytest.mark.parametrize("how", QUANTIZATIONS)
@@ -65,7 +66,7 @@ def test_auto_searches_as_on_a_dense_base(quantised: tuple[Base, MaskManager]) -
 
 
 @pytest.mark.parametrize("score", ["refined", "attribution"])
-@pytest.mark.parametrize("how", ["int8", "nf4", "fp4"])
+@pytest.mark.parametrize("how", TWO)
 def test_a_base_in_bfloat16_is_built_on(tiny_folder: Path, how: str, score: str) -> None:
     base = load(str(tiny_folder), device="cpu", dtype="bfloat16", quantization=how)
     _, masks = run(make(base, MaskManager.attach(base.model), replace(FREE, score=score, rho=0.1)))
@@ -104,7 +105,7 @@ class _Alive:
 
 
 @pytest.mark.parametrize("score", ["refined", "attribution"])
-@pytest.mark.parametrize("how", QUANTIZATIONS)
+@pytest.mark.parametrize("how", TWO)
 def test_no_more_than_a_layer_is_dequantised_at_once(
     tmp_path: Path, how: str, score: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
