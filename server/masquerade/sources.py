@@ -68,8 +68,7 @@ def find_model(name: str, *, download: bool = True) -> ModelFiles:
         return ModelFiles(_name_file(path), path.absolute())
     if path.exists():
         raise UnusableModel(
-            f"the model {name!r} is a file, and none in GGUF; give the folder that holds config.json and "
-            f"*.safetensors, or a {GGUF} file"
+            f"the model {name!r} is a file; give the folder that holds config.json and *.safetensors, or a file in GGUF"
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == GGUF:
         raise UnusableModel(

@@ -172,5 +172,5 @@ def test_what_is_no_name_is_refused(name: str) -> None:
 
 def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(b"ustar")
-    with pytest.raises(UnusableModel, match=r"is a file, and none in GGUF; give the folder"):
+    with pytest.raises(UnusableModel, match=r"is a file; give the folder .* or a file in GGUF"):
         find_model(str(tmp_path / "blob"))
