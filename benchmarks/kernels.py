@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one shape and few repeats; within a minute")
-    parser.add_argument("--only", choices=("products", "attention", "model"), help="one part of it")
+    parser.add_argument("--only", choices=("products", "base", "attention", "model"), help="one part of it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -98,6 +98,8 @@ def main() -> None:
     figures: list[Figure] = []
     if options.only in (None, "products"):
         figures += [figure for case in CASES for figure in measure(case, shapes, seconds)]
+    if options.only in (None, "base"):
+        figures += measure_base(seconds / 8)
     if options.only in (None, "attention"):
         figures += measure_attention(seconds / 8)
     if options.only in (None, "model"):
@@ -155,6 +157,15 @@ def make_product(case: Case, linear: nn.Linear, kind: str, seed: int) -> NativeP
         parts = NativeParts({"linear": mask}, {"linear": 0})
         spans += [NativeSpan(parts, 1 - case.gamma, row, row + 1) for row in range(persona, case.rows, case.personas)]
     return NativeProduct(spans)
+
+
+def measure_base(seconds: float) -> Iterator[Figure]:
+    """Rows without masks in fp32, natively and by torch, in the shapes of SmolLM2 and a larger one."""
+    for shape in ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (49152, 576)):
+        for rows in (1, 4, 16, 64, 512):
+            times = compare(Case(FP32, rows, 1, (), ()), shape, seconds)
+            name = f"fp32, {rows} rows without masks, own dense / torch dense, {shape[0]} x {shape[1]}"
+            yield Figure(name, times["own"] / times["torch"], "x", "<= 1.05")
 
 
 def measure_attention(seconds: float) -> Iterator[Figure]:
