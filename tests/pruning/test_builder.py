@@ -233,7 +233,8 @@ class Bench:
             if treatment.applied is None:
                 return None
             sizes = [c.shape[0] * c.shape[1] for c in treatment.applied.mask.corrections.values()]
-            return sum(c.pruned for c in treatment.applied.mask.corrections.values()) / sum(sizes)
+            share = sum(c.pruned for c in treatment.applied.mask.corrections.values()) / sum(sizes)
+            return share * (1 - treatment.applied.gamma)
 
         monkeypatch.setattr(EvaluationSet, "figures", figures)
         monkeypatch.setattr(EvaluationSet, "measure", read)
@@ -265,13 +266,26 @@ def test_auto_takes_the_largest_rho_within_the_budgets(
 def test_auto_gives_up_rather_than_ruin_the_model(
     tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Bench(monkeypatch, cost=1000, flip=1)
+    Bench(monkeypatch, cost=10000, flip=1)
     result = finish(make(tiny, manager, Recipe(score="attribution", phase="all", strength="gentle")).run())
     assert (result.masks, [one.persona for one in result.refused]) == ([], ["vowels", "consonants"])
     for one in result.refused:
         assert re.search(r"no rho .* attribution 0\.0001 \(own x1\.000, neutral x1\.\d+, shift 0\.\d+\)", one.reason)
     _, masks = run(make(tiny, manager, Recipe(score="attribution", phase="all", strength="gentle", force=True)))
     assert masks[0].info.parameters["rho"] == 0.0001
+
+
+def test_auto_weakens_the_smallest_mask_that_costs_too_much(
+    tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Bench(monkeypatch, cost=300, flip=1)
+    recipe = Recipe(score="attribution", phase="all", strength="gentle")
+    _, masks = run(make(tiny, manager, recipe))
+    assert [(mask.info.parameters["rho"], mask.info.gamma) for mask in masks] == [(0.0001, 0.4)] * 2
+    tried = masks[0].info.certificate["choice"]["tried"]  # type: ignore[index]
+    assert {trial["gamma"] for trial in tried} == {0.0, 0.5, 0.4, 0.3}
+    result = finish(make(tiny, manager, replace(recipe, gamma=0.0)).run())
+    assert len(result.refused) == 2
 
 
 def test_auto_goes_below_the_usual_rhos_where_they_cost_too_much(

@@ -15,6 +15,7 @@ from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, Target, check_name
 from masquerade.errors import BuildFailed, MasqueradeError
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, Example, batches
+from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targets, trim_heap
@@ -32,12 +33,13 @@ from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.search import MaskSearch
 from masquerade.pruning.statistics import LinearStatistics, Statistic
 from masquerade.pruning.strength import GammaChoice, StrengthTuner
-from masquerade.pruning.tuning import Tuner, TuningTrial
+from masquerade.pruning.tuning import Tuner, TuningChoice, TuningTrial
 
 ADVICE = "check that every answer is on its own side; give more or clearer examples, another strength, score or rho"
 JUDGED = 32  # most examples of a kind that a search's states are judged by, of the tune split
 JUDGED_TOKENS = 64  # most tokens of their responses
 FOUND = "found"  # name of the searched masks in the scratch
+WEAKENED = 0.5  # the first gamma that is tried of masks that are beyond the budgets at 0
 TRACED = 64  # most pairs, and neutral texts, whose statistics a search starts from
 
 
@@ -243,22 +245,33 @@ class Builder:
 
         tuner = Tuner(eval_set, candidates, draft, self._built, self._recipe.limits, -1 in self._sides)
         choice = yield from track("tune", tuner.choose(self._plan))
+        targets_of = {side: candidates.targets((choice.score, side, choice.rho)) for side in self._sides}
         phase, why = self._recipe.phase, "given"
+        if choice.refusal and self._recipe.gamma is None:
+            return (yield from track("tune", self._weaken(choice, targets_of, eval_set)))
         if phase == "auto":
             phase, why = yield from track("phase", tuner.choose_phase(choice))
         return {
-            side: _ChosenMask(
-                candidates.targets((choice.score, side, choice.rho)),
-                choice.rho,
-                gamma,
-                phase,
-                choice.reason,
-                why,
-                choice.trials,
-                choice.refusal,
-            )
-            for side in self._sides
+            side: _ChosenMask(found, choice.rho, gamma, phase, choice.reason, why, choice.trials, choice.refusal)
+            for side, found in targets_of.items()
         }
+
+    def _weaken(
+        self, choice: TuningChoice, targets: Mapping[int, Mapping[str, Target]], eval_set: EvaluationSet
+    ) -> Generator[None, None, dict[int, _ChosenMask]]:
+        """The masks of a rho that is beyond the budgets, each at the strongest gamma within them."""
+        phase, why = self._recipe.phase, "given"
+        if phase == "auto":
+            phase, why = "all", "gamma is chosen in phase all"
+        masks = {}
+        for side, found in targets.items():
+            draft = partial(self._apply, phase=phase)
+            tuner = StrengthTuner(eval_set, draft, side, self._recipe.limits, choice.score)
+            one = yield from tuner.choose_gamma(found, WEAKENED)
+            trials = (*choice.trials, *one.trials)
+            refusal = (*choice.refusal, *one.refusal) if one.refusal else ()
+            masks[side] = _ChosenMask(found, choice.rho, one.gamma, phase, one.reason, why, trials, refusal)
+        return masks
 
     def _collect(
         self,

@@ -40,10 +40,13 @@ class GammaChoice:
 
 
 class StrengthTuner:
-    """Measures the masks of one side of a search within the budgets."""
+    """Measures the masks of one side within the budgets; `score` is what they were found by."""
 
-    def __init__(self, eval_set: EvaluationSet, draft: Draft, side: int, limits: Budgets) -> None:
+    def __init__(
+        self, eval_set: EvaluationSet, draft: Draft, side: int, limits: Budgets, score: str = "refined"
+    ) -> None:
         self._eval_set, self._draft, self._side, self._limits = eval_set, draft, side, limits
+        self._score = score
         self._base_loops: float | None = None
 
     def judge(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, float]:
@@ -106,7 +109,7 @@ class StrengthTuner:
         found = self._eval_set.figures(self._side, base, masked)
         own = math.inf if found["own_ratio"] is None else found["own_ratio"]
         neutral = math.inf if found["neutral_ratio"] is None else found["neutral_ratio"]
-        return TuningTrial("refined", _share(targets), own, neutral, found.get("margin_shift_median"), None, gamma)
+        return TuningTrial(self._score, _share(targets), own, neutral, found.get("margin_shift_median"), None, gamma)
 
 
 def _share(targets: Mapping[str, Target]) -> float:
