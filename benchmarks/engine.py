@@ -149,7 +149,7 @@ def run_engine(
     return seconds
 
 
-def run_generate(base: Base, prompts: list[list[int]], new: int) -> float:
+def run_generate(base: Base, prompts: list[list[int]], new: int, **options: object) -> float:
     longest = max(map(len, prompts))
     ids = torch.tensor([[3] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -158,7 +158,7 @@ def run_generate(base: Base, prompts: list[list[int]], new: int) -> float:
     )
     started = time.process_time()
     with torch.inference_mode():
-        base.model.generate(ids, attention_mask=mask, generation_config=config)
+        base.model.generate(ids, attention_mask=mask, generation_config=config, **options)
     return time.process_time() - started
 
 
