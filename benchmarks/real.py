@@ -12,12 +12,13 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks._report import Figure, arguments, report
@@ -26,9 +27,14 @@ from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, encode
 from masquerade import demo
 from masquerade.errors import UnusableModel
-from masquerade.evaluate.dataset import read_examples
+from masquerade.evaluate.dataset import batches, read_examples
+from masquerade.evaluate.dataset import encode as encode_examples
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets, load
 from masquerade.pruning import Builder, PersonaExamples, Recipe
+from masquerade.pruning.collector import CalibrationText, Role, StatisticsCollector
+from masquerade.pruning.scores import SCORES, ScoreSettings
+from masquerade.pruning.scratch import Scratch
+from masquerade.pruning.statistics import LinearStatistics
 
 MODEL = "smollm2"
 PRUNED = 55_000
@@ -57,7 +63,7 @@ def main() -> None:
     torch.set_num_threads(1)
     scale = QUICK if options.quick else FULL
     try:
-        figures = [*measure_throughput(scale), *measure_build(scale)]
+        figures = [*measure_throughput(scale), *measure_build(scale), *measure_precision(scale)]
     except UnusableModel as error:
         sys.exit(f"{error}")
     report("real", figures, options.json)
@@ -118,6 +124,49 @@ def measure_build(scale: Scale) -> Iterator[Figure]:
         if seconds >= 0.1:
             yield Figure(f"{stage}, a build of {scale.pairs} pairs", seconds, "CPU-s")
     yield Figure(f"a build of {scale.pairs} pairs, all stages", sum(spent.values()), "CPU-s")
+
+
+def measure_precision(scale: Scale) -> Iterator[Figure]:
+    """The rank correlation of each Linear's scores in bf16 with those in fp32, from the same text."""
+    ranks: dict[torch.dtype, dict[str, Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        base = load(MODEL, device="cpu", dtype=str(dtype).removeprefix("torch."))
+        ranks[dtype] = rank_weights(base, scale.pairs // 2)
+    found = torch.tensor(
+        [
+            float(torch.corrcoef(torch.stack([one, ranks[torch.bfloat16][name]]))[0, 1])
+            for name, one in ranks[torch.float32].items()
+        ]
+    )
+    for name, value in (("median", found.median()), ("least", found.min())):
+        yield Figure(
+            f"rank correlation of scores, bf16 with fp32, {name} of {len(found)} Linears", float(value), "", ">= 0.98"
+        )
+
+
+def rank_weights(base: Base, pairs: int) -> dict[str, Tensor]:
+    """The ranks of every 16th weight of each Linear by `attribution-fisher`, fp64."""
+    roles: dict[Role, str] = {"own": "formal", "contrast": "casual", "neutral": "introvert"}
+    texts = {
+        role: encode_examples(base, read_examples(demo.DATA / f"{name}.train.jsonl")[:pairs])
+        for role, name in roles.items()
+    }
+    score = SCORES["attribution-fisher"]
+    targets, found = find_targets(base.model, score.scope), dict[str, Tensor]()
+    calibration = {role: CalibrationText(list(batches(texts[role], base.device)), score.needs) for role in roles}
+
+    def rank(_: int, statistics: Mapping[str, LinearStatistics]) -> Iterator[int]:
+        for name, of_linear in statistics.items():
+            values = score.function(targets[name].weight.float(), of_linear, ScoreSettings()).flatten()[::16]
+            found[name] = values.argsort().argsort().double()
+            yield 1
+
+    collector = StatisticsCollector(base, targets, calibration, Scratch())
+    for _ in collector.forward(lambda *_: iter(())):
+        pass
+    for _ in collector.backward(rank):
+        pass
+    return found
 
 
 if __name__ == "__main__":
