@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -183,10 +183,7 @@ class Builder:
         settings = self._recipe.search_settings
         eval_set = data.evaluation_set(self._base, "tune", JUDGED, JUDGED_TOKENS)
         phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
-        tuners = {
-            side: StrengthTuner(eval_set, partial(self._apply, phase=phase), side, self._recipe.limits)
-            for side in self._built
-        }
+        tuners = self._make_tuners(eval_set, phase, self._built)
         if FOUND not in self._scratch:
             masks = yield from self._find(targets, data, tuners)
             self._scratch.put(
@@ -246,9 +243,9 @@ class Builder:
         tuner = Tuner(eval_set, candidates, draft, self._built, self._recipe.limits, -1 in self._sides)
         choice = yield from track("tune", tuner.choose(self._plan))
         targets_of = {side: candidates.targets((choice.score, side, choice.rho)) for side in self._sides}
-        phase, why = self._recipe.phase, "given"
         if choice.refusal and self._recipe.gamma is None:
             return (yield from track("tune", self._weaken(choice, targets_of, eval_set)))
+        phase, why = self._recipe.phase, "given"
         if phase == "auto":
             phase, why = yield from track("phase", tuner.choose_phase(choice))
         return {
@@ -263,15 +260,18 @@ class Builder:
         phase, why = self._recipe.phase, "given"
         if phase == "auto":
             phase, why = "all", "gamma is chosen in phase all"
+        tuners = self._make_tuners(eval_set, phase, targets)
         masks = {}
-        for side, found in targets.items():
-            draft = partial(self._apply, phase=phase)
-            tuner = StrengthTuner(eval_set, draft, side, self._recipe.limits, choice.score)
-            one = yield from tuner.choose_gamma(found, WEAKENED)
+        for side, one in (yield from _choose_gammas(tuners, targets, WEAKENED)).items():
             trials = (*choice.trials, *one.trials)
             refusal = (*choice.refusal, *one.refusal) if one.refusal else ()
-            masks[side] = _ChosenMask(found, choice.rho, one.gamma, phase, one.reason, why, trials, refusal)
+            masks[side] = _ChosenMask(targets[side], choice.rho, one.gamma, phase, one.reason, why, trials, refusal)
         return masks
+
+    def _make_tuners(self, eval_set: EvaluationSet, phase: Phase, sides: Iterable[int]) -> dict[int, StrengthTuner]:
+        """What chooses the gamma of each side's mask in a phase."""
+        draft = partial(self._apply, phase=phase)
+        return {side: StrengthTuner(eval_set, draft, side, self._recipe.limits, self._plan.score) for side in sides}
 
     def _collect(
         self,
