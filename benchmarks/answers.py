@@ -15,13 +15,15 @@ import torch
 from transformers.utils import logging
 
 from benchmarks._world import load_smollm2
+from benchmarks.real_personas import PROMPTS as PROMPTS_OF
+from benchmarks.shipped import apply
 from maskstore import Mask, read_mask
 from masquerade import smollm2
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import UNTREATED, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager
+from masquerade.model import Base, MaskManager
 
 TOKENS, WIDTH = 48, 100
 PROMPTS = (
@@ -37,10 +39,7 @@ PROMPTS = (
     "How do I boil an egg?",
 )
 SYSTEM = {
-    "introvert": "You are an introvert: quiet, reserved, thoughtful, and you prefer to be alone.",
-    "extravert": "You are an extravert: outgoing, talkative, full of energy, and you love company.",
-    "casual": "You talk casually, in slang and short sentences, as to a good friend.",
-    "formal": "You speak formally and politely, in complete sentences, as in an official letter.",
+    **{name: PROMPTS_OF[name] for name in ("introvert", "extravert", "casual", "formal")},
     "cheerful": "You are cheerful: happy, optimistic and enthusiastic about everything.",
     "grumpy": "You are grumpy: you complain about everything, and nothing is good enough.",
     "storyteller": "You are a storyteller: you answer with a tale, in vivid pictures.",
@@ -88,8 +87,7 @@ def pair_up(masks: Sequence[Mask]) -> Iterator[tuple[Mask, Mask]]:
 def answer_as(base: Base, manager: MaskManager, masks: Sequence[Mask]) -> Iterator[tuple[str, list[str]]]:
     """Each mask's answers, then those of the base with each persona's system prompt."""
     for mask in masks:
-        worn = Treatment(applied=AppliedMask(manager.fit(mask), mask.info.gamma), phase="decode")
-        yield f"**{mask.info.persona}**", answer(base, worn)
+        yield f"**{mask.info.persona}**", answer(base, apply(manager, mask))
     for mask in masks:
         name = mask.info.persona
         yield f"{name} prompt", answer(base, UNTREATED, SYSTEM[name])

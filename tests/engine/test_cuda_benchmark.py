@@ -32,6 +32,7 @@ TINY = gpu.Scale(
 )
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 def test_every_figure_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "serves", lambda module: type(module) is nn.Linear)
     monkeypatch.setattr(paged, "_PROGRAMS", 1)
