@@ -14,6 +14,7 @@ from maskstore import InvalidMaskValue, InvalidName, MaskError
 from masquerade import __version__
 from masquerade.cli import build, config, doctor, evaluate, keys, masks, plan, serve
 from masquerade.errors import BadRequest, MasqueradeError
+from masquerade.plan.processors import limit_threads
 
 app = typer.Typer(
     name="masquerade",
@@ -42,6 +43,7 @@ def show_version() -> None:
 
 def main() -> None:
     """Run the command; an expected failure is one line on stderr."""
+    limit_threads()
     try:
         app()
     except (BadRequest, InvalidName, InvalidMaskValue) as error:

@@ -32,6 +32,7 @@ from masquerade.cli.stores import LEAST_BYTES, SCHEMAS, find_store
 from masquerade.errors import MasqueradeError
 from masquerade.keys import KeyTable
 from masquerade.plan.memory import format_bytes, read_host_memory
+from masquerade.plan.processors import VARIABLE, read_processors
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "fastapi", "uvicorn", "huggingface-hub")
 EXTRAS = ("bitsandbytes", "cryptography", "llguidance", "triton", "opentelemetry-sdk", "accelerate", "peft")
@@ -91,10 +92,10 @@ def _describe_hardware() -> Facts:
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     present = set(flags[1].split()) if flags else set()
-    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts: Facts = {
         "processor": name[1] if name else platform.processor() or platform.machine(),
-        "cores": f"{os.cpu_count()}, of which this process may use {affine}; torch uses {torch.get_num_threads()}",
+        "cores": _describe_cores(),
+        "threads": f"{torch.get_num_threads()} compute ({VARIABLE}={os.environ.get(VARIABLE, 'not set')})",
         "instructions": " ".join(flag for flag in FLAGS if flag in present) or "not known",
         "memory": _describe_memory(),
     }
@@ -109,6 +110,12 @@ def _describe_hardware() -> Facts:
             f"{format_bytes(free)} of {format_bytes(total)} free, CUDA {torch.version.cuda}"
         )
     return facts
+
+
+def _describe_cores() -> str:
+    found = read_processors()
+    text = f"{os.cpu_count()} processors, of which this process may use {found.logical}, of {found.cores} cores"
+    return text if found.quota is None else f"{text}; the container may use the time of {found.quota:g}"
 
 
 def _describe_memory() -> str:
