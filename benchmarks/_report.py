@@ -43,14 +43,20 @@ def arguments(doc: str | None, quick: str) -> argparse.ArgumentParser:
 
 def report(benchmark: str, figures: Sequence[Figure], as_json: bool) -> None:
     """Print one JSON object, or a table."""
-    rows = [{"name": f.name, "value": round(f.value, 4), "unit": f.unit, "reach": f.reach, "ok": f.ok} for f in figures]
+    found = describe(benchmark, figures)
     if as_json:
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        print(json.dumps({"benchmark": benchmark, "date": date, "hardware": hardware(), "figures": rows}))
+        print(json.dumps(found))
         return
-    for row in rows:
+    for row in found["figures"]:
         bound = f"{row['reach']} {'ok' if row['ok'] else 'MISSED'}" if row["reach"] else ""
         print(f"{row['name']:<72} {row['value']:>10.3f} {row['unit']:<18} {bound}")
+
+
+def describe(benchmark: str, figures: Sequence[Figure]) -> dict[str, Any]:
+    """The JSON object of a report."""
+    rows = [{"name": f.name, "value": round(f.value, 4), "unit": f.unit, "reach": f.reach, "ok": f.ok} for f in figures]
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"benchmark": benchmark, "date": date, "hardware": hardware(), "figures": rows}
 
 
 def hardware() -> dict[str, Any]:
