@@ -10,12 +10,16 @@ import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import numpy as np
 
 BOUND = 1.25  # the load of a persona's home over the mean load, up to which it keeps the persona's requests
-SCRAPE = 0.5  # seconds between two looks of the picker at the replicas
+PICKER = (6, 2, 1)  # docker/gateway/picker.yaml: the weights of residency, of the queue and of the KV cache
+SCRAPE = 0.5  # seconds between two looks of the picker at the replicas, as docs/gateways.md says
+FAST = 0.05  # the picker's own default
+EVEN = (6, 6, 3)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Replica:
         self.load = 0  # requests here that have not ended
         self.rows: list[tuple[int, int, Request]] = []  # a heap by the step at which they end
         self.busy = 0.0
-        self.distinct = 0.0  # sum over steps of the distinct personas in the batch, and the number of steps
+        self.made = 0  # tokens of answers
         self._events, self._order = events, count()
         self._queues: OrderedDict[int, deque[Request]] = OrderedDict()  # of the persona alone, else all under -1
         self._admitted: list[Request] = []
@@ -237,7 +241,7 @@ class Replica:
     def _advance(self, now: float) -> None:
         """End the present steps: every row has as many tokens more."""
         self.busy += now - self._start
-        self.distinct += self._run * len(self._personas)
+        self.made += self._run * len(self.rows)
         self.steps += self._run
         self._context += self._run * len(self.rows)
         for request in self._admitted:
@@ -305,21 +309,26 @@ class Router:
         home = _scatter(persona, size)
         return next(at for place in range(size) if self.replicas[at := (home + place) % size].load < bound)
 
-    def pick(self, persona: int, now: float) -> int:
-        """The highest score by docker/gateway/picker.yaml, of what the last scrape saw; any of the equals."""
-        if now - self.seen_at >= SCRAPE or not self.seen:
+    def pick(self, persona: int, now: float, weights: Sequence[float] = PICKER, scrape: float = SCRAPE) -> int:
+        """The highest score of what the last scrape saw; any of the equals.
+
+        Scores are those of the scorers' sources (Gateway API Inference Extension, pkg/epp/scheduling). No prompt is
+        another's prefix here, so the prefix scorer has nothing to say.
+        """
+        if now - self.seen_at >= scrape or not self.seen:
             self.seen_at = now
             self.seen = [
                 (one.waiting, len(one.rows) / one.machine.rows, set(one.resident), set(one.loading))
                 for one in self.replicas
             ]
         least, most = min(one[0] for one in self.seen), max(one[0] for one in self.seen)
+        affine, queued, cached = weights
         scores = []
         for (waiting, usage, resident, loading), replica in zip(self.seen, self.replicas, strict=True):
             room = len(resident) + len(loading) < replica.slots
             affinity = 1.0 if persona in resident else 0.8 if room else 0.6 if persona in loading else 0.0
             queue = 1.0 if most == least else (most - waiting) / (most - least)
-            scores.append(6 * affinity + 2 * queue + (1 - usage))
+            scores.append(affine * affinity + queued * queue + cached * (1 - usage))
         best = max(scores)
         equals = [index for index, score in enumerate(scores) if score > best - 1e-9]
         return equals[int(self.random.integers(len(equals)))]
@@ -330,18 +339,26 @@ ROUTINGS: dict[str, Callable[[Router, int, float], int]] = {
     "least load": Router.spread,
     "affinity": Router.prefer,
     "picker.yaml": Router.pick,
+    "picker.yaml, scrapes of 50 ms": partial(Router.pick, scrape=FAST),
+    "picker, weights 6, 6, 3": partial(Router.pick, weights=EVEN),
+    "picker, weights 6, 6, 3, scrapes of 50 ms": partial(Router.pick, weights=EVEN, scrape=FAST),
 }
-
-HOMES = ("affinity", "picker.yaml")  # routings that send a persona where it was
 
 
 def _fill(fleet: Sequence[Replica], load: Load, homes: bool, seed: int, requests: int) -> None:
-    """Fill the replicas with the personas of so many requests, at their homes or anywhere."""
+    """Fill the replicas with the personas of so many requests, at their homes or anywhere: the last come first."""
     random = np.random.default_rng(seed)
     personas = random.choice(load.personas, requests, p=popularity(load.personas, load.alpha)).tolist()
     anywhere = random.integers(len(fleet), size=requests).tolist()
+    room = sum(one.slots for one in fleet)
     for persona, at in zip(personas, anywhere, strict=True):
-        fleet[_scatter(persona, len(fleet)) if homes else at].touch(persona)
+        one = fleet[_scatter(persona, len(fleet)) if homes else at]
+        if persona not in one.resident and len(one.resident) < one.slots:
+            one.resident[persona] = None
+            one.resident.move_to_end(persona, last=False)
+            room -= 1
+        if not room:
+            return
 
 
 def _scatter(persona: int, size: int) -> int:
@@ -351,7 +368,7 @@ def _scatter(persona: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to; times in seconds. Hits and percentiles are of the requests after the first quarter."""
+    """What a run came to; times in seconds. Hits and percentiles are of the requests after the lead-in."""
 
     requests: int
     hits: float  # share of requests whose persona was resident
@@ -360,18 +377,22 @@ class Outcome:
     busy: float  # share of the time, of all replicas
     span: float  # from the first arrival to the last end
     last: float  # the last arrival
-    tokens: int  # of answers
-    distinct: float  # personas in a batch, the mean over steps
+    tokens: int  # of answers, that the replicas made
     served: tuple[Request, ...]
 
 
-def simulate(machine: Machine, way: Way, load: Load, replicas: int, routing: str, seed: int, warm: int) -> Outcome:
-    """Serve a load. `warm` requests fill the replicas with personas before, without taking time."""
+def simulate(
+    machine: Machine, way: Way, load: Load, replicas: int, routing: str, seed: int, warm: int, lead: float = 0.25
+) -> Outcome:
+    """Serve a load. `warm` requests fill the replicas with personas before, without taking time.
+
+    The share `lead` of the requests is served, but not measured: queues and residents settle.
+    """
     events = Events()
     fleet = [Replica(machine, way, events) for _ in range(replicas)]
     router = Router(fleet, np.random.default_rng(seed + 1))
     if not way.alone:
-        _fill(fleet, load, routing in HOMES, seed + 2, warm)
+        _fill(fleet, load, routing not in ("random", "least load"), seed + 2, warm)
     requests = load.draw(seed)
     choose = ROUTINGS[routing]
     for request in requests:
@@ -380,7 +401,7 @@ def simulate(machine: Machine, way: Way, load: Load, replicas: int, routing: str
     last = requests[-1].arrival
     events.run(math.inf)
     span = max(request.end for request in requests)
-    measured = requests[len(requests) // 4 :]  # queues and caches have settled
+    measured = requests[int(lead * len(requests)) :]
     return Outcome(
         len(requests),
         sum(request.hit for request in measured) / len(measured),
@@ -389,8 +410,7 @@ def simulate(machine: Machine, way: Way, load: Load, replicas: int, routing: str
         sum(one.busy for one in fleet) / (replicas * span),
         span,
         last,
-        sum(request.answer for request in requests),
-        sum(one.distinct for one in fleet) / max(1, sum(one.steps for one in fleet)),
+        sum(one.made for one in fleet),
         tuple(requests),
     )
 

@@ -49,7 +49,7 @@ CONSTANTS = {
     "gpu chunk": Constant(2048, "tokens", "assumed", "prompt tokens of a step, for all ways"),
     "gpu budget": Constant(40e9, "bytes", "assumed", "half of 80 GB for personas, for all ways; varied below"),
     "gpu mask": Constant(
-        89_262_080, "bytes", "computed", "docs/operations.md: a list of 0.3 % of all Linears, on a GPU"
+        89_257_088, "bytes", "computed", "docs/operations.md: a list of 0.3 % of all Linears, on a GPU"
     ),
     "gpu mask file": Constant(47_381_952, "bytes", "computed", "docs/operations.md: the same on disk"),
     "gpu mask step": Constant(
@@ -134,10 +134,10 @@ VARIATIONS: dict[str, dict[str, float]] = {
     "10 GB for personas": {"gpu budget": 10e9},
     "personas from a network of 1 Gbit/s": {"disk": 0.125e9},
     "products at a quarter of the peak": {"gpu utilisation": 0.25},
-    "masks' launches hidden, only their bytes read": {"gpu mask step": 0.0, "gpu mask each": 89_262_080 / 2.478e12},
+    "masks' launches hidden, only their bytes read": {"gpu mask step": 0.0, "gpu mask each": 89_257_088 / 2.478e12},
     "the base's step of Masquerade, 1.87 x reading": {"gpu step": 1.87 * 16_059_990_016 / (0.824 * 3.35e12)},
     "LoRAs at -34 % throughput": {"gpu lora throughput": 0.66},
-    "models swapped into a warm engine, 7 GB/s": {"gpu engine start": 0.0, "disk": 7e9},
+    "a disk of 7 GB/s, models swapped into a warm engine": {"gpu engine start": 0.0, "disk": 7e9},
 }
 
 

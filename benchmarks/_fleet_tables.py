@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks._fleet import ROUTINGS
 from benchmarks._fleet_constants import VARIATIONS, make_settings
 
 REPLICAS = (4, 16, 64)
 MIDDLE = 16  # replicas of the tables that do not vary them
 OFF, ON = "least load", "affinity"
-ROUTERS = ("random", OFF, ON, "picker.yaml")
+EMPTY, HOMES = "empty", "at homes"
+STARTS = ((EMPTY, 16), (HOMES, 16), (HOMES, 64))  # and replicas, of the table of routers
+LATE = 2.0  # seconds; if half of the requests wait longer for the first token, it is an overload
 WAYS = ("masks", "prompts", "LoRAs", "models")
 PERCENTILES = (50, 95, 99)
 _PARTS = ("hits", "first token", "answer")
@@ -47,10 +49,16 @@ def make_tables(found: Mapping[str, Any]) -> dict[str, str]:
         )
         tables[f"{key}-cost"] = _table(heads, prices)
     routers = [
-        (routing, *(_cell(value, label("routers", "masks", MIDDLE, routing), part) for part in _PARTS))
-        for routing in ROUTERS
+        (
+            start,
+            str(replicas),
+            routing,
+            *(_cell(value, label(start, "masks", replicas, routing), part) for part in _PARTS),
+        )
+        for start, replicas in STARTS
+        for routing in ROUTINGS
     ]
-    tables["routers"] = _table(("router", *_SHORT), routers)
+    tables["routers"] = _table(("start", "replicas", "router", *_SHORT), routers)
     tables["varied"] = _table(
         ("varied", *(f"{way}: {what}" for way in WAYS[:3] for what in ("hits", "p99, s", "$")), "models: $"),
         [(title, *_varied(value, title)) for title in VARIATIONS],
@@ -61,7 +69,7 @@ def make_tables(found: Mapping[str, Any]) -> dict[str, str]:
 def _cell(value: Mapping[str, float], name: str, part: str) -> str:
     if part == "hits":
         return f"{value[f'{name}: hits']:.2f}"
-    if value[f"{name}: last end / last arrival"] > 2:
+    if value[f"{name}: first token, 50th percentile"] > LATE:
         return "overload"
     return " / ".join(_round(value[f"{name}: {part}, {percentile}th percentile"]) for percentile in PERCENTILES)
 
@@ -100,13 +108,12 @@ def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def record(page: Path, tables: Mapping[str, str]) -> None:
-    """Put each table between its two markers, in place of what was there."""
+    """Put each table between its markers, in place of what was there."""
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
-        text, places = _marked(name).subn(_Insert(table), text)
-        assert places == 1, f"{page} has the markers of {name} {places} times"
+        before, begin, rest = text.partition(f"<!-- fleet: {name} -->")
+        _, end, after = rest.partition("<!-- end of the table -->")
+        assert begin, f"{page} has no marker of {name}"
+        assert end, f"{page} has no end of {name}"
+        text = f"{before}{begin}\n\n{table}\n\n{end}{after}"
     page.write_text(text, encoding="utf-8")
-
-
-def _marked(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- fleet: {name} -->)(.*?)(<!-- end of {name} -->)", re.DOTALL)

@@ -16,9 +16,21 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from benchmarks._fleet import Load, Machine, Outcome, Way, capacity, simulate
+from benchmarks._fleet import ROUTINGS, Load, Machine, Outcome, Way, capacity, simulate
 from benchmarks._fleet_constants import CONSTANTS, VARIATIONS, Constant, Setting, make_settings
-from benchmarks._fleet_tables import MIDDLE, OFF, ON, PERCENTILES, REPLICAS, ROUTERS, WAYS, label, make_tables, record
+from benchmarks._fleet_tables import (
+    EMPTY,
+    MIDDLE,
+    OFF,
+    ON,
+    PERCENTILES,
+    REPLICAS,
+    STARTS,
+    WAYS,
+    label,
+    make_tables,
+    record,
+)
 from benchmarks._report import Figure, arguments, describe, report
 
 RECORD = Path(__file__).with_name("fleet.json")
@@ -31,17 +43,18 @@ class Scale:
 
     replicas: tuple[int, ...]
     requests: int  # a replica
+    settled: int  # a replica, where the fleet starts empty and only the last quarter is measured
     warm: int  # requests before, of the fleet
     search: int  # runs of a search for capacity
     variations: tuple[str, ...]
 
 
-FULL = Scale(REPLICAS, 1000, 300_000, 8, tuple(VARIATIONS))
-QUICK = Scale((4, 16), 300, 60_000, 4, ())
+FULL = Scale(REPLICAS, 700, 3000, 100_000, 6, tuple(VARIATIONS))
+QUICK = Scale((4, 16), 200, 400, 60_000, 4, ())
 
 
 def main() -> None:
-    parser = arguments(__doc__, "4 and 16 replicas, a fifth of the requests; within a minute")
+    parser = arguments(__doc__, "4 and 16 replicas, fewer requests, constants are not varied; within a minute")
     parser.add_argument("--record", type=Path, help="a page with the markers of the tables")
     options = parser.parse_args()
     figures = list(measure(QUICK if options.quick else FULL))
@@ -66,8 +79,10 @@ def measure(scale: Scale) -> Iterator[Figure]:
                 for routing in (OFF, ON):
                     yield from describe_run(key, setting, way, replicas, routing, scale)
         yield from measure_prices(key, setting, scale)
-    for routing in ROUTERS:
-        yield from describe_run("routers", settings["gpu"], "masks", MIDDLE, routing, scale)
+    for start, replicas in STARTS:
+        if replicas in scale.replicas:
+            for routing in ROUTINGS:
+                yield from describe_run(start, settings["gpu"], "masks", replicas, routing, scale)
     for title in scale.variations:
         changed = {name: replace(CONSTANTS[name], value=value) for name, value in VARIATIONS[title].items()}
         yield from vary(title, CONSTANTS | changed, scale)
@@ -76,14 +91,13 @@ def measure(scale: Scale) -> Iterator[Figure]:
 def describe_run(key: str, setting: Setting, way: str, replicas: int, routing: str, scale: Scale) -> Iterator[Figure]:
     """The figures of one run at the load of the tables."""
     print(f"{key}: {way}, {replicas} replicas, {routing}", file=sys.stderr)
-    found = run(setting, setting.ways[way], replicas, routing, base_rate(setting), scale)
+    found = run(setting, setting.ways[way], replicas, routing, base_rate(setting), scale, settled=key == EMPTY)
     name = label(key, way, replicas, routing)
     yield Figure(f"{name}: hits", found.hits, "of requests")
     for kind, seconds in (("first token", found.first), ("answer", found.total)):
         for percentile, value in zip(PERCENTILES, seconds, strict=True):
             yield Figure(f"{name}: {kind}, {percentile}th percentile", value, "s")
     yield Figure(f"{name}: busy", found.busy, "of the time")
-    yield Figure(f"{name}: last end / last arrival", found.span / found.last, "x")
 
 
 def measure_prices(key: str, setting: Setting, scale: Scale) -> Iterator[Figure]:
@@ -126,17 +140,19 @@ def run(
     rate: float,
     scale: Scale,
     constants: Mapping[str, Constant] = CONSTANTS,
+    settled: bool = False,
 ) -> Outcome:
-    """Simulate a rate of requests a second and replica."""
+    """Simulate a rate of requests a second and replica; `settled`: from an empty fleet, until it is full."""
     values = (constants[name].value for name in ("user tokens", "answer tokens"))
     personas, alpha = int(constants["personas"].value), constants["alpha"].value
-    load = Load(personas, alpha, rate * replicas, scale.requests * replicas, *values)
-    return _simulate(setting.machine, way, load, replicas, routing, scale.warm)
+    requests, warm, lead = (scale.settled, 0, 0.75) if settled else (scale.requests, scale.warm, 0.25)
+    load = Load(personas, alpha, rate * replicas, requests * replicas, *values)
+    return _simulate(setting.machine, way, load, replicas, routing, warm, lead)
 
 
 @cache
-def _simulate(machine: Machine, way: Way, load: Load, replicas: int, routing: str, warm: int) -> Outcome:
-    return replace(simulate(machine, way, load, replicas, routing, SEED, warm), served=())
+def _simulate(machine: Machine, way: Way, load: Load, replicas: int, routing: str, warm: int, lead: float) -> Outcome:
+    return replace(simulate(machine, way, load, replicas, routing, SEED, warm, lead), served=())
 
 
 def find_cost(
@@ -144,12 +160,13 @@ def find_cost(
 ) -> tuple[float, float]:
     """The highest rate of a replica within the bound, 0 if there is none, and $ a million tokens of answers there.
 
+    A short run may be within it above what full batches sustain, so the search ends there.
     None means that a thirty-second of the bare base's capacity is too much. The cost is then that of the time in which
     replicas are busy with this overload: the least that it can be.
     """
     second = setting.price / 3600
-    full = capacity(setting.machine, Way(1), constants["user tokens"].value, constants["answer tokens"].value)
-    low, high = full / 32, full * 1.1
+    tokens = constants["user tokens"].value, constants["answer tokens"].value
+    low, high = capacity(setting.machine, Way(1), *tokens) / 32, capacity(setting.machine, way, *tokens)
 
     def run_at(rate: float) -> Outcome:
         return run(setting, way, MIDDLE, routing, rate, scale, constants)
@@ -160,7 +177,7 @@ def find_cost(
     for _ in range(scale.search):
         rate = (low + high) / 2
         low, high = (rate, high) if run_at(rate).first[2] <= bound else (low, rate)
-    return low, second / (low * constants["answer tokens"].value) * 1e6
+    return low, second / (low * tokens[1]) * 1e6
 
 
 def base_rate(setting: Setting) -> float:
