@@ -370,13 +370,11 @@ def _scatter(persona: int, size: int) -> int:
 class Outcome:
     """What a run came to; times in seconds. Hits and percentiles are of the requests after the lead-in."""
 
-    requests: int
     hits: float  # share of requests whose persona was resident
     first: tuple[float, float, float]  # to the first token: 50th, 95th and 99th percentile
     total: tuple[float, float, float]
     busy: float  # share of the time, of all replicas
-    span: float  # from the first arrival to the last end
-    last: float  # the last arrival
+    span: float  # when the last request ended
     tokens: int  # of answers, that the replicas made
     served: tuple[Request, ...]
 
@@ -398,18 +396,15 @@ def simulate(
     for request in requests:
         events.run(request.arrival)
         fleet[choose(router, request.persona, request.arrival)].accept(request, request.arrival)
-    last = requests[-1].arrival
     events.run(math.inf)
     span = max(request.end for request in requests)
     measured = requests[int(lead * len(requests)) :]
     return Outcome(
-        len(requests),
         sum(request.hit for request in measured) / len(measured),
         _percentiles([request.first - request.arrival for request in measured]),
         _percentiles([request.end - request.arrival for request in measured]),
         sum(one.busy for one in fleet) / (replicas * span),
         span,
-        last,
         sum(one.made for one in fleet),
         tuple(requests),
     )

@@ -43,6 +43,8 @@ def make_tables(found: Mapping[str, Any]) -> dict[str, str]:
         ]
         tables[key] = _table(("replicas", "personas as", *_HEADS), cells)
         prices = [(way, *_price(value, key, way)) for way in WAYS]
+        always = _round(value[f"{key}, a model for each persona, always on, the load of {MIDDLE} replicas: cost"])
+        prices.append(("a replica for each persona, always on, at the load of the table above", "", "", always, always))
         heads = (
             "personas as",
             *(f"{what}, {routing}" for what in ("requests/s a replica", "$ a million tokens") for routing in (OFF, ON)),

@@ -99,6 +99,13 @@ def test_affinity_keeps_more_personas_and_nobody_queues_beside_an_idle_replica()
     assert homes.total[0] < 1.05 * spread.total[0]
 
 
+def test_a_small_run_has_every_kind_of_figure_once() -> None:
+    tiny = fleet.Scale(replicas=(4,), requests=20, settled=20, warm=500, search=1, variations=("as assumed",))
+    names = [figure.name for figure in fleet.measure(tiny)]
+    assert len(names) == len(set(names))
+    assert set(names) <= {figure["name"] for figure in RECORDED["figures"]}
+
+
 def test_the_picker_has_the_weights_of_its_configuration() -> None:
     (profile,) = yaml.safe_load((ROOT / "docker/gateway/picker.yaml").read_text(encoding="utf-8"))["schedulingProfiles"]
     weights = {one["pluginRef"]: one["weight"] for one in profile["plugins"] if "weight" in one}
