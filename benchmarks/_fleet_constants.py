@@ -34,7 +34,9 @@ CONSTANTS = {
     "bound": Constant(2.0, "s", "assumed", "99th percentile to the first token, within which capacity is searched"),
     # an 8B model on one GPU
     "gpu weights": Constant(16_059_990_016, "bytes", "computed", "docs/operations.md, 8B in bf16"),
-    "gpu bandwidth": Constant(3.35e12, "bytes/s", "published", "NVIDIA's data sheet of the H100 SXM"),
+    "gpu bandwidth": Constant(
+        3.35e12, "bytes/s", "published", "NVIDIA's H100 SXM, as listed at glennklockwood.com/garden/processors/h100"
+    ),
     "gpu peak": Constant(989e12, "FLOP/s", "published", "the same, bf16 without sparsity"),
     "gpu utilisation": Constant(0.5, "of the peak", "assumed", "in products of prompts and batches; varied below"),
     "gpu step": Constant(
@@ -89,7 +91,21 @@ CONSTANTS = {
         "published",
         "vllm-project/vllm PR 11005: engine init of Llama-3-8B without torch.compile (39.34 with)",
     ),
-    "gpu price": Constant(2.50, "$/h", "assumed", "an H100; quotes of 2026 are from 2 to 5. Costs are proportional"),
+    "gpu price": Constant(
+        2.50,
+        "$/h",
+        "assumed",
+        "an H100; quotes of May 2026 are from 1.99 to 5.00 (mercatus-ai.com/blog/cloud-gpu-pricing)",
+    ),
+    "gpu own step": Constant(
+        1.87, "x reading", "measured", f"{RESULTS}, CUDA devices: Masquerade's step of 32 rows, 8 of 32 layers, H200"
+    ),
+    "gpu copy": Constant(
+        3956 / 4800,
+        "of bandwidth",
+        "measured",
+        "the same: a copy's GB/s, over the 4.8 TB/s that NVIDIA gives for an H200",
+    ),
     # SmolLM2 on one CPU core
     "cpu one": Constant(55.0, "tokens/s", "measured", f"{RESULTS}, Beside peers on one core: the base, 1 stream"),
     "cpu sixteen": Constant(519.0, "tokens/s", "measured", "the same, 16 streams"),
@@ -124,6 +140,11 @@ CONSTANTS = {
     "cpu price": Constant(0.04, "$/h", "assumed", "one core. Costs are proportional"),
 }
 
+
+def _get(name: str) -> float:
+    return CONSTANTS[name].value
+
+
 # What is varied: the constants that change, and the values that they then have.
 VARIATIONS: dict[str, dict[str, float]] = {
     "as assumed": {},
@@ -134,8 +155,13 @@ VARIATIONS: dict[str, dict[str, float]] = {
     "10 GB for personas": {"gpu budget": 10e9},
     "personas from a network of 1 Gbit/s": {"disk": 0.125e9},
     "products at a quarter of the peak": {"gpu utilisation": 0.25},
-    "masks' launches hidden, only their bytes read": {"gpu mask step": 0.0, "gpu mask each": 89_257_088 / 2.478e12},
-    "the base's step of Masquerade, 1.87 x reading": {"gpu step": 1.87 * 16_059_990_016 / (0.824 * 3.35e12)},
+    "masks' launches hidden, only their bytes read": {
+        "gpu mask step": 0.0,
+        "gpu mask each": _get("gpu mask") * _get("gpu step") / _get("gpu weights"),
+    },
+    "the base's step of Masquerade, 1.87 x reading": {
+        "gpu step": _get("gpu own step") * _get("gpu weights") / (_get("gpu copy") * _get("gpu bandwidth"))
+    },
     "LoRAs at -34 % throughput": {"gpu lora throughput": 0.66},
     "a disk of 7 GB/s, models swapped into a warm engine": {"gpu engine start": 0.0, "disk": 7e9},
 }
