@@ -4,6 +4,7 @@ from maskstore.compose import compose, compose_persona
 from maskstore.delta import DeltaReader, write_delta
 from maskstore.diff import Diff, Overlap, diff
 from maskstore.errors import (
+    BucketUnreachable,
     InvalidMaskValue,
     InvalidName,
     MaskConflict,
@@ -35,6 +36,7 @@ __all__ = [
     "BaseRef",
     "BaseTensor",
     "Bitmap",
+    "BucketUnreachable",
     "Certificate",
     "Checkup",
     "Collected",

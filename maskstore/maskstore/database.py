@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from maskstore.errors import MaskCorrupt, StoreBusy, UnknownVersion
-from maskstore.sqlite import SQLiteFile
+from maskstore.sqlite import SQLiteFile, Watch
 
 TIMEOUT = 30.0
 MIGRATIONS = (
@@ -66,6 +66,10 @@ class Database(SQLiteFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, MIGRATIONS, _too_new, timeout=TIMEOUT, translate=self._explain)
+
+    def watch(self) -> Watch:
+        """A watch for changes by any process."""
+        return Watch(self.path)
 
     def faults(self) -> list[str]:
         """What SQLite and the tables' own rules find wrong, in words."""

@@ -11,6 +11,7 @@ MaskError
 ├── UnknownVersion       a mask of a format this reader does not know
 ├── SignatureError       unsigned, signed by an untrusted key, or the signature does not verify
 ├── StoreBusy            another process held the store for too long
+├── BucketUnreachable    the bucket of a store cannot be reached, or refuses
 └── MaskCorrupt          the bytes are not a mask, or no longer the mask they were
     ├── NotAMask         not a regular file, or safetensors of something else
     ├── MaskTruncated    the file ends before the tensors do
@@ -91,6 +92,10 @@ class SignatureError(MaskError):
 
 class StoreBusy(MaskError):
     """Another process held the store's lock or its registry for longer than the timeout."""
+
+
+class BucketUnreachable(MaskError):
+    """The bucket of a store cannot be reached, or refuses; nothing was changed, or that is not known."""
 
 
 class MaskCorrupt(MaskError):

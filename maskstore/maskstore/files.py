@@ -1,14 +1,16 @@
 """Safe file access: regular files only, reads in chunks, atomic and durable replacement."""
 
 import errno
+import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from maskstore.errors import MaskNotFound, MaskTruncated, NotAMask, Unreadable
+from maskstore.errors import MaskNotFound, MaskTruncated, NotAMask, StoreBusy, Unreadable
 
 CHUNK = 1 << 20
 
@@ -83,6 +85,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path, timeout: float, exclusive: bool = True) -> Iterator[None]:
+    """Hold a file's lock, alone or with others. The kernel releases the lock of a process that dies.
+
+    Raises `StoreBusy` after `timeout` seconds.
+    """
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    with open(path, "ab") as file:
+        deadline = time.monotonic() + timeout
+        while not _try_lock(file.fileno(), kind):
+            if time.monotonic() > deadline:
+                raise StoreBusy(f"locked by another process for {timeout:.0f} s", path=path.parent)
+            time.sleep(0.01)
+        yield
+
+
+def _try_lock(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,17 +11,17 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from maskstore import strictjson
-from maskstore.database import Database
 from maskstore.errors import InvalidMaskValue, MaskConflict, MaskError, MaskExists, MaskNotFound
 from maskstore.mask import Mask, MaskInfo, Phase, now
+from maskstore.mirror import open_database, open_store
 from maskstore.names import check_digest, check_name, split_reference
 from maskstore.records import ANY, Anything, Certificate, Measurement, Persona, Revision
 from maskstore.signing import Signable, message
 from maskstore.sqlite import Watch
-from maskstore.store import Store
 
 FILE = "registry.sqlite"
 NOTES_LIMIT = 10_000
@@ -32,14 +32,17 @@ _CURRENT = (
 
 
 class Registry:
-    """The names of one store. `require_signed` and `accept_tensors` are the store's."""
+    """The names of one store. `require_signed` and `accept_tensors` are the store's.
+
+    A folder with the name of a bucket (`mirror.name_folder`) is a copy of what is there.
+    """
 
     def __init__(
         self, root: str | os.PathLike[str], require_signed: bool = False, accept_tensors: bool = False
     ) -> None:
-        self.store = Store(root, require_signed, accept_tensors)
+        self.store = open_store(Path(root), require_signed, accept_tensors)
         self.path = self.store.root / FILE
-        self.database = Database(self.path)
+        self.database = open_database(self.path)
 
     def publish(
         self, name: str, digest: str, expected: str | Anything | None = ANY, info: MaskInfo | None = None
@@ -128,7 +131,7 @@ class Registry:
 
     def watch(self) -> Watch:
         """A watch for changes of the registry by any process."""
-        return Watch(self.path)
+        return self.database.watch()
 
     def names(self) -> list[Revision]:
         """The current revision of every persona, by name."""

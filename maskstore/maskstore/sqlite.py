@@ -36,14 +36,15 @@ class SQLiteFile:
                 db.execute("pragma journal_mode = wal")
         with self.read() as db:
             version = _version(db)
+        self.is_new = version == 0
         if version > len(migrations):
             raise too_new(path, version, len(migrations))
         if version < len(migrations):
             self._migrate(migrations)
 
-    def connect(self) -> sqlite3.Connection:
-        """A connection that any thread may use, one at a time."""
-        db = sqlite3.connect(self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
+    def connect(self, path: Path | None = None) -> sqlite3.Connection:
+        """A connection, to this file or to a copy, that any thread may use, one at a time."""
+        db = sqlite3.connect(path or self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
         if not self._durable:
             db.execute("pragma synchronous = normal")
         return db
@@ -62,9 +63,9 @@ class SQLiteFile:
             yield db
 
     @contextmanager
-    def _session(self, lock: str) -> Iterator[sqlite3.Connection]:
+    def _session(self, lock: str, path: Path | None = None) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(self.connect()) as db:  # closing rolls back what is not committed
+            with closing(self.connect(path)) as db:  # closing rolls back what is not committed
                 db.execute("pragma foreign_keys = on")
                 db.execute(f"begin {lock}")
                 yield db
@@ -104,12 +105,15 @@ class Watch:
 
     def close(self) -> None:
         """Close the connection, until the next look."""
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._db is not None:
             self._db.close()
             self._db = None
 
     def _open(self, file: tuple[int, int]) -> None:
-        self.close()
+        self._disconnect()
         self._db = open_readonly(self._path, timeout=0)
         self._file = file
 

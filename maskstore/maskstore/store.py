@@ -1,15 +1,13 @@
 """A folder of mask files addressed by digest: atomic writes, locks, and which copy of a digest is kept."""
 
-import fcntl
 import os
 import secrets
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from maskstore import files, signing
-from maskstore.errors import DigestMismatch, MaskCorrupt, MaskNotFound, StoreBusy
+from maskstore.errors import DigestMismatch, MaskCorrupt, MaskNotFound
 from maskstore.format import MaskReader, MaskWriter, read_mask, write_mask
 from maskstore.header import Header
 from maskstore.mask import BaseRef, Mask, MaskInfo
@@ -48,6 +46,13 @@ class Store:
         """The path of a digest, whether or not it is stored."""
         return self.masks / check_digest(digest)[:2] / f"{digest}{SUFFIX}"
 
+    def locate(self, digest: str) -> Path:
+        """The path of a stored digest. Raises `MaskNotFound`."""
+        path = self.path(digest)
+        if not path.exists():
+            raise MaskNotFound(f"no mask {digest[:16]} in {self.root}")
+        return path
+
     def add(self, mask: Mask, preferred: bool = False) -> str:
         """Store a mask, unless the stored copy is better (see above), and return its digest.
 
@@ -77,9 +82,7 @@ class Store:
 
     def open(self, digest: str, base: str | None = None, verify: bool = True) -> Mask:
         """The mask of a digest, mapped into memory; `base` is the required fingerprint."""
-        path = self.path(digest)
-        if not path.exists():
-            raise MaskNotFound(f"no mask {digest[:16]} in {self.root}")
+        path = self.locate(digest)
         mask = read_mask(path, base, verify, lenient=True)
         if mask.digest != digest:
             raise DigestMismatch(f"holds the mask {mask.digest[:16]}, not the one it is named after", path=path)
@@ -93,14 +96,11 @@ class Store:
 
     def summary(self, digest: str) -> Summary:
         """The header of a mask's file; cached until the file changes."""
-        return self._summaries.of(self.path(digest))
+        return self._summaries.of(self.locate(digest))
 
     def reader(self, digest: str, base: str | None = None) -> MaskReader:
         """A MaskReader of the mask's file: its header without tensors, or its modules one at a time."""
-        path = self.path(digest)
-        if not path.exists():
-            raise MaskNotFound(f"no mask {digest[:16]} in {self.root}")
-        return MaskReader(path, base, lenient=True)
+        return MaskReader(self.locate(digest), base, lenient=True)
 
     @contextmanager
     def writing(self, base: BaseRef, info: MaskInfo) -> Iterator[MaskWriter]:
@@ -120,7 +120,20 @@ class Store:
 
     def digests(self) -> list[str]:
         """The stored digests, sorted."""
-        return sorted(path.stem for path in self.masks.glob(f"??/{'[0-9a-f]' * 64}{SUFFIX}"))
+        return sorted(self.ages())
+
+    def ages(self) -> dict[str, tuple[float, int]]:
+        """The stored digests, with the time at which each was added last (Unix) and its bytes."""
+        found = {}
+        for path in self.masks.glob(f"??/{'[0-9a-f]' * 64}{SUFFIX}"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found[path.stem] = (status.st_mtime, status.st_size)
+        return found
+
+    def discard(self, digest: str) -> None:
+        """Remove a mask; nothing may refer to it."""
+        self.path(digest).unlink(missing_ok=True)
 
     def __contains__(self, digest: str) -> bool:
         return self.path(digest).exists()
@@ -167,13 +180,7 @@ class Store:
     @contextmanager
     def lock(self, exclusive: bool = False, name: str = "lock") -> Iterator[None]:
         """Lock the store: shared to add, exclusive to remove. The kernel releases the lock of a process that dies."""
-        kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        with open(self.root / name, "ab") as file:
-            deadline = time.monotonic() + TIMEOUT
-            while not _try_lock(file.fileno(), kind):
-                if time.monotonic() > deadline:
-                    raise StoreBusy(f"locked by another process for {TIMEOUT:.0f} s", path=self.root)
-                time.sleep(0.01)
+        with files.locked(self.root / name, TIMEOUT, exclusive):
             yield
 
     def _make_path(self, digest: str) -> Path:
@@ -183,11 +190,3 @@ class Store:
             path.parent.mkdir(exist_ok=True)
             files.sync_folder(self.masks)
         return path
-
-
-def _try_lock(file: int, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

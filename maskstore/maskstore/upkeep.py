@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 
-from maskstore.database import Database
-from maskstore.errors import MaskError, Unreadable
+from maskstore.errors import InvalidMaskValue, MaskError, Unreadable
 from maskstore.format import MaskReader, read_mask, write_mask
+from maskstore.mirror import find_bucket, open_database, open_store
 from maskstore.registry import FILE, Registry
 from maskstore.store import Store
 
@@ -57,13 +57,18 @@ def gc(root: str | os.PathLike[str], dry: bool = False, grace: float = GRACE) ->
     store = registry.store
     horizon = time.time() - grace
     with store.lock(exclusive=True), registry.referred() as referred:
-        digests = [digest for digest in store.digests() if digest not in referred]
-        paths = {digest: store.path(digest) for digest in digests if store.path(digest).stat().st_mtime <= horizon}
+        old = {
+            digest: nbytes
+            for digest, (added, nbytes) in sorted(store.ages().items())
+            if digest not in referred and added <= horizon
+        }
         leftovers = _old_leftovers(store, horizon)
-        nbytes = sum(path.stat().st_size for path in paths.values()) + sum(leftovers.values())
-        for path in () if dry else (*paths.values(), *leftovers):
+        nbytes = sum(old.values()) + sum(leftovers.values())
+        for digest in () if dry else old:
+            store.discard(digest)
+        for path in () if dry else leftovers:
             path.unlink(missing_ok=True)
-    return Collected(tuple(paths), tuple(_relative(store, path) for path in leftovers), nbytes, dry)
+    return Collected(tuple(old), tuple(_relative(store, path) for path in leftovers), nbytes, dry)
 
 
 def sweep(root: str | os.PathLike[str], grace: float = GRACE) -> tuple[str, ...]:
@@ -81,7 +86,13 @@ def fsck(root: str | os.PathLike[str], repair: bool = False) -> Checkup:
     place, empties objects of the metadata with values of the wrong type, and rebuilds a registry that cannot be read
     from what the masks say about themselves.
     """
-    store = Store(root)
+    store = open_store(Path(root))
+    if find_bucket(store.root):
+        if repair:
+            raise InvalidMaskValue(f"{store.root} is a copy of a bucket: delete the folder, and it is fetched again")
+        for digest in store.digests():
+            with suppress(MaskError):  # the checks below say what is wrong with it
+                store.locate(digest)
     with store.lock(exclusive=repair):
         faults, references = _read_registry(store)  # before the files: what is published meanwhile is not dangling
         sound: dict[str, tuple[str, str]] = {}
@@ -172,7 +183,7 @@ def _read_registry(store: Store) -> tuple[list[str], list[tuple[str, str]]]:
     if not path.exists():
         return ["is missing"], []
     try:
-        faults = Database(path).faults()
+        faults = open_database(path).faults()
         return faults, [] if faults else Registry(store.root).references()
     except MaskError as error:
         return [error.message], []

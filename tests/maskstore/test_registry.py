@@ -1,4 +1,5 @@
 import sqlite3
+from itertools import count
 
 import pytest
 
@@ -13,16 +14,28 @@ from maskstore import (
     MaskNotFound,
     Persona,
     Registry,
-    Store,
     UnknownVersion,
     database,
 )
+from maskstore.mirror import name_folder
+from tests import s3
 from tests.maskstore import world
 
 
+@pytest.fixture(scope="module", params=["folder", "bucket"])
+def make_url(request):
+    """How the store of a test is named; None for a folder."""
+    if request.param == "folder":
+        yield None
+        return
+    numbers = count()
+    with s3.serving() as service:
+        yield lambda: service.make_bucket(f"bucket-{next(numbers)}")
+
+
 @pytest.fixture
-def registry(tmp_path):
-    return Registry(tmp_path)
+def registry(tmp_path, make_url):
+    return Registry(tmp_path / name_folder(make_url()) if make_url else tmp_path)
 
 
 @pytest.fixture
@@ -273,7 +286,7 @@ def test_an_older_registry_is_brought_up_to_date(tmp_path):
 
 def test_a_prefix_that_means_two(registry, digests, monkeypatch):
     twins = ["ab" * 32, "ab" * 31 + "cd"]
-    monkeypatch.setattr(Store, "__contains__", lambda *_: True)
+    monkeypatch.setattr(type(registry.store), "__contains__", lambda *_: True)
     for digest in twins:
         registry.publish("pirate", digest)
     with pytest.raises(MaskNotFound, match="means 2 generations, give more digits"):

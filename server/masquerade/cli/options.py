@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from masquerade.cli.stores import locate_store
+
 Model = Annotated[
     str,
     typer.Option(
@@ -19,7 +21,13 @@ Model = Annotated[
 ]
 StoreFolder = Annotated[
     Path | None,
-    typer.Option("--store", help="Folder of the personas; by default one per model in the user's data folder."),
+    typer.Option(
+        "--store",
+        parser=locate_store,
+        metavar="FOLDER|s3://BUCKET/PREFIX",
+        help="The personas: a folder, by default one per model in the user's data folder, or a bucket that machines "
+        "share (needs the extra `s3`).",
+    ),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device of the model.")]
 Dtype = Annotated[

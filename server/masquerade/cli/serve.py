@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from maskstore import mirror
 from masquerade.cli import heap, keyfiles
 from masquerade.cli.options import (
     AcceptTensorSignatures,
@@ -148,6 +149,8 @@ def serve(
                 require_signed=require_signed,
                 accept_tensors=accept_tensor_signatures,
             )
+            if bucket := mirror.find_bucket(root):
+                _log.info("personas are in %s; %s has this machine's copy, keys and jobs", bucket.url, root)
             serving = server.assemble(
                 base, config, *store_and_registry, mask_bytes, host_mask_bytes, accept_uncertified=accept_uncertified
             )

@@ -9,7 +9,8 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from maskstore import Mask, MaskError, MaskReader, Registry, Revision, Store, database
+from maskstore import Mask, MaskError, MaskReader, Registry, Revision, Store, database, mirror
+from maskstore.bucket import SCHEME
 from maskstore.sqlite import read_version
 from masquerade import demo, smollm2
 from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
@@ -24,6 +25,11 @@ SCHEMAS = {
     keys.FILE: keys.VERSION,
     "jobs/jobs.sqlite": len(jobs.MIGRATIONS),
 }
+
+
+def locate_store(text: str) -> Path:
+    """The folder of a store that is given as a folder, or as a bucket, of which it is this machine's copy."""
+    return _data_folder() / mirror.name_folder(text) if text.startswith(SCHEME) else Path(text)
 
 
 def find_store(root: Path | None, model: str) -> Path:
@@ -82,9 +88,8 @@ def open_store(
     A new store gets the personas that ship for its base.
     """
     root = root or _default(base_name, base_fingerprint)
-    new = not (root / "registry.sqlite").exists()
     registry = Registry(root, require_signed, accept_tensors)
-    for file in _find_shipped() if new else ():
+    for file in _find_shipped() if registry.database.is_new else ():
         with MaskReader(file) as reader:
             if reader.base.fingerprint == base_fingerprint:
                 registry.publish(reader.info.persona, registry.store.add(reader.mask()))
@@ -107,6 +112,9 @@ def open_opposite(registry: Registry, mask: Mask) -> tuple[Revision, Mask] | Non
 
 
 def _default(base_name: str, base_fingerprint: str) -> Path:
-    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     slug = re.sub(r"[^a-z0-9]+", "-", base_name.lower()).strip("-")
-    return data / "masquerade" / f"{slug}-{base_fingerprint[:8]}"
+    return _data_folder() / f"{slug}-{base_fingerprint[:8]}"
+
+
+def _data_folder() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "masquerade"

@@ -66,6 +66,7 @@ _MASK_ERRORS: Mapping[type, type[MasqueradeError]] = {
     maskstore.MaskExists: PersonaExists,
     maskstore.MaskConflict: RevisionConflict,
     maskstore.StoreBusy: NotReady,
+    maskstore.BucketUnreachable: NotReady,
     MaskError: PersonaDamaged,
 }
 

@@ -40,7 +40,7 @@ class VerifiedStore:
 
     def read(self, digest: str) -> Mask:
         """A verified mask, mapped into memory. Raises `MaskError`."""
-        path, started = self._store.path(digest), time.time()
+        path, started = self._store.locate(digest), time.time()
         stamp = files.stamp(path)
         known = self._verified.get(digest) == stamp
         if stamp.size >= LARGE:

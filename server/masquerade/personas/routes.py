@@ -173,7 +173,7 @@ def export(name: str, serving: Served, caller: Managing) -> Response:
     """The mask as a file: `name`, or `name@digest` for an older revision."""
     revision = serving.registry.resolve(caller.check_managed(name, serving.registry.aliases(), "name"))
     return Download(
-        serving.store.path(revision.digest),
+        serving.store.locate(revision.digest),
         media_type="application/octet-stream",
         filename=f"{revision.name}.safetensors",
         headers={"ETag": f'"{revision.digest}"'},

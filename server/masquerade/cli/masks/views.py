@@ -50,7 +50,7 @@ def _list_row(registry: Registry, persona: PersonaRecord) -> dict[str, Any]:
     digest = persona.current.digest
     try:
         with registry.store.reader(digest) as mask:
-            nbytes = registry.store.path(digest).stat().st_size
+            nbytes = registry.store.locate(digest).stat().st_size
             return summarise(mask) | named | {"bytes": nbytes, "damaged": None}
     except (MaskError, OSError) as error:
         return named | {"damaged": str(error)}
