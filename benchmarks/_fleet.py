@@ -139,6 +139,11 @@ class Replica:
         """Requests that are not in the batch."""
         return self.load - len(self.rows) - len(self._admitted)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the resident personas that no request needs would make room, as `max_lora` says."""
+        return sum(1 for uses in self._pins.values() if uses) < self.slots
+
     def touch(self, persona: int) -> bool:
         """Make the persona the last that is evicted; whether it was resident."""
         hit = persona in self.resident
@@ -283,7 +288,7 @@ class Router:
 
     replicas: Sequence[Replica]
     random: np.random.Generator
-    seen: list[tuple[int, float, set[int], set[int]]] = field(default_factory=list)
+    seen: list[tuple[int, float, set[int], set[int], bool]] = field(default_factory=list)
     seen_at: float = -math.inf
     turn: int = 0
 
@@ -318,14 +323,13 @@ class Router:
         if now - self.seen_at >= scrape or not self.seen:
             self.seen_at = now
             self.seen = [
-                (one.waiting, len(one.rows) / one.machine.rows, set(one.resident), set(one.loading))
+                (one.waiting, len(one.rows) / one.machine.rows, set(one.resident), set(one.loading), one.has_room)
                 for one in self.replicas
             ]
         least, most = min(one[0] for one in self.seen), max(one[0] for one in self.seen)
         affine, queued, cached = weights
         scores = []
-        for (waiting, usage, resident, loading), replica in zip(self.seen, self.replicas, strict=True):
-            room = len(resident) + len(loading) < replica.slots
+        for waiting, usage, resident, loading, room in self.seen:
             affinity = 1.0 if persona in resident else 0.8 if room else 0.6 if persona in loading else 0.0
             queue = 1.0 if most == least else (most - waiting) / (most - least)
             scores.append(affine * affinity + queued * queue + cached * (1 - usage))

@@ -185,7 +185,7 @@ def test_an_evicted_persona_leaves_the_list_and_no_series_is_left(here: Here) ->
     (series,) = [found for found in samples(http) if found[0] == "vllm:lora_requests_info"]
     _, labels, stamp = series
     assert labels == {
-        "max_lora": "1",
+        "max_lora": "2",  # ben is idle, and would make room
         "running_lora_adapters": f"{serving.base.name}:ben",
         "waiting_lora_adapters": "",
     }

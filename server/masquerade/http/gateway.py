@@ -95,8 +95,11 @@ class GatewayCollector:
         resident = [name for name, tier in tiers.items() if tier == "device"]
         loading = [name for name, tier in tiers.items() if tier == "loading"]
         shared = len(resident) - len({digests[name] for name in resident})  # names that need no room of their own
+        capacity = serving.residency.estimate_capacity(self._largest_mask) + shared
+        # A picker takes a full list for a server without room, but idle masks make room.
+        more = len(resident) + len(loading) + serving.residency.has_room
         labels = {
-            "max_lora": str(serving.residency.estimate_capacity(self._largest_mask) + shared),
+            "max_lora": str(max(capacity, more)),
             "running_lora_adapters": self._list(resident),
             "waiting_lora_adapters": self._list(loading),
         }

@@ -178,6 +178,11 @@ class Residency:
         return max(1, len(self._entries), self.budget * len(sizes) // max(1, sum(sizes)))
 
     @property
+    def has_room(self) -> bool:
+        """Whether another mask can be loaded now, as far as is known: no load waits for masks in use to go."""
+        return not self._ready
+
+    @property
     def waiting(self) -> int:
         """Number of requests that wait for a mask."""
         with self._lock:
