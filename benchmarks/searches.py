@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._pairs import Sizes, pair_arguments, split_pairs
 from benchmarks._report import Figure, report
-from maskstore import Target
+from maskstore import MaskInfo, Target
 from masquerade.evaluate.dataset import encode
 from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.facts import check_facts, find_known_facts, read_facts, share_kept
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import Treatment
-from masquerade.kernels import dense_weight
-from masquerade.model import Base, MaskManager, find_targets, load
+from masquerade.kernels import Correction, dense_weight
+from masquerade.model import AppliedMask, Base, MaskManager, ResidentMask, find_targets, load
 from masquerade.pruning import PersonaExamples, Recipe
 from masquerade.pruning.builder import JUDGED, JUDGED_TOKENS, TRACED, Builder
 from masquerade.pruning.data import gather
@@ -86,6 +87,71 @@ class PropagationSearch(MaskSearch):
             yield from super()._backpropagate(batch, state, loss)
 
 
+class StrengthSearch(MaskSearch):
+    """Searches for a strength of each pruned weight beside the weight: a mask of more than one bit a weight.
+
+    `_steps` says by how much of the gate's step a weight is changed, by its gain / cost over the median of all that are
+    pruned. What no format of masks holds is measured through corrections of its own.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._found: dict[tuple[int, ...], Mapping[str, Correction]] = {}  # by the sizes of a state's targets
+
+    def correct(self, targets: Mapping[str, Target]) -> Mapping[str, Correction]:
+        """The corrections of a state that was judged."""
+        return self._found[_sizes(targets)]
+
+    def _steps(self, ratios: Tensor) -> Tensor:
+        """Two bits: a half, one, one and a half, or two steps."""
+        return (2 * ratios).round().clamp(1, 4) / 2
+
+    def _select(self, side: int, state: _State) -> Items:
+        yield from super()._select(side, state)
+        ratios = {name: self._find_ratios(side, name, state) for name in state.pruned}
+        median = torch.cat([one.abs() for one in ratios.values()]).median().clamp(min=1e-30)
+        corrections = {}
+        for name, linear in self._targets.items():
+            changes = torch.zeros_like(state.gains[name])
+            changes[state.pruned[name]] = self._steps(ratios[name] / median)
+            changes.mul_(dense_weight(linear))
+            weight = dense_weight(linear).float() - (1 - self._settings.gamma) * changes
+            state.weights[name] = weight.to(self._base.dtype)
+            corrections[name] = StrengthCorrection(changes.to(self._base.dtype))
+        if self._is_judged(state.step):
+            self._found[tuple(int(one.sum()) for one in state.pruned.values())] = corrections
+
+    def _find_ratios(self, side: int, name: str, state: _State) -> Tensor:
+        worth = self._scratch.get(f"start/{side}/{name}")["worth"]
+        return (state.gains[name] * worth)[state.pruned[name]]
+
+
+class DoublingSearch(StrengthSearch):
+    """Doubles weights where that helps as it prunes others where that does."""
+
+    def _value(self, side: int, name: str, gains: Tensor) -> Tensor:
+        return super()._value(side, name, gains.abs())
+
+    def _steps(self, ratios: Tensor) -> Tensor:
+        return ratios.sign()
+
+
+class StrengthCorrection:
+    """The changes of a Linear's weights [out, in] as a `Correction`."""
+
+    def __init__(self, changes: Tensor) -> None:
+        self._changes = changes
+        self.nbytes = changes.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Correction`."""
+        return F.linear(x, self._changes.to(x.dtype)).float()
+
+
+def _sizes(targets: Mapping[str, Target]) -> tuple[int, ...]:
+    return tuple(one.pruned for one in targets.values())
+
+
 def _normalise(norm: Any, x: Tensor) -> Tensor:
     scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).detach()
     result: Tensor = norm.weight * (x.float() * scale).to(x.dtype)
@@ -113,6 +179,8 @@ VARIANTS: Mapping[str, tuple[type[MaskSearch], Mapping[str, Any]]] = {
     "path-averaged": (PathSearch, {}),
     "relevance propagation": (PropagationSearch, {}),
     "gradients at gamma 0.25": (MaskSearch, {"gamma": 0.25}),
+    "two-bit strengths": (StrengthSearch, {}),
+    "prune or double": (DoublingSearch, {}),
 }
 
 
@@ -167,13 +235,14 @@ class Bench:
         search = kind(self._base, self._targets, (1,), settings, self._scratches[settings.protected])
         for name in PREPARED:
             setattr(search, name, getattr(self._prepared, name))
-        tuner = StrengthTuner(self._tune_set, self._draft, 1, self._recipe.limits)
+        draft = partial(self._correct, search) if isinstance(search, StrengthSearch) else self._draft
+        tuner = StrengthTuner(self._tune_set, draft, 1, self._recipe.limits)
         started = time.process_time()
         targets = finish(search.run(1, partial(tuner.judge, gamma=settings.gamma)))
         self._scratches[settings.protected].drop("search")
         yield Figure(f"{self._name}, {variant}: search", time.process_time() - started, "CPU-s")
         yield Figure(f"{self._name}, {variant}: pruned", sum(one.pruned for one in targets.values()), "weights")
-        yield from self._measure_at_cost(f"{self._name}, {variant}", targets)
+        yield from self._measure_at_cost(f"{self._name}, {variant}", partial(draft, targets))
 
     def _collect(self, settings: SearchSettings) -> None:
         """Collect the statistics that all variants start from, with the costs capped as each of them does."""
@@ -196,12 +265,17 @@ class Bench:
     def _draft(self, targets: Mapping[str, Target], *, gamma: float) -> Treatment:
         return self._builder._apply(targets, "decode", gamma)
 
-    def _measure_at_cost(self, name: str, targets: Mapping[str, Target]) -> Iterator[Figure]:
+    def _correct(self, search: StrengthSearch, targets: Mapping[str, Target], *, gamma: float) -> Treatment:
+        info = MaskInfo(persona="draft", score="draft")
+        mask = ResidentMask("/".join(map(str, _sizes(targets))), info, search.correct(targets))
+        return Treatment(AppliedMask(mask, gamma), "decode")
+
+    def _measure_at_cost(self, name: str, draft: Callable[..., Treatment]) -> Iterator[Figure]:
         """The figures where neutral text costs `NEUTRAL_RATIO`, or at gamma 0 if it costs less there."""
         base = finish(self._test_set.measure_base())
         points = [(0.0, 0.0, 0.0)]  # nats of neutral text, of own text, shift
         for gamma in GAMMAS:
-            masked = finish(self._test_set.measure(self._draft(targets, gamma=gamma)))
+            masked = finish(self._test_set.measure(draft(gamma=gamma)))
             found = self._test_set.figures(1, base, masked)
             costs = (math.log(found[key] or math.inf) for key in ("neutral_ratio", "own_ratio"))
             points.append((*costs, found["margin_shift_median"]))
@@ -212,7 +286,7 @@ class Bench:
         neutral, own, shift = (a + part * (b - a) for a, b in zip(low, high, strict=True))
         gammas = (1.0, *GAMMAS)[len(points) - 2 : len(points)]
         gamma = gammas[0] + part * (gammas[1] - gammas[0])
-        known = finish(check_facts(self._base, self._facts, self._draft(targets, gamma=gamma)))
+        known = finish(check_facts(self._base, self._facts, draft(gamma=gamma)))
         yield Figure(f"{name}: gamma", gamma, "gamma")
         yield Figure(f"{name}: neutral", math.exp(neutral), "x")
         yield Figure(f"{name}: shift", shift, "nats a token")
