@@ -285,11 +285,13 @@ def _identify(base: Base, recipe: Recipe, found: BuildInput) -> str:
 def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, folder: Path) -> Work[BuildResult]:
     from masquerade.model import MaskManager
     from masquerade.pruning import Scratch
+    from masquerade.pruning.executor import ProcessExecutor, SequentialExecutor
     from masquerade.service.building import find_masks
 
     scratch = Scratch(folder)
+    executor = ProcessExecutor() if ProcessExecutor.serves(base.device) else SequentialExecutor()
     try:
-        return (yield from find_masks(base, MaskManager.attach(base.model), recipe, build_input, scratch))
+        return (yield from find_masks(base, MaskManager.attach(base.model), recipe, build_input, scratch, executor))
     except MasqueradeError:  # a build that failed cannot resume
         scratch.close()
         raise

@@ -43,6 +43,12 @@ class SetLikelihoods:
         own, contrast = self.sides[1].mean, self.sides[-1].mean
         return side * np.array([own[i] - contrast[j] for i, j in pairs])
 
+    def first(self, most: int) -> SetLikelihoods:
+        """Those of the first texts of each side, at most `most`."""
+        return SetLikelihoods(
+            {side: LogLikelihoods(one.nats[:most], one.tokens[:most]) for side, one in self.sides.items()}
+        )
+
 
 class EvaluationSet:
     """Texts of a persona (side 1), of its opposite (side -1; may be empty) and neutral texts (side 0; may be empty)."""
@@ -54,6 +60,7 @@ class EvaluationSet:
         self.texts = {1: list(own), -1: list(contrast), 0: list(neutral)}
         self.pairs = match(own, contrast)
         self._base_likelihoods: SetLikelihoods | None = None
+        self._base_looping: dict[tuple[int, int], float] = {}  # by the most prompts and tokens
 
     def measure(self, treatment: Treatment, only: Sequence[int] = (1, -1, 0)) -> Generator[None, None, SetLikelihoods]:
         """The likelihoods of all texts, or `only` of some sides, under a treatment; a work item is a micro-batch."""
@@ -83,9 +90,17 @@ class EvaluationSet:
         return [Encoded(prompt, ()) for prompt in list(prompts)[:most]]
 
     def measure_looping(self, treatment: Treatment, most: int, tokens: int) -> Generator[None, None, float]:
-        """The share of greedy answers that loop, of at most `tokens` tokens to `most` prompts; 0 without prompts."""
+        """The share of greedy answers that loop, of at most `tokens` tokens to `most` prompts; 0 without prompts.
+
+        The base's is computed once.
+        """
+        if treatment is UNTREATED and (most, tokens) in self._base_looping:
+            return self._base_looping[most, tokens]
         texts = yield from write_answers(self._base, self.prompts(most), treatment, GenerationParams(tokens))
-        return share_looping(texts)
+        share = share_looping(texts)
+        if treatment is UNTREATED:
+            self._base_looping[most, tokens] = share
+        return share
 
     def figures(
         self, side: int, base: SetLikelihoods, masked: SetLikelihoods, opposite: SetLikelihoods | None = None

@@ -24,6 +24,7 @@ from masquerade.pruning.candidates import CandidateMasks, pack, unpack
 from masquerade.pruning.certificate import CertifiedMask
 from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
 from masquerade.pruning.data import BuildData, PersonaExamples, gather
+from masquerade.pruning.executor import Executor, SequentialExecutor
 from masquerade.pruning.layerwise import layer_number
 from masquerade.pruning.progress import Progress, Work, count, track
 from masquerade.pruning.prompts import WRITTEN
@@ -91,7 +92,8 @@ class Builder:
     that use it are small: at most a micro-batch in one layer, a micro-batch's likelihoods, or a ranking of a Linear's
     weights. Peak memory is that of `StatisticsCollector`, and the pruned sets of the candidates. The base must have its
     masks attached by `manager`. With a `scratch` that has a folder, an interrupted build resumes; the folder must be of
-    these examples and this recipe.
+    these examples and this recipe. The `executor` runs what a side's mask needs beside the other's: by default one side
+    after the other.
     """
 
     def __init__(
@@ -103,9 +105,11 @@ class Builder:
         contrast: PersonaExamples | None = None,
         neutral: Sequence[Example] = (),
         scratch: Scratch | None = None,
+        executor: Executor | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         self._base, self._manager, self._recipe = base, manager, recipe
+        self._executor = executor or SequentialExecutor()
         self._mask_base = MaskBase(base.fingerprint, base.name)
         self._personas = {1: own} if contrast is None else {1: own, -1: contrast}
         self._built = [side for side, persona in self._personas.items() if persona.persona]
@@ -185,7 +189,7 @@ class Builder:
         phase: Phase = "decode" if self._recipe.phase == "auto" else self._recipe.phase
         tuners = self._make_tuners(eval_set, phase, self._built)
         if FOUND not in self._scratch:
-            masks = yield from self._find(targets, data, tuners)
+            masks = yield from self._find(targets, data, eval_set, tuners)
             self._scratch.put(
                 FOUND, pack({f"{side}|{name}": one for side in masks for name, one in masks[side].items()})
             )
@@ -196,7 +200,7 @@ class Builder:
             found[int(side)][name] = target
         choices = {side: GammaChoice(self._recipe.gamma or 0.0, "given", ()) for side in tuners}
         if self._recipe.gamma is None:
-            choices = yield from track("tune", _choose_gammas(tuners, found, settings.gamma))
+            choices = yield from track("tune", self._choose_gammas(tuners, found, settings.gamma))
         why = "given" if self._recipe.phase != "auto" else "the mask is searched for in phase decode"
         return {
             side: _ChosenMask(found[side], settings.rho, one.gamma, phase, one.reason, why, one.trials, one.refusal)
@@ -204,7 +208,11 @@ class Builder:
         }
 
     def _find(
-        self, targets: Mapping[str, nn.Linear], data: BuildData, tuners: Mapping[int, StrengthTuner]
+        self,
+        targets: Mapping[str, nn.Linear],
+        data: BuildData,
+        eval_set: EvaluationSet,
+        tuners: Mapping[int, StrengthTuner],
     ) -> Work[dict[int, dict[str, Target]]]:
         """The targets of each side's search."""
         settings = self._recipe.search_settings
@@ -217,12 +225,16 @@ class Builder:
 
         yield from self._collect(targets, self._pad(data, TRACED, settings.tokens), add)
         trim_heap()  # the statistics took as much as the search will
-        yield from track("prepare", search.prepare(data.calibration_pairs(), data.neutral.calibration))
-        found = {}
-        for number, (side, tuner) in enumerate(tuners.items()):
-            run = search.run(side, partial(tuner.judge, gamma=settings.gamma))
-            found[side] = yield from count("search", run, number * search.items, len(tuners) * search.items)
-        yield Progress("search", len(tuners) * search.items, len(tuners) * search.items)
+
+        def prepare() -> Generator[None, None, None]:
+            yield from search.prepare(data.calibration_pairs(), data.neutral.calibration)
+            yield from eval_set.measure_base()
+
+        yield from track("prepare", prepare())
+        runs = {side: search.run(side, partial(tuner.judge, gamma=settings.gamma)) for side, tuner in tuners.items()}
+        items = len(runs) * search.items
+        found = yield from count("search", self._executor.run(runs), items)
+        yield Progress("search", items, items)
         return found
 
     def _compare(self, targets: Mapping[str, nn.Linear], data: BuildData) -> Work[dict[int, _ChosenMask]]:
@@ -262,7 +274,7 @@ class Builder:
             phase, why = "all", "gamma is chosen in phase all"
         tuners = self._make_tuners(eval_set, phase, targets)
         masks = {}
-        for side, one in (yield from _choose_gammas(tuners, targets, WEAKENED)).items():
+        for side, one in (yield from self._choose_gammas(tuners, targets, WEAKENED)).items():
             trials = (*choice.trials, *one.trials)
             refusal = (*choice.refusal, *one.refusal) if one.refusal else ()
             masks[side] = _ChosenMask(targets[side], choice.rho, one.gamma, phase, one.reason, why, trials, refusal)
@@ -272,6 +284,15 @@ class Builder:
         """What chooses the gamma of each side's mask in a phase."""
         draft = partial(self._apply, phase=phase)
         return {side: StrengthTuner(eval_set, draft, side, self._recipe.limits, self._plan.score) for side in sides}
+
+    def _choose_gammas(
+        self, tuners: Mapping[int, StrengthTuner], targets: Mapping[int, Mapping[str, Target]], start: float
+    ) -> Generator[None, None, dict[int, GammaChoice]]:
+        """The gamma of each side."""
+        for tuner in tuners.values():
+            yield from tuner.measure_base()
+        choosing = {side: tuner.choose_gamma(targets[side], start) for side, tuner in tuners.items()}
+        return (yield from self._executor.run(choosing))
 
     def _collect(
         self,
@@ -331,7 +352,9 @@ class Builder:
                 for side, mask in chosen.items()  # a refused one too, for the flips of the other
             }
             eval_set = data.evaluation_set(self._base, "report")
-            measuring = certificate.measure_figures(self._base, eval_set, certified, judged, self._recipe.seed)
+            measuring = certificate.measure_figures(
+                self._base, eval_set, certified, judged, self._recipe.seed, self._executor
+            )
             figures = yield from track("certify", measuring, model_after=False)
         else:
             yield Progress("certify", 1, 1, model_next=False)
@@ -401,16 +424,6 @@ def _check(model: nn.Module) -> Generator[None, None, None]:
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise BuildFailed(f"{name} of the base has NaN or infinite weights; no mask can mend that")
         yield
-
-
-def _choose_gammas(
-    tuners: Mapping[int, StrengthTuner], targets: Mapping[int, Mapping[str, Target]], start: float
-) -> Generator[None, None, dict[int, GammaChoice]]:
-    """The gamma of each side."""
-    choices = {}
-    for side, tuner in tuners.items():
-        choices[side] = yield from tuner.choose_gamma(targets[side], start)
-    return choices
 
 
 def _short(value: Any) -> Any:

@@ -15,13 +15,14 @@ import transformers
 from maskstore import Mask, Target, diff
 from masquerade import __version__
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.evaluation_set import EvaluationSet, rounded
+from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, rounded
 from masquerade.evaluate.facts import Fact, check_facts, find_known_facts, read_facts
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items, read_divergence
 from masquerade.evaluate.repetition import share_looping
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import Base
+from masquerade.pruning.executor import Executor, SequentialExecutor
 from masquerade.pruning.strength import MOST_LOOPS
 from masquerade.pruning.tuning import Budgets
 
@@ -51,39 +52,51 @@ class CertifiedMask:
 
 
 def measure_figures(
-    base: Base, eval_set: EvaluationSet, masks: Mapping[int, CertifiedMask], sides: Sequence[int], seed: int
+    base: Base,
+    eval_set: EvaluationSet,
+    masks: Mapping[int, CertifiedMask],
+    sides: Sequence[int],
+    seed: int,
+    executor: Executor | None = None,
 ) -> Generator[None, None, dict[int, dict[str, Any]]]:
     """Figures of the masks of `sides`: of the default phase with intervals, of both phases, of answers, and by gamma.
 
-    `masks` may have the opposite's too, for flips. On a quantised base, the figures name the quantisation. The code
-    after the last item uses no model.
+    `masks` may have the opposite's too, for flips. The `executor` runs the measurements of each mask. On a quantised
+    base, the figures name the quantisation. The code after the last item uses no model.
     """
     untreated = yield from eval_set.measure_base()
-    likelihoods = {}
-    for side, mask in masks.items():
-        for phase in PHASES:
-            likelihoods[side, phase] = yield from eval_set.measure(mask.at(phase))
     answers = yield from _Answers.of_base(base, eval_set.prompts(ANSWERS))
-    part = EvaluationSet(base, *(eval_set.texts[kind][:CURVE_TEXTS] for kind in (1, -1, 0)))
-    found: dict[int, dict[str, Any]] = {side: {} for side in sides}
+    measuring = {
+        side: _measure_mask(base, eval_set, answers, side, mask, likelihoods_only=side not in sides)
+        for side, mask in masks.items()
+    }
+    measured = yield from (executor or SequentialExecutor()).run(measuring)
+    found = {}
     for side in sides:
-        if eval_set.texts[0]:
-            found[side]["kl"] = yield from read_divergence(base, eval_set.texts[0], masks[side].at())
-        found[side] |= yield from answers.compare(base, masks[side].at())
-        found[side]["curve"] = yield from _measure_curve(base, part, side, masks[side], answers.known[:CURVE_FACTS])
-    for side in sides:
-        both = {phase: (likelihoods[side, phase], likelihoods.get((-side, phase))) for phase in PHASES}
+        opposite = measured.get(-side)
+        both = {
+            phase: (of_phase, opposite.likelihoods[phase] if opposite else None)
+            for phase, of_phase in measured[side].likelihoods.items()
+        }
         default = masks[side].phase
         intervals = eval_set.intervals(side, untreated, *both[default], seed=seed)
         found[side] = rounded(
             eval_set.figures(side, untreated, *both[default])
-            | found[side]
+            | measured[side].figures
             | {"intervals": {name: list(ends) for name, ends in intervals.items()}}
             | {"phases": {phase: eval_set.figures(side, untreated, *both[phase]) for phase in PHASES}}
         )
         if base.quantization:
             found[side]["quantization"] = base.quantization
     return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a mask makes of the held-out text, and the figures that need no other mask."""
+
+    likelihoods: Mapping[Phase, SetLikelihoods]
+    figures: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,11 +116,10 @@ class _Answers:
         right = yield from find_known_facts(base, facts)
         return cls(prompts, texts, facts, [fact for fact, is_right in zip(facts, right, strict=True) if is_right])
 
-    def compare(self, base: Base, treatment: Treatment) -> Items[dict[str, Any]]:
-        """How many answers a mask changes, how many repeat themselves, and how many facts are kept."""
-        right = yield from check_facts(base, self.known, treatment)
-        kept = sum(right) / len(right) if right else None
-        found: dict[str, Any] = {"facts": {"of": len(self.facts), "known": len(self.known), "kept": kept}}
+    def compare(self, base: Base, treatment: Treatment, kept: Sequence[bool]) -> Items[dict[str, Any]]:
+        """How many answers a mask changes, how many repeat themselves, and how many of the known facts are `kept`."""
+        facts = {"of": len(self.facts), "known": len(self.known), "kept": _share(kept)}
+        found: dict[str, Any] = {"facts": facts}
         if not self.prompts:
             return found
         texts = yield from write_answers(base, self.prompts, treatment, GenerationParams(ANSWER_TOKENS))
@@ -119,23 +131,61 @@ class _Answers:
         }
 
 
+def _measure_mask(
+    base: Base, eval_set: EvaluationSet, answers: _Answers, side: int, mask: CertifiedMask, *, likelihoods_only: bool
+) -> Items[_Measured]:
+    """Measure a mask, without what only its own certificate has if `likelihoods_only`."""
+    likelihoods: dict[Phase, SetLikelihoods] = {}
+    for phase in PHASES:
+        likelihoods[phase] = yield from eval_set.measure(mask.at(phase))
+    if likelihoods_only:
+        return _Measured(likelihoods, {})
+    found: dict[str, Any] = {}
+    if eval_set.texts[0]:
+        found["kl"] = yield from read_divergence(base, eval_set.texts[0], mask.at())
+    kept = yield from check_facts(base, answers.known, mask.at())
+    found |= yield from answers.compare(base, mask.at(), kept)
+    default = _Point(likelihoods[mask.phase].first(CURVE_TEXTS), kept[:CURVE_FACTS])
+    found["curve"] = yield from _measure_curve(base, eval_set, answers.known[:CURVE_FACTS], side, mask, default)
+    return _Measured(likelihoods, found)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What a mask makes at one gamma of the text that its curve is measured on, and which known facts it keeps."""
+
+    likelihoods: SetLikelihoods
+    kept: Sequence[bool]
+
+
 def _measure_curve(
-    base: Base, eval_set: EvaluationSet, side: int, mask: CertifiedMask, known: Sequence[Fact]
+    base: Base, eval_set: EvaluationSet, known: Sequence[Fact], side: int, mask: CertifiedMask, default: _Point
 ) -> Items[list[dict[str, Any]]]:
-    """Shift, costs and the share of known facts kept at each gamma of `CURVE`, in the default phase."""
-    untreated = yield from eval_set.measure_base()
+    """Shift, costs and the share of known facts kept at each gamma of `CURVE`, in the default phase.
+
+    `default` is what the mask makes of the same text at its own gamma.
+    """
+    part = EvaluationSet(base, *(eval_set.texts[kind][:CURVE_TEXTS] for kind in (1, -1, 0)))
+    untreated = (yield from eval_set.measure_base()).first(CURVE_TEXTS)
     points = []
     for gamma in CURVE:
-        masked = yield from eval_set.measure(mask.at(gamma=gamma))
-        right = yield from check_facts(base, known, mask.at(gamma=gamma))
-        figures = eval_set.figures(side, untreated, masked)
+        point = default
+        if gamma != mask.gamma:
+            treatment = mask.at(gamma=gamma)
+            masked = yield from part.measure(treatment)
+            point = _Point(masked, (yield from check_facts(base, known, treatment)))
+        figures = part.figures(side, untreated, point.likelihoods)
         names = ("margin_shift_median", "own_ratio", "neutral_ratio")
         points.append(
             {"gamma": gamma}
             | {name: figures[name] for name in names if name in figures}
-            | {"facts_kept": sum(right) / len(right) if right else None}
+            | {"facts_kept": _share(point.kept)}
         )
     return points
+
+
+def _share(kept: Sequence[bool]) -> float | None:
+    return sum(kept) / len(kept) if kept else None
 
 
 def describe(targets: Mapping[str, Target]) -> dict[str, Any]:

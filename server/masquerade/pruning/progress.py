@@ -52,11 +52,12 @@ def track(
     return result
 
 
-def count(stage: str, items: Generator[int | None, None, T], done: int, total: int) -> Work[T]:
+def count(stage: str, items: Generator[int | None, None, T], total: int) -> Work[T]:
     """Yield the progress of work items, each of which yields how many of `total` parts it completes (None is 0).
 
-    All items use the model. `done` parts are complete before the first.
+    All items use the model.
     """
+    done = 0
     while True:
         try:
             done += next(items) or 0

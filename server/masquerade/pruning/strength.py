@@ -47,7 +47,11 @@ class StrengthTuner:
     ) -> None:
         self._eval_set, self._draft, self._side, self._limits = eval_set, draft, side, limits
         self._score = score
-        self._base_loops: float | None = None
+
+    def measure_base(self) -> Generator[None, None, None]:
+        """Measure what masks are compared with, before the works of several sides each do so."""
+        yield from self._eval_set.measure_base()
+        yield from self._measure_looping(UNTREATED)
 
     def judge(self, targets: Mapping[str, Target], gamma: float) -> Generator[None, None, float]:
         """The shift that a mask can be expected to reach within the neutral budget at the gamma for it, nats a token.
@@ -95,10 +99,12 @@ class StrengthTuner:
         trial = yield from self._measure(targets, treatment, gamma)
         if not trial.within(self._limits):
             return trial
-        if self._base_loops is None:
-            self._base_loops = yield from self._eval_set.measure_looping(UNTREATED, ANSWERS, ANSWER_TOKENS)
-        looping = yield from self._eval_set.measure_looping(treatment, ANSWERS, ANSWER_TOKENS)
-        return replace(trial, loops=looping - self._base_loops)
+        before = yield from self._measure_looping(UNTREATED)
+        looping = yield from self._measure_looping(treatment)
+        return replace(trial, loops=looping - before)
+
+    def _measure_looping(self, treatment: Treatment) -> Generator[None, None, float]:
+        return (yield from self._eval_set.measure_looping(treatment, ANSWERS, ANSWER_TOKENS))
 
     def _measure(
         self, targets: Mapping[str, Target], treatment: Treatment, gamma: float

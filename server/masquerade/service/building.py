@@ -38,6 +38,7 @@ from masquerade.model import Base, MaskManager, trim_heap
 from masquerade.plan.memory import format_bytes
 from masquerade.pruning import Builder, BuildResult, PersonaExamples, Progress, Recipe, Scratch
 from masquerade.pruning.cards import read_card
+from masquerade.pruning.executor import Executor
 from masquerade.pruning.prompts import CalibrationPrompts, add_generated, sample_questions
 from masquerade.pruning.scores import SCORES
 from masquerade.service import kept_builds
@@ -222,13 +223,19 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
 
 
 def find_masks(
-    base: Base, manager: MaskManager, recipe: Recipe, build_input: BuildInput, scratch: Scratch
+    base: Base,
+    manager: MaskManager,
+    recipe: Recipe,
+    build_input: BuildInput,
+    scratch: Scratch,
+    executor: Executor | None = None,
 ) -> Generator[Progress, None, BuildResult]:
     """Let the base write what a script requires, then find the masks; resumes from `scratch`."""
     own, contrast = build_input.own, build_input.contrast
     if build_input.script is not None and contrast is not None:
         own, contrast = yield from add_generated(base, build_input.script, own, contrast, scratch)
-    return (yield from Builder(base, manager, recipe, own, contrast, build_input.neutral, scratch).run())
+    builder = Builder(base, manager, recipe, own, contrast, build_input.neutral, scratch, executor)
+    return (yield from builder.run())
 
 
 def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
