@@ -96,7 +96,7 @@ class _Measured:
     """What a mask makes of the held-out text, and the figures that need no other mask."""
 
     likelihoods: Mapping[Phase, SetLikelihoods]
-    figures: Mapping[str, Any]
+    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
