@@ -177,11 +177,12 @@ def test_after_a_killed_process_the_build_goes_on_from_its_scratch(
     tiny: Base, manager: MaskManager, tmp_path: Path, expected: BuildResult
 ) -> None:
     work = make(tiny, manager, SEARCHED, ProcessExecutor(), Scratch(tmp_path / "s")).run()
+    while not list((tmp_path / "s" / "search").glob("*/state.safetensors")):
+        next(work)
+    for child in _children():
+        os.kill(child, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match="the same command goes on from what was found so far"):
-        for step in work:
-            if step.stage == "search" and list((tmp_path / "s" / "search").glob("*/state.safetensors")):
-                for child in _children():
-                    os.kill(child, signal.SIGKILL)
+        finish(work)
     steps: list[Progress] = []
     found = _follow(make(tiny, manager, SEARCHED, ProcessExecutor(), Scratch(tmp_path / "s")).run(), steps)
     assert digests(found) == digests(expected)

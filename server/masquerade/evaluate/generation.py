@@ -1,5 +1,7 @@
 """Generates text with a treatment in left-padded batches, for measurements and calibration text.
 
+What all prompts of a batch begin with is computed once, and a row that has ended leaves the batch.
+
 The engine serves requests; this module runs where there is no engine, and with treatments that the engine lacks.
 """
 
@@ -14,6 +16,7 @@ from transformers import DynamicCache
 
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.metrics import Items
+from masquerade.evaluate.prefix import count_shared, extend, of_prompt
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, Span, make_route
 
@@ -58,9 +61,9 @@ def write_answers(
     return found
 
 
-def _group(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[Sequence[int]]]:
+def _group(prompts: Sequence[tuple[int, ...]], rows: int) -> Iterator[list[tuple[int, ...]]]:
     """Batches of at most `rows` prompts, in order."""
-    group: list[Sequence[int]] = []
+    group: list[tuple[int, ...]] = []
     for prompt in prompts:
         longest = max(map(len, [*group, prompt]))
         if group and (len(group) == rows or (len(group) + 1) * longest > TOKENS):
@@ -71,43 +74,58 @@ def _group(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[Sequenc
         yield group
 
 
+def _read_prompts(
+    base: Base, prompts: Sequence[tuple[int, ...]], treatment: Treatment
+) -> Generator[list[str], None, tuple[DynamicCache, Tensor, Tensor]]:
+    """The keys and values of all prompts but their last tokens, those tokens, and where there are tokens."""
+    shared, longest = count_shared(prompts), max(map(len, prompts))
+    cache = DynamicCache(config=base.model.config)
+    for start in range(0, shared, PASS_TOKENS):
+        extend(base, cache, prompts[0][start : min(start + PASS_TOKENS, shared)], treatment)
+        yield []
+    if shared:
+        cache.batch_repeat_interleave(len(prompts))
+    ids = torch.zeros(len(prompts), longest - shared, dtype=torch.long)
+    attention_mask = torch.ones(len(prompts), longest, dtype=torch.long)  # 0 at padding, after the shared tokens
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt[shared:])
+        attention_mask[row, shared : shared + longest - len(prompt)] = 0
+    ids, attention_mask = ids.to(base.device), attention_mask.to(base.device)
+    width = max(1, PASS_TOKENS // len(prompts))
+    for start in range(0, longest - shared - 1, width):
+        stop = min(start + width, longest - shared - 1)
+        with treatment.around():
+            _step(base, ids[:, start:stop], attention_mask[:, : shared + stop], cache, of_prompt(treatment))
+        yield []
+    return cache, ids[:, -1:], attention_mask
+
+
 def _generate(
     base: Base,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[tuple[int, ...]],
     treatment: Treatment,
     params: GenerationParams,
     random: torch.Generator,
 ) -> Generator[list[str], None, list[list[int]]]:
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    attention_mask = torch.zeros(len(prompts), longest, dtype=torch.long)  # 1 where there is a token, 0 at padding
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - len(prompt) :] = 1
-    ids, attention_mask = ids.to(base.device), attention_mask.to(base.device)
-    cache = DynamicCache(config=base.model.config)
+    cache, ids, attention_mask = yield from _read_prompts(base, prompts, treatment)
     generated: list[list[int]] = [[] for _ in prompts]
-    unfinished = set(range(len(prompts)))
-    of_prompt = UNTREATED if treatment.applied is not None and treatment.phase == "decode" else treatment
-    width = max(1, PASS_TOKENS // len(prompts))
-    for start in range(0, longest - 1, width):
-        stop = min(start + width, longest - 1)
-        with treatment.around():
-            _step(base, ids[:, start:stop], attention_mask[:, :stop], cache, of_prompt)
-        yield []
-    ids = ids[:, -1:]
-    for _ in range(min(params.tokens, base.context - longest)):
+    rows = list(range(len(prompts)))  # that go on
+    for _ in range(min(params.tokens, base.context - attention_mask.shape[1])):
         with treatment.around():
             logits = _step(base, ids, attention_mask, cache, treatment)
-        tokens = _choose(treatment.shift(logits) if treatment.shift else logits, params, random)
-        for row in list(unfinished):
-            token = int(tokens[row])
-            unfinished -= {row} if token in base.ends else set()
-            generated[row] += [] if token in base.ends else [token]
-        if not unfinished:
+        noise = None if params.temperature == 0 else _draw(len(prompts), logits.shape[-1], random)[rows]
+        tokens = _choose(treatment.shift(logits) if treatment.shift else logits, params.temperature, noise)
+        going = [place for place, token in enumerate(tokens.tolist()) if token not in base.ends]
+        for place in going:
+            generated[rows[place]].append(int(tokens[place]))
+        if not going:
             break
+        if len(going) < len(rows):
+            index = torch.tensor(going, device=base.device)
+            cache.batch_select_indices(index)
+            attention_mask, tokens, rows = attention_mask[index], tokens[going], [rows[place] for place in going]
         ids = tokens.to(base.device).unsqueeze(1)
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
         yield []
     return generated
 
@@ -129,8 +147,13 @@ def _step(base: Base, ids: Tensor, attention_mask: Tensor, cache: DynamicCache, 
     return logits
 
 
-def _choose(logits: Tensor, params: GenerationParams, random: torch.Generator) -> Tensor:
-    if params.temperature == 0:
+def _draw(rows: int, vocabulary: int, random: torch.Generator) -> Tensor:
+    """The noise of one token of each row, fp32 [rows, vocabulary]; the same for a row whichever rows go on."""
+    return torch.empty(rows, vocabulary).exponential_(generator=random)
+
+
+def _choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
+    """The likeliest token of each row; with noise, one that is drawn as `torch.multinomial` does."""
+    if noise is None:
         return logits.float().argmax(-1).cpu()  # argmax of bfloat16 takes five times as long on a CPU
-    probabilities = (logits.float().cpu() / params.temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=random).squeeze(1)
+    return ((logits.float().cpu() / temperature).softmax(-1) / noise).argmax(-1)

@@ -89,7 +89,9 @@ def _start(works: Mapping[int, Generator[Any, None, Any]]) -> Iterator[dict[Conn
     try:
         for key, work in works.items():
             reader, writer = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(target=_work, args=(work, threads, writer, [*started, reader]), daemon=True)
+            process: BaseProcess = context.Process(
+                target=_work, args=(work, threads, writer, [*started, reader]), daemon=True
+            )
             started[reader] = key, process
             _fork(process)
             writer.close()
