@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from masquerade.evaluate.dataset import Encoded, MicroBatch, batches
+from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, MicroBatch, batches
 from masquerade.evaluate.prefix import count_shared, extend, repeat
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, Span, make_route
@@ -129,18 +129,20 @@ def preferred(margins: Sequence[float]) -> float:
 def predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Iterator[tuple[MicroBatch, Tensor]]:
     """Micro-batches with the logits [counted, vocabulary] of the positions that predict their responses.
 
-    The base must have its masks attached.
+    They are without the tokens that all prompts begin with. The base must have its masks attached.
     """
     shared = count_shared([example.prompt for example in examples])
     prefix = DynamicCache(config=base.model.config)
     if shared:
         extend(base, prefix, examples[0].prompt[:shared], treatment)
-    for batch in batches(examples, base.device):
-        ids = batch.ids[:, shared:]
-        past = {"past_key_values": repeat(prefix, len(ids)), "use_cache": True} if shared else {"use_cache": False}
-        route = make_route(_spans(batch, examples, treatment, shared), base.device)
-        with treatment.around(), _head_at(base, batch.predicts[:, shared:]):
-            logits = base.model(input_ids=ids, **past, route=route).logits[0]
+    rest = [replace(example, prompt=example.prompt[shared:]) for example in examples]
+    for batch in batches(rest, base.device, BATCH_TOKENS - shared):
+        past = (
+            {"past_key_values": repeat(prefix, len(batch.ids)), "use_cache": True} if shared else {"use_cache": False}
+        )
+        route = make_route(_spans(batch, rest, treatment), base.device)
+        with treatment.around(), _head_at(base, batch.predicts):
+            logits = base.model(input_ids=batch.ids, **past, route=route).logits[0]
         yield batch, treatment.shift(logits) if treatment.shift else logits
 
 
@@ -161,21 +163,17 @@ def _head_at(base: Base, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _spans(batch: MicroBatch, examples: Sequence[Encoded], treatment: Treatment, shared: int) -> list[Span]:
-    """The positions that the mask applies to, without the `shared` ones that each row begins with.
+def _spans(batch: MicroBatch, examples: Sequence[Encoded], treatment: Treatment) -> list[Span]:
+    """The positions that the mask applies to.
 
     Attention is causal, so unmasked prompt positions have the base's keys and values, as if they were computed before.
     """
     if treatment.applied is None:
         return []
-    length = batch.ids.shape[1] - shared
     if treatment.phase == "all":
-        return [Span(treatment.applied, 0, len(batch.index) * length)]
+        return [Span(treatment.applied, 0, batch.ids.numel())]
+    length = batch.ids.shape[1]
     return [
-        Span(
-            treatment.applied,
-            row * length + len(examples[index].prompt) - 1 - shared,
-            row * length + len(examples[index]) - shared,
-        )
+        Span(treatment.applied, row * length + len(examples[index].prompt) - 1, row * length + len(examples[index]))
         for row, index in enumerate(batch.index)
     ]
