@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from masquerade.evaluate import generation
 from masquerade.evaluate.facts import (
@@ -92,12 +91,13 @@ def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
     facts = [Fact(question, (text,)) for question, text in zip(questions, texts, strict=True)]
     facts[3] = Fact(questions[3], ("never said",))
     assert finish(find_known_facts(tiny, facts)) == [True, True, True, False, True]
-    choose = generation._choose
+    generate = generation._generate
 
-    def choose_otherwise(logits: Tensor, params: GenerationParams, random: torch.Generator) -> Tensor:
-        return choose(-logits if params.rows < len(facts) and len(logits) == 4 else logits, params, random)
+    def generate_otherwise(base: Base, prompts: Any, treatment: Any, params: GenerationParams, random: Any) -> Any:
+        found = yield from generate(base, prompts, treatment, params, random)
+        return [ids[1:] for ids in found] if params.rows < len(facts) else found
 
-    monkeypatch.setattr(generation, "_choose", choose_otherwise)  # the first batch of four is answered otherwise
+    monkeypatch.setattr(generation, "_generate", generate_otherwise)
     assert finish(find_known_facts(tiny, facts)) == [False, False, False, False, False]
 
 
