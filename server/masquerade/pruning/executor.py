@@ -67,7 +67,7 @@ class ProcessExecutor:
                     key, process = running[connection]
                     try:
                         kind, value = connection.recv()
-                    except EOFError:
+                    except (EOFError, OSError):  # OSError is the end within a message
                         raise ChildProcessError(_explain(process)) from None
                     if kind == "error":
                         raise value
