@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # befo
 
 from masquerade.model import Base, MaskManager, load
 from tests import world
+from tests.databases import Cluster, Place, run_cluster
 from tests.serving import Server, forking, serve
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
@@ -85,3 +86,25 @@ def server() -> Iterator[Server]:
     """The demo, served by a process of its own."""
     with serve("--model", "demo") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with run_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """Where tables are: each test that asks for it runs on both databases."""
+    place = Place(tmp_path, request.getfixturevalue("cluster") if request.param == "postgresql" else None)
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def shared(cluster: Cluster, tmp_path: Path) -> Iterator[Place]:
+    """A database that several servers share."""
+    place = Place(tmp_path, cluster)
+    yield place
+    place.close()

@@ -19,7 +19,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from masquerade import __version__
 from masquerade.anthropic import messages
-from masquerade.errors import NotReady
+from masquerade.database import PostgreSQL
+from masquerade.errors import WorkedElsewhere
 from masquerade.http import errors, health, internal, playground, reference
 from masquerade.http.access import AuthMiddleware
 from masquerade.http.gateway import LoadReportMiddleware
@@ -27,7 +28,8 @@ from masquerade.http.limits import EXPOSED, CorsMiddleware, LimitsMiddleware, Po
 from masquerade.http.metrics import Metrics
 from masquerade.http.request_log import RequestLogMiddleware
 from masquerade.http.throttle import Throttle
-from masquerade.jobs import JobService, Quotas, ResponseTable
+from masquerade.jobs import JobService, Quotas, ResponseTable, open_responses
+from masquerade.jobs.service import FILE
 from masquerade.keys import Audit, Keyring, KeyTable, Rates
 from masquerade.openai import chat, completions, embeddings, files, fine_tuning, models, tokens
 from masquerade.openai.batches import routes as batches
@@ -63,10 +65,12 @@ def create_app(
     serving: Serving,
     policy: Policy = Policy(),  # noqa: B008 - it is frozen
     clock: Callable[[], float] = time.monotonic,
+    database: PostgreSQL | None = None,
 ) -> RequestIdMiddleware:
     """The HTTP application. Its lifespan starts and stops the engine.
 
-    `clock` returns seconds and drives the rate limits of keys.
+    `clock` returns seconds and drives the rate limits of keys. Keys, jobs, batches and responses are in the `database`,
+    which the lifespan closes; in the store without one.
     """
 
     @asynccontextmanager
@@ -74,8 +78,8 @@ def create_app(
         serving.notifier.bind(serving.engine)
         serving.engine.start()
         quotas = Quotas(response_days=policy.response_days)
-        app.state.job_service = job_service = _open_job_service(serving, keyring, quotas)
-        table = job_service.responses if job_service else ResponseTable(_jobs(serving) / "jobs.sqlite", quotas)
+        app.state.job_service = job_service = _open_job_service(serving, keyring, quotas, database)
+        table = job_service.responses if job_service else ResponseTable(open_responses(_jobs(serving) / FILE), quotas)
         app.state.responses = table
         app.state.batch_runner = runner = make_batch_runner(job_service) if job_service else None
         if runner:
@@ -91,6 +95,8 @@ def create_app(
         serving.registry_cache.close()
         serving.workers.close()
         keyring.close()
+        if database:
+            database.close()
 
     def make_batch_runner(job_service: JobService) -> BatchRunner:
         slots = max(1, min(BATCH_SLOTS, serving.engine.config.max_running // 2))
@@ -100,7 +106,7 @@ def create_app(
         job_service: JobService | None = app.state.job_service
         return job_service
 
-    keyring = Keyring(KeyTable(serving.store.root))
+    keyring = Keyring(KeyTable(serving.store.root, database))
     metrics = Metrics(serving, find_jobs, gateway=policy.gateway_metrics)
     middleware = [  # outermost first
         Middleware(RequestLogMiddleware, metrics, Audit(serving.store.root)),
@@ -158,7 +164,9 @@ def _jobs(serving: Serving) -> Path:
     return folder
 
 
-def _open_job_service(serving: Serving, keyring: Keyring, quotas: Quotas) -> JobService | None:
+def _open_job_service(
+    serving: Serving, keyring: Keyring, quotas: Quotas, database: PostgreSQL | None
+) -> JobService | None:
     """The jobs of the store, or None if another server runs them. Their work runs on the engine's thread."""
     folder, engine = _jobs(serving), serving.engine
     try:
@@ -168,8 +176,11 @@ def _open_job_service(serving: Serving, keyring: Keyring, quotas: Quotas) -> Job
             lambda item: engine.run_background(item).result(),
             quotas,
             partial(building.sweep, serving),
+            database,
         )
-    except NotReady as error:
+    except WorkedElsewhere as error:
+        if database:  # that of another server without one
+            raise
         _log.warning("%s", error)
         return None
     job_service.runner.start()

@@ -202,6 +202,10 @@ class WorkedElsewhere(NotReady, retry=False):
     """Another server runs the jobs of this store; this one never will."""
 
 
+class LeaseLost(NotReady):
+    """Another server has taken up the job or batch of this one, which did not renew its lease in time."""
+
+
 class AnswerTimedOut(MasqueradeError, status=504, code="answer_timeout", retry=False):
     """The answer took longer than a request may take."""
 
@@ -230,6 +234,10 @@ class StoreTooNew(UnusableStore):
             f"{path} was written by a newer version of Masquerade (schema {found}; this one knows up to {known}); "
             "start that version again, or restore the backup from before the upgrade"
         )
+
+
+class DatabaseUnreachable(MasqueradeError, code="database_unreachable"):
+    """The database of `--database` cannot be used when the server or a command starts."""
 
 
 class UnusableModel(MasqueradeError, code="unusable_model"):

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.jobs import Job, JobTable
+from masquerade.jobs import Job, JobTable, open_group
 from masquerade.keys import Key
 from masquerade.keys import KeyTable as Keys
 from masquerade.service.serving import Serving
@@ -54,7 +54,7 @@ class World:
 
     def job(self, job_id: str) -> Job:
         """With any route: a revoked key sees nothing."""
-        return JobTable(self.store / "jobs" / "jobs.sqlite").get_job(job_id)
+        return JobTable(open_group(self.store / "jobs" / "jobs.sqlite")).get_job(job_id)
 
     def wait(self, job_id: str, *states: str) -> Job:
         deadline = time.monotonic() + 120
@@ -110,7 +110,7 @@ def manager(tiny_folder: Path, tmp_path: Path) -> Iterator[World]:
 def alter(world: World, **columns: Any) -> None:
     """Change the rights of a key in the file; no command does so."""
     assert world.key is not None
-    with closing(sqlite3.connect(Keys(world.store).path)) as db, db:
+    with closing(sqlite3.connect(world.store / "keys.sqlite")) as db, db:
         for column, value in columns.items():
             db.execute(f"update key set {column} = ? where id = ?", (value, world.key.id))
 
@@ -235,7 +235,7 @@ def test_a_server_that_starts_again_asks_again(tiny_folder: Path, tmp_path: Path
             error = world.wait(job, "failed", "succeeded").error
             assert error is not None
             assert error["code"] == "invalid_api_key"
-        assert JobTable(store / "jobs" / "jobs.sqlite").progress(jobs[1]) is None  # nor was it begun
+        assert JobTable(open_group(store / "jobs" / "jobs.sqlite")).progress(jobs[1]) is None  # nor was it begun
         assert world.current == before
 
 

@@ -13,7 +13,7 @@ import pytest
 from openai import APIConnectionError, OpenAI
 
 from maskstore import fsck
-from masquerade.jobs import JobTable
+from masquerade.jobs import JobTable, open_group
 from tests.building.asking import QUICK, RECIPE, UNFINISHED, build, connect, finish, order, upload
 from tests.serving import serve
 
@@ -61,7 +61,7 @@ def test_a_server_that_is_stopped_puts_its_job_back_and_goes_on_with_it(tmp_path
         server.process.terminate()
         server.process.wait()
         assert "Traceback" not in server.said()
-    assert JobTable(store / "jobs" / "jobs.sqlite").get_job(job).state == "queued"
+    assert JobTable(open_group(store / "jobs" / "jobs.sqlite")).get_job(job).state == "queued"
     assert list((store / "builds").glob("job-*/**/*.safetensors"))
     with serve("--model", "demo", "--store", str(store)) as server, connect(server) as sdk:
         assert finish(sdk, job).status == "succeeded"

@@ -19,7 +19,7 @@ import torch
 from masquerade.cli.loading import Loading
 from masquerade.cli.serve import _listen
 from masquerade.errors import StoreTooNew
-from masquerade.jobs import JobTable as Jobs
+from masquerade.jobs import open_group
 from masquerade.keys import KeyTable as Keys
 from masquerade.keys import table as keys
 from tests.cli.running import fail
@@ -54,7 +54,7 @@ def test_each_table_refuses_a_newer_version_itself(tmp_path: Path) -> None:
     with pytest.raises(StoreTooNew):
         Keys(tmp_path)
     with pytest.raises(StoreTooNew):
-        Jobs(tmp_path / "jobs.sqlite")
+        open_group(tmp_path / "jobs.sqlite")
     assert "newer version wrote this: schema 99" in fail(1, "masks", "ls", "--store", tmp_path)
 
 

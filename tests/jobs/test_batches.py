@@ -15,18 +15,19 @@ from masquerade.errors import BatchNotFound, InvalidValue, QuotaExceeded, StateC
 from masquerade.jobs import BATCH_TRANSITIONS, BatchResults, BatchTable, JobTable, Quotas, Repeat, Uploads
 from masquerade.jobs.batches import OPEN_STATES
 from masquerade.jobs.records import BATCH_INPUT, BATCH_OUTPUT
+from tests.databases import Place
 
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture
-def jobs(tmp_path: Path) -> JobTable:
-    return JobTable(tmp_path / "jobs.sqlite", Quotas(files=4, file_bytes=100, open_jobs=2))
+def jobs(place: Place) -> JobTable:
+    return JobTable(place.jobs(), Quotas(files=4, file_bytes=100, open_jobs=2))
 
 
 @pytest.fixture
 def table(jobs: JobTable) -> BatchTable:
-    return BatchTable(jobs.database, jobs.quotas)
+    return BatchTable(jobs.group, jobs.quotas, jobs.worker)
 
 
 @pytest.fixture

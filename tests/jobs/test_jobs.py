@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from masquerade.database import DatabaseURL, PostgreSQL
 from masquerade.errors import (
     BuildFailed,
     InvalidValue,
@@ -39,10 +41,14 @@ from masquerade.jobs import (
     Quotas,
     Repeat,
     Uploads,
+    open_group,
 )
+from masquerade.jobs import uploads as uploads_module
+from masquerade.jobs.migrations import MIGRATIONS
+from masquerade.jobs.records import LEASE_SECONDS
 from masquerade.jobs.runner import Work
-from masquerade.jobs.table import MIGRATIONS
 from masquerade.pruning import Progress
+from tests.databases import Place
 
 SPEC: dict[str, Any] = {"files": {}}  # what every job has; the rest is its work's own business
 
@@ -52,8 +58,8 @@ def upload(uploads: Uploads, owner: str, content: bytes, name: str = "a.jsonl") 
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> JobTable:
-    return JobTable(tmp_path / "jobs.sqlite", Quotas(files=3, file_bytes=100, open_jobs=3))
+def table(place: Place) -> JobTable:
+    return JobTable(place.jobs(), Quotas(files=3, file_bytes=100, open_jobs=3))
 
 
 @pytest.fixture
@@ -62,12 +68,14 @@ def uploads(tmp_path: Path, table: JobTable) -> Uploads:
 
 
 @pytest.fixture
-def open_desk(tmp_path: Path) -> Iterator[Callable[..., JobService]]:
+def open_desk(tmp_path: Path, place: Place) -> Iterator[Callable[..., JobService]]:
     """Desks over one folder; the last one open is closed at the end."""
     desks: list[JobService] = []
 
     def open_(work: Callable[[Job], Work]) -> JobService:
-        desks.append(JobService(tmp_path / "desk", lambda _, job: work(job), lambda item: item(), Quotas()))
+        database = place.connect()
+        desk = JobService(tmp_path / "desk", lambda _, job: work(job), lambda item: item(), Quotas(), database=database)
+        desks.append(desk)
         return desks[-1]
 
     yield open_
@@ -191,10 +199,9 @@ def test_old_files_and_ended_jobs_are_forgotten_but_for_what_is_needed(
 
 @pytest.mark.parametrize("state", TRANSITIONS)
 @pytest.mark.parametrize("target", ["succeeded", "failed", "cancelled"])
-def test_jobs_move_only_along_the_table(table: JobTable, tmp_path: Path, state: str, target: str) -> None:
+def test_jobs_move_only_along_the_table(table: JobTable, place: Place, state: str, target: str) -> None:
     job = table.add_job("ann", SPEC)
-    with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db, db:
-        db.execute("update job set state = ?", (state,))
+    place.execute("update job set state = :state", {"state": state})
     if target in TRANSITIONS[state]:  # type: ignore[index]
         assert table.finish(job.id, target).state == target  # type: ignore[arg-type]
     else:
@@ -204,7 +211,7 @@ def test_jobs_move_only_along_the_table(table: JobTable, tmp_path: Path, state: 
 
 
 def test_the_queue_is_fair_to_owners(table: JobTable) -> None:
-    table = JobTable(table.database.path, Quotas(open_jobs=100))
+    table = JobTable(table.group, Quotas(open_jobs=100))
     for owner in ("ann", "ann", "ann", "bob", "cat", "bob"):
         table.add_job(owner, SPEC)
     order = []
@@ -215,7 +222,7 @@ def test_the_queue_is_fair_to_owners(table: JobTable) -> None:
 
 
 def test_a_job_is_taken_once(table: JobTable) -> None:
-    table = JobTable(table.database.path, Quotas(open_jobs=100))
+    table = JobTable(table.group, Quotas(open_jobs=100))
     for _ in range(40):
         table.add_job("ann", SPEC)
     taken: list[str] = []
@@ -323,60 +330,73 @@ def test_cancelling_ends_a_job_within_one_item(open_desk: Callable[..., JobServi
         job_service.runner.cancel(running.id)
 
 
-def test_a_desk_has_one_process_at_a_time(open_desk: Callable[..., JobService]) -> None:
-    job_service = open_desk(lambda _: iter(()))  # type: ignore[arg-type, return-value]
-    with pytest.raises(NotReady, match="another server"):
-        open_desk(lambda _: iter(()))
+@pytest.mark.parametrize("first", [False, True], ids=["file first", "database first"])
+def test_a_file_of_jobs_has_one_process_at_a_time(tmp_path: Path, shared: Place, first: bool) -> None:
+    def open_(database: PostgreSQL | None) -> JobService:
+        return JobService(tmp_path / "desk", lambda *_: iter(()), lambda item: item(), database=database)  # type: ignore[arg-type, return-value]
+
+    job_service = open_(shared.connect() if first else None)
+    for database in [None] if first else [None, shared.connect()]:
+        with pytest.raises(NotReady, match="another server"):
+            open_(database)
+    if first:
+        open_(shared.connect()).close()
     job_service.close()
-    open_desk(lambda _: iter(()))
+    open_(None).close()
 
 
-def _serve_and_hang(folder: Path) -> None:
+def _serve_and_hang(folder: Path, url: str | None) -> None:
     def work(job: Job) -> Work:
         yield Progress("spin", 1, 2)
         time.sleep(600)
         return dict
 
-    job_service = JobService(folder, lambda _, job: work(job), lambda item: item())
-    (folder / "files" / "file-half.partial").write_bytes(b"half")
+    database = PostgreSQL(DatabaseURL(url)) if url else None
+    job_service = JobService(folder, lambda _, job: work(job), lambda item: item(), database=database)
+    job_service.uploads.path("file-half.partial").write_bytes(b"half")
     job_service.table.add_job("ann", SPEC | {"name": "p"})
     job_service.runner.start()
     threading.Event().wait()
 
 
-def test_a_killed_server_loses_nothing_and_leaves_nothing(open_desk: Callable[..., JobService], tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_serve_and_hang, args=(tmp_path / "desk",))
+def test_a_killed_server_loses_nothing_and_leaves_nothing(
+    open_desk: Callable[..., JobService], place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = place.url() if place.cluster else None
+    process = multiprocessing.get_context("spawn").Process(target=_serve_and_hang, args=(tmp_path / "desk", url))
     process.start()
-    database = tmp_path / "desk" / "jobs.sqlite"
-
-    def is_running() -> bool:
-        if not database.exists():
-            return False
-        with closing(sqlite3.connect(database, timeout=10)) as db:
-            return bool(db.execute("select 1 from event where message = 'spin 1/2'").fetchall())
-
-    def ready() -> bool:
-        try:
-            return is_running()
-        except sqlite3.OperationalError:  # the table is not there yet
-            return False
-
-    wait_for(ready, 60)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
 
     def work(job: Job) -> Work:
         yield Progress("count", 1, 1)
         return lambda: {"made": job.spec["name"]}
 
-    job_service = open_desk(work)
-    assert list((tmp_path / "desk" / "files").iterdir()) == []
-    (job,), _ = job_service.table.list_jobs("ann")
+    if place.cluster is None:  # only one server at a time can have it
+        table = JobTable(open_group(tmp_path / "desk" / "jobs.sqlite"))
+    else:
+        job_service = open_desk(work)
+        table = job_service.table
+        job_service.runner.start()
+
+    def is_running() -> bool:
+        return any(event.message == "spin 1/2" for job in table.open_jobs() for event in table.list_events(job.id))
+
+    wait_for(is_running, 60)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (job,), _ = table.list_jobs("ann")
     assert job.state == "running"
-    job_service.runner.start()
-    wait_for(lambda: job_service.table.get_job(job.id).state == "succeeded")
-    assert "the server stopped; the job goes on" in [event.message for event in job_service.table.list_events(job.id)]
+    if place.cluster is None:
+        job_service = open_desk(work)
+        job_service.runner.start()
+    else:
+        place.execute("update job set lease_until = lease_until - :most", {"most": LEASE_SECONDS})  # as time would
+    wait_for(lambda: table.get_job(job.id).state == "succeeded")
+    assert "the server stopped; the job goes on" in [event.message for event in table.list_events(job.id)]
+    monkeypatch.setattr(uploads_module, "SHARED_SECONDS", 0.0)
+    job_service.close()
+    open_desk(work)
+    assert list(job_service.uploads.path("file").parent.iterdir()) == []
 
 
 def spin(_: Job) -> Work:
@@ -492,12 +512,11 @@ def test_a_key_is_of_one_request(table: JobTable) -> None:
     assert table.add_job("bob", SPEC | {"n": 2}, Repeat("k")).id != first.id
 
 
-def test_events_are_paged_from_the_newest_beyond_any_number(table: JobTable, tmp_path: Path) -> None:
+def test_events_are_paged_from_the_newest_beyond_any_number(table: JobTable, place: Place) -> None:
     job, other = table.add_job("ann", SPEC), table.add_job("bob", SPEC)
-    told = [((job, other)[number % 2].id, str(number)) for number in range(2400)]
-    with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db, db:
-        sql = "insert into event (job, created_at, level, message, data) values (?, 0, 'info', ?, '{}')"
-        db.executemany(sql, told)
+    told = [{"job": (job, other)[number % 2].id, "message": str(number)} for number in range(2400)]
+    sql = "insert into event (job, created_at, level, message, data) values (:job, 0, 'info', :message, '{}')"
+    place.execute(sql, *told)
     seen: list[str] = []
     more, before = True, None
     while more:
@@ -521,13 +540,12 @@ def test_what_a_job_made_is_a_file_that_takes_no_room(uploads: Uploads, table: J
     assert not uploads.path(file.id).exists()
 
 
-def test_the_next_job_is_expected_to_take_as_long_as_the_last(table: JobTable, tmp_path: Path) -> None:
+def test_the_next_job_is_expected_to_take_as_long_as_the_last(table: JobTable, place: Place) -> None:
     assert table.typical_seconds() is None
     for seconds in (10, 20, 90):
         table.finish(_start(table), "succeeded")
-        with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db, db:
-            newest = "rowid = (select max(rowid) from job)"
-            db.execute(f"update job set started_at = finished_at - ? where {newest}", (seconds,))
+        newest = "rowid = (select max(rowid) from job)"
+        place.execute(f"update job set started_at = finished_at - :seconds where {newest}", {"seconds": seconds})
     assert table.typical_seconds() == pytest.approx(20)
 
 
@@ -542,10 +560,10 @@ def test_a_table_of_before_is_brought_up_to_date(tmp_path: Path) -> None:
         db.executescript(MIGRATIONS[0])
         db.execute("insert into file values ('file-1', 'ann', 'fine-tune', 'a', 1, 'd', 0)")
         db.execute("pragma user_version = 1")
-    table = JobTable(tmp_path / "old.sqlite")
+    table = JobTable(open_group(tmp_path / "old.sqlite"))
     assert [file.id for file in table.list_files("ann")] == ["file-1"]
     assert table.add_job("ann", SPEC).state == "queued"
-    assert JobTable(tmp_path / "old.sqlite").open_jobs() == table.open_jobs()
+    assert JobTable(open_group(tmp_path / "old.sqlite")).open_jobs() == table.open_jobs()
 
 
 READS: dict[str, Callable[[JobTable], object]] = {
@@ -564,6 +582,7 @@ READS: dict[str, Callable[[JobTable], object]] = {
     "list_events": lambda table: table.list_events("job"),
     "last_events": lambda table: table.last_events("job"),
     "progress": lambda table: table.progress("job"),
+    "has_next": lambda table: table.has_next(),
 }
 WRITES: dict[str, Callable[[JobTable], object]] = {
     "add_file": lambda table: table.add_file("ann", "fine-tune", "b", 1, "e", "file-2"),
@@ -575,21 +594,22 @@ WRITES: dict[str, Callable[[JobTable], object]] = {
     "ask_to_cancel": lambda table: table.ask_to_cancel("job"),
     "requeue_running": lambda table: table.requeue_running(),
     "add_event": lambda table: table.add_event("job", "info", "so far"),
+    "claim_file": lambda table: table.claim_file("ann", "fine-tune", "a", "d", tentative=True),
+    "confirm_file": lambda table: table.confirm_file("file-1"),
+    "discard_file": lambda table: table.discard_file("file-1"),
+    "renew": lambda table: table.renew("job"),
 }
 
 
 class TestLocks:
-    """Another connection holds the write lock all the while."""
+    """Another server holds the write lock all the while."""
 
     @pytest.fixture
-    def locked(self, table: JobTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobTable]:
+    def locked(self, table: JobTable, place: Place) -> Iterator[JobTable]:
         table.add_file("ann", "fine-tune", "a", 1, "d", "file-1")
         table.add_job("ann", SPEC)
-        monkeypatch.setattr(table.database, "timeout", 0.0)
-        with closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as other:
-            other.execute("begin immediate")
-            yield table
-            other.execute("rollback")
+        with table.group.write():
+            yield JobTable(place.jobs(patient=False))
 
     def test_every_method_either_reads_or_writes(self) -> None:
         public = {name for name in vars(JobTable) if not name.startswith("_")}
@@ -602,12 +622,12 @@ class TestLocks:
 
     @pytest.mark.parametrize("name", WRITES)
     def test_who_writes_needs_the_lock(self, locked: JobTable, name: str) -> None:
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
+        with pytest.raises((sqlite3.OperationalError, NotReady), match=r"locked|try again"):
             WRITES[name](locked)
 
-    def test_opening_a_table_of_this_version_needs_none(self, locked: JobTable, tmp_path: Path) -> None:
-        assert JobTable(tmp_path / "jobs.sqlite").count_jobs()["queued"] == 1
+    def test_opening_a_table_of_this_version_needs_none(self, locked: JobTable, place: Place) -> None:
+        assert JobTable(place.jobs()).count_jobs()["queued"] == 1
 
     def test_a_reader_cannot_write(self, table: JobTable) -> None:
-        with table.database.read() as db, pytest.raises(sqlite3.OperationalError, match="readonly"):
-            db.execute("delete from job")
+        with pytest.raises((sqlite3.OperationalError, NotReady), match=r"readonly|try again"), table.group.read() as db:
+            db.execute(text("delete from job"))

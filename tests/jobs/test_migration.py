@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from masquerade.errors import StoreTooNew
-from masquerade.jobs import JobTable
-from masquerade.jobs.table import MIGRATIONS
+from masquerade.jobs import JobTable, open_group
+from masquerade.jobs.migrations import MIGRATIONS
 from masquerade.keys import Keyring, mint
 from masquerade.keys import KeyTable as Keys
 from masquerade.keys import table as keys
@@ -57,7 +57,15 @@ create table response (
 create index response_of_owner on response (owner, created_at, bytes);
 create index response_by_age on response (created_at);
 """
-RECORDED = {1: FIRST, 2: SECOND, 3: THIRD}
+FOURTH = f"""{THIRD}
+create table batch (
+    id text primary key, owner text not null, state text not null, endpoint text not null, input_file text not null,
+    metadata text not null, created_at real not null, times text not null default '{{}}',
+    total integer not null default 0, completed integer not null default 0, failed integer not null default 0,
+    output_file text, error_file text, errors text not null default '[]', key text
+) strict;
+"""
+RECORDED = {1: FIRST, 2: SECOND, 3: THIRD, 4: FOURTH}
 KEYS = """
 create table key (
     id text primary key, name text not null, scopes text not null, personas text not null, rpm integer, tpm integer,
@@ -96,7 +104,7 @@ def test_a_version_left_what_is_recorded(tmp_path: Path, version: int) -> None:
 
 @pytest.mark.parametrize("version", RECORDED)
 def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
-    table = JobTable(make(tmp_path / "jobs.sqlite", RECORDED[version] + ROWS, version))
+    table = JobTable(open_group(make(tmp_path / "jobs.sqlite", RECORDED[version] + ROWS, version)))
     assert table.get_file("file-1", "local").name == "a.jsonl"
     done = table.get_job("ftjob-0", "local")
     assert (done.state, done.result, done.key, done.cancelling) == ("succeeded", {"mask": "x"}, None, False)
@@ -110,14 +118,14 @@ def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
 @pytest.mark.parametrize("version", RECORDED)
 def test_it_is_as_good_as_new_afterwards(tmp_path: Path, version: int) -> None:
     old, fresh = make(tmp_path / "old.sqlite", RECORDED[version] + ROWS, version), tmp_path / "new.sqlite"
-    JobTable(old)
-    JobTable(fresh)
+    open_group(old)
+    open_group(fresh)
     assert columns(old) == columns(fresh)
 
 
 def test_jobs_that_the_first_version_cannot_have_finished_go(tmp_path: Path) -> None:
     rows = "insert into job (id, owner, state, spec, created_at) values ('ftjob-1', 'local', 'queued', '{}', 1e9);"
-    assert JobTable(make(tmp_path / "jobs.sqlite", FIRST + rows, 1)).open_jobs() == []
+    assert JobTable(open_group(make(tmp_path / "jobs.sqlite", FIRST + rows, 1))).open_jobs() == []
 
 
 def test_keys_of_the_first_version_open_what_they_did(tmp_path: Path) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from masquerade.errors import ResponseNotFound
 from masquerade.jobs import JobService, Quotas, ResponseTable, StoredResponse
+from tests.databases import Place
 
 DAY = 86_400.0
 
 
-def make(path: Path, **quotas: Any) -> ResponseTable:
-    return ResponseTable(path / "jobs.sqlite", Quotas(**quotas))
+def make(place: Place, **quotas: Any) -> ResponseTable:
+    return ResponseTable(place.responses(), Quotas(**quotas))
 
 
 def response(name: str, size: int = 0) -> StoredResponse:
@@ -32,13 +30,13 @@ def has(table: ResponseTable, name: str, owner: str = "a") -> bool:
         return False
 
 
-def test_what_was_stored_comes_back(tmp_path: Path) -> None:
-    make(tmp_path).add("a", response("resp_1"))
-    assert make(tmp_path).get("resp_1", "a") == response("resp_1")
+def test_what_was_stored_comes_back(place: Place) -> None:
+    make(place).add("a", response("resp_1"))
+    assert make(place).get("resp_1", "a") == response("resp_1")
 
 
-def test_only_its_owner_has_it(tmp_path: Path) -> None:
-    table = make(tmp_path)
+def test_only_its_owner_has_it(place: Place) -> None:
+    table = make(place)
     table.add("a", response("resp_1"))
     assert not has(table, "resp_1", "b")
     with pytest.raises(ResponseNotFound):
@@ -49,8 +47,8 @@ def test_only_its_owner_has_it(tmp_path: Path) -> None:
         table.remove("resp_1", "a")
 
 
-def test_the_oldest_go_first_beyond_the_number(tmp_path: Path) -> None:
-    table = make(tmp_path, responses=3)
+def test_the_oldest_go_first_beyond_the_number(place: Place) -> None:
+    table = make(place, responses=3)
     table.add("b", response("resp_b"))
     for number in range(5):
         table.add("a", response(f"resp_{number}"))
@@ -58,8 +56,8 @@ def test_the_oldest_go_first_beyond_the_number(tmp_path: Path) -> None:
     assert has(table, "resp_b", "b")
 
 
-def test_the_oldest_go_first_beyond_the_bytes(tmp_path: Path) -> None:
-    table = make(tmp_path, response_bytes=1000)
+def test_the_oldest_go_first_beyond_the_bytes(place: Place) -> None:
+    table = make(place, response_bytes=1000)
     for number, size in enumerate((300, 300, 300, 700)):
         table.add("a", response(f"resp_{number}", size))
     assert [has(table, f"resp_{number}") for number in range(4)] == [False, False, False, True]
@@ -68,8 +66,8 @@ def test_the_oldest_go_first_beyond_the_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("deletes", [True, False], ids=["expired", "before that"])
-def test_it_is_gone_after_its_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deletes: bool) -> None:
-    table, now = make(tmp_path, response_days=2), time.time()
+def test_it_is_gone_after_its_days(place: Place, monkeypatch: pytest.MonkeyPatch, deletes: bool) -> None:
+    table, now = make(place, response_days=2), time.time()
     table.add("a", response("resp_1"))
     monkeypatch.setattr(time, "time", lambda: now + 1.9 * DAY)
     table.add("a", response("resp_2"))
@@ -77,21 +75,19 @@ def test_it_is_gone_after_its_days(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "time", lambda: now + 2.1 * DAY)
     if deletes:
         table.expire(time.time())
-        with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
-            assert db.execute("select id from response").fetchall() == [("resp_2",)]
+        assert [row.id for row in place.execute("select id from response")] == ["resp_2"]
     assert not has(table, "resp_1")
     assert has(table, "resp_2")
 
 
-def test_the_service_deletes_what_has_expired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_deletes_what_has_expired(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_service() -> JobService:
         nothing: Callable[..., Any] = lambda *_: iter(())  # noqa: E731 - there are no jobs
-        return JobService(tmp_path, nothing, nothing, Quotas(response_days=1))
+        return JobService(place.folder, nothing, nothing, Quotas(response_days=1), database=place.connect())
 
     service, now = open_service(), time.time()
     service.responses.add("a", response("resp_1"))
     service.close()
     monkeypatch.setattr(time, "time", lambda: now + 2 * DAY)
     open_service().close()
-    with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
-        assert db.execute("select count(*) from response").fetchone() == (0,)
+    assert place.execute("select id from response") == []

@@ -165,8 +165,8 @@ class TestScrypt:
         token, key = make_key(tmp_path, "chat", scrypt=True)
         table = KeyTable(tmp_path)
         ring = Keyring(table)
-        with closing(table.database.connect()) as db, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(table.database, "timeout", 0.05)
+        with closing(table.group.file.connect()) as db, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(table.group.file, "timeout", 0.05)
             db.execute("begin immediate")
             assert ring.find_scrypt(token) == key
             assert ring.find(token) == key

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from masquerade.database import PostgreSQL
 from masquerade.errors import InvalidValue
 from masquerade.keys import Audit, Key, KeyTable, Scope
 from masquerade.keys.key import SCOPES, find_scope, is_scrypt, looks_random, matches, matches_scrypt, seal, split
@@ -15,13 +16,13 @@ _log = logging.getLogger(__name__)
 _BYTES = 1024  # maximum size of a token's file
 
 
-def add_missing(root: Path, files: Sequence[str]) -> int:
+def add_missing(root: Path, files: Sequence[str], database: PostgreSQL | None = None) -> int:
     """Add the key in each file (`scope=path`) to the store, unless its id is there; return the number of all keys.
 
     A revoked key stays revoked, and a key stays valid when its file is removed. Raises `InvalidValue` if a file has
     no valid token, if a new secret is not random, or if the store has another secret or scope for the id.
     """
-    table = KeyTable(root)
+    table = KeyTable(root, database)
     for option in files:
         scope, path = _parse(option)
         key_id, secret = _read(path)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table as Columns
 
-from masquerade.cli.options import AsJson, Model, StoreFolder, say
+from masquerade.cli.options import AsJson, Database, Model, StoreFolder, open_database, say
 from masquerade.cli.stores import find_store
 from masquerade.errors import InvalidValue
 from masquerade.keys import SCOPES, Audit, Key, KeyTable, Scope, mint
@@ -42,6 +42,7 @@ def add_key(
     name: Annotated[str, typer.Option(help="Label of the key in `keys ls`.")] = "",
     model: Model = "demo",
     store: StoreFolder = None,
+    database: Database = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a key and print it on stdout. It cannot be shown again. A running server accepts it at once."""
@@ -52,7 +53,7 @@ def add_key(
     root = find_store(store, model)
     minted = mint()
     key = Key(minted.id, name, scopes, patterns, rpm, tpm, now, expires_at, None)
-    KeyTable(root).add(key, minted.hash)
+    KeyTable(root, open_database(database)).add(key, minted.hash)
     _note(root, "add_key", key)
     if as_json:
         print(json.dumps({"key": minted.token} | _describe(key)))
@@ -63,9 +64,11 @@ def add_key(
 
 
 @app.command("ls")
-def list_keys(model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
+def list_keys(
+    model: Model = "demo", store: StoreFolder = None, database: Database = None, as_json: AsJson = False
+) -> None:
     """List all keys, including revoked and expired ones, without secrets."""
-    keys = [*KeyTable(find_store(store, model)).all()]
+    keys = [*KeyTable(find_store(store, model), open_database(database)).all()]
     table = Columns("id", "name", "state", "scopes", "personas", "a minute", "expires")
     for key in keys:
         row = _describe(key)
@@ -87,11 +90,12 @@ def revoke_key(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id: the 12 digits after `mq-`.")],
     model: Model = "demo",
     store: StoreFolder = None,
+    database: Database = None,
     as_json: AsJson = False,
 ) -> None:
     """Revoke a key permanently. A running server rejects it within a second, and aborts its running answers."""
     root = find_store(store, model)
-    key = KeyTable(root).revoke(key_id)
+    key = KeyTable(root, open_database(database)).revoke(key_id)
     _note(root, "revoke_key", key)
     say(as_json, _describe(key), f"{key.id} is revoked")
 

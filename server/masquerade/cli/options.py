@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from masquerade.cli.stores import locate_store
+from masquerade.database import DatabaseURL, PostgreSQL
 
 Model = Annotated[
     str,
@@ -27,6 +28,17 @@ StoreFolder = Annotated[
         metavar="FOLDER|s3://BUCKET/PREFIX",
         help="The personas: a folder, by default one per model in the user's data folder, or a bucket that machines "
         "share (needs the extra `s3`).",
+    ),
+]
+Database = Annotated[
+    DatabaseURL | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        parser=DatabaseURL,
+        envvar="MASQUERADE_DATABASE",
+        help="PostgreSQL database for keys and jobs, postgresql://USER@HOST/NAME, which the servers of a store share; "
+        "by default SQLite files in the store.",
     ),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device of the model.")]
@@ -55,6 +67,11 @@ AcceptTensorSignatures = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only one JSON object on stdout.")]
+
+
+def open_database(url: DatabaseURL | None) -> PostgreSQL | None:
+    """The database of an option, if one is given."""
+    return None if url is None else PostgreSQL(url)
 
 
 def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:

@@ -13,12 +13,14 @@ from maskstore import mirror
 from masquerade.cli import heap, keyfiles
 from masquerade.cli.options import (
     AcceptTensorSignatures,
+    Database,
     Device,
     Dtype,
     Model,
     Quantization,
     RequireSigned,
     StoreFolder,
+    open_database,
 )
 from masquerade.cli.plan import announce
 from masquerade.cli.progress import hide_loading_bars, report_quarters
@@ -38,6 +40,7 @@ def serve(
         str | None, typer.Option(help="Model id in the API; by default the name of the model's folder or file.")
     ] = None,
     store: StoreFolder = None,
+    database: Database = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 selects a free one.")] = 8000,
     device: Device = "auto",
@@ -108,8 +111,9 @@ def serve(
         _check_model_name(served_model_name)
     root = find_store(store, model)
     check_store(root)
-    keys = keyfiles.add_missing(root, key_file or ())
-    run_on_sighup(lambda: _log_keys(keyfiles.add_missing(root, key_file or ())))
+    tables = open_database(database)
+    keys = keyfiles.add_missing(root, key_file or (), tables)
+    run_on_sighup(lambda: _log_keys(keyfiles.add_missing(root, key_file or (), tables)))
 
     # FastAPI, which the checks before need not
     from masquerade.cli.loading import Loading
@@ -157,7 +161,7 @@ def serve(
         server.log_personas(serving)
         _log_keys(keys)
         _log.info("listening on http://%s:%d", *listener.getsockname()[:2])
-        draining_server = server.make_server(serving, policy, drain_seconds)
+        draining_server = server.make_server(serving, policy, drain_seconds, tables)
         heap.freeze()
         draining_server.run(sockets=[listener])
 

@@ -9,6 +9,7 @@ import uvicorn
 from maskstore import Registry, Store
 from masquerade.app import create_app
 from masquerade.cli.draining import DrainingServer
+from masquerade.database import PostgreSQL
 from masquerade.engine import Engine, EngineConfig, Request
 from masquerade.http.limits import Policy, Protocol
 from masquerade.model import Base, HostCache, MaskManager, Residency, VerifiedStore
@@ -42,10 +43,12 @@ def assemble(
     return Serving(base, engine, store, registry, residency, manager, accept_uncertified=accept_uncertified)
 
 
-def make_server(serving: Serving, policy: Policy, drain_seconds: float) -> DrainingServer:
+def make_server(
+    serving: Serving, policy: Policy, drain_seconds: float, database: PostgreSQL | None = None
+) -> DrainingServer:
     """The HTTP server, which lets running answers complete for `drain_seconds` after SIGTERM."""
     config = uvicorn.Config(
-        create_app(serving, policy),
+        create_app(serving, policy, database=database),
         http=Protocol,
         ws="none",
         timeout_graceful_shutdown=10,

@@ -14,7 +14,7 @@ from maskstore.bucket import SCHEME
 from maskstore.sqlite import read_version
 from masquerade import demo, smollm2
 from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
-from masquerade.jobs import table as jobs
+from masquerade.jobs import migrations as jobs
 from masquerade.keys import table as keys
 from masquerade.sources import find_model
 

@@ -1,4 +1,4 @@
-"""Uploaded files, stored responses and a durable queue of jobs in SQLite, and the runner that executes them."""
+"""Uploaded files, stored responses and a durable queue of jobs, and the runner that executes them."""
 
 from masquerade.jobs.batches import BATCH_TRANSITIONS, BatchRecord, BatchState, BatchTable
 from masquerade.jobs.records import (
@@ -14,11 +14,11 @@ from masquerade.jobs.records import (
     State,
     draw_job_id,
 )
-from masquerade.jobs.responses import ResponseTable, StoredResponse
+from masquerade.jobs.responses import ResponseTable, StoredResponse, open_responses
 from masquerade.jobs.results import BatchResults
 from masquerade.jobs.runner import Cancelled
 from masquerade.jobs.service import JobService
-from masquerade.jobs.table import JobTable
+from masquerade.jobs.table import JobTable, open_group
 from masquerade.jobs.uploads import Uploads
 
 __all__ = [
@@ -44,4 +44,6 @@ __all__ = [
     "StoredResponse",
     "Uploads",
     "draw_job_id",
+    "open_group",
+    "open_responses",
 ]

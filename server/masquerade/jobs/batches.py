@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
-import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from maskstore.sqlite import SQLiteFile
-from masquerade.errors import BatchNotFound, InvalidValue, QuotaExceeded, StateConflict
-from masquerade.jobs.records import Quotas, Repeat
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, update
+
+from masquerade.database import TableGroup
+from masquerade.database.tables import BATCH
+from masquerade.errors import BatchNotFound, InvalidValue, LeaseLost, QuotaExceeded, StateConflict
+from masquerade.jobs.records import LEASE_SECONDS, Quotas, Repeat
 
 BatchState = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
@@ -30,12 +32,8 @@ BATCH_TRANSITIONS: Mapping[BatchState, frozenset[BatchState]] = {
 }
 OPEN_STATES = frozenset(state for state, following in BATCH_TRANSITIONS.items() if following)
 WINDOW_SECONDS = 86_400.0  # from the creation of a batch to its expiry
-_OPEN = f"state in ({', '.join(repr(state) for state in sorted(OPEN_STATES))})"
+_IS_OPEN = BATCH.c.state.in_(sorted(OPEN_STATES))
 _LAST = 2**63 - 1  # greater than every rowid
-_COLUMNS = (
-    "id, owner, state, endpoint, input_file, metadata, created_at, times, total, completed, failed, output_file, "
-    "error_file, errors, key"
-)
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,20 @@ class BatchRecord:
         return self.state in OPEN_STATES
 
 
-class BatchTable:
-    """Batches, in the database of the jobs. Threads and processes may use it at the same time."""
+_COLUMNS = [BATCH.c[name] for name in BatchRecord.__dataclass_fields__]
 
-    def __init__(self, database: SQLiteFile, quotas: Quotas) -> None:
-        self._database = database
+
+class BatchTable:
+    """Batches, in the database of the jobs. Threads and processes may use it at the same time.
+
+    It belongs to one `worker`, a server. Where several share the tables, a batch is its server's for `LEASE_SECONDS`
+    after it was added, claimed or renewed.
+    """
+
+    def __init__(self, group: TableGroup, quotas: Quotas, worker: str = "") -> None:
+        self.group = group
         self._quotas = quotas
+        self._worker = worker
 
     def add(
         self, owner: str, endpoint: str, input_file: str, metadata: Mapping[str, str] | None, repeat: Repeat
@@ -85,23 +91,21 @@ class BatchTable:
         `QuotaExceeded`, and `InvalidValue` if the key was used with other fields.
         """
         fields = (endpoint, input_file, json.dumps(metadata))
-        with self._database.write() as db:
+        with self.group.write() as db:
             if known := self._find_repeated(db, owner, fields, repeat):
                 return known
-            (count,) = db.execute(f"select count(*) from batch where owner = ? and {_OPEN}", (owner,)).fetchone()
+            count = db.execute(select(func.count()).where(BATCH.c.owner == owner, _IS_OPEN)).scalar_one()
             if count >= self._quotas.open_jobs:
                 raise QuotaExceeded(f"{count} batches are unfinished, which is the limit; wait, or cancel one")
             batch_id = f"batch_{secrets.token_hex(12)}"
-            db.execute(
-                "insert into batch (id, owner, state, endpoint, input_file, metadata, created_at, key) "
-                "values (?, ?, 'validating', ?, ?, ?, ?, ?)",
-                (batch_id, owner, *fields, time.time(), repeat.key),
-            )
+            row = {"id": batch_id, "owner": owner, "state": "validating", "created_at": time.time()}
+            row |= dict(zip(("endpoint", "input_file", "metadata"), fields, strict=True))
+            db.execute(insert(BATCH).values(**row, key=repeat.key, **self._lease(db)))
             return _get(db, batch_id)
 
     def get(self, batch_id: str, owner: str | None = None) -> BatchRecord:
         """A batch. Raises `BatchNotFound` if it does not exist, or is not the owner's where one is given."""
-        with self._database.read() as db:
+        with self.group.read() as db:
             batch = _get(db, batch_id)
         if owner is not None and batch.owner != owner:
             raise BatchNotFound(f"there is no batch {batch_id!r:.80}")
@@ -109,86 +113,139 @@ class BatchTable:
 
     def list(self, owner: str, after: str | None = None, limit: int = 20) -> tuple[Sequence[BatchRecord], bool]:
         """An owner's batches, the newest first, after one of them; and whether there are more."""
-        with self._database.read() as db:
-            row = db.execute("select rowid from batch where owner = ? and id = ?", (owner, after)).fetchone()
-            if after is not None and row is None:
+        own, newest = BATCH.c.owner == owner, BATCH.c.rowid.desc()
+        with self.group.read() as db:
+            place = select(BATCH.c.rowid).where(own, BATCH.c.id == after)
+            behind = db.execute(place).scalar() if after is not None else _LAST
+            if behind is None:
                 raise BatchNotFound(f"there is no batch {after!r:.80} to go on from", param="after")
-            clause = "owner = ? and rowid < ? order by rowid desc limit ?"
-            batches = _select(db, clause, owner, row[0] if row else _LAST, limit + 1)
+            batches = _select(db, own, BATCH.c.rowid < behind, order=newest, limit=limit + 1)
         return batches[:limit], len(batches) > limit
 
     def open_batches(self) -> Sequence[BatchRecord]:
         """The unfinished batches of all owners, the oldest first."""
-        with self._database.read() as db:
-            return _select(db, f"{_OPEN} order by rowid")
+        with self.group.read() as db:
+            return _select(db, _IS_OPEN)
+
+    def claim_open(self) -> Sequence[BatchRecord]:
+        """The unfinished batches that this server runs, the oldest first, with renewed leases.
+
+        Those of servers that have lost their leases are among them from now on.
+        """
+        with self.group.write() as db:
+            if not self.group.shared:
+                return _select(db, _IS_OPEN)
+            own = and_(_IS_OPEN, or_(BATCH.c.worker == self._worker, self._lost(db)))
+            db.execute(update(BATCH).where(own).values(**self._lease(db)))
+            return _select(db, _IS_OPEN, BATCH.c.worker == self._worker)
+
+    def release(self) -> None:
+        """Let other servers claim the batches of this one at once."""
+        with self.group.write() as db:
+            db.execute(update(BATCH).where(BATCH.c.worker == self._worker).values(worker=None, lease_until=None))
+
+    def check_lease(self, batch_id: str) -> None:
+        """Raises `LeaseLost` if another server runs a batch."""
+        with self.group.read() as db:
+            self._check_lease(db, batch_id)
 
     def count_batches(self) -> Mapping[str, int]:
         """State -> number of batches."""
-        with self._database.read() as db:
-            found = dict(db.execute("select state, count(*) from batch group by state").fetchall())
+        with self.group.read() as db:
+            rows = db.execute(select(BATCH.c.state, func.count()).group_by(BATCH.c.state))
+            found = {row.state: row[1] for row in rows}
         return {state: found.get(state, 0) for state in BATCH_TRANSITIONS}
 
     def set_state(self, batch_id: str, state: BatchState, **columns: Any) -> BatchRecord:
-        """Change the state, and other columns. Raises `StateConflict` if the present state does not allow that."""
-        with self._database.write() as db:
-            batch = _get(db, batch_id)
-            if state not in BATCH_TRANSITIONS[batch.state]:
-                raise StateConflict(f"the batch {batch_id} is {batch.state}; it cannot be {state}")
-            times = json.dumps({**batch.times, state: time.time()})
-            _update(db, batch_id, {"state": state, "times": times, **columns})
-            return _get(db, batch_id)
+        """Change the state, and other columns. Raises `StateConflict` if the present state does not allow that.
+
+        Raises `LeaseLost` if another server runs the batch.
+        """
+        with self.group.write() as db:
+            self._check_lease(db, batch_id)
+            return self._set_state(db, _get(db, batch_id), state, columns)
 
     def ask_to_cancel(self, batch_id: str) -> BatchRecord:
         """Change the state to `cancelling`, unless it is that already. Raises `StateConflict` after the end."""
-        batch = self.get(batch_id)
-        return batch if batch.state == "cancelling" else self.set_state(batch_id, "cancelling")
+        with self.group.write() as db:
+            batch = _get(db, batch_id)
+            return batch if batch.state == "cancelling" else self._set_state(db, batch, "cancelling", {})
 
     def set_counts(self, batch_id: str, completed: int, failed: int) -> None:
-        """Record how many requests have been answered."""
-        with self._database.write() as db:
+        """Record how many requests have been answered. Raises `LeaseLost` if another server runs the batch."""
+        with self.group.write() as db:
+            self._check_lease(db, batch_id)
             _update(db, batch_id, {"completed": completed, "failed": failed})
 
+    def _set_state(
+        self, db: Connection, batch: BatchRecord, state: BatchState, columns: Mapping[str, Any]
+    ) -> BatchRecord:
+        if state not in BATCH_TRANSITIONS[batch.state]:
+            raise StateConflict(f"the batch {batch.id} is {batch.state}; it cannot be {state}")
+        times = json.dumps({**batch.times, state: time.time()})
+        _update(db, batch.id, {"state": state, "times": times, **columns})
+        return _get(db, batch.id)
+
+    def _lease(self, db: Connection) -> Mapping[str, Any]:
+        """The columns of a lease that begins now."""
+        if not self.group.shared:
+            return {}
+        return {"worker": self._worker, "lease_until": self.group.now(db) + LEASE_SECONDS}
+
+    def _lost(self, db: Connection) -> ColumnElement[bool]:
+        return or_(BATCH.c.lease_until.is_(None), BATCH.c.lease_until < self.group.now(db))
+
+    def _check_lease(self, db: Connection, batch_id: str) -> None:
+        worker = db.execute(select(BATCH.c.worker).where(BATCH.c.id == batch_id)).scalar()
+        if self.group.shared and worker not in (None, self._worker):
+            raise LeaseLost(f"another server runs the batch {batch_id} now")
+
     def _find_repeated(
-        self, db: sqlite3.Connection, owner: str, fields: tuple[str, str, str], repeat: Repeat
+        self, db: Connection, owner: str, fields: tuple[str, str, str], repeat: Repeat
     ) -> BatchRecord | None:
-        keyed = _select(db, "owner = ? and key = ?", owner, repeat.key)
+        own = BATCH.c.owner == owner
+        keyed = _select(db, own, BATCH.c.key == repeat.key) if repeat.key is not None else ()
         if keyed and (keyed[0].endpoint, keyed[0].input_file, json.dumps(keyed[0].metadata)) != fields:
             raise InvalidValue(
                 f"the key {repeat.key!r:.80} was used for another request, for {keyed[0].id}", param="Idempotency-Key"
             )
-        clause = "owner = ? and key is ? and endpoint = ? and input_file = ? and metadata = ?"
-        clause += f" and ({_OPEN} or created_at > ?) order by rowid desc"
-        since = repeat.since(time.time())
-        return next(iter(keyed or _select(db, clause, owner, repeat.key, *fields, since)), None)
+        endpoint, input_file, metadata = fields
+        same = BATCH.c.endpoint == endpoint, BATCH.c.input_file == input_file, BATCH.c.metadata == metadata
+        young = or_(_IS_OPEN, BATCH.c.created_at > repeat.since(time.time()))
+        unkeyed = own, BATCH.c.key.is_not_distinct_from(repeat.key), *same, young
+        return next(iter(keyed or _select(db, *unkeyed, order=BATCH.c.rowid.desc())), None)
 
 
-def find_user(db: sqlite3.Connection, file_id: str) -> str | None:
+def find_user(db: Connection, file_id: str) -> str | None:
     """The id of an unfinished batch that reads a file, or None."""
-    row = db.execute(f"select id from batch where input_file = ? and {_OPEN}", (file_id,)).fetchone()
-    return row[0] if row else None
+    return db.execute(select(BATCH.c.id).where(BATCH.c.input_file == file_id, _IS_OPEN).limit(1)).scalar()
 
 
-def expire(db: sqlite3.Connection, horizon: float) -> None:
+def expire(db: Connection, horizon: float) -> None:
     """Delete the batches that have ended and were made before a time."""
-    db.execute(f"delete from batch where created_at < ? and not {_OPEN}", (horizon,))
+    db.execute(delete(BATCH).where(BATCH.c.created_at < horizon, ~_IS_OPEN))
 
 
-def _update(db: sqlite3.Connection, batch_id: str, columns: Mapping[str, Any]) -> None:
-    names = ", ".join(f"{name} = ?" for name in columns)
-    values = [json.dumps(value) if isinstance(value, list) else value for value in columns.values()]
-    db.execute(f"update batch set {names} where id = ?", (*values, batch_id))
+def _update(db: Connection, batch_id: str, columns: Mapping[str, Any]) -> None:
+    values = {name: json.dumps(value) if isinstance(value, list) else value for name, value in columns.items()}
+    db.execute(update(BATCH).where(BATCH.c.id == batch_id).values(**values))
 
 
-def _get(db: sqlite3.Connection, batch_id: str) -> BatchRecord:
-    found = _select(db, "id = ?", batch_id)
+def _get(db: Connection, batch_id: str) -> BatchRecord:
+    found = _select(db, BATCH.c.id == batch_id)
     if not found:
         raise BatchNotFound(f"there is no batch {batch_id!r:.80}")
     return found[0]
 
 
-def _select(db: sqlite3.Connection, clause: str, *values: Any) -> Sequence[BatchRecord]:
-    rows = db.execute(f"select {_COLUMNS} from batch where {clause}", values).fetchall()
-    return [_read(dict(zip(_COLUMNS.split(", "), row, strict=True))) for row in rows]
+def _select(
+    db: Connection,
+    *wanted: ColumnElement[bool],
+    order: ColumnElement[Any] = BATCH.c.rowid,
+    limit: int | None = None,
+) -> Sequence[BatchRecord]:
+    rows = db.execute(select(*_COLUMNS).where(*wanted).order_by(order).limit(limit)).mappings()
+    return [_read({**row}) for row in rows]
 
 
 def _read(row: dict[str, Any]) -> BatchRecord:

@@ -13,6 +13,7 @@ Level = Literal["info", "warn", "error"]
 ID = "ftjob-"  # prefix of every job id
 RESULTS = "fine-tune-results"  # OpenAI's purpose of files that jobs make; no quota counts them
 BATCH_INPUT, BATCH_OUTPUT = "batch", "batch_output"  # OpenAI's purposes of files of batches
+LEASE_SECONDS = 15.0  # after which another server takes up what a dead one ran
 REPEAT_SECONDS = 900.0  # after a request in which its repeat is recognized
 
 # A running job goes back to the queue if its server dies. The last three states are final.

@@ -6,11 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
-from masquerade.errors import BuildFailed, MasqueradeError, NotReady
-from masquerade.jobs.records import Job
+from masquerade.errors import BuildFailed, LeaseLost, MasqueradeError, NotReady
+from masquerade.jobs.records import LEASE_SECONDS, Job
 from masquerade.jobs.table import JobTable
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 IDLE_SECONDS = 0.5  # between checks for jobs of other processes and requeued ones
+RENEW_SECONDS = LEASE_SECONDS / 6  # between two renewals of the running job's lease
 TIDY_SECONDS = 3600.0
 REPORT_SECONDS = 1.0  # least time between two progress events of one stage
 
@@ -37,6 +38,10 @@ class Runner:
     `prepare` turns a job into its work, on the runner's thread. `execute` runs a work item that uses the model, on a
     thread of its choice, and returns when it is done. The first work item, those that do not use the model, and the
     function that the work returns run on the runner's thread. `tidy` is called every `TIDY_SECONDS` between jobs.
+
+    Where servers share the table, a second thread renews the lease of the running job, and learns of requests to cancel
+    it that another server has got. Work whose lease has ended is closed, as if the server had stopped: it is another
+    server's.
     """
 
     def __init__(
@@ -51,12 +56,18 @@ class Runner:
         self._stopping = False
         self._cancelled: set[str] = set()
         self._needs_requeue = False
+        self._lease: tuple[str, float] | None = None  # of the running job, until a time of the monotonic clock
+        self._leasing = threading.Lock()  # guards _lease, while the table has it changed too
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+        self._renewing = threading.Thread(target=self._renew_leases, name="leases", daemon=True)
 
     def start(self) -> None:
-        """Requeue the jobs that a dead server left running, and start the thread."""
+        """Requeue the jobs that a dead server left running, and start the threads."""
         self._table.requeue_running()
         self._thread.start()
+        if self._table.group.shared:
+            self._renewing.start()
 
     def stop(self) -> None:
         """Stop after the current work item; a running job goes back to the queue."""
@@ -64,7 +75,11 @@ class Runner:
         self._woken.set()
         if self._thread.is_alive():
             self._thread.join()
-            self._table.requeue_running()
+            self._stopped.set()
+            if self._table.group.shared:
+                self._renewing.join()
+            with suppress(NotReady):  # without its database, the job's lease ends later
+                self._table.requeue_running()
 
     def wake(self) -> None:
         """Look for a new job now."""
@@ -84,6 +99,10 @@ class Runner:
         while not self._stopping:
             try:
                 self._run_next()
+            except NotReady as error:  # the database is lost
+                _log.warning("the jobs cannot be run; trying again: %s", error)
+                self._needs_requeue = True
+                self._stopped.wait(IDLE_SECONDS)
             except Exception:  # a full disk, a locked table: the jobs stay in the table
                 _log.exception("the jobs cannot be run; trying again")
                 self._needs_requeue = True
@@ -96,18 +115,30 @@ class Runner:
         if time.monotonic() - self._tidied >= TIDY_SECONDS:
             self._tidied = time.monotonic()
             self._tidy()
-        job = self._table.take_next()
+        job = self._take_next()
         if job is not None:
             self._run_job(job)
             return
         self._woken.wait(IDLE_SECONDS)
         self._woken.clear()
 
+    def _take_next(self) -> Job | None:
+        if not self._table.has_next():
+            return None
+        with self._leasing:
+            now = time.monotonic()  # before the database's clock is read: the lease ends there later than here
+            job = self._table.take_next()
+            self._lease = (job.id, now + LEASE_SECONDS) if job else None
+        return job
+
     def _run_job(self, job: Job) -> None:
         try:
             result = self._run_work(job)
         except Cancelled:
             self._table.finish(job.id, "cancelled")
+        except LeaseLost as error:
+            _log.warning("the job %s is given up: %s", job.id, error)
+            self._needs_requeue = True  # if it is still this server's
         except NotReady as error:  # the engine is stopping, or broken; that is not the job's fault
             _log.warning("the job %s goes back to the queue: %s", job.id, error)
             self._table.requeue_running()
@@ -124,18 +155,23 @@ class Runner:
                 self._table.finish(job.id, "succeeded", result=result)
         finally:
             self._cancelled.discard(job.id)
+            self._lease = None
 
     def _run_work(self, job: Job) -> Mapping[str, Any] | None:
         """Run one work item after the other. The job's result, or None if the runner is stopping."""
         reported, stage, uses_model = 0.0, "", False
         with closing(self._prepare(job)) as work:
             while not self._stopping:
+                self._check_lease(job)
                 if job.id in self._cancelled:
                     work.throw(Cancelled())
                 try:
                     step = self._execute(lambda: next(work)) if uses_model else next(work)
                 except StopIteration as end:
                     finish: Callable[[], Mapping[str, Any]] = end.value
+                    if self._table.group.shared:
+                        self._renew()
+                        self._check_lease(job)
                     return finish()
                 uses_model = step.model_next
                 now = time.monotonic()
@@ -145,6 +181,29 @@ class Runner:
                     parts = f"{step.done}/{step.total}" if step.total else f"{step.done}"
                     self._table.add_event(job.id, "info", f"{step.stage} {parts}", data)
         return None
+
+    def _check_lease(self, job: Job) -> None:
+        """Raise `LeaseLost` if another server may run a job."""
+        if self._table.group.shared and (self._lease is None or time.monotonic() >= self._lease[1]):
+            raise LeaseLost(f"this server's lease of the job {job.id} has ended")
+
+    def _renew_leases(self) -> None:
+        while not self._stopped.wait(RENEW_SECONDS):
+            try:
+                self._renew()
+            except Exception as error:  # it is tried again until the lease has ended
+                _log.warning("the leases of jobs cannot be renewed: %s", error)
+
+    def _renew(self) -> None:
+        """Renew the lease of the running job, if it is still this server's."""
+        with self._leasing:
+            if self._lease is None:
+                return
+            job_id, now = self._lease[0], time.monotonic()
+            job = self._table.renew(job_id)
+            self._lease = (job_id, now + LEASE_SECONDS) if job else None
+            if job and job.cancelling:
+                self._cancelled.add(job_id)
 
 
 def _describe(error: MasqueradeError) -> dict[str, Any]:

@@ -6,17 +6,19 @@ import hashlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from maskstore.files import sync_folder
-from masquerade.errors import StateConflict, TooLarge, UploadNotFound
+from masquerade.errors import NotReady, TooLarge
 from masquerade.jobs.records import RESULTS, File
 from masquerade.jobs.table import JobTable
 
 CHUNK = 2**20  # bytes copied at a time
+SHARED_SECONDS = 6 * 3600.0  # for which incomplete uploads are kept where servers share the folder
 _PARTIAL = ".partial"
 
 
@@ -27,8 +29,7 @@ class Uploads:
         self._folder = folder
         self._table = table
         self.limit = limit  # bytes a file
-        self._claims: dict[str, int] = {}  # file id -> number of tentative uploads; confirmed files are absent
-        self._claiming = threading.Lock()  # makes finding a duplicate and claiming it one step
+        self._claiming = threading.Lock()  # makes finding a duplicate and adding a file one step, on this server
         folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
 
@@ -51,20 +52,18 @@ class Uploads:
                 out.flush()
                 os.fsync(out.fileno())
             with self._claiming:
-                same = self._table.find_file(owner, purpose, name, digest.hexdigest())
+                same = self._table.claim_file(owner, purpose, name, digest.hexdigest(), tentative=tentative)
                 if same is None:
                     os.replace(partial, self.path(file_id))
                     sync_folder(self._folder)
-                    file = self._table.add_file(owner, purpose, name, size, digest.hexdigest(), file_id)
-                    if tentative:
-                        self._claims[file.id] = 1
-                    return file
-                if tentative and same.id in self._claims:
-                    self._claims[same.id] += 1
-                elif not tentative:
-                    self._claims.pop(same.id, None)
+                    return self._table.add_file(
+                        owner, purpose, name, size, digest.hexdigest(), file_id, tentative=tentative
+                    )
             partial.unlink()
             return same
+        except NotReady:  # the database is lost, and may have stored the row: the content stays until the next sweep
+            partial.unlink(missing_ok=True)
+            raise
         except BaseException:
             partial.unlink(missing_ok=True)
             self.path(file_id).unlink(missing_ok=True)
@@ -72,20 +71,15 @@ class Uploads:
 
     def confirm(self, files: Iterable[File]) -> None:
         """Keep tentative files."""
-        with self._claiming:
-            for file in files:
-                self._claims.pop(file.id, None)
+        for file in files:
+            self._table.confirm_file(file.id)
 
     def discard(self, files: Iterable[File]) -> None:
         """Delete tentative files, except those that another upload has claimed or a job needs."""
-        with self._claiming:
-            for file in files:
-                claims = self._claims.pop(file.id, 0)
-                if claims > 1:
-                    self._claims[file.id] = claims - 1
-                elif claims:
-                    with suppress(StateConflict, UploadNotFound):
-                        self.remove(file.id, file.owner)
+        for file in files:
+            with self._claiming:
+                if self._table.discard_file(file.id):
+                    self.path(file.id).unlink(missing_ok=True)
 
     def adopt(self, owner: str, name: str, path: Path, digest: str, purpose: str = RESULTS) -> File:
         """Add the result of a job or batch by a hard link: the file is on this disk already."""
@@ -97,6 +91,8 @@ class Uploads:
         try:
             sync_folder(self._folder)
             return self._table.add_file(owner, purpose, name, path.stat().st_size, digest, file_id)
+        except NotReady:  # as above
+            raise
         except BaseException:
             self.path(file_id).unlink()
             raise
@@ -116,11 +112,16 @@ class Uploads:
             self.path(file_id).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Delete what a server that died left: incomplete uploads, and content without a row."""
-        known = self._table.known_files()
+        """Delete what a server that died left: incomplete uploads, and content without a row.
+
+        Where servers share the folder, what changed in the last hours may be an upload of another one, and stays.
+        """
+        known, now = self._table.known_files(), time.time()
         for path in self._folder.iterdir():
             if path.name not in known:
-                path.unlink()
+                with suppress(FileNotFoundError):  # another server sweeps too
+                    if not self._table.group.shared or now - path.stat().st_ctime > SHARED_SECONDS:
+                        path.unlink()
 
 
 def _draw_id() -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import sqlite3
+import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 
+from masquerade.database.tables import KEY
 from masquerade.errors import InvalidKey, NotReady
 from masquerade.keys.key import Key, decoy, is_scrypt, matches, matches_scrypt, seal, split
 from masquerade.keys.table import KeyTable
 
+_log = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.25
+STALE_SECONDS = 2.0  # without a look at a database, after which its keys are not trusted
 _UNKNOWN = "Incorrect API key provided; `masquerade keys add` makes one"
 
 
@@ -21,6 +24,9 @@ class Keyring:
 
     Each token costs one HMAC and one comparison in constant time, also if its id is unknown. The exception is a key
     with a scrypt hash: its first use costs the time of scrypt, on the caller's thread.
+
+    A file is looked at by the thread that finds a key, which takes microseconds. A database may not answer: there a
+    thread of the ring's own looks, and after `STALE_SECONDS` without an answer no key is found.
     """
 
     def __init__(self, table: KeyTable, now: Callable[[], float] = time.time) -> None:
@@ -28,11 +34,15 @@ class Keyring:
         self._now = now
         self._decoy = decoy()
         self._keys: Mapping[str, tuple[Key, bytes]] = {}
-        self._watch = table.database.connect()
-        self._version = -1
+        self._watch = table.group.watch(KEY)
+        self._version: Hashable = None
         self._checked = 0.0
         self._lock = threading.Lock()  # guards _keys and _version
-        self._refresh()
+        self._closed = threading.Event()
+        self._look()
+        self._thread = threading.Thread(target=self._keep_looking, name="keys", daemon=True)
+        if table.group.shared:
+            self._thread.start()
 
     def __len__(self) -> int:
         """Number of keys, including revoked ones: a store whose keys are all revoked is not open to everybody."""
@@ -78,7 +88,10 @@ class Keyring:
         return self._check(key_id)
 
     def close(self) -> None:
-        """Close the table."""
+        """Stop looking at the table."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
         self._watch.close()
 
     def _check(self, key_id: str) -> Key:
@@ -91,15 +104,27 @@ class Keyring:
 
     def _refresh(self) -> None:
         """Read the table again if another connection changed it. Raises `NotReady` if it cannot be read."""
-        now = time.monotonic()
-        if now - self._checked < REFRESH_SECONDS and self._version >= 0:
-            return
+        age = time.monotonic() - self._checked
+        if self._thread.ident is None:
+            if age >= REFRESH_SECONDS:
+                self._look()
+        elif age >= STALE_SECONDS:
+            raise NotReady("the keys cannot be read, because the server's database does not answer; try again")
+
+    def _look(self) -> None:
+        began = time.monotonic()
         with self._lock:
-            try:
-                version: int = self._watch.execute("pragma data_version").fetchone()[0]
-            except sqlite3.Error as error:
-                raise NotReady(f"the keys cannot be read: {error}") from error
+            version = self._watch.look()
             if version != self._version:
                 self._keys = {key.id: (key, stored) for key, stored in self._table.all().items()}
                 self._version = version
-            self._checked = now
+            self._checked = began
+
+    def _keep_looking(self) -> None:
+        while not self._closed.wait(REFRESH_SECONDS):
+            try:
+                self._look()
+            except NotReady:  # the database has logged it
+                continue
+            except Exception:
+                _log.exception("the keys cannot be read; trying again")

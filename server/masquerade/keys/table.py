@@ -1,4 +1,4 @@
-"""The table of keys and the hashes of their secrets, in one SQLite file that only its owner can read."""
+"""The table of keys and the hashes of their secrets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import sqlite3
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from maskstore.sqlite import SQLiteFile
-from masquerade.errors import KeyNotFound, NotReady, StoreTooNew
+from sqlalchemy import Row, insert, select, update
+
+from masquerade.database import PostgreSQL, SQLiteGroup, TableGroup
+from masquerade.database.tables import KEY
+from masquerade.errors import KeyNotFound, NotReady
 from masquerade.keys.key import Key
 
 FILE = "keys.sqlite"
@@ -27,49 +31,53 @@ VERSION = len(MIGRATIONS)
 
 
 class KeyTable:
-    """The keys of a store. Threads and processes may use it at the same time; each call is one transaction."""
+    """The keys of a store: in a SQLite file there that only its owner can read, or in a database.
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / FILE
-        os.close(os.open(self.path, os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
-        self.database = SQLiteFile(
-            self.path, MIGRATIONS, StoreTooNew, timeout=BUSY_SECONDS, wal=True, translate=_explain
-        )
+    Threads and processes may use it at the same time; each call is one transaction.
+    """
+
+    def __init__(self, folder: Path, database: PostgreSQL | None = None) -> None:
+        self.group: TableGroup = database.group("keys") if database else _open_file(folder / FILE)
 
     def add(self, key: Key, stored: bytes) -> None:
         """Add a key with the hash of its secret."""
         row = vars(key) | {"scopes": json.dumps(sorted(key.scopes)), "personas": json.dumps(key.personas)}
-        with self.database.write() as db:
-            db.execute("insert into key values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row.values(), stored))
+        with self.group.write() as db:
+            db.execute(insert(KEY).values(**row, hash=stored))
 
     def all(self) -> dict[Key, bytes]:
         """Key -> hash, also of revoked keys, the oldest first."""
-        with self.database.read() as db:
-            return {_read(row): row[-1] for row in db.execute("select * from key order by created_at, id")}
+        with self.group.read() as db:
+            return {_read(row): row.hash for row in db.execute(select(KEY).order_by(KEY.c.created_at, KEY.c.id))}
 
     def revoke(self, key_id: str) -> Key:
         """Revoke a key for good; does nothing if it is revoked. Raises `KeyNotFound`."""
-        with self.database.write() as db:
-            row = db.execute("select * from key where id = ?", (key_id,)).fetchone()
+        with self.group.write() as db:
+            row = db.execute(select(KEY).where(KEY.c.id == key_id)).first()
             if row is None:
                 raise KeyNotFound(f"there is no key {key_id!r:.40}; `masquerade keys ls` lists what is there")
             key = _read(row)
             if key.revoked_at is None:
                 key = replace(key, revoked_at=time.time())
-                db.execute("update key set revoked_at = ? where id = ?", (key.revoked_at, key_id))
+                db.execute(update(KEY).where(KEY.c.id == key_id).values(revoked_at=key.revoked_at))
         return key
 
     def rehash(self, key_id: str, old: bytes, new: bytes) -> None:
         """Replace the hash of a secret by another, unless that has been done."""
-        with self.database.write() as db:
-            db.execute("update key set hash = ? where id = ? and hash = ?", (new, key_id, old))
+        with self.group.write() as db:
+            db.execute(update(KEY).where(KEY.c.id == key_id, KEY.c.hash == old).values(hash=new))
+
+
+def _open_file(path: Path) -> SQLiteGroup:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
+    return SQLiteGroup(path, MIGRATIONS, timeout=BUSY_SECONDS, translate=_explain)
 
 
 def _explain(error: sqlite3.Error) -> NotReady:
     return NotReady(f"the keys cannot be read: {error}")
 
 
-def _read(row: tuple[object, ...]) -> Key:
-    key_id, name, scopes, personas, *rest = row[:-1]
-    return Key(key_id, name, frozenset(json.loads(scopes)), tuple(json.loads(personas)), *rest)  # type: ignore[arg-type]
+def _read(row: Row[Any]) -> Key:
+    fields = {name: getattr(row, name) for name in Key.__dataclass_fields__}
+    return Key(**fields | {"scopes": frozenset(json.loads(row.scopes)), "personas": tuple(json.loads(row.personas))})

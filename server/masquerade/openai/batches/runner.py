@@ -8,16 +8,19 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 
-from masquerade.errors import UnsupportedParameter
+from masquerade.errors import LeaseLost, NotReady, UnsupportedParameter
 from masquerade.http import errors
 from masquerade.http.internal import InternalResponse, InternalSender
 from masquerade.http.wire import encode, escape_line_ends
 from masquerade.jobs import BATCH_OUTPUT, BatchRecord, BatchResults, BatchState, JobService
+from masquerade.jobs.records import LEASE_SECONDS
 from masquerade.jobs.results import digest
+from masquerade.jobs.runner import RENEW_SECONDS
 from masquerade.openai.batches.lines import BatchLine, find_faults, read_lines
 from masquerade.service.workers import Turns
 
@@ -34,6 +37,9 @@ class BatchRunner:
 
     `send` sends a request to a route. `slots` requests of all batches run at a time; owners take them in turn, and an
     owner's batches run one after the other. `line_bytes` limits a request.
+
+    Where servers share the table, a batch is run by the server that was asked to, as long as it renews its lease. It
+    learns of requests to cancel a batch that another server has got when it does.
     """
 
     def __init__(self, job_service: JobService, send: Send, slots: int, line_bytes: int) -> None:
@@ -43,16 +49,20 @@ class BatchRunner:
         self._line_bytes = line_bytes
         self._owners: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[str] = set()  # batches whose requests have been ended
+        self._leased_until = time.monotonic() + LEASE_SECONDS
+        self._renewing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Go on with the batches that a server left, and delete results of which there is no open batch."""
-        batches = self._batches.open_batches()
-        kept = {batch.id for batch in batches}
-        for path in self._jobs.results.glob("*.jsonl"):
+        results = [*self._jobs.results.glob("*.jsonl")]  # before the batches: another server may add one meanwhile
+        kept = {batch.id for batch in self._batches.open_batches()}
+        for path in results:
             if path.name.partition(".")[0] not in kept:
-                path.unlink()
-        for batch in batches:
-            self.add(batch.id)
+                path.unlink(missing_ok=True)
+        self._go_on(self._batches.claim_open())
+        if self._batches.group.shared:
+            self._renewing = asyncio.create_task(self._renew_leases(), name="leases")
 
     def add(self, batch_id: str) -> None:
         """Run a batch, unless it is running."""
@@ -62,18 +72,59 @@ class BatchRunner:
     async def cancel(self, batch_id: str) -> BatchRecord:
         """Begin to cancel a batch: its requests end now, results are kept. Raises `StateConflict` after its end."""
         batch = await asyncio.to_thread(self._batches.ask_to_cancel, batch_id)
-        task = self._tasks.get(batch_id)
-        if task is not None and not task.cancelling():
-            task.cancel()
-            self._spawn(batch_id, after=task)
+        self._interrupt(batch_id)
         return batch
 
     async def stop(self) -> None:
         """End all requests. The batches keep their states, and another server goes on with them."""
-        tasks = [*self._tasks.values()]
+        tasks = [*self._tasks.values(), *([self._renewing] if self._renewing else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._batches.group.shared:
+            with suppress(NotReady):  # without its database, the leases end later
+                await asyncio.to_thread(self._batches.release)
+
+    def _interrupt(self, batch_id: str) -> None:
+        """End the requests of a batch that is cancelling, and then the batch."""
+        task = self._tasks.get(batch_id)
+        if task is not None and not task.cancelling():
+            self._cancelled.add(batch_id)
+            task.cancel()
+            self._spawn(batch_id, after=task)
+
+    def _go_on(self, batches: Iterable[BatchRecord]) -> None:
+        """Run the batches that are not running, and interrupt those that are cancelling."""
+        for batch in batches:
+            if batch.id not in self._tasks:
+                if batch.state == "cancelling":
+                    self._cancelled.add(batch.id)
+                self._spawn(batch.id)
+            elif batch.state == "cancelling" and batch.id not in self._cancelled:
+                self._interrupt(batch.id)
+
+    async def _renew_leases(self) -> None:
+        """Renew the leases now and then; run the batches of servers that died, and end those that are lost."""
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            known, now = [*self._tasks], time.monotonic()  # before the database's clock is read
+            try:
+                batches = await asyncio.to_thread(self._batches.claim_open)
+            except Exception as error:  # it is tried again until the leases have ended
+                _log.warning("the leases of batches cannot be renewed: %s", error)
+                lost = known if time.monotonic() >= self._leased_until else []
+            else:
+                self._leased_until = now + LEASE_SECONDS
+                own = {batch.id for batch in batches}
+                lost = [batch_id for batch_id in known if batch_id not in own]  # or ended
+                self._go_on(batches)
+            for task in [self._tasks[batch_id] for batch_id in lost if batch_id in self._tasks]:
+                task.cancel()
+
+    def _check_leases(self) -> None:
+        """Raise `LeaseLost` if other servers may run the batches of this one."""
+        if self._batches.group.shared and time.monotonic() >= self._leased_until:
+            raise LeaseLost("this server's leases of batches have ended")
 
     def _spawn(self, batch_id: str, after: asyncio.Task[None] | None = None) -> None:
         task = self._tasks[batch_id] = asyncio.create_task(self._run(batch_id, after), name=batch_id)
@@ -81,6 +132,7 @@ class BatchRunner:
         def forget(_: object) -> None:
             if self._tasks.get(batch_id) is task:
                 del self._tasks[batch_id]
+                self._cancelled.discard(batch_id)
 
         task.add_done_callback(forget)
 
@@ -90,6 +142,7 @@ class BatchRunner:
             await asyncio.wait([after])
         while True:
             try:
+                await asyncio.to_thread(self._batches.check_lease, batch_id)
                 batch = await asyncio.to_thread(self._batches.get, batch_id)
                 if batch.state == "validating":
                     batch = await asyncio.to_thread(self._validate, batch)
@@ -99,6 +152,11 @@ class BatchRunner:
             except FileNotFoundError:  # the store was restored without its files
                 await asyncio.to_thread(self._fail, batch, "file_not_found", "the input file is gone from the store")
                 return
+            except LeaseLost:
+                return
+            except NotReady as error:
+                _log.warning("the batch %s cannot be run; trying again: %s", batch_id, error)
+                await asyncio.sleep(RETRY_SECONDS)
             except Exception:
                 _log.exception("the batch %s cannot be run; trying again", batch_id)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -116,7 +174,7 @@ class BatchRunner:
         end: BatchState = "cancelled" if batch.state == "cancelling" else "completed"
         try:
             if batch.state == "in_progress":
-                execution = BatchExecution(self._jobs, batch, results, self._send, self._turns)
+                execution = BatchExecution(self._jobs, batch, results, self._send, self._turns, self._check_leases)
                 seconds = max(0.0, batch.expires_at - time.time())
                 async with asyncio.timeout(seconds), self._owners[batch.owner]:
                     await execution.run(self._lines(batch), self._slots)
@@ -164,13 +222,19 @@ class KeyRefused(Exception):
 
 
 class BatchExecution:
-    """Sends the requests of one batch and writes down the responses."""
+    """Sends the requests of one batch and writes down the responses, each after a `check` that may raise."""
 
     def __init__(
-        self, job_service: JobService, batch: BatchRecord, results: BatchResults, send: Send, turns: Turns
+        self,
+        job_service: JobService,
+        batch: BatchRecord,
+        results: BatchResults,
+        send: Send,
+        turns: Turns,
+        check: Callable[[], None],
     ) -> None:
         self._batches, self._batch, self._results = job_service.batches, batch, results
-        self._send, self._turns = send, turns
+        self._send, self._turns, self._check = send, turns, check
         self._reported = 0.0
 
     async def run(self, lines: Iterator[BatchLine], most: int) -> None:
@@ -193,6 +257,7 @@ class BatchExecution:
             if response.status == 401:
                 raise KeyRefused(json.loads(response.body)["error"]["message"])
             text, failed = write_result(line.custom_id, response), response.status >= 400
+            self._check()
             await asyncio.to_thread(self._results.append, line.custom_id, text, failed=failed)
             await self._report()
         finally:
