@@ -19,6 +19,7 @@ from sqlalchemy import Row, create_engine, make_url, text
 
 from masquerade.database import DatabaseURL, PostgreSQL, TableGroup
 from masquerade.jobs import open_group, open_responses
+from masquerade.keys import KeyTable
 from tests.serving import free_port
 
 PASSWORD = "n0t-to-be-shown"
@@ -112,6 +113,10 @@ class Place:
         if not patient:
             group.file.timeout = 0.0
         return group
+
+    def keys(self) -> KeyTable:
+        """The table of keys as one more server opens it."""
+        return KeyTable(self.folder, self.connect())
 
     def responses(self) -> TableGroup:
         """The table of responses."""

@@ -256,5 +256,9 @@ class BadDataset(BuildFailed, status=400, type="invalid_request_error", code="ba
     """A JSONL file is wrong; the message names the file and the line."""
 
 
+class BuildRunning(BuildFailed):
+    """Another process works on the same build."""
+
+
 class MaskRefused(BuildFailed, code="mask_refused"):
     """A new mask has no effect, or harms the model, and is not published; its opposite may be."""

@@ -16,7 +16,7 @@ UNFINISHED = ("validating_files", "queued", "running")
 
 
 def connect(server: Server, **options: Any) -> OpenAI:
-    return OpenAI(base_url=f"{server.base_url}/v1", api_key="none", **{"max_retries": 0, "timeout": 120} | options)
+    return OpenAI(base_url=f"{server.base_url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 120} | options)
 
 
 def upload(sdk: OpenAI, *names: str) -> list[str]:

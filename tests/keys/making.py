@@ -11,7 +11,7 @@ from typing import Any
 from masquerade.keys import Key, KeyTable, mint
 
 
-def make_key(store: Path, *scopes: str, scrypt: bool = False, **changes: Any) -> tuple[str, Key]:
+def make_key(store: Path | KeyTable, *scopes: str, scrypt: bool = False, **changes: Any) -> tuple[str, Key]:
     """A key of a store, hashed as of old if asked for; the token and what is known about it."""
     minted = mint()
     told: dict[str, Any] = {
@@ -25,7 +25,8 @@ def make_key(store: Path, *scopes: str, scrypt: bool = False, **changes: Any) ->
         "revoked_at": None,
     }
     key = Key(minted.id, **(told | changes))
-    KeyTable(store).add(key, hash_with_scrypt(minted.token) if scrypt else minted.hash)
+    table = store if isinstance(store, KeyTable) else KeyTable(store)
+    table.add(key, hash_with_scrypt(minted.token) if scrypt else minted.hash)
     return minted.token, key
 
 

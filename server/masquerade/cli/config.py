@@ -22,6 +22,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from masquerade.cli.options import AsJson, say
+from masquerade.database.url import hide_credentials
 from masquerade.errors import InvalidValue
 
 FILE = "masquerade.toml"
@@ -149,7 +150,7 @@ def _fill(path: Path, group: TyperGroup, sections: Mapping[str, Any], common: Ma
 def _check(path: Path, where: Names, key: str, value: Any, command: Any) -> Any:
     """The value, as click expects it. Raises `InvalidValue`, which names the file, if the option does not accept it."""
     option = _options(command)[key]
-    bad = f"{path}: [{'.'.join(where)}] {key} is {value!r:.80}"
+    bad = f"{path}: [{'.'.join(where)}] {key} is {hide_credentials(repr(value)):.80}"
     if option.multiple != isinstance(value, list):
         raise InvalidValue(f"{bad}; it must be {'a list' if option.multiple else 'one value'}")
     if isinstance(value, dict) or option.is_flag != isinstance(value, bool):

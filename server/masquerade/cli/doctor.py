@@ -27,15 +27,17 @@ from maskstore import Checkup, MaskError, fsck
 from maskstore.sqlite import open_readonly, read_version
 from masquerade import __version__
 from masquerade.cli import config
-from masquerade.cli.options import AsJson, Model, StoreFolder
+from masquerade.cli.options import AsJson, Database, Model, StoreFolder
 from masquerade.cli.stores import LEAST_BYTES, SCHEMAS, find_store
+from masquerade.database import DatabaseURL, PostgreSQL
 from masquerade.errors import MasqueradeError
+from masquerade.jobs import JobTable
 from masquerade.keys import KeyTable
 from masquerade.plan.memory import format_bytes, read_host_memory
 from masquerade.plan.processors import VARIABLE, read_processors
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "fastapi", "uvicorn", "huggingface-hub")
-EXTRAS = ("bitsandbytes", "cryptography", "llguidance", "triton", "opentelemetry-sdk", "accelerate", "peft")
+EXTRAS = ("bitsandbytes", "cryptography", "llguidance", "psycopg", "triton", "opentelemetry-sdk", "accelerate", "peft")
 FLAGS = ["sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16"]
 FLAGS += ["asimd", "sve", "bf16"]
 Facts = dict[str, Any]
@@ -45,6 +47,7 @@ def examine(
     context: typer.Context,
     model: Model = "demo",
     store: StoreFolder = None,
+    database: Database = None,
     verify: Annotated[bool, typer.Option(help="Verify every mask of the store in full.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -57,6 +60,7 @@ def examine(
         "kernels": _describe_kernels(),
         "configuration": _describe_configuration(context),
         "store": _describe_store(store, model, verify, problems),
+        "database": _describe_database(database, problems),
         "space": _describe_space(store, model, problems),
     }
     report = _hide_home(report)
@@ -175,6 +179,21 @@ def _describe_store(store: Path | None, model: str, verify: bool, problems: list
                 facts["jobs"] = _count(dict(db.execute("select state, count(*) from job group by state").fetchall()))
     except (MasqueradeError, MaskError, OSError, sqlite3.Error) as error:
         problems.append(f"the store: {error}")
+    return facts
+
+
+def _describe_database(url: DatabaseURL | None, problems: list[str]) -> Facts:
+    if url is None:
+        return {"kind": "SQLite files in the store"}
+    facts: Facts = {"kind": f"PostgreSQL at {url}"}
+    try:
+        database = PostgreSQL(url, create=False)
+        keys, jobs = KeyTable(Path(), database), JobTable(database.group("jobs"))
+        facts["keys"] = _count(Counter(key.problem(time.time()) or "valid" for key in keys.all()))
+        facts["jobs"] = _count({state: count for state, count in jobs.count_jobs().items() if count})
+        database.close()
+    except MasqueradeError as error:
+        problems.append(str(error))
     return facts
 
 

@@ -6,6 +6,8 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ from rich.table import Table as Columns
 
 from masquerade.cli.options import AsJson, Database, Model, StoreFolder, open_database, say
 from masquerade.cli.stores import find_store
+from masquerade.database import DatabaseURL
 from masquerade.errors import InvalidValue
 from masquerade.keys import SCOPES, Audit, Key, KeyTable, Scope, mint
 from masquerade.keys.key import find_scope
@@ -53,7 +56,8 @@ def add_key(
     root = find_store(store, model)
     minted = mint()
     key = Key(minted.id, name, scopes, patterns, rpm, tpm, now, expires_at, None)
-    KeyTable(root, open_database(database)).add(key, minted.hash)
+    with _open_keys(root, database) as table:
+        table.add(key, minted.hash)
     _note(root, "add_key", key)
     if as_json:
         print(json.dumps({"key": minted.token} | _describe(key)))
@@ -68,7 +72,8 @@ def list_keys(
     model: Model = "demo", store: StoreFolder = None, database: Database = None, as_json: AsJson = False
 ) -> None:
     """List all keys, including revoked and expired ones, without secrets."""
-    keys = [*KeyTable(find_store(store, model), open_database(database)).all()]
+    with _open_keys(find_store(store, model), database) as known:
+        keys = [*known.all()]
     table = Columns("id", "name", "state", "scopes", "personas", "a minute", "expires")
     for key in keys:
         row = _describe(key)
@@ -95,9 +100,37 @@ def revoke_key(
 ) -> None:
     """Revoke a key permanently. A running server rejects it within a second, and aborts its running answers."""
     root = find_store(store, model)
-    key = KeyTable(root, open_database(database)).revoke(key_id)
+    with _open_keys(root, database) as table:
+        key = table.revoke(key_id)
     _note(root, "revoke_key", key)
     say(as_json, _describe(key), f"{key.id} is revoked")
+
+
+@app.command("copy")
+def copy_keys(
+    model: Model = "demo", store: StoreFolder = None, database: Database = None, as_json: AsJson = False
+) -> None:
+    """Copy the keys of a store's file into its database, except those whose ids are there."""
+    if database is None:
+        raise InvalidValue("copying keys needs a database; give it with --database")
+    root = find_store(store, model)
+    with _open_keys(root, database) as target:
+        known = {key.id for key in target.all()}
+        copied = {key: stored for key, stored in KeyTable(root).all().items() if key.id not in known}
+        for key, stored in copied.items():
+            target.add(key, stored)
+            _note(root, "copy_key", key)
+    say(as_json, {"copied": [key.id for key in copied]}, f"{len(copied)} keys are copied to {database}")
+
+
+@contextmanager
+def _open_keys(root: Path, url: DatabaseURL | None) -> Iterator[KeyTable]:
+    database = open_database(url)
+    try:
+        yield KeyTable(root, database)
+    finally:
+        if database:
+            database.close()
 
 
 def _note(root: Path, action: str, key: Key) -> None:

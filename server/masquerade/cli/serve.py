@@ -25,7 +25,7 @@ from masquerade.cli.options import (
 from masquerade.cli.plan import announce
 from masquerade.cli.progress import hide_loading_bars, report_quarters
 from masquerade.cli.signals import exit_on_sigterm, run_on_sighup
-from masquerade.cli.stores import check_store, find_store, open_store
+from masquerade.cli.stores import check_keys, check_store, find_store, open_store
 from masquerade.errors import CannotListen, InvalidValue
 
 _log = logging.getLogger("masquerade")
@@ -112,6 +112,8 @@ def serve(
     root = find_store(store, model)
     check_store(root)
     tables = open_database(database)
+    if tables:
+        check_keys(root, tables)
     keys = keyfiles.add_missing(root, key_file or (), tables)
     run_on_sighup(lambda: _log_keys(keyfiles.add_missing(root, key_file or (), tables)))
 

@@ -13,6 +13,7 @@ from maskstore import Mask, MaskError, MaskReader, Registry, Revision, Store, da
 from maskstore.bucket import SCHEME
 from maskstore.sqlite import read_version
 from masquerade import demo, smollm2
+from masquerade.database import PostgreSQL
 from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
 from masquerade.jobs import migrations as jobs
 from masquerade.keys import table as keys
@@ -62,6 +63,16 @@ def check_store(root: Path) -> None:
         )
     for name, known in SCHEMAS.items():
         _check_schema(root / name, known)
+
+
+def check_keys(root: Path, database: PostgreSQL) -> None:
+    """Raises `UnusableStore` if a store has keys in its file and its database none: it would be open to everybody."""
+    if (root / keys.FILE).exists() and keys.KeyTable(root).all() and not keys.KeyTable(root, database).all():
+        database.close()
+        raise UnusableStore(
+            f"{root / keys.FILE} has keys and the database {database.url} has none; `masquerade keys copy` copies "
+            "them, or move the file away to start without them"
+        )
 
 
 def _check_schema(path: Path, known: int) -> None:

@@ -51,13 +51,13 @@ _STATE = Table("masquerade", METADATA, Column("version", Integer, nullable=False
 
 
 class PostgreSQL:
-    """A database, whose tables are created when it is opened first. Threads may use it at the same time.
+    """A database, whose tables are created when it is opened first, if `create`. Threads may use it at the same time.
 
     Raises `DatabaseUnreachable`, `StoreTooNew`, and `InvalidValue` without the extra `postgresql`. No message and no
     line of the log has the password.
     """
 
-    def __init__(self, url: DatabaseURL) -> None:
+    def __init__(self, url: DatabaseURL, *, create: bool = True) -> None:
         if find_spec("psycopg") is None:
             raise InvalidValue("--database needs pip install 'masquerade[postgresql]'")
         self.url = url
@@ -76,7 +76,9 @@ class PostgreSQL:
         self._lost = False  # whether the last transaction found no database
         try:
             with self.begin() as db:
-                _create(db, url)
+                if create:
+                    _create(db)
+                _check_version(db, url)
         except DBAPIError as error:
             raise self._explain_start(error.orig) from None
         except NotReady as error:
@@ -187,12 +189,17 @@ class PostgreSQLWatch:
         """Nothing: it keeps no connection."""
 
 
-def _create(db: Connection, url: DatabaseURL) -> None:
+def _create(db: Connection) -> None:
     """Create the tables, unless they are there."""
     db.execute(select(func.pg_advisory_xact_lock(_LOCK + _LOCKS["schema"])))
     if not inspect(db).has_table(_STATE.name):
         METADATA.create_all(db)
         db.execute(insert(_STATE).values(version=VERSION))
+
+
+def _check_version(db: Connection, url: DatabaseURL) -> None:
+    if not inspect(db).has_table(_STATE.name):
+        raise DatabaseUnreachable(f"the database {url} has no tables yet; `masquerade serve` creates them")
     version: int = db.execute(select(_STATE.c.version)).scalar_one()
     if version > VERSION:
         raise StoreTooNew(url, version, VERSION)

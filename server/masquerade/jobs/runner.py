@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
-from masquerade.errors import BuildFailed, LeaseLost, MasqueradeError, NotReady
+from masquerade.errors import BuildFailed, BuildRunning, LeaseLost, MasqueradeError, NotReady
 from masquerade.jobs.records import LEASE_SECONDS, Job
 from masquerade.jobs.table import JobTable
 
@@ -144,6 +144,12 @@ class Runner:
             self._table.requeue_running()
             self._woken.wait(IDLE_SECONDS)
         except MasqueradeError as error:
+            if isinstance(error, BuildRunning) and self._table.group.shared:
+                # the server that has lost its lease is still within a work item
+                _log.warning("the job %s goes back to the queue: %s", job.id, error)
+                self._table.requeue_running()
+                self._stopped.wait(RENEW_SECONDS)
+                return
             made = error.result if isinstance(error, BuildFailed) else None
             self._table.finish(job.id, "failed", result=made, error=_describe(error))
         except Exception as error:

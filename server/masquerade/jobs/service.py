@@ -40,18 +40,18 @@ class JobService:
         database: PostgreSQL | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        place = folder if database is None else _find_folder(database, folder)
         self._lock = _lock(folder / "lock", shared=database is not None)
         jobs: TableGroup
         responses: TableGroup
         if database is None:
             jobs, responses = open_group(folder / FILE), open_responses(folder / FILE)
         else:
-            folder = find_folder(database, folder)
             jobs, responses = database.group("jobs"), database.group("responses", durable=False)
         self.table = JobTable(jobs, quotas)
         self.batches = BatchTable(jobs, self.table.quotas, self.table.worker)
-        self.results = folder / "batches"  # of `BatchResults`
-        self.uploads = Uploads(folder / "files", self.table, FILE_BYTES)
+        self.results = place / "batches"  # of `BatchResults`
+        self.uploads = Uploads(place / "files", self.table, FILE_BYTES)
         self.responses = ResponseTable(responses, self.table.quotas)
         self._sweep = sweep
         self.tidy()
@@ -70,7 +70,7 @@ class JobService:
         self._lock.close()
 
 
-def find_folder(database: PostgreSQL, folder: Path) -> Path:
+def _find_folder(database: PostgreSQL, folder: Path) -> Path:
     """The folder, below one of a store, of the content of a database's files; created for a new database.
 
     Raises `UnusableStore` if the database is another store's, whose jobs could not find their files here.

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from masquerade.errors import BuildFailed
+from masquerade.errors import BuildFailed, BuildRunning
 
 
 class Scratch:
@@ -114,7 +114,7 @@ class Scratch:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock()
-                raise BuildFailed(
+                raise BuildRunning(
                     f"the same build is running already: another process works in {self._folder}; wait until it has "
                     "ended, or keep this one's intermediate results elsewhere (--scratch)"
                 ) from None
