@@ -13,7 +13,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 # Of the project's optional parts those that are small; `quantization` is the other one.
-ARG EXTRAS=otel,sign,structured
+ARG EXTRAS=otel,postgresql,sign,structured
 
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
