@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import Row, create_engine, make_url, text
 
-from masquerade.database import DatabaseURL, PostgreSQL, TableGroup
+from masquerade.database import DatabaseURL, PostgreSQL, SQLiteGroup, TableGroup
 from masquerade.jobs import open_group, open_responses
 from masquerade.keys import KeyTable
 from tests.serving import free_port
@@ -114,9 +114,12 @@ class Place:
             group.file.timeout = 0.0
         return group
 
-    def keys(self) -> KeyTable:
-        """The table of keys as one more server opens it."""
-        return KeyTable(self.folder, self.connect())
+    def keys(self, *, patient: bool = True) -> KeyTable:
+        """The table of keys as one more server opens it; if it is not patient, it waits for no lock."""
+        table = KeyTable(self.folder, self.connect("" if patient else "-c lock_timeout=20"))
+        if isinstance(table.group, SQLiteGroup) and not patient:
+            table.group.file.timeout = 0.0
+        return table
 
     def responses(self) -> TableGroup:
         """The table of responses."""

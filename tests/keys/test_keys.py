@@ -7,9 +7,9 @@ import hmac
 import re
 import stat
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from masquerade.errors import InvalidKey, KeyNotFound, NotReady
 from masquerade.keys import SCOPES, Keyring, KeyTable, mint
 from masquerade.keys import ring as rings
 from masquerade.keys.key import is_scrypt, looks_random, seal
+from tests.databases import Place
 from tests.keys.making import make_key
 
 
@@ -43,8 +44,17 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rings, "REFRESH_SECONDS", 0.0)
+def _at_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    shared = "place" in request.fixturenames and request.getfixturevalue("place").cluster
+    monkeypatch.setattr(rings, "REFRESH_SECONDS", 0.01 if shared else 0.0)
+
+
+def settle(ring: Keyring) -> None:
+    """Wait until a ring whose thread looks at a database has looked again."""
+    now, deadline = time.monotonic(), time.monotonic() + 20
+    while ring._thread.is_alive() and ring._checked < now:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_scopes_include_each_other(tmp_path: Path) -> None:
@@ -92,10 +102,10 @@ def test_the_file_holds_no_secret_and_is_its_owners_only(tmp_path: Path) -> None
     assert seal(key.id, secret).hash[32:] != kept[32:]  # salted: equal secrets would not look equal
 
 
-def test_a_known_id_costs_what_an_unknown_one_costs(tmp_path: Path, work: Counter[str]) -> None:
+def test_a_known_id_costs_what_an_unknown_one_costs(place: Place, work: Counter[str]) -> None:
     """The same calls, as often: time can tell nothing that the calls do not."""
-    token, key = make_key(tmp_path, "chat")
-    ring = Keyring(KeyTable(tmp_path))
+    token, key = make_key(place.keys(), "chat")
+    ring = Keyring(place.keys())
     for wrong in (f"mq-{key.id}-{mint().token[-48:]}", mint().token):
         work.clear()
         with pytest.raises(InvalidKey):
@@ -107,9 +117,9 @@ def test_a_known_id_costs_what_an_unknown_one_costs(tmp_path: Path, work: Counte
     ring.close()
 
 
-def test_what_is_no_key_is_refused_as_a_wrong_one_is(tmp_path: Path) -> None:
-    _, key = make_key(tmp_path, "chat")
-    ring = Keyring(KeyTable(tmp_path))
+def test_what_is_no_key_is_refused_as_a_wrong_one_is(place: Place) -> None:
+    _, key = make_key(place.keys(), "chat")
+    ring = Keyring(place.keys())
     said = set()
     for token in (f"mq-{key.id}-{'0' * 48}", mint().token, "sk-other", "", "mq-", "mq-é", f"mq-{key.id}-"):
         with pytest.raises(InvalidKey) as refusal:
@@ -122,25 +132,25 @@ def test_what_is_no_key_is_refused_as_a_wrong_one_is(tmp_path: Path) -> None:
 class TestScrypt:
     """Keys of the first version, whose hash is scrypt's until they are used."""
 
-    def test_it_is_paid_once_and_never_again(self, tmp_path: Path, work: Counter[str]) -> None:
-        token, key = make_key(tmp_path, "chat", scrypt=True)
-        ring = Keyring(KeyTable(tmp_path))
+    def test_it_is_paid_once_and_never_again(self, place: Place, work: Counter[str]) -> None:
+        token, key = make_key(place.keys(), "chat", scrypt=True)
+        ring = Keyring(place.keys())
         work.clear()
         assert ring.find(token) is None
         assert work["scrypt"] == 0
         assert ring.find_scrypt(token) == key
         assert (work.pop("scrypt"), ring.find(token)) == (1, key)
         ring.close()
-        again = Keyring(KeyTable(tmp_path))  # another server of the store
+        again = Keyring(place.keys())  # another server of the store
         assert again.find(token) == key
         assert again.find_scrypt(token) == key
         assert work["scrypt"] == 0
         again.close()
 
-    def test_only_for_an_id_of_old(self, tmp_path: Path, work: Counter[str]) -> None:
-        _, old = make_key(tmp_path, "chat", scrypt=True)
-        _, new = make_key(tmp_path, "chat")
-        ring = Keyring(KeyTable(tmp_path))
+    def test_only_for_an_id_of_old(self, place: Place, work: Counter[str]) -> None:
+        _, old = make_key(place.keys(), "chat", scrypt=True)
+        _, new = make_key(place.keys(), "chat")
+        ring = Keyring(place.keys())
         work.clear()
         for wrong in (mint().token, f"mq-{new.id}-{mint().token[-48:]}"):
             with pytest.raises(InvalidKey):
@@ -149,28 +159,26 @@ class TestScrypt:
         with pytest.raises(InvalidKey) as refusal:
             ring.find_scrypt(f"mq-{old.id}-{mint().token[-48:]}")
         assert str(refusal.value) == rings._UNKNOWN
-        assert is_scrypt(KeyTable(tmp_path).all()[old])  # a wrong secret replaces nothing
+        assert is_scrypt(place.keys().all()[old])  # a wrong secret replaces nothing
         ring.close()
 
-    def test_a_revoked_one_stays_revoked(self, tmp_path: Path) -> None:
-        token, key = make_key(tmp_path, "chat", scrypt=True)
-        ring = Keyring(KeyTable(tmp_path))
-        KeyTable(tmp_path).revoke(key.id)
+    def test_a_revoked_one_stays_revoked(self, place: Place) -> None:
+        token, key = make_key(place.keys(), "chat", scrypt=True)
+        ring = Keyring(place.keys())
+        place.keys().revoke(key.id)
+        settle(ring)
         for _ in range(2):
             with pytest.raises(InvalidKey, match="revoked"):
                 ring.find_scrypt(token)
         ring.close()
 
-    def test_a_table_that_cannot_be_written_keeps_nobody_out(self, tmp_path: Path) -> None:
-        token, key = make_key(tmp_path, "chat", scrypt=True)
-        table = KeyTable(tmp_path)
+    def test_a_table_that_cannot_be_written_keeps_nobody_out(self, place: Place) -> None:
+        token, key = make_key(place.keys(), "chat", scrypt=True)
+        table = place.keys(patient=False)
         ring = Keyring(table)
-        with closing(table.group.file.connect()) as db, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(table.group.file, "timeout", 0.05)
-            db.execute("begin immediate")
+        with place.keys().group.write():
             assert ring.find_scrypt(token) == key
             assert ring.find(token) == key
-            db.execute("rollback")
         assert is_scrypt(table.all()[key])
         ring.close()
 
@@ -184,19 +192,20 @@ def test_what_looks_drawn_at_random(secret: str, random: bool) -> None:
     assert all(looks_random(mint().token[-48:]) for _ in range(200))
 
 
-def test_what_is_remembered_is_no_token(tmp_path: Path) -> None:
-    token, _ = make_key(tmp_path, "chat")
-    ring = Keyring(KeyTable(tmp_path))
+def test_what_is_remembered_is_no_token(place: Place) -> None:
+    token, _ = make_key(place.keys(), "chat")
+    ring = Keyring(place.keys())
     ring.find(token)
     assert token.rpartition("-")[2] not in repr(vars(ring))
     ring.close()
 
 
-def test_revoking_is_noticed_and_final(tmp_path: Path) -> None:
-    token, key = make_key(tmp_path, "chat")
-    ring, table = Keyring(KeyTable(tmp_path)), KeyTable(tmp_path)
+def test_revoking_is_noticed_and_final(place: Place) -> None:
+    token, key = make_key(place.keys(), "chat")
+    ring, table = Keyring(place.keys()), place.keys()
     ring.find(token)
     revoked = table.revoke(key.id)
+    settle(ring)
     assert table.revoke(key.id) == revoked  # again changes nothing
     with pytest.raises(InvalidKey, match="revoked"):
         ring.find(token)
@@ -206,18 +215,19 @@ def test_revoking_is_noticed_and_final(tmp_path: Path) -> None:
     ring.close()
 
 
-def test_a_key_added_later_is_known(tmp_path: Path) -> None:
-    ring = Keyring(KeyTable(tmp_path))
+def test_a_key_added_later_is_known(place: Place) -> None:
+    ring = Keyring(place.keys())
     assert len(ring) == 0
-    token, key = make_key(tmp_path, "chat")
+    token, key = make_key(place.keys(), "chat")
+    settle(ring)
     assert ring.find(token) == key
     ring.close()
 
 
-def test_a_key_expires(tmp_path: Path) -> None:
-    token, key = make_key(tmp_path, "chat", expires_at=1000.0)
+def test_a_key_expires(place: Place) -> None:
+    token, key = make_key(place.keys(), "chat", expires_at=1000.0)
     now = [999.0]
-    ring = Keyring(KeyTable(tmp_path), lambda: now[0])
+    ring = Keyring(place.keys(), lambda: now[0])
     assert ring.find(token) == key
     now[0] = 1000.0
     with pytest.raises(InvalidKey, match="expired"):
@@ -225,18 +235,19 @@ def test_a_key_expires(tmp_path: Path) -> None:
     ring.close()
 
 
-def test_a_table_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
-    token, _ = make_key(tmp_path, "chat")
-    ring = Keyring(KeyTable(tmp_path))
+def test_a_table_that_cannot_be_read_opens_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    token, _ = make_key(place.keys(), "chat")
+    ring = Keyring(place.keys())
     ring.find(token)
     ring.close()
+    monkeypatch.setattr(rings, "STALE_SECONDS", 0.0)
     with pytest.raises(NotReady):
         ring.find(token)
 
 
-def test_many_threads_verify_and_revoke_at_once(tmp_path: Path) -> None:
-    made = [make_key(tmp_path, "chat") for _ in range(6)]
-    ring, table, started = Keyring(KeyTable(tmp_path)), KeyTable(tmp_path), threading.Barrier(8)
+def test_many_threads_verify_and_revoke_at_once(place: Place) -> None:
+    made = [make_key(place.keys(), "chat") for _ in range(6)]
+    ring, table, started = Keyring(place.keys()), place.keys(), threading.Barrier(8)
 
     def use(number: int) -> list[str]:
         started.wait()
@@ -247,6 +258,7 @@ def test_many_threads_verify_and_revoke_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(use, range(8)))
     assert found[2:] == [[key.id for _, key in made[2:]]] * 6
+    settle(ring)
     for token, _ in made[:2]:
         with pytest.raises(InvalidKey):
             ring.find(token)
