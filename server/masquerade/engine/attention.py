@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from masquerade.engine.kv_cache import KVCache
 from masquerade.errors import UnusableModel
+from masquerade.kernels import PagedStep
 from masquerade.model import attend_short
 
 _log = logging.getLogger(__name__)
@@ -124,11 +125,15 @@ class PrefillRows:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Where the rows of one step read and write in the cache. The row groups cover all rows."""
+    """Where the rows of one step read and write in the cache. The row groups cover all rows.
+
+    `paged` is the same for layers that run natively; None if torch attends.
+    """
 
     cache: KVCache
     slot_mapping: Tensor  # the slots of every row's keys and values: int64 [rows * kv heads]
     groups: Sequence[RowGroup]
+    paged: PagedStep | None = None
 
 
 def attend(

@@ -14,7 +14,9 @@ from masquerade.engine.cuda import attention as cuda_attention
 from masquerade.engine.embedding import EmbeddedRows
 from masquerade.engine.kv_cache import Index, KVCache
 from masquerade.engine.prefix import BLOCK_SIZE
+from masquerade.engine.row_groups import NativeRows
 from masquerade.engine.scheduler import Chunk
+from masquerade.kernels import PagedStep
 from masquerade.model import Route, Span
 
 
@@ -64,14 +66,15 @@ def pack(
             embedded.append(EmbeddedRows(request.embedding, row, len(ids), start))
     positions = _join(np.array(decode_positions, np.int64), prefill_positions)
     blocks = block_table[_join(np.array(decode_indices, np.int64), prefill_indices), positions // BLOCK_SIZE]
-    slots = cache.slots(blocks, positions % BLOCK_SIZE)
+    slots = cache.to_device(cache.slots(blocks, positions % BLOCK_SIZE))
     rows = cuda_attention if cuda_attention.is_available(cache.device) else row_groups
     groups = rows.group_rows(chunks, block_table, cache)
+    native = [PagedStep(group.paged, slots, cache.layers) for group in groups if isinstance(group, NativeRows)]
     return Batch(
         cache.to_device(np.array([ids], np.int64)),
         cache.to_device(positions[None]),
         make_route(spans),
-        AttentionPlan(cache, cache.to_device(slots), groups),
+        AttentionPlan(cache, slots, groups, *native),
         cache.to_device(np.array(logit_rows, np.int64)),
         embedded,
     )

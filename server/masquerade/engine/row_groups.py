@@ -29,19 +29,20 @@ class NativeRows:
     @property
     def stop(self) -> int:
         """The row after the last one."""
-        return self._paged.num_rows
+        return self.paged.num_rows
 
     def attend(self, q: Tensor, call: AttentionCall) -> Tensor:
         """See `RowGroup`. The native kernel is faster than torch for every number of rows and positions
         (docs/performance.md).
         """
-        if call.scores.fit_sdpa(self._paged.longest):
+        if call.scores.fit_sdpa(self.paged.longest):
             keys, values = call.cache.layers[call.layer]
-            return attend_chunks(q, keys, values, call.cache.kv_heads, self._paged, call.scores.scale)
+            return attend_chunks(q, keys, values, call.cache.kv_heads, self.paged, call.scores.scale)
         return torch.cat([group.attend(q[group.start : group.stop], call) for group in self._groups])
 
     @cached_property
-    def _paged(self) -> PagedChunks:
+    def paged(self) -> PagedChunks:
+        """The rows as the native kernels take them."""
         indices = [chunk.request.batch_index for chunk in self.chunks]
         rows = np.array([chunk.stop - chunk.start for chunk in self.chunks])
         lengths = np.array([chunk.stop for chunk in self.chunks])

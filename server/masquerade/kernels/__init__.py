@@ -19,6 +19,7 @@ from masquerade.kernels import cuda, native
 from masquerade.kernels.attention import PagedChunks, attend_chunks, attends
 from masquerade.kernels.correction import Assignment, Correction
 from masquerade.kernels.cuda import CudaBits, CudaList
+from masquerade.kernels.layer import LayerParts, NativeLayer, PagedStep
 from masquerade.kernels.native import (
     NativeBits,
     NativeList,
@@ -90,11 +91,14 @@ __all__ = [
     "BACKENDS",
     "Assignment",
     "Correction",
+    "LayerParts",
+    "NativeLayer",
     "NativeMask",
     "NativeParts",
     "NativeProduct",
     "NativeSpan",
     "PagedChunks",
+    "PagedStep",
     "RowwiseCorrection",
     "SparseCorrection",
     "attend_chunks",

@@ -30,7 +30,7 @@ from masquerade.kernels.correction import accumulator, bitmap_footprint
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
-INTERFACE = 5  # of product.h
+INTERFACE = 6  # of product.h
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # slowest first, numbered as in product.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIST, _WIDE_LIST, _BITMAP = range(1, 4)
@@ -59,6 +59,13 @@ class Library:
             *(ctypes.c_int64,) * 6,  # chunks, heads, kv heads, head size, width of blocks, positions of a block
             ctypes.c_float,
             *(ctypes.c_int32,) * 3,  # dtype, isa, threads
+        )
+        self.run_layer = library.masquerade_layer
+        self.run_layer.argtypes = (
+            *(ctypes.c_void_p,) * 3,  # layer, step, spans
+            ctypes.c_int64,  # their count
+            *(ctypes.c_void_p,) * 6,  # cosines, sines, keys, values, x, y
+            *(ctypes.c_int32,) * 2,  # isa, threads
         )
         kind_and_dtype, address, size = (ctypes.c_int64, ctypes.c_int32), ctypes.c_void_p, ctypes.c_int64
         self.measure_list = library.masquerade_list_size
@@ -228,6 +235,11 @@ class NativeProduct:
         # Sorted, so that spans of one mask and strength follow one another.
         packed = sorted((parts.address, strength, start, stop) for parts, strength, start, stop in spans)
         self._spans = struct.pack(_SPAN * len(packed), *chain.from_iterable(packed))
+
+    @property
+    def packed(self) -> tuple[bytes, int]:
+        """The spans as the library reads them, and their number; valid while the product lives."""
+        return self._spans, len(self._parts)
 
     def find(self, name: str) -> int | None:
         """The index of a Linear in the tables, or None if no row's mask prunes weights of it."""

@@ -1,7 +1,8 @@
 """Attaches masks to a model: a pre-hook on the model sets the batch's route, and its Linears apply it.
 
 A `MaskedLinear` replaces every Linear that the kernels support. On every other maskable Linear a forward hook subtracts
-what the rows' masks prune from the layer's own product. Weights never change.
+what the rows' masks prune from the layer's own product. In a step of the engine, decoder layers that the kernels support
+run natively as a whole. Weights never change.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from maskstore import Mask, MaskReader
 from masquerade.kernels import correct, footprint, serves
+from masquerade.model.decoder_layer import find_forwards
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
 from masquerade.model.route import ResidentMask
 from masquerade.model.targets import check_target, find_targets
@@ -30,6 +32,7 @@ class MaskManager:
         self._indices = {name: index for index, name in enumerate(self._linears)}  # shared by all masks
         self._handles: list[RemovableHandle] = []
         self._replaced: dict[str, nn.Linear] = {}
+        self._layers: list[nn.Module] = []  # those with a native forward
         self._current = CurrentRoute()
 
     @classmethod
@@ -50,12 +53,17 @@ class MaskManager:
                 manager._replaced[name] = module
             elif name in manager._linears:
                 manager._handles.append(module.register_forward_hook(manager._corrector(name)))
+        for layer, forward in find_forwards(model, manager._indices, manager._current).items():
+            layer.forward = forward
+            manager._layers.append(layer)
         return manager
 
     def detach(self) -> None:
         """Restore the model's own Linears and remove the hooks. Calling it again has no effect."""
         while self._handles:
             self._handles.pop().remove()
+        while self._layers:
+            del self._layers.pop().forward
         while self._replaced:
             self._model.set_submodule(*self._replaced.popitem())
 

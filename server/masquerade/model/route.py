@@ -120,6 +120,16 @@ class Route:
         self._groups: Sequence[Group] | None = None
         self._plans: dict[tuple[str, bool], CorrectionPlan] = {}
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the native kernels apply all masks, in every Linear that they support."""
+        return not self._has_separate
+
+    @property
+    def product(self) -> NativeProduct | None:
+        """The native kernels' product of the batch; None if they apply no mask."""
+        return self._product
+
     def masks(self, name: str) -> bool:
         """Whether any row's mask prunes weights of a Linear."""
         return name in self._names

@@ -27,6 +27,14 @@ struct AttentionCall {
   int32_t dtype, threads;
 };
 
+// What is done to rows between products (rows.h), all in one dtype.
+struct RowKernels {
+  void (*normalize)(const void* x, const void* weight, void* y, int64_t rows, int64_t size, float eps);
+  void (*rotate)(void* x, const void* cos, const void* sin, int64_t rows, int64_t heads, int64_t size);
+  void (*multiply_gate)(void* gate, const void* up, int64_t count);
+  void (*add)(const void* x, const void* added, void* y, float scale, int64_t count);
+};
+
 void multiply_portable(const Call&);
 void multiply_avx2(const Call&);
 void multiply_avx512(const Call&);
@@ -35,3 +43,6 @@ void attend_portable(const AttentionCall&);
 void attend_avx2(const AttentionCall&);
 void attend_avx512(const AttentionCall&);
 void attend_avx512bf16(const AttentionCall&);  // of bf16 only
+RowKernels rows_portable(int32_t dtype);
+RowKernels rows_avx2(int32_t dtype);
+RowKernels rows_avx512(int32_t dtype);

@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 5;  // changes whenever anything here does
+constexpr int32_t kInterface = 6;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum Kind : int64_t { kNothing = 0, kList16 = 1, kList32 = 2, kBitmap = 3 };
@@ -25,6 +25,30 @@ struct Span {
   const Part* parts;  // of all Linears, by index
   double strength;    // 1 - gamma
   int64_t start, stop;
+};
+
+// A Linear of a layer.
+struct Linear {
+  const void *weight, *bias;  // [out, in] and [out] of dtype; the bias may be null
+  int64_t out, in, dtype, number;
+};
+
+// A decoder layer of Llama's structure. Vectors are of the dtype of its rows.
+struct Layer {
+  Linear q, k, v, o, gate, up, down;
+  const void *input_norm, *mlp_norm;  // [hidden]
+  const void *q_norm, *k_norm;        // [size], or null
+  int64_t dtype, heads, kv_heads, size;
+  int64_t norms_rotated;  // whether heads are normalized after they are rotated
+  double eps, scale, residual; // `scale` is of the scores; `residual` multiplies what is added to the rows
+};
+
+// Where the rows of a step are in a paged cache: chunks as `masquerade_attention` takes them, and the slots of each row
+// and head, [rows, kv_heads], in units of `size`.
+struct Step {
+  const int64_t* slots;
+  const int32_t *blocks, *starts, *chunk_rows, *lengths;
+  int64_t chunks, width, positions, rows;
 };
 
 extern "C" {
@@ -61,4 +85,11 @@ int32_t masquerade_attention(const void* q,           // [rows, heads, size], of
                              const int32_t* lengths,  // [chunks], at least `rows`
                              int64_t chunks, int64_t heads, int64_t kv_heads, int64_t size, int64_t width,
                              int64_t positions, float scale, int32_t dtype, int32_t isa, int32_t threads);
+
+// A whole layer, x and y [rows, hidden]: the keys and values of the rows are written into the cache, as they are rotated.
+// The products are `masquerade_product`'s, and the attention is `masquerade_attention`'s.
+int32_t masquerade_layer(const Layer* layer, const Step* step, const Span* spans, int64_t count,
+                         const void* cos,  // [rows, size], or null: rows are not rotated
+                         const void* sin, void* keys, void* values, const void* x, void* y, int32_t isa,
+                         int32_t threads);
 }
