@@ -69,7 +69,9 @@ def pack(
     slots = cache.to_device(cache.slots(blocks, positions % BLOCK_SIZE))
     rows = cuda_attention if cuda_attention.is_available(cache.device) else row_groups
     groups = rows.group_rows(chunks, block_table, cache)
-    native = [PagedStep(group.paged, slots, cache.layers) for group in groups if isinstance(group, NativeRows)]
+    native = [
+        PagedStep(group.paged, slots, cache.keys, cache.values) for group in groups if isinstance(group, NativeRows)
+    ]
     return Batch(
         cache.to_device(np.array([ids], np.int64)),
         cache.to_device(positions[None]),

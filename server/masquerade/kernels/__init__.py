@@ -19,7 +19,7 @@ from masquerade.kernels import cuda, native
 from masquerade.kernels.attention import PagedChunks, attend_chunks, attends
 from masquerade.kernels.correction import Assignment, Correction
 from masquerade.kernels.cuda import CudaBits, CudaList
-from masquerade.kernels.layer import LayerParts, NativeLayer, PagedStep
+from masquerade.kernels.layers import LayerParts, NativeLayers, PagedStep
 from masquerade.kernels.native import (
     NativeBits,
     NativeList,
@@ -92,7 +92,7 @@ __all__ = [
     "Assignment",
     "Correction",
     "LayerParts",
-    "NativeLayer",
+    "NativeLayers",
     "NativeMask",
     "NativeParts",
     "NativeProduct",

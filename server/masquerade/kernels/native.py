@@ -60,11 +60,11 @@ class Library:
             ctypes.c_float,
             *(ctypes.c_int32,) * 3,  # dtype, isa, threads
         )
-        self.run_layer = library.masquerade_layer
-        self.run_layer.argtypes = (
-            *(ctypes.c_void_p,) * 3,  # layer, step, spans
-            ctypes.c_int64,  # their count
-            *(ctypes.c_void_p,) * 6,  # cosines, sines, keys, values, x, y
+        self.run_layers = library.masquerade_layers
+        self.run_layers.argtypes = (
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),  # layers, index of the first, their number
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),  # step, spans, their count
+            *(ctypes.c_void_p,) * 4,  # cosines, sines, x, y
             *(ctypes.c_int32,) * 2,  # isa, threads
         )
         kind_and_dtype, address, size = (ctypes.c_int64, ctypes.c_int32), ctypes.c_void_p, ctypes.c_int64

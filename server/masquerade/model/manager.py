@@ -1,8 +1,8 @@
 """Attaches masks to a model: a pre-hook on the model sets the batch's route, and its Linears apply it.
 
 A `MaskedLinear` replaces every Linear that the kernels support. On every other maskable Linear a forward hook subtracts
-what the rows' masks prune from the layer's own product. In a step of the engine, decoder layers that the kernels support
-run natively as a whole. Weights never change.
+what the rows' masks prune from the layer's own product. In a step of the engine, decoder layers that the kernels
+support run natively as a whole. Weights never change.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from maskstore import Mask, MaskReader
 from masquerade.kernels import correct, footprint, serves
-from masquerade.model.decoder_layer import find_forwards
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
+from masquerade.model.native_layers import find_forwards
 from masquerade.model.route import ResidentMask
 from masquerade.model.targets import check_target, find_targets
 

@@ -33,22 +33,23 @@ struct Linear {
   int64_t out, in, dtype, number;
 };
 
-// A decoder layer of Llama's structure. Vectors are of the dtype of its rows.
+// A decoder layer of Llama's structure. Norms are of the dtype of its rows.
 struct Layer {
   Linear q, k, v, o, gate, up, down;
   const void *input_norm, *mlp_norm;  // [hidden]
   const void *q_norm, *k_norm;        // [size], or null
   int64_t dtype, heads, kv_heads, size;
-  int64_t norms_rotated;  // whether heads are normalized after they are rotated
-  double eps, scale, residual; // `scale` is of the scores; `residual` multiplies what is added to the rows
+  int64_t rotates, norms_rotated;  // whether heads have rotary positions, and are normalized after that
+  double eps, scale, residual;     // `scale` is of the scores; `residual` multiplies what is added to the rows
 };
 
 // Where the rows of a step are in a paged cache: chunks as `masquerade_attention` takes them, and the slots of each row
 // and head, [rows, kv_heads], in units of `size`.
 struct Step {
+  void *keys, *values;  // [layers, blocks, kv_heads, positions, size], of dtype
   const int64_t* slots;
   const int32_t *blocks, *starts, *chunk_rows, *lengths;
-  int64_t chunks, width, positions, rows;
+  int64_t chunks, width, positions, rows, stride;  // the last in bytes, from layer to layer
 };
 
 extern "C" {
@@ -86,10 +87,13 @@ int32_t masquerade_attention(const void* q,           // [rows, heads, size], of
                              int64_t chunks, int64_t heads, int64_t kv_heads, int64_t size, int64_t width,
                              int64_t positions, float scale, int32_t dtype, int32_t isa, int32_t threads);
 
-// A whole layer, x and y [rows, hidden]: the keys and values of the rows are written into the cache, as they are rotated.
-// The products are `masquerade_product`'s, and the attention is `masquerade_attention`'s.
-int32_t masquerade_layer(const Layer* layer, const Step* step, const Span* spans, int64_t count,
-                         const void* cos,  // [rows, size], or null: rows are not rotated
-                         const void* sin, void* keys, void* values, const void* x, void* y, int32_t isa,
-                         int32_t threads);
+// Layers from the one with the index `first` on. The keys and values of the rows are written into the cache. Products are
+// `masquerade_product`'s, and attention is `masquerade_attention`'s.
+int32_t masquerade_layers(const Layer* layers, int64_t first, int64_t number, const Step* step, const Span* spans,
+                          int64_t count,
+                          const void* cos,  // [rows, size], of dtype; null if no layer rotates
+                          const void* sin,  // the same
+                          const void* x,    // [rows, hidden], of dtype
+                          void* y,          // the same
+                          int32_t isa, int32_t threads);
 }

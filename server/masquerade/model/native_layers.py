@@ -5,15 +5,16 @@ A layer is one of `STRUCTURES` or keeps transformers' forward, as all layers do 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from masquerade.kernels import LayerParts, NativeLayer, PagedStep
+from masquerade.kernels import LayerParts, NativeLayers, PagedStep
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
 
 LINEARS = (
@@ -55,44 +56,78 @@ class StepPlan(Protocol):
         """Where the native kernels find keys and values; None if they do not attend."""
 
 
-class NativeForward:
-    """Stands in for the forward of a decoder layer.
+class LayerRun:
+    """Consecutive layers, which one call computes.
 
-    It is assigned, because a hook cannot skip the layer's own forward, and another module in the layer's place would
+    A hook or a module in training among them leaves all to transformers: only the layers' own forwards call submodules.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], current: CurrentRoute) -> None:
+        first: Any = layers[0]
+        self._layers, self._native, self._current = layers, NativeLayers(first.self_attn.layer_idx, parts), current
+        modules = [module for layer in layers for module in layer.modules()]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        self._step: PagedStep | None = None  # the last one that was computed
+
+    def has_computed(self, step: PagedStep) -> bool:
+        """Whether the rows that the layers of this step are called with are the run's output."""
+        return self._step is step
+
+    def compute(self, hidden: Tensor, step: PagedStep, rotation: tuple[Tensor, Tensor]) -> Tensor | None:
+        """The output of the last layer for the inputs of the first, [1, rows, hidden]; None if it has to be computed by
+        transformers, layer by layer.
+        """
+        self._step, route = None, self._current.route
+        training = any(layer.training for layer in self._layers)
+        if route is None or not route.is_native or training or torch.is_grad_enabled() or any(self._hooks):
+            return None
+        output = self._native(hidden, step, route.product, rotation)
+        self._step = None if output is None else step
+        return output
+
+
+class NativeForward:
+    """Stands in for the forward of a layer: the first of a run computes all of them, the others return what they get.
+
+    It is assigned, because a hook cannot skip a module's own forward, and another module in the layer's place would
     lack what models and builds read of it.
     """
 
-    def __init__(self, layer: nn.Module, native: NativeLayer, current: CurrentRoute) -> None:
-        attention: Any = layer.self_attn
-        self._layer, self._native, self._current = layer, native, current
-        self._number: int = attention.layer_idx
-        self._rotates: bool = getattr(attention, "use_rope", True)
-        inner = [module for module in layer.modules() if module is not layer]
-        self._hooks = [hooks for module in inner for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    def __init__(self, layer: nn.Module, run: LayerRun, *, is_first: bool) -> None:
+        self._layer, self._run, self._is_first = layer, run, is_first
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output for rows [1, rows, hidden], and whatever its forward returns."""
+        """See the layer's forward."""
         plan: StepPlan | None = kwargs.get("plan")
-        if plan is not None and plan.paged is not None and (output := self._run(hidden, plan.paged, kwargs)) is not None:
-            return output
+        if plan is not None and (step := plan.paged) is not None:
+            if not self._is_first and self._run.has_computed(step):
+                return hidden
+            if (
+                self._is_first
+                and (output := self._run.compute(hidden, step, kwargs["position_embeddings"])) is not None
+            ):
+                return output
         return type(self._layer).forward(self._layer, hidden, *args, **kwargs)
 
-    def _run(self, hidden: Tensor, step: PagedStep, kwargs: Mapping[str, Any]) -> Tensor | None:
-        route = self._current.route
-        if route is None or not route.is_native or self._layer.training or torch.is_grad_enabled() or any(self._hooks):
-            return None
-        rotation = kwargs["position_embeddings"] if self._rotates else None
-        return self._native(hidden, step, self._number, route.product, rotation)
 
-
-def find_forwards(model: nn.Module, indices: Mapping[str, int], current: CurrentRoute) -> dict[nn.Module, NativeForward]:
+def find_forwards(
+    model: nn.Module, indices: Mapping[str, int], current: CurrentRoute
+) -> dict[nn.Module, NativeForward]:
     """The native forwards of a model's decoder layers whose Linears are masked; `indices` as in `ResidentMask`."""
-    found: dict[nn.Module, NativeForward] = {}
+    found = {layer.self_attn.layer_idx: (layer, parts) for layer, parts in _find_layers(model, indices)}
+    forwards: dict[nn.Module, NativeForward] = {}
+    for _, numbered in groupby(enumerate(sorted(found)), lambda pair: pair[1] - pair[0]):  # without a gap
+        layers, parts = zip(*(found[number] for _, number in numbered), strict=True)
+        run = LayerRun(layers, parts, current)
+        forwards |= {layer: NativeForward(layer, run, is_first=layer is layers[0]) for layer in layers}
+    return forwards
+
+
+def _find_layers(model: nn.Module, indices: Mapping[str, int]) -> Iterator[tuple[Any, LayerParts]]:
     for name, module in model.named_modules():
         structure = STRUCTURES.get(f"{type(module).__module__}.{type(module).__qualname__}")  # no subclass
         if structure and (parts := _find_parts(name, module, structure, indices)):
-            found[module] = NativeForward(module, NativeLayer(parts), current)
-    return found
+            yield module, parts
 
 
 def _find_parts(name: str, layer: Any, structure: Structure, indices: Mapping[str, int]) -> LayerParts | None:
@@ -116,6 +151,7 @@ def _find_parts(name: str, layer: Any, structure: Structure, indices: Mapping[st
         linears=[*linears.values()],
         indices=[indices[linear] for linear in linears],
         norms=[*norms, *(heads or (None, None))],
+        rotates=getattr(attention, "use_rope", True),
         norms_rotated=structure.norms_rotated,
         head_size=attention.head_dim,
         eps=epsilons.pop(),

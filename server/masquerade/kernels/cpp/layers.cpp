@@ -1,5 +1,5 @@
-// A decoder layer as one call: its products and its attention, and what is done to the rows between them. Built without
-// any special instructions.
+// Decoder layers as one call: their products and attention, and what is done to the rows between them. Built without any
+// special instructions.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -24,8 +24,11 @@ class LayerCall {
       : layer_(layer), step_(step), spans_(spans), count_(count), isa_(isa), threads_(threads),
         dtype_(static_cast<int32_t>(layer.dtype)), bytes_(dtype_ == kFloat32 ? 4 : 2), kernels_(find_rows(isa, dtype_)) {}
 
-  int32_t run(const char* cos, const char* sin, char* keys, char* values, const char* x, char* y) {
+  // `number` is of the layer in the cache; x and y may be the same.
+  int32_t run(int64_t number, const char* cos, const char* sin, const char* x, char* y) {
     static thread_local std::vector<char> normal, q, k, v, attended, gate, up, added;  // kept from call to call
+    char* const keys = static_cast<char*>(step_.keys) + number * step_.stride;
+    char* const values = static_cast<char*>(step_.values) + number * step_.stride;
     normalize(x, layer_.input_norm, layer_.q.in, room(normal, layer_.q.in));
     multiply(layer_.q, normal, q);
     multiply(layer_.k, normal, k);
@@ -95,7 +98,7 @@ class LayerCall {
         if (norm) kernels_.normalize(x, norm, x, rows * count, size, static_cast<float>(layer_.eps));
       };
       if (!layer_.norms_rotated) normalize();
-      if (cos) kernels_.rotate(x, cos + angles, sin + angles, rows, count, size);
+      if (layer_.rotates) kernels_.rotate(x, cos + angles, sin + angles, rows, count, size);
       if (layer_.norms_rotated) normalize();
     });
   }
@@ -126,11 +129,16 @@ class LayerCall {
 
 }  // namespace
 
-extern "C" int32_t masquerade_layer(const Layer* layer, const Step* step, const Span* spans, int64_t count,
-                                    const void* cos, const void* sin, void* keys, void* values, const void* x, void* y,
-                                    int32_t isa, int32_t threads) {
+extern "C" int32_t masquerade_layers(const Layer* layers, int64_t first, int64_t number, const Step* step,
+                                     const Span* spans, int64_t count, const void* cos, const void* sin, const void* x,
+                                     void* y, int32_t isa, int32_t threads) {
+  if (!(masquerade_isas() >> isa & 1)) return kNoIsa;
   if (!step->rows) return kDone;
-  return LayerCall(*layer, *step, spans, count, isa, threads)
-      .run(static_cast<const char*>(cos), static_cast<const char*>(sin), static_cast<char*>(keys),
-           static_cast<char*>(values), static_cast<const char*>(x), static_cast<char*>(y));
+  for (int64_t i = 0; i < number; i++) {
+    LayerCall call(layers[i], *step, spans, count, isa, threads);
+    const int32_t outcome = call.run(first + i, static_cast<const char*>(cos), static_cast<const char*>(sin),
+                                     static_cast<const char*>(i ? y : x), static_cast<char*>(y));
+    if (outcome != kDone) return outcome;
+  }
+  return kDone;
 }
