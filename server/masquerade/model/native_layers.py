@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -67,22 +68,22 @@ class LayerRun:
         self._layers, self._native, self._current = layers, NativeLayers(first.self_attn.layer_idx, parts), current
         modules = [module for layer in layers for module in layer.modules()]
         self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-        self._step: PagedStep | None = None  # the last one that was computed
+        self._computed: ReferenceType[PagedStep] | None = None  # the last step, whose cache must not live for it
 
     def has_computed(self, step: PagedStep) -> bool:
         """Whether the rows that the layers of this step are called with are the run's output."""
-        return self._step is step
+        return self._computed is not None and self._computed() is step
 
     def compute(self, hidden: Tensor, step: PagedStep, rotation: tuple[Tensor, Tensor]) -> Tensor | None:
         """The output of the last layer for the inputs of the first, [1, rows, hidden]; None if it has to be computed by
         transformers, layer by layer.
         """
-        self._step, route = None, self._current.route
+        self._computed, route = None, self._current.route
         training = any(layer.training for layer in self._layers)
         if route is None or not route.is_native or training or torch.is_grad_enabled() or any(self._hooks):
             return None
         output = self._native(hidden, step, route.product, rotation)
-        self._step = None if output is None else step
+        self._computed = None if output is None else ref(step)
         return output
 
 
@@ -100,12 +101,11 @@ class NativeForward:
         """See the layer's forward."""
         plan: StepPlan | None = kwargs.get("plan")
         if plan is not None and (step := plan.paged) is not None:
-            if not self._is_first and self._run.has_computed(step):
-                return hidden
-            if (
-                self._is_first
-                and (output := self._run.compute(hidden, step, kwargs["position_embeddings"])) is not None
-            ):
+            if not self._is_first:
+                output = hidden if self._run.has_computed(step) else None
+            else:
+                output = self._run.compute(hidden, step, kwargs["position_embeddings"])
+            if output is not None:
                 return output
         return type(self._layer).forward(self._layer, hidden, *args, **kwargs)
 

@@ -26,7 +26,7 @@ class LayerCall {
 
   // `number` is of the layer in the cache; x and y may be the same.
   int32_t run(int64_t number, const char* cos, const char* sin, const char* x, char* y) {
-    static thread_local std::vector<char> normal, q, k, v, attended, gate, up, added;  // kept from call to call
+    static thread_local std::vector<char> normal, q, k, v, attended, gate, up, added;  // this thread's, from call to call
     char* const keys = static_cast<char*>(step_.keys) + number * step_.stride;
     char* const values = static_cast<char*>(step_.values) + number * step_.stride;
     normalize(x, layer_.input_norm, layer_.q.in, room(normal, layer_.q.in));
@@ -45,10 +45,7 @@ class LayerCall {
     normalize(y, layer_.mlp_norm, layer_.gate.in, normal.data());
     multiply(layer_.gate, normal, gate);
     multiply(layer_.up, normal, up);
-    share(layer_.gate.out, [&](int64_t at, int64_t rows) {
-      const int64_t width = layer_.gate.out, start = at * width * bytes_;
-      kernels_.multiply_gate(gate.data() + start, up.data() + start, rows * width);
-    });
+    multiply_gate(gate.data(), up.data());
     multiply(layer_.down, gate, added);
     add(y, added.data(), y);
     return outcome_;
@@ -107,6 +104,14 @@ class LayerCall {
     const int64_t bytes = layer_.size * bytes_;
     for (int64_t i = 0; i < step_.rows * layer_.kv_heads; i++)
       std::memcpy(cache + step_.slots[i] * bytes, heads + i * bytes, bytes);
+  }
+
+  void multiply_gate(char* gate, const char* up) const {
+    const int64_t width = layer_.gate.out;
+    share(width, [&](int64_t at, int64_t rows) {
+      const int64_t start = at * width * bytes_;
+      kernels_.multiply_gate(gate + start, up + start, rows * width);
+    });
   }
 
   void add(const char* x, const char* added, char* y) const {
