@@ -202,7 +202,7 @@ def test_masks_that_the_kernels_do_not_apply_go_to_transformers(llama: tuple[Bas
 
 
 def test_a_copy_of_the_model_has_layers_of_its_own(llama: tuple[Base, MaskManager]) -> None:
-    base, manager = llama
+    base, _ = llama
     ids = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
         before = base.model(ids).logits
