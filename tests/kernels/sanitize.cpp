@@ -1,5 +1,5 @@
-// The masked product and attention over many small shapes against sums in double, in memory of just the right size: what
-// AddressSanitizer and UndefinedBehaviorSanitizer are run on. Exits with 1 at the first wrong number.
+// The masked product and attention over many small shapes against sums in double, and layers, in memory of just the right
+// size: what AddressSanitizer and UndefinedBehaviorSanitizer are run on. Exits with 1 at the first wrong number.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -15,10 +15,12 @@ void multiply_avx512(const Call&) {}
 void multiply_avx512bf16(const Call&) {}
 void attend_avx512(const AttentionCall&) {}
 void attend_avx512bf16(const AttentionCall&) {}
+RowKernels rows_avx512(int32_t) { return {}; }
 #endif
 #if !defined(__x86_64__)
 void multiply_avx2(const Call&) {}
 void attend_avx2(const AttentionCall&) {}
+RowKernels rows_avx2(int32_t) { return {}; }
 #endif
 
 namespace {
@@ -205,6 +207,45 @@ bool check_attention(int32_t isa, int64_t heads, int64_t kv_heads, int64_t size,
   return true;
 }
 
+// Two layers in one call equal the two in two calls, where rows and outputs are enough for two threads.
+template <class T>
+bool check_layers(int32_t isa, int64_t rows, int64_t hidden, int64_t wide, int64_t heads, int64_t kv_heads, bool norms) {
+  constexpr int64_t kSize = 16, kPositions = 4;
+  const int64_t blocks = (rows + kPositions - 1) / kPositions, dtype = sizeof(T) == 4 ? kFloat32 : kBfloat16;
+  std::vector<std::vector<T>> held;
+  held.reserve(64);
+  const auto make = [&](int64_t count) {
+    held.emplace_back(count);
+    for (T& value : held.back()) value = encode<T>(uniform() - 0.5);
+    return held.back().data();
+  };
+  const auto linear = [&](int64_t out, int64_t in) { return Linear{make(out * in), make(out), out, in, dtype, 0}; };
+  std::vector<Layer> layers;
+  for (const int64_t after : {0, 1}) {
+    const Linear q = linear(heads * kSize, hidden), k = linear(kv_heads * kSize, hidden), v = linear(k.out, hidden);
+    layers.push_back({q, k, v, linear(hidden, q.out), linear(wide, hidden), linear(wide, hidden), linear(hidden, wide),
+                      make(hidden), make(hidden), norms ? make(kSize) : nullptr, norms ? make(kSize) : nullptr, dtype,
+                      heads, kv_heads, kSize, after, after, 1e-6, 0.25, 0.5});
+  }
+  std::vector<int64_t> slots;
+  std::vector<int32_t> table(blocks);
+  for (int64_t block = 0; block < blocks; block++) table[block] = blocks - 1 - block;
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t head = 0; head < kv_heads; head++)
+      slots.push_back((table[row / kPositions] * kv_heads + head) * kPositions + row % kPositions);
+  const int32_t start = 0, length = rows;
+  const int64_t cached = blocks * kv_heads * kPositions * kSize;
+  T *keys = make(2 * cached), *values = make(2 * cached), *cos = make(rows * kSize), *sin = make(rows * kSize);
+  const Step step{keys,   values, slots.data(), table.data(), &start, &length,
+                  &length, 1,      blocks,       kPositions,   rows,   static_cast<int64_t>(cached * sizeof(T))};
+  T *x = make(rows * hidden), *y = make(rows * hidden), *once = make(rows * hidden), *twice = make(rows * hidden);
+  const auto run = [&](int64_t first, int64_t number, const T* from, T* to, int32_t threads) {
+    return masquerade_layers(&layers[first], first, number, &step, nullptr, 0, cos, sin, from, to, isa, threads) == kDone;
+  };
+  const bool done = run(0, 2, x, y, 2) && run(0, 1, x, once, 1) && run(1, 1, once, twice, 1);
+  return done && !std::memcmp(y, twice, rows * hidden * sizeof(T)) && std::isfinite(decode(y[0]));
+}
+
 }  // namespace
 
 int main() {
@@ -231,6 +272,10 @@ int main() {
           if (!check_attention<float>(isa, many[0], many[1], block[0], block[1], rows, lengths)) return 1;
           if (!check_attention<uint16_t>(isa, many[0], many[1], block[0], block[1], rows, lengths)) return 1;
         }
+    for (const bool norms : {false, true}) {
+      if (!check_layers<float>(isa, 5, 33, 17, 3, 1, norms) || !check_layers<float>(isa, 260, 32, 256, 2, 2, norms)) return 1;
+      if (!check_layers<uint16_t>(isa, 260, 32, 256, 2, 2, norms)) return 1;
+    }
     for (const auto& shape : shapes)
       for (const auto& batch : batches)
         for (int64_t base_rows : {0, 1, 26}) {

@@ -63,7 +63,7 @@ class LayerParts:
         fields: list[int] = []
         for linear, index in zip(self.linears, self.indices, strict=True):
             fields += _address(linear.weight), _address(linear.bias), *linear.weight.shape, DTYPES[dtype], index
-        fields += (0 if norm is None else _address(norm.weight) for norm in self.norms)
+        fields += (_address(None if norm is None else norm._parameters["weight"]) for norm in self.norms)
         heads, kv_heads = (linear.out_features // self.head_size for linear in self.linears[:2])
         fields += DTYPES[dtype], heads, kv_heads, self.head_size, self.rotates, self.norms_rotated
         return struct.pack(_LAYER, *fields, self.eps, self.scale, self.residual)
