@@ -283,6 +283,42 @@ def measure_decoding(scale: Scale) -> Iterator[Figure]:
         manager.detach()
 
 
+def measure_layers(scale: Scale) -> Iterator[Figure]:
+    """Decode steps in bf16 with layers in one native call, and with transformers' forward of each."""
+    base = make_base(scale.model)
+    base.model.to(torch.bfloat16)
+    manager = MaskManager.attach(base.model)
+    masks: list[AppliedMask | None] = [AppliedMask(manager.fit(make_mask(base, seed)), 0.0) for seed in range(PERSONAS)]
+    bare: list[AppliedMask | None] = [None]
+    forwards = {module: vars(module)["forward"] for module in base.model.modules() if "forward" in vars(module)}
+
+    def assign(native: bool) -> None:
+        for module, forward in forwards.items():
+            if native:
+                module.forward = forward
+            else:
+                vars(module).pop("forward", None)
+
+    for count, applied in ((1, bare), (1, masks), (16, bare), (16, masks)):
+        engines = {native: _start_decoding(base, count, applied) for native in (True, False)}
+        spent: dict[bool, list[float]] = {native: [] for native in engines}
+        for _ in range(scale.quiet):
+            for native, engine in engines.items():
+                assign(native)
+                started = time.process_time()
+                engine.step()
+                spent[native].append(time.process_time() - started)
+        assign(True)
+        for engine in reversed(engines.values()):
+            engine.stop()
+        worn = "the base" if applied is bare else f"{min(count, PERSONAS)} personas"
+        label = f"bf16, {count} streams of {worn}"
+        yield Figure(f"{label}, step", float(np.median(spent[True])) * 1e3, "CPU-ms")
+        ratio = float(np.median(np.array(spent[False]) / np.array(spent[True])))
+        yield Figure(f"{label}, step with transformers' layers / native", ratio, "x")
+    manager.detach()
+
+
 def _start_decoding(base: Base, count: int, applied: Sequence[AppliedMask | None]) -> Engine:
     """An engine whose requests have computed their prompts."""
     engine = Engine(base, EngineConfig(speculate=False, cache_bytes=2**27))
@@ -301,6 +337,7 @@ PARTS = {
     "decode": measure_decoding,
     "host": measure_host_work,
     "latency": measure_latency,
+    "layers": measure_layers,
     "throughput": measure_throughput,
 }
 
