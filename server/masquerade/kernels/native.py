@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class Library:
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),  # spans, their count, index of the Linear
             *(ctypes.c_void_p,) * 4,  # weight, bias, x, y
             *(ctypes.c_int64,) * 3,  # rows, out, in
-            *(ctypes.c_int32,) * 3,  # dtype, isa, threads
+            *(ctypes.c_int32,) * 4,  # dtype, form, isa, threads
         )
         self.attend = library.masquerade_attention
         self.attend.argtypes = (
@@ -77,6 +77,16 @@ class Library:
         self.read_list = library.masquerade_list_read
         self.read_list.argtypes = (*kind_and_dtype, address, size, address, address)
         self.read_list.restype = None
+        form = ctypes.c_int32
+        self.measure_quantised = library.masquerade_quantised_size
+        self.measure_quantised.argtypes = (form, size, size)  # out, in
+        self.measure_quantised.restype = ctypes.c_int64
+        self.write_quantised = library.masquerade_quantised_write
+        self.write_quantised.argtypes = (form, address, size, size, size, address)  # first, count, in
+        self.write_quantised.restype = None
+        self.read_quantised = library.masquerade_quantised_read
+        self.read_quantised.argtypes = (form, address, address, size, size, address)  # outputs, their count, in
+        self.read_quantised.restype = None
         supported = library.masquerade_isas()  # bit i: ISAS[i]
         self.isas = [name for bit, name in enumerate(ISAS) if supported >> bit & 1]
         self.fastest = ISAS.index(self.isas[-1])
@@ -101,11 +111,18 @@ def require_library() -> Library:
     return library
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is a `QuantisedWeight`."""
+    return weight.dtype is torch.uint8 and hasattr(weight, "matrix")
+
+
 def serves(module: nn.Module, device: str | None = None) -> TypeGuard[nn.Linear]:
-    """Whether the library supports a module: a plain fp32 or bf16 Linear on the CPU.
+    """Whether the library supports a module: a plain fp32 or bf16 Linear on the CPU, or one of `quantised.py`.
 
     `device` as in `kernels.choose`.
     """
+    if isinstance(module, nn.Linear) and is_quantised(module.weight):
+        return True
     if type(module) is not nn.Linear or module.weight.dtype not in DTYPES:
         return False
     if (device or module.weight.device.type) != "cpu":
@@ -140,7 +157,7 @@ class NativeMask(ABC):
         """Map rows [n, in] to [n, out], in torch, with gradients."""
         dtype = accumulator(x.dtype)
         kept = torch.from_numpy(self.to_keep()).to(x.device)
-        return F.linear(x.to(dtype), self._linear.weight.to(dtype).masked_fill(kept, 0))
+        return F.linear(x.to(dtype), _read(self._linear).to(dtype).masked_fill(kept, 0))
 
 
 class NativeBits(NativeMask):
@@ -164,7 +181,7 @@ class NativeList(NativeMask):
         sparse, (kind, dtype, column) = target.to_sparse(), _layout(linear)
         data = torch.empty(self.footprint(linear, sparse.pruned), dtype=torch.uint8).numpy()  # starts on a cache line
         super().__init__(linear, sparse.pruned, kind, data)
-        rows, cols, weight = sparse.rows, sparse.cols.astype(column, copy=False), linear.weight
+        rows, cols, weight = sparse.rows, sparse.cols.astype(column, copy=False), _read(linear)
         require_library().write_list(
             kind, dtype, rows.ctypes.data, cols.ctypes.data, weight.data_ptr(), *self.shape, data.ctypes.data
         )
@@ -186,10 +203,17 @@ class NativeList(NativeMask):
         return keep
 
 
+def _read(linear: nn.Linear) -> Tensor:
+    """The weight [out, in], dequantised if it is quantised."""
+    weight: Any = linear.weight
+    values: Tensor = weight.read(torch.arange(linear.out_features)) if is_quantised(weight) else weight
+    return values
+
+
 def _layout(linear: nn.Linear) -> tuple[int, int, type[np.uint16 | np.uint32]]:
     """The kind, and the dtypes of values and columns, of a Linear's lists."""
     wide = linear.in_features >= 1 << 16  # an output may have as many pruned weights
-    dtype = DTYPES[linear.weight.dtype]
+    dtype = DTYPES[torch.bfloat16 if is_quantised(linear.weight) else linear.weight.dtype]
     return (_WIDE_LIST, dtype, np.uint32) if wide else (_LIST, dtype, np.uint16)
 
 
@@ -214,6 +238,13 @@ class NativeSpan(NamedTuple):
     strength: float  # 1 - gamma
     start: int
     stop: int
+
+
+def _describe(weight: Any) -> tuple[Sequence[int], torch.dtype, int]:
+    """The shape and the dtype of a weight's values, and its form in product.h."""
+    if weight.dtype is torch.uint8:
+        return weight.matrix, torch.bfloat16, weight.form
+    return weight.shape, weight.dtype, 0
 
 
 class NativeProduct:
@@ -249,14 +280,13 @@ class NativeProduct:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, index: int | None = None) -> Tensor:
         """Map rows [..., in] to [..., out] in the weight's dtype; `index` is from `find`, and None ignores all masks.
 
-        Raises `ValueError` if x has another width or dtype than the weight, if a span ends beyond the rows, or if spans
-        overlap.
+        A quantised weight has the dtype bf16. Raises `ValueError` if x has another width or dtype than the weight, if a
+        span ends beyond the rows, or if spans overlap.
         """
-        x, shape, (out, columns), dtype = x.contiguous(), x.shape, weight.shape, x.dtype
-        if shape[-1] != columns or dtype != weight.dtype:
-            raise ValueError(
-                f"inputs {tuple(shape)} of {x.dtype} do not fit the weight {tuple(weight.shape)} of {weight.dtype}"
-            )
+        x, shape, dtype = x.contiguous(), x.shape, x.dtype
+        (out, columns), values, form = _describe(weight)
+        if shape[-1] != columns or dtype != values:
+            raise ValueError(f"inputs {tuple(shape)} of {dtype} do not fit the weight {(out, columns)} of {values}")
         y = x.new_empty(*shape[:-1], out)
         rows = x.numel() // columns
         failed = self._multiply(
@@ -271,6 +301,7 @@ class NativeProduct:
             out,
             columns,
             DTYPES[dtype],
+            form,
             self._isa,
             torch.get_num_threads(),
         )

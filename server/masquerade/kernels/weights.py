@@ -1,4 +1,4 @@
-"""The dense weight of a plain or bitsandbytes Linear, and tensors that share an array's memory."""
+"""The dense weight of a plain, quantised or bitsandbytes Linear, and tensors that share an array's memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from masquerade.kernels.native import is_quantised
+
 TILE = 2**20  # weights that are dequantised at a time
 
 
 def dense_weight(linear: nn.Linear) -> Tensor:
     """The weight [out, in] of a Linear; a quantised weight is dequantised in each call.
 
-    An int8 code is a multiple of 1/127 of its row's largest weight and becomes fp32. 4-bit weights get their
+    A `QuantisedWeight` becomes bfloat16. An int8 code is a multiple of 1/127 of its row's largest weight and becomes fp32. 4-bit weights get their
     quantisation state's dtype.
     """
     if linear.weight.is_floating_point():
@@ -49,6 +51,8 @@ def _align(linear: nn.Linear, rows: int) -> int:
 def _dequantize(linear: nn.Linear, begin: int, end: int) -> Tensor:
     """Rows `begin` to `end` of a quantised weight; `begin` is a multiple of what `_align` returns."""
     weight: Any = linear.weight
+    if is_quantised(weight):
+        return weight.read(torch.arange(begin, end))  # type: ignore[no-any-return]
     if (state := getattr(weight, "quant_state", None)) is None:
         holder: Any = weight if weight.CB is not None else linear.state  # the first product moves codes and scales
         return holder.CB[begin:end].float() * (holder.SCB[begin:end].float() / 127).unsqueeze(1)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ struct Call {
   const int64_t* order;  // [rows]; null: as they are
   const Group* groups;   // of all rows but the base's, which come first
   int64_t group_count, rows, out, in;
-  int32_t dtype, threads;
+  int32_t dtype, form, threads;
 };
 
 struct AttentionCall {

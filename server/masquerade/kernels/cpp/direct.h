@@ -71,7 +71,7 @@ void direct_rows(const Inputs<T>& inputs, const Pass& pass, const Place<T>& plac
 
 // The tile that begins at an output, for all passes.
 template <class T>
-void direct_tile(const Job<T>& job, int64_t output, float* totals, const Stage& stage) {
+void direct_tile(const Job<T>& job, int64_t output, T* room, float* totals, const Stage& stage) {
   constexpr decltype(&direct_rows<T, Mode::dense, false>) kDirect[3][2] = {
       {direct_rows<T, Mode::dense, false>, nullptr},
       {direct_rows<T, Mode::hard, false>, direct_rows<T, Mode::hard, true, Lanes::each>},
@@ -80,12 +80,13 @@ void direct_tile(const Job<T>& job, int64_t output, float* totals, const Stage& 
   // A single pass over long rows of plain weights takes memory as fast as it comes, in pairs of lines: to ask for each
   // line would be in its way.
   const bool single = job.passes.size() == 1 && job.passes.begin()->mode == Mode::dense;
-  const bool pairs = single && in * sizeof(T) >= kLong;
-  Ahead ahead(job.weight(output + kTile), kTile * in * sizeof(T), steps, pairs ? 2 * kCacheLine : kCacheLine);
+  const bool pairs = single && job.tile_bytes() >= kTile * kLong;
+  Ahead ahead(job.memory(output + kTile), job.tile_bytes(), steps, pairs ? 2 * kCacheLine : kCacheLine);
   const auto compute = [&](int64_t at, int64_t apart) {
-    const Place<T> place{job.weight(at), apart * in, at * job.keep_stride(), apart * job.keep_stride()};
     for (int64_t k = 0; k < in; k += kChunk) {
       const int64_t stop = std::min(k + kChunk, in);
+      const Weights<T> weights = job.weights(at, k, stop, room, kApart<T>);
+      const Place<T> place{weights.at, apart * weights.apart, at * job.keep_stride(), apart * job.keep_stride()};
       float* kept = totals;
       for (const Pass& pass : job.passes) {
         const Reach reach{k, stop, k == 0, stop == in, kept, stage.of(pass.whole, pass.row, at)};

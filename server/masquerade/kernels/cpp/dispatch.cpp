@@ -68,11 +68,11 @@ extern "C" int32_t masquerade_isas() {
 
 extern "C" int32_t masquerade_product(const Span* spans, int64_t count, int64_t number, const void* weight,
                                       const void* bias, const void* x, void* y, int64_t rows, int64_t out, int64_t in,
-                                      int32_t dtype, int32_t isa, int32_t threads) {
+                                      int32_t dtype, int32_t form, int32_t isa, int32_t threads) {
   static thread_local Arrangement arrangement;
   if (!(masquerade_isas() >> isa & 1)) return kNoIsa;
   if (!rows) return kDone;
-  Call call{weight, bias, x, y, nullptr, nullptr, 0, rows, out, in, dtype, threads};
+  Call call{weight, bias, x, y, nullptr, nullptr, 0, rows, out, in, dtype, form, threads};
   if (count) {
     if (!arrangement.arrange(spans, count, number, rows)) return kNoRoute;
     call.order = arrangement.order();

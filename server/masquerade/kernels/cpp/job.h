@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "call.h"
+#include "dequantise.h"
 #include "list.h"
 
 namespace {
@@ -18,6 +19,8 @@ constexpr int64_t kChunk = 2048;   // inputs of a tile that is multiplied straig
 constexpr int64_t kLong = 4096;    // bytes of a row that memory is ahead of by itself
 template <class T>
 constexpr int64_t kDepth = 512 * Lanes::width / sizeof(Lanes::Input<T>);  // inputs of a panel
+template <class T>
+constexpr int64_t kApart = std::max(kChunk, kDepth<T>) + 32;  // of the outputs of a tile that is dequantised
 constexpr int64_t kBand = 264;     // rows whose accumulators are kept from one depth to the next
 constexpr int64_t kMany = 8;       // from so many rows of a mask on, its weights are unpacked into panels
 constexpr int64_t kManyDense = 24;          // the same for weights as they are
@@ -143,6 +146,13 @@ void lay_out(const T* from, int64_t in, int64_t stride, Input<T>* to) {
     }
 }
 
+// Where an output's input 0 is, or would be, and how far outputs are apart.
+template <class T>
+struct Weights {
+  const T* at;
+  int64_t apart;
+};
+
 template <class T>
 struct Job {
   const Call& call;
@@ -152,6 +162,23 @@ struct Job {
   Many<Piece> blends;       // rows whose product is made of two
   Many<Listed<T>> listed;
 
+  // Weights of the outputs of a tile, or of its rest, for some inputs; `room` takes those of a tile that is quantised.
+  Weights<T> weights(int64_t output, int64_t start, int64_t stop, T* room, int64_t stride) const {
+    if constexpr (std::is_same_v<T, T16>)
+      if (call.form != kPlain) {
+        dequantise(call.form, call.weight, call.in, output, start, stop, room, stride);
+        return {room + output % kTile * stride - start, stride};
+      }
+    return {weight(output), call.in};
+  }
+  // Where the weights of a tile are in memory, and their bytes.
+  const char* memory(int64_t output) const {
+    const int64_t tile = output / kTile;
+    return static_cast<const char*>(call.weight) + tile * tile_bytes() + output % kTile * call.in * sizeof(T);
+  }
+  int64_t tile_bytes() const {
+    return call.form == kPlain ? kTile * call.in * sizeof(T) : Quantisation(call.form).tile(call.in);
+  }
   const T* weight(int64_t output) const { return static_cast<const T*>(call.weight) + output * call.in; }
   const T* input(int64_t row) const { return static_cast<const T*>(call.x) + place(row) * call.in; }
   T* result(int64_t row) const { return static_cast<T*>(call.y) + place(row) * call.out; }

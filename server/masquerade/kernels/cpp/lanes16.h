@@ -80,6 +80,34 @@ struct Lanes {
   }
 #endif
 
+  // Quantised weights: fp16 to fp32, 16 at a time, and 32 inputs of 4 outputs to bf16.
+  static inline void widen_halves(const uint16_t* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += width)
+      store(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+  }
+  template <int zero, bool offset>
+  static inline void four_bits(const uint8_t* codes, const float* scales, const float* offsets, uint16_t* to,
+                               int64_t stride) {
+    const F levels = _mm512_setr_ps(0 - zero, 1 - zero, 2 - zero, 3 - zero, 4 - zero, 5 - zero, 6 - zero, 7 - zero,
+                                    8 - zero, 9 - zero, 10 - zero, 11 - zero, 12 - zero, 13 - zero, 14 - zero, 15 - zero);
+    const I words = _mm512_loadu_si512(codes);
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; m++) {
+      F values = _mm512_mul_ps(levels, fill(scales[m]));
+      if constexpr (offset) values = _mm512_add_ps(values, fill(offsets[m]));
+      const I table = narrow(values, values);  // twice, as the fifth bit of a word is another output's
+      _mm512_storeu_si512(to + m * stride, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * m), table));
+    }
+  }
+  static inline void eight_bits(const uint8_t* codes, const float* scales, uint16_t* to, int64_t stride) {
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; m++) {
+      const F scale = fill(scales[m]);
+      _mm512_storeu_si512(to + m * stride, narrow(_mm512_mul_ps(signed_bytes(codes + m * 32), scale),
+                                                  _mm512_mul_ps(signed_bytes(codes + m * 32 + 16), scale)));
+    }
+  }
+
   // Lists: how many weights the lanes have, which lanes have more than `step`, and inputs from everywhere.
   static inline I count(const uint16_t* counts) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts)));
@@ -128,6 +156,25 @@ struct Lanes {
     std::memcpy(&kept, keep, sizeof kept);
     return kept;
   }
+  static inline F signed_bytes(const uint8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+#if defined(__AVX512BF16__)
+  static inline I narrow(F low, F high) { return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(high, low)); }
+#else
+  static inline I narrow(F low, F high) {
+    const I odd = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0x230021,
+                                    0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d);
+    return _mm512_permutex2var_epi16(round(low), odd, round(high));
+  }
+  static inline I round(F value) {  // to bf16, in the high half; ties to even
+    const I bits = _mm512_castps_si512(value), one = _mm512_set1_epi32(1);
+    const I last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    const I rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  }
+#endif
   static inline F widen(__m256i value) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16));
   }

@@ -80,6 +80,41 @@ struct Lanes {
     return widen<part>(raw) * (sign < 0 ? fill(1.0f) : gamma);
   }
 
+  // Quantised weights: fp16 to fp32, 8 at a time, and 32 inputs of 4 outputs to bf16.
+  static inline void widen_halves(const uint16_t* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += width) {
+      const I half = __builtin_convertvector(copy<H>(from + i), I), exponent = half & 0x7c00;
+      const I bias = exponent == 0x7c00 ? I{} + (224 << 23) : exponent ? I{} + (112 << 23) : I{} + (113 << 23);
+      const F value = (F)(((half & 0x7fff) << 13) + bias), small = value - 0x1p-14f;
+      store(to + i, (F)((exponent ? (I)value : (I)small) | (half & 0x8000) << 16));
+    }
+  }
+  template <int zero, bool offset>
+  static inline void four_bits(const uint8_t* codes, const float* scales, const float* offsets, uint16_t* to,
+                               int64_t stride) {
+    for (int half = 0; half < 2; half++) {
+      const I words = copy<I>(codes + half * 32);
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; m++) {
+        F even = __builtin_convertvector((words >> 4 * m & 15) - zero, F) * scales[m];
+        F odd = __builtin_convertvector((words >> (16 + 4 * m) & 15) - zero, F) * scales[m];
+        if constexpr (offset) even += offsets[m], odd += offsets[m];
+        const I values = pair(round(even), round(odd));
+        std::memcpy(to + m * stride + half * 16, &values, sizeof values);
+      }
+    }
+  }
+  static inline void eight_bits(const uint8_t* codes, const float* scales, uint16_t* to, int64_t stride) {
+    for (int m = 0; m < 4; m++)
+      for (int half = 0; half < 2; half++) {
+        const I words = __builtin_convertvector(copy<H>(codes + m * 32 + half * 16), I);
+        const F even = __builtin_convertvector(words << 24 >> 24, F) * scales[m];
+        const F odd = __builtin_convertvector(words << 16 >> 24, F) * scales[m];
+        const I values = pair(round(even), round(odd));
+        std::memcpy(to + m * stride + half * 16, &values, sizeof values);
+      }
+  }
+
   static inline I count(const uint16_t* counts) { return __builtin_convertvector(copy<H>(counts), I); }
   static inline I count(const uint32_t* counts) { return copy<I>(counts); }
   static inline I more(I counts, int32_t step) { return counts > step; }
@@ -119,6 +154,11 @@ struct Lanes {
     if constexpr (part == 0) return (F)((I)value << 16);
     return (F)((I)value & (I{} + static_cast<int32_t>(0xffff0000)));
   }
+  static inline I round(F value) {  // to bf16, in the high half; ties to even
+    const I bits = (I)value, rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return value != value ? bits | 0x400000 : rounded;
+  }
+  static inline I pair(I even, I odd) { return (even >> 16 & 0xffff) | (odd & static_cast<int32_t>(0xffff0000)); }
   static inline Quad fold(F v) {
     return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   }

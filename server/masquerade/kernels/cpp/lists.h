@@ -3,6 +3,8 @@
 // An output's listed weights are added one after the other, in the list's order, wherever and for however many rows
 // that is done.
 #pragma once
+#include <vector>
+
 #include "job.h"
 
 namespace {
@@ -118,7 +120,8 @@ float without(const Job<T>& job, Walk<T, C> walk, int64_t output, int64_t row) {
   int64_t lane = walk.places[output % kBlock];
   for (; lane >= kSlice; lane -= kSlice, walk.next_slice())
     for (int64_t other = 0; other < kSlice; other++) walk.pass(walk.counts[other]);
-  const T *w = job.weight(output), *x = job.input(row);
+  std::vector<T> room(job.call.form == kPlain ? 0 : kTile * job.call.in);
+  const T *w = job.weights(output, 0, job.call.in, room.data(), job.call.in).at, *x = job.input(row);
   float sum = 0.0f;
   int64_t step = 0;
   for (int64_t k = 0; k < job.call.in; k++) {

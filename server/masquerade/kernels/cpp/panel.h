@@ -9,13 +9,14 @@ constexpr int64_t kTileLanes = kTile * Lanes::width;
 // Effective weights of outputs `first` to `last` and inputs `start` to `stop`, as [tile, step, part, kTile, kVector].
 template <class T, Mode mode>
 void unpack(const Job<T>& job, const Piece& piece, int64_t first, int64_t last, int64_t start, int64_t stop,
-            Input<T>* to) {
+            T* room, Input<T>* to) {
   constexpr int step = kStep<T>;
   const F gamma = Lanes::fill(piece.gamma);
-  for (int64_t tile = first; tile < last; tile += kTile)
+  for (int64_t tile = first; tile < last; tile += kTile) {
+    const Weights<T> weights = job.weights(tile, start, std::min(stop, job.call.in), room, kApart<T>);
     for (int m = 0; m < kTile; m++) {
       const int64_t output = std::min(tile + m, last - 1);  // a tile beyond the edge computes its last output again
-      const T* row = job.weight(output);
+      const T* row = weights.at + (output - tile) * weights.apart;
       const uint8_t* keep = mode == Mode::dense ? nullptr : piece.keep + output * job.keep_stride();
       Input<T>* at = to + (tile - first) * (stop - start) + m * kVector<T>;
       for (int64_t k = start; k < stop; k += step, at += kTile * step) {
@@ -32,6 +33,7 @@ void unpack(const Job<T>& job, const Piece& piece, int64_t first, int64_t last, 
         });
       }
     }
+  }
 }
 
 // Multiplies one unpacked tile of some depth with `n` rows.
@@ -62,19 +64,19 @@ void sweep_rows(int64_t rows, const Input<T>* panel, const Input<T>* x, int64_t 
 
 // Outputs `first` to `last` (at most kPanel) of a piece's rows.
 template <class T>
-void panel_piece(const Job<T>& job, const Piece& piece, int64_t first, int64_t last, Input<T>* panel, float* totals,
-                 const Stage& stage) {
+void panel_piece(const Job<T>& job, const Piece& piece, int64_t first, int64_t last, T* room, Input<T>* panel,
+                 float* totals, const Stage& stage) {
   constexpr decltype(&unpack<T, Mode::dense>) kUnpack[3] = {unpack<T, Mode::dense>, unpack<T, Mode::hard>,
                                                             unpack<T, Mode::soft>};
   const int64_t tiles = (last - first + kTile - 1) / kTile, in = round_up(job.call.in, kStep<T>);
   const int64_t rows = piece.stop - piece.start, bands = (rows + kBand - 1) / kBand;
   const int64_t sweeps = rows / Lanes::rows * tiles * ((in + kDepth<T> - 1) / kDepth<T>);
-  Ahead ahead(job.weight(last), kPanel * job.call.in * sizeof(T), sweeps);
+  Ahead ahead(job.memory(last), kPanel / kTile * job.tile_bytes(), sweeps);
   for (int64_t band = 0; band < bands; band++) {
     const int64_t begin = piece.start + rows * band / bands, end = piece.start + rows * (band + 1) / bands;
     for (int64_t k = 0; k < in; k += kDepth<T>) {
       const int64_t depth = std::min(kDepth<T>, in - k), groups = (end - begin + Lanes::rows - 1) / Lanes::rows;
-      kUnpack[static_cast<int>(piece.mode)](job, piece, first, last, k, k + depth, panel);
+      kUnpack[static_cast<int>(piece.mode)](job, piece, first, last, k, k + depth, room, panel);
       for (int64_t group = 0; group < groups; group++) {
         const int64_t row = begin + (end - begin) * group / groups, next = begin + (end - begin) * (group + 1) / groups;
         for (int64_t tile = 0; tile < tiles; tile++) {

@@ -10,6 +10,7 @@
 constexpr int32_t kInterface = 6;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum Form : int32_t { kPlain = 0, kQ4_0 = 1, kQ4_1 = 2, kQ8_0 = 3 };  // of a weight: of dtype, or quantised as GGUF has it
 enum Kind : int64_t { kNothing = 0, kList16 = 1, kList32 = 2, kBitmap = 3 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2 };  // no route: spans overlap or end beyond the batch
@@ -65,13 +66,23 @@ void masquerade_list_write(int64_t kind, int32_t dtype, const int32_t* offsets, 
                            int64_t out, int64_t in, void* list);
 void masquerade_list_read(int64_t kind, int32_t dtype, void* list, int64_t out, int32_t* offsets, void* columns);
 
+// A quantised weight is laid out once, when it is loaded (quantised.h). Its values are those of GGUF, rounded to bf16.
+// `in` is a multiple of 32.
+int64_t masquerade_quantised_size(int32_t form, int64_t out, int64_t in);  // bytes; a weight begins a cache line
+// Lay out `count` outputs from `first` on, a multiple of 4, as so are `count` or the outputs end there; `blocks` are theirs.
+void masquerade_quantised_write(int32_t form, const void* blocks, int64_t first, int64_t count, int64_t in, void* weight);
+// The values of some outputs, bf16 [count, in].
+void masquerade_quantised_read(int32_t form, const void* weight, const int64_t* outputs, int64_t count, int64_t in,
+                               void* to);
+
 // Spans are in any order; those of one mask and strength should follow one another. Rows of no span are the base's.
 int32_t masquerade_product(const Span* spans, int64_t count, int64_t number,
-                           const void* weight,  // [out, in], of dtype
+                           const void* weight,  // [out, in], of dtype; or quantised, if dtype is bf16
                            const void* bias,    // [out] of dtype, or null
                            const void* x,       // [rows, in], of dtype
                            void* y,             // [rows, out], of dtype
-                           int64_t rows, int64_t out, int64_t in, int32_t dtype, int32_t isa, int32_t threads);
+                           int64_t rows, int64_t out, int64_t in, int32_t dtype, int32_t form, int32_t isa,
+                           int32_t threads);
 
 // Attention of rows that are consecutive positions of a request, chunk by chunk: the last row of a chunk attends to
 // the first `lengths` positions of its blocks, the one before to one less. `heads` is a multiple of `kv_heads`, `size` of

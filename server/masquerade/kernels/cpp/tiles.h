@@ -25,10 +25,12 @@ void finish(const Job<T>& job, const Stage& stage) {
   }
 }
 
-// What a thread works with: a block on its way, accumulators between two reaches, unpacked weights, sums of lists.
+// What a thread works with: a block on its way, a tile that is dequantised, accumulators between two reaches, unpacked
+// weights, sums of lists.
 template <class T>
 struct Bench {
   Stage stage;
+  T* room;
   float* totals;
   Input<T>* panel;
   float* lists;
@@ -38,11 +40,13 @@ struct Bench {
     const int64_t panels = job.panels.size() ? kPanel : 0, summed = job.listed.size() ? kLine<T> * kBlock : 0;
     const int64_t kept = std::max(panels * kBand, 2 * rows * kTile) * Lanes::width;
     const int64_t floats = staged + blended + kept + summed;
-    scratch.reserve(floats * sizeof(float) + panels * kDepth<T> * sizeof(Input<T>), 5);
+    const int64_t dequantised = job.call.form == kPlain ? 0 : kTile * kApart<T>;
+    scratch.reserve(floats * sizeof(float) + panels * kDepth<T> * sizeof(Input<T>) + dequantised * sizeof(T), 6);
     stage = {scratch.take<float>(staged), scratch.take<float>(blended), start, start};
     totals = scratch.take<float>(kept);
     panel = scratch.take<Input<T>>(panels * kDepth<T>);
     lists = scratch.take<float>(summed);
+    room = scratch.take<T>(dequantised);
   }
 };
 
@@ -59,11 +63,12 @@ void run(const Job<T>& job, int64_t start, int64_t stop) {
         const int64_t lists = job.listed.size(), tile = (output - stage.first) / kTile, tiles = kBlock / kTile;
         const Listed<T>* first = job.listed.begin();
         fetch_lists<false>(job, stage, first + lists * tile / tiles, first + lists * (tile + 1) / tiles);
-        direct_tile(job, output, bench.totals, stage);
+        direct_tile(job, output, bench.room, bench.totals, stage);
       }
     for (const Piece& piece : job.panels)
       for (int64_t first = stage.first; first < stage.last; first += kPanel)
-        panel_piece(job, piece, first, std::min(first + kPanel, stage.last), bench.panel, bench.totals, stage);
+        panel_piece(job, piece, first, std::min(first + kPanel, stage.last), bench.room, bench.panel, bench.totals,
+                    stage);
     for (const Piece& piece : job.blends)
       for (int64_t at = piece.start * kRow; at < piece.stop * kRow; at++)
         stage.sums[at] = Lanes::fma(piece.gamma, stage.whole[at], (1.0f - piece.gamma) * stage.sums[at]);
