@@ -69,6 +69,46 @@ void direct_rows(const Inputs<T>& inputs, const Pass& pass, const Place<T>& plac
   direct<T, mode, each, n>(inputs, pass, place, reach, ahead);
 }
 
+// The same for the products of a single pass without masks and quantised weights: they never leave the registers.
+template <class T, int32_t form, int n>
+void direct_quantised(const Inputs<T>& inputs, const Pass& pass, const QuantisedTile& tile, const Reach& reach,
+                      Ahead& ahead_) {
+  const Input<T>* x = inputs.x + pass.row * inputs.stride;
+  Ahead ahead = ahead_;
+  F total[kTile][n];
+  reach.begin<n>(total);
+  const auto fetch = [&](int64_t) __attribute__((always_inline)) { ahead.fetch(); };
+  dequantise<form>(tile, reach.start, reach.stop, fetch, [&](int m, int64_t k, auto values) __attribute__((always_inline)) {
+    each_of<Lanes::parts<T>>([&](auto part) __attribute__((always_inline)) {
+      const Vector<T> weights = Lanes::effective<Mode::dense, part.value>(values, nullptr, F{});
+#pragma GCC unroll 8
+      for (int r = 0; r < n; r++) {
+        const Vector<T> input = Lanes::load(x + r * inputs.stride + k + part.value * kVector<T>);
+        total[m][r] = Lanes::fma(weights, input, total[m][r]);
+      }
+    });
+  });
+  ahead_ = ahead;
+  reach.end<n>(total);
+}
+
+template <class T, int32_t form, int n = Lanes::rows>
+void direct_quantised_rows(const Inputs<T>& inputs, const Pass& pass, const QuantisedTile& tile, const Reach& reach,
+                           Ahead& ahead) {
+  if constexpr (n > 1)
+    if (pass.rows < n) return direct_quantised_rows<T, form, n - 1>(inputs, pass, tile, reach, ahead);
+  direct_quantised<T, form, n>(inputs, pass, tile, reach, ahead);
+}
+
+// Whether that is done, and by what for each form.
+template <class T>
+constexpr bool kFuses = Lanes::fuses && std::is_same_v<T, T16>;
+template <class T, bool fuses = kFuses<T>>
+constexpr decltype(&direct_quantised_rows<T, kQ4_0>) kFused[] = {
+    nullptr, direct_quantised_rows<T, kQ4_0>, direct_quantised_rows<T, kQ4_1>, direct_quantised_rows<T, kQ8_0>};
+template <class T>
+constexpr decltype(&direct_quantised_rows<T, kQ4_0>) kFused<T, false>[] = {nullptr, nullptr, nullptr, nullptr};
+
 // The tile that begins at an output, for all passes.
 template <class T>
 void direct_tile(const Job<T>& job, int64_t output, T* room, float* totals, const Stage& stage) {
@@ -80,17 +120,21 @@ void direct_tile(const Job<T>& job, int64_t output, T* room, float* totals, cons
   // A single pass over long rows of plain weights takes memory as fast as it comes, in pairs of lines: to ask for each
   // line would be in its way.
   const bool single = job.passes.size() == 1 && job.passes.begin()->mode == Mode::dense;
+  const bool fused = kFuses<T> && single && job.call.form != kPlain;
   const bool pairs = single && job.tile_bytes() >= kTile * kLong;
   Ahead ahead(job.memory(output + kTile), job.tile_bytes(), steps, pairs ? 2 * kCacheLine : kCacheLine);
   const auto compute = [&](int64_t at, int64_t apart) {
     for (int64_t k = 0; k < in; k += kChunk) {
       const int64_t stop = std::min(k + kChunk, in);
-      const Weights<T> weights = job.weights(at, k, stop, room, kApart<T>);
+      const Weights<T> weights = fused && apart ? Weights<T>{} : job.weights(at, k, stop, room, kApart<T>);
       const Place<T> place{weights.at, apart * weights.apart, at * job.keep_stride(), apart * job.keep_stride()};
       float* kept = totals;
       for (const Pass& pass : job.passes) {
         const Reach reach{k, stop, k == 0, stop == in, kept, stage.of(pass.whole, pass.row, at)};
-        kDirect[static_cast<int>(pass.mode)][pass.each](job.inputs, pass, place, reach, ahead);
+        if (fused && apart)
+          kFused<T>[job.call.form](job.inputs, pass, job.tile(at), reach, ahead);
+        else
+          kDirect[static_cast<int>(pass.mode)][pass.each](job.inputs, pass, place, reach, ahead);
         kept += pass.rows * kTile * Lanes::width;
       }
     }

@@ -166,11 +166,12 @@ struct Job {
   Weights<T> weights(int64_t output, int64_t start, int64_t stop, T* room, int64_t stride) const {
     if constexpr (std::is_same_v<T, T16>)
       if (call.form != kPlain) {
-        dequantise(call.form, call.weight, call.in, output, start, stop, room, stride);
+        kDequantise[call.form](tile(output), start, stop, room, stride);
         return {room + output % kTile * stride - start, stride};
       }
     return {weight(output), call.in};
   }
+  QuantisedTile tile(int64_t output) const { return {Quantisation(call.form), call.weight, output, call.in}; }
   // Where the weights of a tile are in memory, and their bytes.
   const char* memory(int64_t output) const {
     const int64_t tile = output / kTile;

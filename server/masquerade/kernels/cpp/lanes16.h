@@ -80,31 +80,42 @@ struct Lanes {
   }
 #endif
 
-  // Quantised weights: fp16 to fp32, 16 at a time, and 32 inputs of 4 outputs to bf16.
+  // Quantised weights: fp16 to fp32, 16 at a time, and 32 inputs of 4 outputs to bf16, of which `take` gets vectors.
   static inline void widen_halves(const uint16_t* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += width)
-      store(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+    for (int64_t i = 0; i < count; i += width) {
+      const F value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+      const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      store(to + i, _mm512_mask_mov_ps(value, nan, fill(__builtin_nanf(""))));  // one that `round` does not carry
+    }
   }
-  template <int zero, bool offset>
-  static inline void four_bits(const uint8_t* codes, const float* scales, const float* offsets, uint16_t* to,
-                               int64_t stride) {
+#if defined(__AVX512BF16__)
+  static constexpr bool fuses = true;  // dequantising and multiplying, in registers
+#else
+  static constexpr bool fuses = false;
+#endif
+  template <int zero, bool offset, class Take>
+  static inline __attribute__((always_inline)) void four_bits(const uint8_t* codes, const float* scales,
+                                                              const float* offsets, const Take& take) {
     const F levels = _mm512_setr_ps(0 - zero, 1 - zero, 2 - zero, 3 - zero, 4 - zero, 5 - zero, 6 - zero, 7 - zero,
                                     8 - zero, 9 - zero, 10 - zero, 11 - zero, 12 - zero, 13 - zero, 14 - zero, 15 - zero);
     const I words = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
     for (int m = 0; m < 4; m++) {
-      F values = _mm512_mul_ps(levels, fill(scales[m]));
-      if constexpr (offset) values = _mm512_add_ps(values, fill(offsets[m]));
+      F values;  // products are exact, fused or not
+      if constexpr (offset) values = _mm512_fmadd_ps(levels, fill(scales[m]), fill(offsets[m]));
+      else values = _mm512_mul_ps(levels, fill(scales[m]));
       const I table = narrow(values, values);  // twice, as the fifth bit of a word is another output's
-      _mm512_storeu_si512(to + m * stride, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * m), table));
+      take(m, 0, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * m), table));
     }
   }
-  static inline void eight_bits(const uint8_t* codes, const float* scales, uint16_t* to, int64_t stride) {
+  template <class Take>
+  static inline __attribute__((always_inline)) void eight_bits(const uint8_t* codes, const float* scales,
+                                                               const Take& take) {
 #pragma GCC unroll 4
     for (int m = 0; m < 4; m++) {
       const F scale = fill(scales[m]);
-      _mm512_storeu_si512(to + m * stride, narrow(_mm512_mul_ps(signed_bytes(codes + m * 32), scale),
-                                                  _mm512_mul_ps(signed_bytes(codes + m * 32 + 16), scale)));
+      take(m, 0, narrow(_mm512_mul_ps(signed_bytes(codes + m * 32), scale),
+                        _mm512_mul_ps(signed_bytes(codes + m * 32 + 16), scale)));
     }
   }
 
@@ -170,9 +181,7 @@ struct Lanes {
   static inline I round(F value) {  // to bf16, in the high half; ties to even
     const I bits = _mm512_castps_si512(value), one = _mm512_set1_epi32(1);
     const I last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    const I rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
   }
 #endif
   static inline F widen(__m256i value) {

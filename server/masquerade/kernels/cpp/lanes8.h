@@ -80,38 +80,37 @@ struct Lanes {
     return widen<part>(raw) * (sign < 0 ? fill(1.0f) : gamma);
   }
 
-  // Quantised weights: fp16 to fp32, 8 at a time, and 32 inputs of 4 outputs to bf16.
+  // Quantised weights: fp16 to fp32, 8 at a time, and 32 inputs of 4 outputs to bf16, of which `take` gets vectors.
   static inline void widen_halves(const uint16_t* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += width) {
       const I half = __builtin_convertvector(copy<H>(from + i), I), exponent = half & 0x7c00;
       const I bias = exponent == 0x7c00 ? I{} + (224 << 23) : exponent ? I{} + (112 << 23) : I{} + (113 << 23);
       const F value = (F)(((half & 0x7fff) << 13) + bias), small = value - 0x1p-14f;
-      store(to + i, (F)((exponent ? (I)value : (I)small) | (half & 0x8000) << 16));
+      const F signed_ = (F)((exponent ? (I)value : (I)small) | (half & 0x8000) << 16);
+      store(to + i, signed_ == signed_ ? signed_ : fill(__builtin_nanf("")));  // one that `round` does not carry
     }
   }
-  template <int zero, bool offset>
-  static inline void four_bits(const uint8_t* codes, const float* scales, const float* offsets, uint16_t* to,
-                               int64_t stride) {
-    for (int half = 0; half < 2; half++) {
-      const I words = copy<I>(codes + half * 32);
+  static constexpr bool fuses = false;
+  template <int zero, bool offset, class Take>
+  static inline void four_bits(const uint8_t* codes, const float* scales, const float* offsets, const Take& take) {
+    for (int at = 0; at < 32; at += 16) {
+      const I words = copy<I>(codes + 2 * at);
 #pragma GCC unroll 4
       for (int m = 0; m < 4; m++) {
-        F even = __builtin_convertvector((words >> 4 * m & 15) - zero, F) * scales[m];
-        F odd = __builtin_convertvector((words >> (16 + 4 * m) & 15) - zero, F) * scales[m];
-        if constexpr (offset) even += offsets[m], odd += offsets[m];
-        const I values = pair(round(even), round(odd));
-        std::memcpy(to + m * stride + half * 16, &values, sizeof values);
+        const F scale = fill(scales[m]), shift = fill(offset ? offsets[m] : 0.0f);  // products are exact, fused or not
+        const auto value = [&](I code) { return fma(__builtin_convertvector((code & 15) - zero, F), scale, shift); };
+        take(m, at, pair(round(value(words >> 4 * m)), round(value(words >> (16 + 4 * m)))));
       }
     }
   }
-  static inline void eight_bits(const uint8_t* codes, const float* scales, uint16_t* to, int64_t stride) {
+  template <class Take>
+  static inline void eight_bits(const uint8_t* codes, const float* scales, const Take& take) {
     for (int m = 0; m < 4; m++)
-      for (int half = 0; half < 2; half++) {
-        const I words = __builtin_convertvector(copy<H>(codes + m * 32 + half * 16), I);
+      for (int at = 0; at < 32; at += 16) {
+        const I words = __builtin_convertvector(copy<H>(codes + m * 32 + at), I);
         const F even = __builtin_convertvector(words << 24 >> 24, F) * scales[m];
         const F odd = __builtin_convertvector(words << 16 >> 24, F) * scales[m];
-        const I values = pair(round(even), round(odd));
-        std::memcpy(to + m * stride + half * 16, &values, sizeof values);
+        take(m, at, pair(round(even), round(odd)));
       }
   }
 
@@ -155,10 +154,10 @@ struct Lanes {
     return (F)((I)value & (I{} + static_cast<int32_t>(0xffff0000)));
   }
   static inline I round(F value) {  // to bf16, in the high half; ties to even
-    const I bits = (I)value, rounded = bits + 0x7fff + (bits >> 16 & 1);
-    return value != value ? bits | 0x400000 : rounded;
+    const I bits = (I)value;
+    return bits + 0x7fff + (bits >> 16 & 1);
   }
-  static inline I pair(I even, I odd) { return (even >> 16 & 0xffff) | (odd & static_cast<int32_t>(0xffff0000)); }
+  static inline S pair(I even, I odd) { return (S)((even >> 16 & 0xffff) | (odd & static_cast<int32_t>(0xffff0000))); }
   static inline Quad fold(F v) {
     return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   }
