@@ -160,7 +160,7 @@ def _describe_weights(outline: Outline, quantization: str | None) -> Report:
 
     from masquerade.model.quantized import QUANTIZATIONS
     from masquerade.plan.fit import name_dtype
-    from masquerade.plan.footprint import measure_weights
+    from masquerade.plan.footprint import measure_served, measure_weights
 
     found: Report = {"files": dict(outline.files)}
     for name in dict.fromkeys(("float32", "bfloat16", name_dtype(outline.dtype))):
@@ -170,7 +170,7 @@ def _describe_weights(outline: Outline, quantization: str | None) -> Report:
             found[name] = measure_weights(outline, outline.dtype, name)
         except ValueError:
             found[name] = None
-    return found | {"served": measure_weights(outline, outline.dtype, quantization)}
+    return found | {"served": measure_served(outline, quantization)}
 
 
 def _describe_cache(outline: Outline, found: Fit) -> Report:

@@ -42,6 +42,10 @@ class Weight:
             end = min(begin + step, rows)
             yield begin, end, self._dequantize(np.arange(begin, end))
 
+    def blocks(self, begin: int, end: int) -> NDArray[np.uint8]:
+        """Rows as the file has them: the bytes of their blocks, [end - begin, bytes of a row]."""
+        return self._stored(np.arange(begin, end))
+
     def read(self, spans: Sequence[tuple[int, int]]) -> bytes:
         """Spans of bytes of the checkpoint's tensor; dequantises their rows."""
         width = 2 * self._matrix[1]
@@ -56,15 +60,18 @@ class Weight:
 
     def _dequantize(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
         """Rows as float32: [rows, columns]. A vector has one value per row."""
+        raw = self._stored(rows).reshape(1, -1)  # gguf works on 16 rows at a time: as one row, a chunk takes half the time
+        with np.errstate(all="ignore"):  # the file may hold infinities
+            values = dequantize(raw, self.tensor.kind).reshape(len(rows), -1)
+            return values - np.float32(self.offset) if self.offset else values
+
+    def _stored(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
         stored = self.tensor.map().reshape(self.shape[0], -1)
         if self.head_dim:
             number, row = np.divmod(rows, self.head_dim)
             half, position = np.divmod(row, self.head_dim // 2)
             rows = self.head_dim * number + 2 * position + half
-        raw = stored[rows].reshape(1, -1)  # gguf works on 16 rows at a time: as one row, a chunk takes half the time
-        with np.errstate(all="ignore"):  # the file may hold infinities
-            values = dequantize(raw, self.tensor.kind).reshape(len(rows), -1)
-            return values - np.float32(self.offset) if self.offset else values
+        return stored[rows]
 
     @property
     def _matrix(self) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from masquerade.kernels.native import (
     dense,
     multiply_base,
 )
+from masquerade.kernels.quantised import QuantisedEmbedding, QuantisedLinear, QuantisedWeight, differentiate
 from masquerade.kernels.reference import ReferenceCorrection
 from masquerade.kernels.sparse import RowwiseCorrection, SparseCorrection
 from masquerade.kernels.weights import dense_tiles, dense_weight
@@ -99,6 +100,9 @@ __all__ = [
     "NativeSpan",
     "PagedChunks",
     "PagedStep",
+    "QuantisedEmbedding",
+    "QuantisedLinear",
+    "QuantisedWeight",
     "RowwiseCorrection",
     "SparseCorrection",
     "attend_chunks",
@@ -108,6 +112,7 @@ __all__ = [
     "dense",
     "dense_tiles",
     "dense_weight",
+    "differentiate",
     "footprint",
     "multiply_base",
     "serves",

@@ -206,7 +206,7 @@ class NativeList(NativeMask):
 def _read(linear: nn.Linear) -> Tensor:
     """The weight [out, in], dequantised if it is quantised."""
     weight: Any = linear.weight
-    values: Tensor = weight.read(torch.arange(linear.out_features)) if is_quantised(weight) else weight
+    values: Tensor = weight.read() if is_quantised(weight) else weight
     return values
 
 

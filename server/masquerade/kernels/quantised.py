@@ -11,10 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from masquerade.kernels.native import multiply_base, require_library
+from masquerade.kernels.native import ISAS, find_library, multiply_base, require_library
 
 FORMS: Mapping[str, int] = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 3}  # GGUF's names; numbered as in product.h
 TILE = 4  # outputs that are laid out together
@@ -44,9 +45,9 @@ class QuantisedWeight(nn.Parameter):
             self.form, blocks.ctypes.data, first, len(blocks), self.matrix[1], self.data_ptr()
         )
 
-    def read(self, rows: Tensor) -> Tensor:
-        """The values of rows [n], int64: bfloat16 [n, in]."""
-        rows = rows.contiguous()
+    def read(self, rows: Tensor | None = None) -> Tensor:
+        """The values of rows [n], int64, or of all: bfloat16 [n, in]."""
+        rows = torch.arange(self.matrix[0]) if rows is None else rows.contiguous()
         values = torch.empty(len(rows), self.matrix[1], dtype=torch.bfloat16)
         require_library().read_quantised(
             self.form, self.data_ptr(), rows.data_ptr(), len(rows), self.matrix[1], values.data_ptr()
@@ -63,6 +64,25 @@ class QuantisedWeight(nn.Parameter):
         return type(self)._make, (self.data, self.form, self.matrix)
 
 
+class _Product(torch.autograd.Function):
+    """torch's product, whose gradient reads the weight again: a graph keeps none of them dequantised."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.read(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] @ ctx.weight.read(), None, None
+
+
+def differentiate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of a quantised weight by torch, with gradients of x."""
+    y: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
 class QuantisedLinear(nn.Linear):
     """A Linear whose weight stays quantised."""
 
@@ -72,7 +92,9 @@ class QuantisedLinear(nn.Linear):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map inputs [..., in] to outputs [..., out] in bfloat16, without gradients."""
+        """Map inputs [..., in] to outputs [..., out] in bfloat16."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return differentiate(x, self.weight, self.bias)
         return multiply_base(x, self.weight, self.bias)
 
 
@@ -92,6 +114,12 @@ class QuantisedEmbedding(nn.Module):
         weight: Any = self.weight
         embeddings: Tensor = weight.read(rows.long())
         return embeddings.view(*ids.shape, -1)
+
+
+def pays() -> bool:
+    """Whether quantised weights are about as fast here as plain ones, or faster (docs/performance.md)."""
+    library = find_library()
+    return library is not None and ISAS[library.fastest] == "avx512bf16"
 
 
 def measure(form: str, out: int, columns: int) -> int:

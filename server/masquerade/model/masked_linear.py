@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from masquerade.kernels import dense
+from masquerade.kernels import dense, differentiate
 from masquerade.model.route import Route
 
 
@@ -31,6 +31,7 @@ class MaskedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self._dtype = torch.bfloat16 if linear.weight.dtype is torch.uint8 else linear.weight.dtype
         self.train(linear.training)
         self._name, self._current = name, current
 
@@ -38,8 +39,8 @@ class MaskedLinear(nn.Linear):
         """Map inputs [..., in] to outputs [..., out] as the current route has it; without one, as the base does."""
         parameters: Any = self._parameters  # where nn.Module finds an attribute last
         weight, bias, route = parameters["weight"], parameters.get("bias"), self._current.route
-        if x.dtype != weight.dtype or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-            y = F.linear(x, weight, bias)
+        if x.dtype != self._dtype or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            y = (differentiate if weight.dtype is torch.uint8 else F.linear)(x, weight, bias)
             if route:
                 route.subtract(self._name, x, y)
             return y

@@ -10,7 +10,7 @@ import torch
 
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.model.quantized import QUANTIZATIONS
-from masquerade.plan.footprint import PADDING, count_blocks, measure_block, measure_persona, measure_weights
+from masquerade.plan.footprint import PADDING, count_blocks, measure_block, measure_persona, measure_served, measure_weights
 from masquerade.plan.outline import Outline
 
 PROCESS = 540 * 2**20  # Python, torch and the server on a CPU (benchmarks/RESULTS.md, "What a server takes")
@@ -90,7 +90,7 @@ class Fit:
 
 def fit(outline: Outline, workload: Workload, memory: int, quantization: str | None = None) -> Fit:
     """Fit a workload into `memory` bytes. Raises `ValueError` if the model cannot be quantised so."""
-    weights, dense = (measure_weights(outline, outline.dtype, how) for how in (quantization, None))
+    weights, dense = measure_served(outline, quantization), measure_weights(outline, outline.dtype)
     persona, block = measure_persona(outline, workload.rho, quantization).nbytes, measure_block(outline)
     blocks = count_blocks(workload.context)
     process = [Line("Python, torch and the server", PROCESS)] if outline.device == "cpu" else []
@@ -144,8 +144,10 @@ def _fit_context(found: Fit) -> int:
 
 
 def name_form(outline: Outline, quantization: str | None) -> str:
-    """How the weights are kept: their dtype, after what quantises those of the maskable Linears."""
+    """How the weights are kept: their dtype, after what quantises those of the maskable Linears, or a file's blocks."""
     dtype = name_dtype(outline.dtype)
+    if outline.saved and not quantization:
+        return f"the file's blocks and {dtype}"
     return f"{quantization} and {dtype}" if quantization else dtype
 
 

@@ -45,6 +45,14 @@ def measure_weights(outline: Outline, dtype: torch.dtype, quantization: str | No
     return total
 
 
+def measure_served(outline: Outline, quantization: str | None = None) -> int:
+    """Bytes of the weights as a server has them: those of a GGUF file may stay in its blocks.
+
+    Raises `ValueError` as `measure_weights` does.
+    """
+    return measure_weights(outline, outline.dtype, quantization) - (0 if quantization else outline.saved)
+
+
 def count_blocks(tokens: int) -> int:
     """KV cache blocks of a request of so many tokens."""
     return -(-tokens // BLOCK_SIZE)

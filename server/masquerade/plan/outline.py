@@ -18,7 +18,10 @@ from transformers.initialization import no_init_weights
 from maskstore import MaskNotFound, list_tensors
 from masquerade.errors import MasqueradeError, UnusableModel
 from masquerade.gguf import Checkpoint
+from masquerade.kernels import quantised
 from masquerade.model import find_targets
+from masquerade.model.dequantized import find_kept
+from masquerade.model.load import keeps_blocks
 from masquerade.model.quantized import check_stored
 from masquerade.sources import ModelFiles
 
@@ -36,6 +39,7 @@ class Outline:
     context: int  # most positions of a request
     files: Mapping[str, int]  # bytes of the weights in the files, by their type; empty if they are not there
     is_gguf: bool
+    saved: int = 0  # bytes by which weights that stay in a GGUF file's blocks are smaller than in this dtype
 
     @property
     def config(self) -> Any:
@@ -91,7 +95,13 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
         raise
     except Exception as error:  # transformers checks a config in parts; a wrong one may raise anything
         raise UnusableModel(f"the header of {files.name!r} cannot be read: {str(error) or repr(error)}") from error
-    return Outline(files.name, model, device, context, sizes, files.is_gguf)
+    saved = _measure_saved(model, files.checkpoint) if files.is_gguf and keeps_blocks(device, dtype, None) else 0
+    return Outline(files.name, model, device, context, sizes, files.is_gguf, saved)
+
+
+def _measure_saved(model: Any, checkpoint: Checkpoint) -> int:
+    kept = [weight for weight, _ in find_kept(model, checkpoint)]
+    return sum(weight.nbytes - quantised.measure(weight.tensor.kind.name, *weight.shape) for weight in kept)
 
 
 def _read_gguf(checkpoint: Checkpoint) -> tuple[Any, dict[str, int], torch.dtype]:

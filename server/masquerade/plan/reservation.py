@@ -8,7 +8,7 @@ from masquerade.engine import EngineConfig
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.errors import UnusableModel
 from masquerade.plan.fit import PROCESS, Line, name_dtype, name_form
-from masquerade.plan.footprint import measure_persona, measure_pool, measure_weights
+from masquerade.plan.footprint import measure_persona, measure_pool, measure_served, measure_weights
 from masquerade.plan.memory import MachineMemory, format_bytes
 from masquerade.plan.outline import Outline
 
@@ -42,7 +42,7 @@ def reserve(
     """What an engine of `config` and a budget of masks reserve. Raises `ValueError` as `measure_weights` does."""
     blocks, pool = measure_pool(outline, config.max_running, config.cache_bytes)
     lines = [
-        Line(f"weights in {name_form(outline, quantization)}", measure_weights(outline, outline.dtype, quantization)),
+        Line(f"weights in {name_form(outline, quantization)}", measure_served(outline, quantization)),
         Line("KV cache", pool),
         Line("masks", mask_bytes),
     ]
@@ -61,7 +61,10 @@ def check_loadable(outline: Outline, memory: MachineMemory, quantization: str | 
     on_cpu = outline.device == "cpu"
     if not outline.files or (on_cpu and not quantization and outline.is_mapped):
         return
-    weights = measure_weights(outline, outline.dtype, None if on_cpu else quantization)
+    if quantization and on_cpu:
+        weights = measure_weights(outline, outline.dtype)
+    else:
+        weights = measure_served(outline, quantization)
     most = memory.usable + memory.swap
     if weights > most:
         raise UnusableModel(
