@@ -1,5 +1,5 @@
-"""The native masked product against its own dense product and against torch's `F.linear`, native attention against
-torch's, and what a model gains.
+"""The native masked product against its own dense product and against torch's `F.linear`, quantised weights against bf16, native
+attention against torch's, and what a model gains.
 
 `python -m benchmarks.kernels --json [--quick]`, on one thread. Weights rotate through a pool far larger than the
 processor's cache, so that every product reads them from memory, as a decode step does. Candidates are interleaved call
@@ -10,6 +10,7 @@ by call; a figure is the ratio of the 25th percentiles of the thread's CPU time.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 from torch import nn
 from transformers.utils import logging
 
@@ -33,11 +36,13 @@ from masquerade.engine.kv_cache import KVCache
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.row_groups import NativeRows, group_for_torch
 from masquerade.engine.scheduler import Chunk
-from masquerade.kernels import NativeMask, NativeParts, NativeProduct, NativeSpan, correct
+from masquerade.kernels import NativeMask, NativeParts, NativeProduct, NativeSpan, QuantisedWeight, correct
+from masquerade.kernels.quantised import FORMS
 from masquerade.model import AppliedMask, MaskManager
 
 FULL = ((2048, 2048), (4096, 4096), (14336, 4096))
 QUICK = ((2048, 2048),)
+QUANTISED = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096), (49152, 576))
 PLAIN = EngineConfig(speculate=False)
 POOL = 400e6  # bytes of weights
 RHO = 0.003
@@ -89,7 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one shape and few repeats; within a minute")
-    parser.add_argument("--only", choices=("products", "base", "attention", "model"), help="one part of it")
+    parser.add_argument(
+        "--only", choices=("products", "base", "quantised", "attention", "model"), help="one part of it"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -100,6 +107,8 @@ def main() -> None:
         figures += [figure for case in CASES for figure in measure(case, shapes, seconds)]
     if options.only in (None, "base"):
         figures += measure_base(seconds / 8)
+    if options.only in (None, "quantised"):
+        figures += measure_quantised(((576, 576),) if options.quick else QUANTISED, seconds / 8)
     if options.only in (None, "attention"):
         figures += measure_attention(seconds / 8)
     if options.only in (None, "model"):
@@ -166,6 +175,39 @@ def measure_base(seconds: float) -> Iterator[Figure]:
             times = compare(Case(FP32, rows, 1, (), ()), shape, seconds)
             name = f"fp32, {rows} rows without masks, own dense / torch dense, {shape[0]} x {shape[1]}"
             yield Figure(name, times["own"] / times["torch"], "x", "<= 1.05")
+
+
+def measure_quantised(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Figure]:
+    """Products of weights in GGUF's blocks against those of the same weights in bf16."""
+    for shape in shapes:
+        for rows in (1, 4, 16, 256):
+            times = compare_quantised(shape, rows, seconds)
+            for form in FORMS:
+                name = f"{form} / bf16, {rows} rows, {shape[0]} x {shape[1]}"
+                yield Figure(name, times[form] / times["bf16"], "x", "<= 1.0" if rows == 1 else None)
+
+
+def compare_quantised(shape: tuple[int, int], rows: int, seconds: float) -> dict[str, float]:
+    """The 25th percentile of each form's CPU time."""
+    out, columns = shape
+    count = max(2, int(POOL / (out * columns * BF16.itemsize)))
+    blocks = np.random.default_rng(0).normal(0, 0.05, (min(out, 1024), columns)).astype(np.float32)
+    pools: dict[str, list[torch.Tensor]] = {"bf16": [torch.randn(out, columns).to(BF16) for _ in range(count)]}
+    for form in FORMS:
+        raw, weight = quantize(blocks, GGMLQuantizationType[form]), QuantisedWeight.empty(form, out, columns)
+        for first in range(0, out, len(raw)):
+            weight.write(first, raw[: out - first])
+        pools[form] = [copy.deepcopy(weight) for _ in range(count)]
+    weights = {form: cycle(pool) for form, pool in pools.items()}
+    product, x, until = NativeProduct(), torch.randn(rows, columns).to(BF16), time.monotonic() + seconds
+    times: dict[str, list[float]] = {form: [] for form in pools}
+    while time.monotonic() < until or len(times["bf16"]) < 5:
+        for form, spent in times.items():
+            weight_ = next(weights[form])
+            started = time.thread_time()
+            product(x, weight_, None)
+            spent.append(time.thread_time() - started)
+    return {form: float(np.percentile(spent, 25)) for form, spent in times.items()}
 
 
 def measure_attention(seconds: float) -> Iterator[Figure]:

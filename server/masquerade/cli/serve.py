@@ -146,9 +146,7 @@ def serve(
             config = EngineConfig(max_running, max_waiting, max_batch_tokens, cache_bytes, speculate=speculate)
             announce(model, device, dtype, config, mask_bytes, quantization)
             report = report_quarters(lambda line: _log.info("%s", line))
-            base = load(
-                model, device=device, dtype=dtype, quantization=quantization, keep_blocks=True, report=report
-            )
+            base = load(model, device=device, dtype=dtype, quantization=quantization, keep_blocks=True, report=report)
             base = replace(base, name=served_model_name or base.name)
             store_and_registry = open_store(
                 root,

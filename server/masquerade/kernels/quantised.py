@@ -113,7 +113,7 @@ class QuantisedEmbedding(nn.Module):
             raise IndexError(f"token ids must be from 0 to {self.num_embeddings - 1}")
         weight: Any = self.weight
         embeddings: Tensor = weight.read(rows.long())
-        return embeddings.view(*ids.shape, -1)
+        return embeddings.view(*ids.shape, self.embedding_dim)
 
 
 def pays() -> bool:

@@ -10,7 +10,14 @@ import torch
 
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.model.quantized import QUANTIZATIONS
-from masquerade.plan.footprint import PADDING, count_blocks, measure_block, measure_persona, measure_served, measure_weights
+from masquerade.plan.footprint import (
+    PADDING,
+    count_blocks,
+    measure_block,
+    measure_persona,
+    measure_served,
+    measure_weights,
+)
 from masquerade.plan.outline import Outline
 
 PROCESS = 540 * 2**20  # Python, torch and the server on a CPU (benchmarks/RESULTS.md, "What a server takes")

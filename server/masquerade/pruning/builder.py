@@ -18,6 +18,7 @@ from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, Example, batches
 from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import Phase, Treatment
+from masquerade.kernels import QuantisedWeight
 from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targets, trim_heap
 from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks, pack, unpack
@@ -419,9 +420,10 @@ class Builder:
 
 
 def _check(model: nn.Module) -> Generator[None, None, None]:
-    """Raises `BuildFailed` for NaN or infinite weights. Packed (quantised) weights are always finite."""
+    """Raises `BuildFailed` for NaN or infinite weights. Those that bitsandbytes packed are always finite."""
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+        values = weight.read() if isinstance(weight, QuantisedWeight) else weight
+        if values.is_floating_point() and not bool(values.isfinite().all()):
             raise BuildFailed(f"{name} of the base has NaN or infinite weights; no mask can mend that")
         yield
 
