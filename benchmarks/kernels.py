@@ -1,5 +1,5 @@
-"""The native masked product against its own dense product and against torch's `F.linear`, quantised weights against bf16, native
-attention against torch's, and what a model gains.
+"""The native masked product against its own dense product and against torch's `F.linear`, quantised weights against
+bf16, native attention against torch's, and what a model gains.
 
 `python -m benchmarks.kernels --json [--quick]`, on one thread. Weights rotate through a pool far larger than the
 processor's cache, so that every product reads them from memory, as a decode step does. Candidates are interleaved call

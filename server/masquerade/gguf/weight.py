@@ -60,9 +60,7 @@ class Weight:
 
     def _dequantize(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
         """Rows as float32: [rows, columns]. A vector has one value per row."""
-        raw = self._stored(rows).reshape(
-            1, -1
-        )  # gguf works on 16 rows at a time: as one row, a chunk takes half the time
+        raw = self._stored(rows).reshape(1, -1)  # gguf works on 16 rows at a time: one takes half the time
         with np.errstate(all="ignore"):  # the file may hold infinities
             values = dequantize(raw, self.tensor.kind).reshape(len(rows), -1)
             return values - np.float32(self.offset) if self.offset else values

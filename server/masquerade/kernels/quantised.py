@@ -89,7 +89,8 @@ class QuantisedLinear(nn.Linear):
     def __init__(self, weight: QuantisedWeight, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.matrix
-        self.weight, self.bias = weight, bias
+        self.weight = weight
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs [..., in] to outputs [..., out] in bfloat16."""

@@ -19,8 +19,8 @@ TILE = 2**20  # weights that are dequantised at a time
 def dense_weight(linear: nn.Linear) -> Tensor:
     """The weight [out, in] of a Linear; a quantised weight is dequantised in each call.
 
-    A `QuantisedWeight` becomes bfloat16. An int8 code is a multiple of 1/127 of its row's largest weight and becomes fp32. 4-bit weights get their
-    quantisation state's dtype.
+    A `QuantisedWeight` becomes bfloat16. An int8 code is a multiple of 1/127 of its row's largest weight and becomes
+    fp32. 4-bit weights get their quantisation state's dtype.
     """
     if linear.weight.is_floating_point():
         return linear.weight.detach()

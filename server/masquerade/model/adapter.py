@@ -73,14 +73,8 @@ def _check_base(base: Base, linears: Mapping[str, nn.Linear]) -> None:
             f"{base.name!r} is a model of text and images, whose modules have other names in other engines than in its "
             "language model, which is what masks apply to; an adapter would have no effect there"
         )
-    packed = next(
-        (
-            name
-            for name, linear in linears.items()
-            if not (linear.weight.is_floating_point() or is_quantised(linear.weight))
-        ),
-        None,
-    )
+    weights = {name: linear.weight for name, linear in linears.items() if not is_quantised(linear.weight)}
+    packed = next((name for name, weight in weights.items() if not weight.is_floating_point()), None)
     if packed:
         raise UnusableModel(
             f"{packed} of {base.name!r} is quantised in its files; an adapter needs weights in floating point, so give "

@@ -1,4 +1,4 @@
-"""A GGUF file as a transformers model: each weight is dequantised, or stays in its blocks, in chunks that a cache holds."""
+"""A GGUF file as a transformers model: its weights are dequantised, or kept in blocks, in chunks that a cache holds."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def load_gguf(
 ) -> tuple[Any, Any]:
     """The model, on the CPU in a dtype, and its tokenizer.
 
-    With `keep`, weights of the types in `kernels.quantised.FORMS` stay in their blocks; `dtype` is then bfloat16, and the
-    model is the same to the bit.
+    With `keep`, weights of the types in `kernels.quantised.FORMS` stay in their blocks; `dtype` is then bfloat16, and
+    the model is the same to the bit.
 
     Weights are rounded to bfloat16, once, and then cast: the model is the one that `save_pretrained` would save in
     bfloat16, whatever the dtype. Peak memory is the model and a few megabytes. Raises `UnusableModel`.
