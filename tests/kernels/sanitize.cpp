@@ -120,7 +120,7 @@ bool check(int32_t isa, int64_t out, int64_t in, int64_t base_rows, const std::v
   for (size_t m = 0; m < masks.size(); m++) spans[m].parts = tables[m].data();
   const auto run = [&](int64_t number) {
     return masquerade_product(spans.data(), spans.size(), number, weight.data(), bias.data(), x.data(), y.data(), rows, out,
-                              in, sizeof(T) == 4 ? kFloat32 : kBfloat16, isa, 2);
+                              in, sizeof(T) == 4 ? kFloat32 : kBfloat16, kPlain, isa, 2);
   };
   for (const int64_t number : {0, 1}) {
     if (run(number) != kDone) return false;
@@ -153,10 +153,28 @@ bool check_refusals() {
       {{parts, 1, 0, 3}}, {{parts, 1, -1, 1}}, {{parts, 1, 2, 1}}, {{parts, 1, 0, 2}, {parts, 1, 1, 2}}};
   float weight = 0, x[2] = {}, y[2];
   for (const auto& spans : wrong)
-    if (masquerade_product(spans.data(), spans.size(), 0, &weight, nullptr, x, y, 2, 1, 1, kFloat32, kPortable, 1) !=
+    if (masquerade_product(spans.data(), spans.size(), 0, &weight, nullptr, x, y, 2, 1, 1, kFloat32, kPlain, kPortable, 1) !=
         kNoRoute)
       return false;
-  return masquerade_product(nullptr, 0, 0, &weight, nullptr, x, y, 0, 1, 1, kFloat32, kPortable, 1) == kDone;
+  return masquerade_product(nullptr, 0, 0, &weight, nullptr, x, y, 0, 1, 1, kFloat32, kPlain, kPortable, 1) == kDone;
+}
+
+// A quantised weight has the products of its values.
+bool check_quantised(int32_t isa, int32_t form, int64_t out, int64_t in, int64_t rows) {
+  const int64_t block = form == kQ8_0 ? 34 : form == kQ4_1 ? 20 : 18;
+  std::vector<uint8_t> blocks(out * in / 32 * block), weight(masquerade_quantised_size(form, out, in));
+  for (size_t i = 0; i < blocks.size(); i++) blocks[i] = i * 37 % 59;  // finite scales
+  std::vector<int64_t> outputs(out);
+  for (int64_t o = 0; o < out; o++) outputs[o] = o;
+  std::vector<uint16_t> values(out * in), x(rows * in), y(rows * out), expected(rows * out);
+  for (size_t i = 0; i < x.size(); i++) x[i] = 0x3f00 + i % 113;
+  masquerade_quantised_write(form, blocks.data(), 0, out, in, weight.data());
+  masquerade_quantised_read(form, weight.data(), outputs.data(), out, in, values.data());
+  for (const bool plain : {false, true})
+    if (masquerade_product(nullptr, 0, 0, plain ? static_cast<void*>(values.data()) : weight.data(), nullptr, x.data(),
+                           plain ? expected.data() : y.data(), rows, out, in, kBfloat16, plain ? kPlain : form, isa, 2))
+      return false;
+  return y == expected;
 }
 
 // Chunks of requests whose blocks are in no order, each behind the other ones' last.
@@ -276,6 +294,9 @@ int main() {
       if (!check_layers<float>(isa, 5, 33, 17, 3, 1, norms) || !check_layers<float>(isa, 260, 32, 256, 2, 2, norms)) return 1;
       if (!check_layers<uint16_t>(isa, 260, 32, 256, 2, 2, norms)) return 1;
     }
+    for (const int32_t form : {kQ4_0, kQ4_1, kQ8_0})
+      for (const int64_t rows : {1, 7, 26})
+        if (!check_quantised(isa, form, 67, 96, rows) || !check_quantised(isa, form, 3, 2080, rows)) return 1;
     for (const auto& shape : shapes)
       for (const auto& batch : batches)
         for (int64_t base_rows : {0, 1, 26}) {
