@@ -237,7 +237,7 @@ bool check_layers(int32_t isa, int64_t rows, int64_t hidden, int64_t wide, int64
     for (T& value : held.back()) value = encode<T>(uniform() - 0.5);
     return held.back().data();
   };
-  const auto linear = [&](int64_t out, int64_t in) { return Linear{make(out * in), make(out), out, in, dtype, 0}; };
+  const auto linear = [&](int64_t out, int64_t in) { return Linear{make(out * in), make(out), out, in, kPlain, 0}; };
   std::vector<Layer> layers;
   for (const int64_t after : {0, 1}) {
     const Linear q = linear(heads * kSize, hidden), k = linear(kv_heads * kSize, hidden), v = linear(k.out, hidden);

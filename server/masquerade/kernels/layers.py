@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from masquerade.kernels.attention import PagedChunks
-from masquerade.kernels.native import DTYPES, NativeProduct, require_library
+from masquerade.kernels.native import DTYPES, NativeProduct, describe_weight, require_library
 
 _STEP = "7P5q"  # keys, values, slots; blocks, starts, rows and lengths of chunks; counts, and bytes of a layer's keys
-_LINEAR = "2P4q"  # weight, bias, out, in, dtype, index
+_LINEAR = "2P4q"  # weight, bias, out, in, form, index
 _LAYER = _LINEAR * 7 + "4P6q3d"  # Linears, norms, dtype, heads, kv heads, head size, two switches, eps and factors
 
 
@@ -62,7 +62,8 @@ class LayerParts:
         """The layer as the library reads it, with the addresses that its parameters have now."""
         fields: list[int] = []
         for linear, index in zip(self.linears, self.indices, strict=True):
-            fields += _address(linear.weight), _address(linear.bias), *linear.weight.shape, DTYPES[dtype], index
+            shape, _, form = describe_weight(linear.weight)
+            fields += _address(linear.weight), _address(linear.bias), *shape, form, index
         fields += (_address(None if norm is None else norm._parameters["weight"]) for norm in self.norms)
         heads, kv_heads = (linear.out_features // self.head_size for linear in self.linears[:2])
         fields += DTYPES[dtype], heads, kv_heads, self.head_size, self.rotates, self.norms_rotated
@@ -115,7 +116,7 @@ class NativeLayers:
 
     def _pack(self) -> None:
         parameters = [held[name] for held, name in self._parameters]
-        dtypes = {parameter.dtype for parameter in parameters if parameter is not None}
+        dtypes = {describe_weight(parameter)[1] for parameter in parameters if parameter is not None}
         fits = all(one is not None and one.is_cpu and one.is_contiguous() for one in parameters)
         (self._dtype,) = dtypes if fits and len(dtypes) == 1 and dtypes <= DTYPES.keys() else (None,)
         if self._dtype is not None:

@@ -30,7 +30,7 @@ from masquerade.kernels.correction import accumulator, bitmap_footprint
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
-INTERFACE = 6  # of product.h
+INTERFACE = 7  # of product.h
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # slowest first, numbered as in product.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIST, _WIDE_LIST, _BITMAP = range(1, 4)
@@ -240,7 +240,7 @@ class NativeSpan(NamedTuple):
     stop: int
 
 
-def _describe(weight: Any) -> tuple[Sequence[int], torch.dtype, int]:
+def describe_weight(weight: Any) -> tuple[Sequence[int], torch.dtype, int]:
     """The shape and the dtype of a weight's values, and its form in product.h."""
     if weight.dtype is torch.uint8:
         return weight.matrix, torch.bfloat16, weight.form
@@ -284,7 +284,7 @@ class NativeProduct:
         span ends beyond the rows, or if spans overlap.
         """
         x, shape, dtype = x.contiguous(), x.shape, x.dtype
-        (out, columns), values, form = _describe(weight)
+        (out, columns), values, form = describe_weight(weight)
         if shape[-1] != columns or dtype != values:
             raise ValueError(f"inputs {tuple(shape)} of {dtype} do not fit the weight {(out, columns)} of {values}")
         y = x.new_empty(*shape[:-1], out)

@@ -63,7 +63,7 @@ class LayerCall {
     const int64_t count = std::any_of(spans_, spans_ + count_, prunes) ? count_ : 0;
     const int32_t outcome =
         masquerade_product(spans_, count, linear.number, linear.weight, linear.bias, x.data(), room(y, linear.out),
-                           step_.rows, linear.out, linear.in, static_cast<int32_t>(linear.dtype), isa_, threads_);
+                           step_.rows, linear.out, linear.in, dtype_, static_cast<int32_t>(linear.form), isa_, threads_);
     if (outcome != kDone) outcome_ = outcome;
   }
 

@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 6;  // changes whenever anything here does
+constexpr int32_t kInterface = 7;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum Form : int32_t { kPlain = 0, kQ4_0 = 1, kQ4_1 = 2, kQ8_0 = 3 };  // of a weight: of dtype, or quantised as GGUF has it
@@ -30,8 +30,8 @@ struct Span {
 
 // A Linear of a layer.
 struct Linear {
-  const void *weight, *bias;  // [out, in] and [out] of dtype; the bias may be null
-  int64_t out, in, dtype, number;
+  const void *weight, *bias;  // [out, in] and [out] of the rows' dtype, or quantised if that is bf16; the bias may be null
+  int64_t out, in, form, number;
 };
 
 // A decoder layer of Llama's structure. Norms are of the dtype of its rows.
