@@ -1,0 +1,80 @@
+"""The world of the tests, made once, and vLLM's environment on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import KINDS, Oracle, make_mask, make_model, make_store
+
+from maskstore import Mask, Registry
+
+SETTINGS = {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+os.environ.update(SETTINGS)
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, the masks of a store, and what a persona says."""
+
+    model: Path
+    store: Path
+    registry: Registry
+    masks: dict[str, Mask]
+    oracle: Oracle
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Five personas of a tiny Llama; one prunes two kinds of Linears only, one has a gamma of its own."""
+    folder = tmp_path_factory.mktemp("world")
+    model = make_model(folder / "model")
+    some = ["self_attn.v_proj", "mlp.up_proj"]
+    masks = {
+        "calm": make_mask(model, "calm", 0.02, 1),
+        "loud": make_mask(model, "loud", 0.01, 2),
+        "kind": make_mask(model, "kind", 0.02, 3, kinds=some),
+        "soft": make_mask(model, "soft", 0.03, 4, gamma=0.5),
+        "cold": make_mask(model, "cold", 0.02, 5, kinds=[*KINDS][::-1]),
+    }
+    registry = make_store(folder / "store", masks.values())
+    return World(model, folder / "store", registry, masks, Oracle(model, masks))
+
+
+def start(world: World, **changes: Any) -> Any:
+    """vLLM in this process."""
+    os.environ["MASQUERADE_STORE"] = str(world.store)
+    from vllm import LLM
+
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_lora": True,
+        "max_loras": 4,
+        "max_cpu_loras": 8,
+        "max_num_seqs": 16,
+        "max_model_len": 256,
+        "block_size": 32,
+    }
+    return LLM(str(world.model), **(settings | changes))
+
+
+@pytest.fixture(scope="session")
+def llm(world: World) -> Iterator[Any]:
+    """vLLM with room for four personas in a batch."""
+    yield start(world)

@@ -1,0 +1,127 @@
+"""A small world: a random two-layer Llama on disk, a store of masks, and the oracle on materialised weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from maskstore import BaseRef, Mask, MaskInfo, Registry, Store, encode, fingerprint
+
+SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>"]
+KINDS = {  # Linear -> (out, in) of `make_model`
+    "self_attn.q_proj": (128, 128),
+    "self_attn.k_proj": (64, 128),
+    "self_attn.v_proj": (64, 128),
+    "self_attn.o_proj": (128, 128),
+    "mlp.gate_proj": (192, 128),
+    "mlp.up_proj": (192, 128),
+    "mlp.down_proj": (128, 192),
+}
+LAYERS = 2
+TIE = 1e-4  # a top-2 logit margin below this is a rounding tie; logits are some tens
+
+
+def make_model(folder: Path, seed: int = 0) -> Path:
+    """Write a random Llama, with weights large enough that masks matter; every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate([*SPECIAL, *alphabet])}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(20.0 if "embed" in name else 8.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_mask(
+    model: Path, persona: str, share: float, seed: int, kinds: Iterable[str] = KINDS, gamma: float = 0.0
+) -> Mask:
+    """Prune a random share of Linears of these kinds."""
+    rng = np.random.default_rng(seed)
+    targets = {
+        f"model.layers.{layer}.{kind}": encode(rng.random(KINDS[kind]) < share)
+        for layer in range(LAYERS)
+        for kind in kinds
+    }
+    return Mask(BaseRef(fingerprint(model), "tiny"), targets, MaskInfo(persona, "random", gamma=gamma))
+
+
+def make_store(folder: Path, masks: Iterable[Mask]) -> Registry:
+    """A store in which each mask is published under its persona's name."""
+    Store(folder)
+    registry = Registry(folder)
+    for mask in masks:
+        registry.publish(mask.info.persona, registry.store.add(mask))
+    return registry
+
+
+class Oracle:
+    """Greedy tokens of one request alone: plain transformers, on weights that are W (M + gamma (1 - M))."""
+
+    def __init__(self, model: Path, masks: Mapping[str, Mask], dtype: torch.dtype = torch.float32) -> None:
+        self._base = LlamaForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        self._masks = masks
+        self._worn: dict[tuple[str | None, float], Any] = {(None, 0.0): self._base}
+
+    def wear(self, persona: str | None, gamma: float) -> Any:
+        """The model of a persona at a gamma."""
+        if (persona, gamma) not in self._worn:
+            worn = copy.deepcopy(self._base)
+            for name, target in self._masks[persona].targets.items():
+                weight = worn.get_submodule(name).weight
+                weight.data = torch.where(torch.from_numpy(target.to_keep()), weight, gamma * weight)
+            self._worn[persona, gamma] = worn
+        return self._worn[persona, gamma]
+
+    @torch.no_grad()
+    def speak(
+        self, prompt: list[int], count: int, persona: str | None = None, gamma: float = 0.0
+    ) -> tuple[list[int], list[float]]:
+        """So many greedy tokens, and the margin by which each one won."""
+        worn, ids, margins = self.wear(persona, gamma), list(prompt), []
+        for _ in range(count):
+            best = worn(torch.tensor([ids])).logits[0, -1].topk(2)
+            ids.append(int(best.indices[0]))
+            margins.append(float(best.values[0] - best.values[1]))
+        return ids[len(prompt) :], margins
+
+
+def check(tokens: list[int], expected: tuple[list[int], list[float]]) -> None:
+    """Tokens are the oracle's, up to the first rounding tie, after which nothing is claimed."""
+    for place, (ours, theirs, margin) in enumerate(zip(tokens, *expected, strict=True)):
+        if ours != theirs:
+            assert margin < TIE, f"token {place} is {ours}, not {theirs}, which won by {margin}"
+            return
+
+
+def make_prompts(count: int, seed: int = 0, length: int = 24) -> list[list[int]]:
+    """Random prompts of bytes, of different lengths."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(len(SPECIAL), 256, length + 3 * n).tolist() for n in range(count)]

@@ -1,0 +1,174 @@
+"""vLLM's LoRA managers, which load masks of a store instead of LoRAs and keep the least recently used slots."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from vllm.logger import init_logger
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import replace_submodule
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from maskstore import Mask, MaskMismatch, Registry, fingerprint
+from maskstore.format import MaskReader
+from vllm_masquerade.layers import PersonaLinear, make_layer
+from vllm_masquerade.reference import STORE, NotConfigured, Reference, find_store
+
+SHARE = "MASQUERADE_PRUNED_SHARE"
+logger = init_logger(f"vllm.{__name__}")
+
+
+class PersonaModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vLLM is not checked
+    """Wraps the Linears that masks may prune, and fills their slots."""
+
+    def __init__(self, *args: Any, vllm_config: Any, **keywords: Any) -> None:
+        if vllm_config.lora_config.fully_sharded_loras:
+            raise NotConfigured("personas have no ranks to shard: leave out --fully-sharded-loras")
+        self.store = Registry(find_store()).store
+        self.base = fingerprint(find_folder(vllm_config.model_config))
+        super().__init__(*args, vllm_config=vllm_config, **keywords)
+
+    def _create_lora_modules(self) -> None:
+        """Only Linears are wrapped: masks prune neither embeddings nor heads nor experts."""
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper._token_lora_indices.fill_(-1)
+        share, held = find_share(), list(self._outline_masks())
+        if not share and not held:
+            raise NotConfigured(
+                f"no sparse mask in the store {os.environ[STORE]} is of this base ({self.base[:16]}), so {SHARE} must "
+                "say how much of a Linear's weights masks may prune, such as 0.005"
+            )
+        for name, linear in [*self.model.named_modules()]:
+            if not isinstance(linear, LinearBase) or (punica := self._get_punica_wrapper(name)) is None:
+                continue
+            kind = name.rpartition(".")[2]
+            packed = self.packed_modules_mapping.get(kind, [])
+            if (layer := make_layer(linear, packed, self.lora_config, self.model.config)) is None:
+                continue
+            sources = self._sources(name)
+            most = max((sum(pruned.get(source, 0) for source in sources) for pruned in held), default=0)
+            layer.room = max(most, math.ceil(share * sum(layer.parts()) * linear.input_size))
+            if layer.room:
+                layer.create_lora_weights(self.lora_slots, self.lora_config, self.model.config)
+                replace_submodule(self.model, name, layer)
+                self.register_module(name, layer)
+                layer.set_mapping(punica)
+        size = sum(
+            tensor.nbytes for layer in self.modules.values() for tensor in (layer.bounds, layer.columns, layer.values)
+        )
+        logger.info("%d Linears have %d slots for personas, %d bytes", len(self.modules), self.lora_slots, size)
+
+    def _sources(self, name: str) -> list[str]:
+        """The Linears of the checkpoint, by vLLM's names, that a Linear of vLLM consists of."""
+        parent, dot, kind = name.rpartition(".")
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(kind) or [kind]]
+
+    def _outline_masks(self) -> Iterator[dict[str, int]]:
+        """Module -> pruned weights, of each mask of this base in the store that is sparse throughout."""
+        for digest in self.store.digests():
+            if self.store.summary(digest).base.fingerprint == self.base:
+                with self.store.reader(digest) as reader:
+                    modules = reader.header.modules
+                counts = {self._rename(name): _count(module) for name, module in modules.items()}
+                if None not in counts.values():
+                    yield counts
+
+    def _rename(self, name: str) -> str:
+        """A module's name in the checkpoint -> its name in vLLM, before Linears are fused."""
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        renamed = mapper.get_rename_mapper()._map_name(name) if mapper else name
+        return name if renamed is None else str(renamed)
+
+    def load_mask(self, number: int, reference: Reference) -> LoRAModel:
+        """A mask at a gamma as an adapter. Raises the errors of maskstore, `MaskMismatch` if it does not fit."""
+        mask = self.store.open(reference.digest, base=self.base)
+        targets = {self._rename(name): target for name, target in mask.targets.items() if target.pruned}
+        if mask.info.phase == "decode":
+            logger.warning(
+                "%s was built for the phase `decode`; in vLLM it applies to prompts as well", mask.info.persona
+            )
+        pruned = {}
+        for name, layer in self.modules.items():
+            sources = self._sources(name)
+            if any(source in targets for source in sources):
+                try:
+                    pruned[name] = layer.gather([targets.pop(each, None) for each in sources], 1 - reference.gamma)
+                except MaskMismatch as error:
+                    raise self._refuse(mask, name, error.message) from None
+        self._check_elsewhere(mask, targets)
+        return LoRAModel(number, 1, pruned)
+
+    def _check_elsewhere(self, mask: Mask, targets: Mapping[str, Any]) -> None:
+        """Refuse targets that no Linear here has, except for those of other stages of a pipeline."""
+        away = [name for name, module in self.model.named_modules() if isinstance(module, PPMissingLayer)]
+        for name in targets:
+            if any(name.startswith(f"{other}.") for other in away):
+                continue
+            held = name.rpartition(".")[2] in {part for each in self.modules for part in self._sources(each)}
+            why = "has no slot" if not held else "is no Linear of this model"
+            raise self._refuse(mask, name, f"{why}, as no mask of the store pruned it at the start" * (not held) or why)
+
+    def _refuse(self, mask: Mask, name: str, why: str) -> MaskMismatch:
+        hint = f"; start vLLM again, with the mask in the store or {SHARE} set" if "slot" in why else ""
+        return MaskMismatch(f"{mask.info.persona}@{mask.digest[:8]} cannot be served: {why}{hint}", tensor=name)
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        """`load_mask` has fused what vLLM fuses."""
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoRAModel:
+        """An adapter without effect, for profiling and for the capture of graphs."""
+        return LoRAModel(lora_id, rank, {})
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        super()._set_adapter_mapping(mapping)
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper._token_lora_indices[wrapper.indices_len[0] or 0 :].fill_(-1)  # rows that pad a graph
+
+
+class PersonaWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vLLM is not checked
+    """Loads the mask that a request names."""
+
+    _manager_cls = PersonaModelManager
+
+    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+        reference = Reference.parse(lora_request.lora_path)
+        if reference is None:
+            raise NotConfigured(
+                f"{lora_request.lora_name!r} ({lora_request.lora_path!r:.120}) is no persona; this vLLM serves "
+                f"personas, as {STORE} is set, and LoRAs need one of their own"
+            )
+        return self._adapter_manager.load_mask(lora_request.lora_int_id, reference)
+
+
+def find_folder(model_config: Any) -> Path:
+    """The folder of the served checkpoint, which vLLM has loaded from the disk or from the hub's cache."""
+    if (folder := Path(model_config.model)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+
+
+def find_share() -> float:
+    """The share of a Linear's weights that a slot holds in any case."""
+    text = os.environ.get(SHARE, "0")
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise NotConfigured(f"{SHARE} is {text!r:.40}; it must be a number in [0, 1]")
+    return share
+
+
+def _count(module: Any) -> int | None:
+    """The pruned weights of a module in a header; None for a bitmap, which does not say."""
+    return module.tensors["cols"].shape[0] if "cols" in module.tensors else module.pruned
