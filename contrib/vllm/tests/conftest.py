@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import KINDS, Oracle, make_mask, make_model, make_store
+from world import Oracle, make_mask, make_model, make_store
 
 from maskstore import Mask, Registry
 
@@ -41,7 +41,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Five personas of a tiny Llama; one prunes two kinds of Linears only, one has a gamma of its own."""
+    """Five personas of a tiny Llama. `kind` prunes two kinds of Linears, `soft` has a gamma, and `late` a phase."""
     folder = tmp_path_factory.mktemp("world")
     model = make_model(folder / "model")
     some = ["self_attn.v_proj", "mlp.up_proj"]
@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         "loud": make_mask(model, "loud", 0.01, 2),
         "kind": make_mask(model, "kind", 0.02, 3, kinds=some),
         "soft": make_mask(model, "soft", 0.03, 4, gamma=0.5),
-        "cold": make_mask(model, "cold", 0.02, 5, kinds=[*KINDS][::-1]),
+        "late": make_mask(model, "late", 0.02, 5, phase="decode"),
     }
     registry = make_store(folder / "store", masks.values())
     return World(model, folder / "store", registry, masks, Oracle(model, masks))
@@ -78,3 +78,18 @@ def start(world: World, **changes: Any) -> Any:
 def llm(world: World) -> Iterator[Any]:
     """vLLM with room for four personas in a batch."""
     yield start(world)
+
+
+def generate(llm: Any, requests: list[tuple[list[int], str | None]], count: int) -> list[list[int]]:
+    """So many greedy tokens of (prompt, persona or None), in one batch."""
+    from vllm import SamplingParams
+
+    from vllm_masquerade import make_request
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in requests],
+        SamplingParams(temperature=0, max_tokens=count, ignore_eos=True),
+        lora_request=[name and make_request(name) for _, name in requests],
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from maskstore import BaseRef, Mask, MaskInfo, Registry, Store, encode, fingerprint
 
@@ -61,7 +61,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
 
 
 def make_mask(
-    model: Path, persona: str, share: float, seed: int, kinds: Iterable[str] = KINDS, gamma: float = 0.0
+    model: Path, persona: str, share: float, seed: int, kinds: Iterable[str] = KINDS, **info: Any
 ) -> Mask:
     """Prune a random share of Linears of these kinds."""
     rng = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def make_mask(
         for layer in range(LAYERS)
         for kind in kinds
     }
-    return Mask(BaseRef(fingerprint(model), "tiny"), targets, MaskInfo(persona, "random", gamma=gamma))
+    return Mask(BaseRef(fingerprint(model), "tiny"), targets, MaskInfo(persona, "random", **info))
 
 
 def make_store(folder: Path, masks: Iterable[Mask]) -> Registry:
@@ -88,13 +88,13 @@ class Oracle:
     def __init__(self, model: Path, masks: Mapping[str, Mask], dtype: torch.dtype = torch.float32) -> None:
         self._base = LlamaForCausalLM.from_pretrained(model, dtype=dtype).eval()
         self._masks = masks
-        self._worn: dict[tuple[str | None, float], Any] = {(None, 0.0): self._base}
+        self._worn: dict[tuple[str | None, float], Any] = {}
 
     def wear(self, persona: str | None, gamma: float) -> Any:
         """The model of a persona at a gamma."""
         if (persona, gamma) not in self._worn:
             worn = copy.deepcopy(self._base)
-            for name, target in self._masks[persona].targets.items():
+            for name, target in self._masks[persona].targets.items() if persona else ():
                 weight = worn.get_submodule(name).weight
                 weight.data = torch.where(torch.from_numpy(target.to_keep()), weight, gamma * weight)
             self._worn[persona, gamma] = worn
@@ -102,15 +102,21 @@ class Oracle:
 
     @torch.no_grad()
     def speak(
-        self, prompt: list[int], count: int, persona: str | None = None, gamma: float = 0.0
+        self, prompt: list[int], count: int, persona: str | None = None, gamma: float = 0.0, phase: str = "all"
     ) -> tuple[list[int], list[float]]:
         """So many greedy tokens, and the margin by which each one won."""
-        worn, ids, margins = self.wear(persona, gamma), list(prompt), []
+        worn, cache, ids = self.wear(persona, gamma), DynamicCache(), torch.tensor([prompt])
+        if phase == "decode":
+            self._base(ids[:, :-1], past_key_values=cache)
+            ids = ids[:, -1:]
+        tokens: list[int] = []
+        margins: list[float] = []
         for _ in range(count):
-            best = worn(torch.tensor([ids])).logits[0, -1].topk(2)
-            ids.append(int(best.indices[0]))
+            best = worn(ids, past_key_values=cache).logits[0, -1].topk(2)
+            tokens.append(int(best.indices[0]))
             margins.append(float(best.values[0] - best.values[1]))
-        return ids[len(prompt) :], margins
+            ids = torch.tensor([tokens[-1:]])
+        return tokens, margins
 
 
 def check(tokens: list[int], expected: tuple[list[int], list[float]]) -> None:

@@ -28,6 +28,10 @@ from maskstore import MaskMismatch, Sparse, Target
 from vllm_masquerade.kernel import subtract_pruned
 
 
+class NoRoom(MaskMismatch):
+    """A mask prunes more than a slot holds."""
+
+
 @dataclass(frozen=True)
 class PrunedWeights:
     """What a mask prunes of a Linear's share on this rank, with the values that the Linear has there.
@@ -111,7 +115,7 @@ class PersonaLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is n
     def gather(self, targets: Sequence[Target | None], strength: float) -> PrunedWeights:
         """What this rank holds of the targets of a mask, one for each part, or one for all; None prunes nothing.
 
-        Raises `MaskMismatch` for another shape, or where there is more than a slot has room for.
+        Raises `MaskMismatch` for another shape, and `NoRoom`.
         """
         bounds, columns = self._join(targets)
         cut = [slice(*bounds[[start, start + size]]) for start, size in self._local_rows()]
@@ -123,7 +127,7 @@ class PersonaLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is n
             here = (columns >= first) & (columns < first + self.input_size)
             rows, columns = rows[here], columns[here] - first
         if len(columns) > self.room:
-            raise MaskMismatch(f"{len(columns)} weights are pruned here, and a slot has room for {self.room}")
+            raise NoRoom(f"it prunes {len(columns)} weights here, and a slot has room for {self.room}")
         ends = np.cumsum(np.bincount(rows, minlength=self.out))
         at = torch.from_numpy(rows).to(self.device), torch.from_numpy(columns).to(self.device)
         return PrunedWeights(
@@ -140,7 +144,7 @@ class PersonaLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is n
         bounds, places = [np.zeros(1, np.int64)], []
         for target, size in zip(targets, sizes, strict=True):
             if target is not None and target.shape != (size, columns):
-                raise MaskMismatch(f"has the shape {(size, columns)} here, but {target.shape} in the mask")
+                raise MaskMismatch(f"it has the shape {(size, columns)} here, and {target.shape} in the mask")
             sparse = target.to_sparse() if target else Sparse(np.zeros(size + 1, np.int32), np.zeros(0, np.uint16), 1)
             bounds.append(bounds[-1][-1] + sparse.rows[1:].astype(np.int64))
             places.append(sparse.cols.astype(np.int64))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from maskstore import Mask, MaskMismatch, Registry, fingerprint
 from maskstore.format import MaskReader
-from vllm_masquerade.layers import PersonaLinear, make_layer
+from vllm_masquerade.layers import NoRoom, make_layer
 from vllm_masquerade.reference import STORE, NotConfigured, Reference, find_store
 
 SHARE = "MASQUERADE_PRUNED_SHARE"
+_RESTART = f"; start vLLM again, with the mask in the store or a larger {SHARE}"
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -34,6 +36,8 @@ class PersonaModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vL
             raise NotConfigured("personas have no ranks to shard: leave out --fully-sharded-loras")
         self.store = Registry(find_store()).store
         self.base = fingerprint(find_folder(vllm_config.model_config))
+        self._has_runner_v2 = vllm_config.use_v2_model_runner
+        self._empty: set[str] = set()  # Linears that have no slots
         super().__init__(*args, vllm_config=vllm_config, **keywords)
 
     def _create_lora_modules(self) -> None:
@@ -56,11 +60,13 @@ class PersonaModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vL
             sources = self._sources(name)
             most = max((sum(pruned.get(source, 0) for source in sources) for pruned in held), default=0)
             layer.room = max(most, math.ceil(share * sum(layer.parts()) * linear.input_size))
-            if layer.room:
-                layer.create_lora_weights(self.lora_slots, self.lora_config, self.model.config)
-                replace_submodule(self.model, name, layer)
-                self.register_module(name, layer)
-                layer.set_mapping(punica)
+            if not layer.room:
+                self._empty.update(sources)
+                continue
+            layer.create_lora_weights(self.lora_slots, self.lora_config, self.model.config)
+            replace_submodule(self.model, name, layer)
+            self.register_module(name, layer)
+            layer.set_mapping(punica)
         size = sum(
             tensor.nbytes for layer in self.modules.values() for tensor in (layer.bounds, layer.columns, layer.values)
         )
@@ -90,35 +96,38 @@ class PersonaModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vL
     def load_mask(self, number: int, reference: Reference) -> LoRAModel:
         """A mask at a gamma as an adapter. Raises the errors of maskstore, `MaskMismatch` if it does not fit."""
         mask = self.store.open(reference.digest, base=self.base)
-        targets = {self._rename(name): target for name, target in mask.targets.items() if target.pruned}
-        if mask.info.phase == "decode":
-            logger.warning(
-                "%s was built for the phase `decode`; in vLLM it applies to prompts as well", mask.info.persona
+        if reference.phase == "decode" and self._has_runner_v2:
+            raise self._refuse(
+                mask,
+                None,
+                "phase `decode` needs vLLM's model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0); with `:all` after its name "
+                "the mask applies to prompts as well",
             )
+        targets = {self._rename(name): target for name, target in mask.targets.items() if target.pruned}
         pruned = {}
         for name, layer in self.modules.items():
             sources = self._sources(name)
             if any(source in targets for source in sources):
                 try:
                     pruned[name] = layer.gather([targets.pop(each, None) for each in sources], 1 - reference.gamma)
+                except NoRoom as error:
+                    raise self._refuse(mask, name, f"{error.message}{_RESTART}") from None
                 except MaskMismatch as error:
                     raise self._refuse(mask, name, error.message) from None
         self._check_elsewhere(mask, targets)
         return LoRAModel(number, 1, pruned)
 
-    def _check_elsewhere(self, mask: Mask, targets: Mapping[str, Any]) -> None:
+    def _check_elsewhere(self, mask: Mask, targets: Iterable[str]) -> None:
         """Refuse targets that no Linear here has, except for those of other stages of a pipeline."""
-        away = [name for name, module in self.model.named_modules() if isinstance(module, PPMissingLayer)]
+        away = [f"{name}." for name, module in self.model.named_modules() if isinstance(module, PPMissingLayer)]
         for name in targets:
-            if any(name.startswith(f"{other}.") for other in away):
-                continue
-            held = name.rpartition(".")[2] in {part for each in self.modules for part in self._sources(each)}
-            why = "has no slot" if not held else "is no Linear of this model"
-            raise self._refuse(mask, name, f"{why}, as no mask of the store pruned it at the start" * (not held) or why)
+            if name in self._empty:
+                raise self._refuse(mask, name, f"there is no slot, as no mask pruned it at the start{_RESTART}")
+            if not name.startswith(tuple(away)):
+                raise self._refuse(mask, name, "it is no Linear of this model that vLLM can adapt")
 
-    def _refuse(self, mask: Mask, name: str, why: str) -> MaskMismatch:
-        hint = f"; start vLLM again, with the mask in the store or {SHARE} set" if "slot" in why else ""
-        return MaskMismatch(f"{mask.info.persona}@{mask.digest[:8]} cannot be served: {why}{hint}", tensor=name)
+    def _refuse(self, mask: Mask, name: str | None, why: str) -> MaskMismatch:
+        return MaskMismatch(f"{mask.info.persona}@{mask.digest[:8]} cannot be served: {why}", tensor=name)
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         """`load_mask` has fused what vLLM fuses."""
@@ -128,7 +137,8 @@ class PersonaModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vL
         return LoRAModel(lora_id, rank, {})
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
-        super()._set_adapter_mapping(mapping)
+        # A prefill has metadata of LoRA's products, with room for one run of tokens a request; prompts have two here.
+        super()._set_adapter_mapping(replace(mapping, is_prefill=False))
         for wrapper in self.punica_wrapper_mapping.values():
             wrapper._token_lora_indices[wrapper.indices_len[0] or 0 :].fill_(-1)  # rows that pad a graph
 

@@ -16,10 +16,22 @@ from vllm_masquerade.reference import STORE, NotConfigured, Reference, find_stor
 
 TESTED = ("0.32.0",)
 MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
-MANAGER = "LRUCacheWorkerLoRAManager"  # the one name that is replaced; all the rest is subclassed
-# What the subclasses override or read, with the parameters that they rely on.
+MANAGER = "LRUCacheWorkerLoRAManager"  # replaced by a subclass
+# What is replaced, wrapped, overridden or called of vLLM beyond its public interfaces, with the parameters relied on.
 SYMBOLS: dict[str, tuple[str, ...]] = {
     f"{MIXIN}:{MANAGER}.__init__": ("self", "vllm_config", "device", "embedding_modules", "lora_model_cls"),
+    "vllm.v1.worker.gpu_input_batch:InputBatch.make_lora_inputs": (
+        "self",
+        "num_scheduled_tokens",
+        "num_sampled_tokens",
+    ),
+    "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": (
+        "request",
+        "start_token_idx",
+        "end_token_idx",
+        "start_mm_idx",
+    ),
+    "vllm.v1.core.block_pool:generate_block_hash_extra_keys": ("request", "start_token_idx", "end_token_idx"),
     "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._load_adapter": ("self", "lora_request"),
     "vllm.lora.model_manager:LoRAModelManager._create_lora_modules": ("self",),
     "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace": ("self", "lora_model"),
@@ -49,8 +61,10 @@ def register() -> None:
         return
     root = find_store()
     check_vllm()
+    from vllm_masquerade import phase
     from vllm_masquerade.manager import PersonaWorkerManager
 
+    phase.install()
     setattr(importlib.import_module(MIXIN), MANAGER, PersonaWorkerManager)
     LoRAResolverRegistry.register_resolver("Masquerade", PersonaResolver(root))
 
@@ -88,7 +102,7 @@ class PersonaResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not checke
         self._registry = Registry(root)
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:  # noqa: ARG002
-        """The mask of `persona@digest:gamma`; None, which is a 404, if there is none."""
+        """The mask of `persona@digest:gamma:phase`; None, which is a 404, if there is none."""
         try:
             reference = await asyncio.to_thread(Reference.find, self._registry, lora_name)
         except (InvalidName, InvalidMaskValue, MaskNotFound):

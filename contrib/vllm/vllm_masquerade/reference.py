@@ -1,4 +1,4 @@
-"""Personas by name: from `persona@digest:gamma` to the mask of a store, and to a LoRARequest of vLLM."""
+"""Personas by name: from `persona@digest:gamma:phase` to the mask of a store, and to a LoRARequest of vLLM."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 from vllm.lora.request import LoRARequest
 
-from maskstore import InvalidMaskValue, Registry
+from maskstore import InvalidMaskValue, InvalidName, Registry
+from maskstore.mask import Phase
 
 STORE = "MASQUERADE_STORE"
 _SCHEME = "masquerade:"
-_PATH = re.compile(rf"{_SCHEME}([0-9a-f]{{64}}):(\S+)")
+_PATH = re.compile(rf"{_SCHEME}([0-9a-f]{{64}}):([^:\s]+):(all|decode)")
 _numbers = count(1)
 
 
@@ -26,10 +27,11 @@ class NotConfigured(Exception):
 
 @dataclass(frozen=True)
 class Reference:
-    """A mask by its digest, at a gamma. Two requests share KV cache blocks only if name and path are equal."""
+    """A mask by its digest, at a gamma, in a phase."""
 
     digest: str
     gamma: float
+    phase: Phase
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
@@ -38,29 +40,33 @@ class Reference:
     @property
     def path(self) -> str:
         """What vLLM has as the adapter's path, which is part of the hash of a KV cache block."""
-        return f"{_SCHEME}{self.digest}:{self.gamma!r}"
+        return f"{_SCHEME}{self.digest}:{self.gamma!r}:{self.phase}"
 
     @classmethod
     def parse(cls, path: str) -> Self | None:
         """The reference of a path; None if the path is that of something else, such as a LoRA."""
         found = _PATH.fullmatch(path)
-        return cls(found[1], _parse_gamma(found[2])) if found else None
+        return cls(found[1], _parse_gamma(found[2]), _parse_phase(found[3])) if found else None
 
     @classmethod
     def find(cls, registry: Registry, name: str) -> Self:
-        """What `persona`, `persona@digest`, `persona:gamma` or `persona@digest:gamma` means at present.
+        """What `persona`, `persona@digest` or one of them with `:gamma`, `:phase` or `:gamma:phase` means at present.
 
-        A digest has 8 or more digits. Without a gamma it is the persona's own, else the revision's, else the mask's.
-        Raises the errors of maskstore.
+        A digest has 8 or more digits. A gamma that is not given is the persona's own, else the revision's, else the
+        mask's; so is the phase. Raises the errors of maskstore.
         """
-        reference, colon, text = name.partition(":")
+        reference, *options = name.split(":")
         revision = registry.resolve(reference)
-        if colon:
-            return cls(revision.digest, _parse_gamma(text))
-        gamma = registry.describe(revision.name).gamma
-        if gamma is None:
-            gamma, _ = revision.defaults(registry.store.summary(revision.digest).info)
-        return cls(revision.digest, float(gamma))
+        gamma, phase = revision.defaults(registry.store.summary(revision.digest).info)
+        own = registry.describe(revision.name).gamma
+        gamma = gamma if own is None else own
+        if options and options[-1] in get_args(Phase):
+            phase = _parse_phase(options.pop())
+        if options:
+            gamma = _parse_gamma(options.pop())
+        if options:
+            raise InvalidName(f"{name!r:.120} is not persona@digest:gamma:phase")
+        return cls(revision.digest, float(gamma), phase)
 
 
 def find_store() -> Path:
@@ -88,3 +94,7 @@ def _parse_gamma(text: str) -> float:
         return float(text)
     except ValueError:
         raise InvalidMaskValue(f"{text!r:.40} is not a gamma") from None
+
+
+def _parse_phase(text: str) -> Phase:
+    return "decode" if text == "decode" else "all"
