@@ -38,6 +38,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bytewise, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>"
     )
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
