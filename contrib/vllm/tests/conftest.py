@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from world import Oracle, make_mask, make_model, make_store
+from world import Oracle, check, make_mask, make_model, make_store
 
 from maskstore import Mask, Registry
 
@@ -26,6 +26,18 @@ SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 os.environ.update(SETTINGS)
+WAYS: dict[str | None, tuple[Any, ...]] = {  # name -> what the oracle is told
+    None: (),
+    "base": (),
+    "calm": ("calm",),
+    "loud": ("loud",),
+    "kind": ("kind",),
+    "soft": ("soft", 0.5),
+    "soft:0": ("soft",),
+    "late": ("late", 0.0, "decode"),
+    "late:all": ("late",),
+    "calm:0.25:decode": ("calm", 0.25, "decode"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,22 +50,49 @@ class World:
     masks: dict[str, Mask]
     oracle: Oracle
 
+    def request(self, name: str) -> Any:
+        """The request of a persona."""
+        os.environ["MASQUERADE_STORE"] = str(self.store)
+        from vllm_masquerade import make_request
+
+        return make_request(name)
+
+    def generate(self, llm: Any, requests: list[tuple[list[int], str | None]], count: int) -> list[list[int]]:
+        """So many greedy tokens of (prompt, name or None for the base), in one batch."""
+        from vllm import SamplingParams
+
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in requests],
+            SamplingParams(temperature=0, max_tokens=count, ignore_eos=True),
+            lora_request=[name and self.request(name) for _, name in requests],
+            use_tqdm=False,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def verify(self, llm: Any, requests: Iterable[tuple[list[int], str | None]], count: int = 24) -> None:
+        """Check the tokens of requests."""
+        requests = list(requests)
+        for (prompt, name), tokens in zip(requests, self.generate(llm, requests, count), strict=True):
+            check(tokens, self.oracle.speak(prompt, count, *WAYS[name]))
+
+
+def make_world(folder: Path, **model: Any) -> World:
+    """Five personas of a model. `kind` prunes two kinds of Linears only, `soft` has a gamma, and `late` a phase."""
+    base = make_model(folder / "model", **model)
+    masks = {
+        "calm": make_mask(base, "calm", 0.02, 1),
+        "loud": make_mask(base, "loud", 0.01, 2),
+        "kind": make_mask(base, "kind", 0.02, 3, kinds=("v_proj", "up_proj")),
+        "soft": make_mask(base, "soft", 0.03, 4, gamma=0.5),
+        "late": make_mask(base, "late", 0.02, 5, phase="decode"),
+    }
+    return World(base, folder / "store", make_store(folder / "store", masks.values()), masks, Oracle(base, masks))
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Five personas of a tiny Llama. `kind` prunes two kinds of Linears, `soft` has a gamma, and `late` a phase."""
-    folder = tmp_path_factory.mktemp("world")
-    model = make_model(folder / "model")
-    some = ["self_attn.v_proj", "mlp.up_proj"]
-    masks = {
-        "calm": make_mask(model, "calm", 0.02, 1),
-        "loud": make_mask(model, "loud", 0.01, 2),
-        "kind": make_mask(model, "kind", 0.02, 3, kinds=some),
-        "soft": make_mask(model, "soft", 0.03, 4, gamma=0.5),
-        "late": make_mask(model, "late", 0.02, 5, phase="decode"),
-    }
-    registry = make_store(folder / "store", masks.values())
-    return World(model, folder / "store", registry, masks, Oracle(model, masks))
+    """The world of a Llama."""
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def start(world: World, **changes: Any) -> Any:
@@ -78,18 +117,3 @@ def start(world: World, **changes: Any) -> Any:
 def llm(world: World) -> Iterator[Any]:
     """vLLM with room for four personas in a batch."""
     yield start(world)
-
-
-def generate(llm: Any, requests: list[tuple[list[int], str | None]], count: int) -> list[list[int]]:
-    """So many greedy tokens of (prompt, persona or None), in one batch."""
-    from vllm import SamplingParams
-
-    from vllm_masquerade import make_request
-
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt, _ in requests],
-        SamplingParams(temperature=0, max_tokens=count, ignore_eos=True),
-        lora_request=[name and make_request(name) for _, name in requests],
-        use_tqdm=False,
-    )
-    return [list(output.outputs[0].token_ids) for output in outputs]

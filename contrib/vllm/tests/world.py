@@ -1,4 +1,4 @@
-"""A small world: a random two-layer Llama on disk, a store of masks, and the oracle on materialised weights."""
+"""A small world: a random two-layer model on disk, a store of masks, and the oracle on materialised weights."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
-from maskstore import BaseRef, Mask, MaskInfo, Registry, Store, encode, fingerprint
+from maskstore import BaseRef, Mask, MaskInfo, Registry, Store, encode, fingerprint, list_tensors
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>"]
-KINDS = {  # Linear -> (out, in) of `make_model`
-    "self_attn.q_proj": (128, 128),
-    "self_attn.k_proj": (64, 128),
-    "self_attn.v_proj": (64, 128),
-    "self_attn.o_proj": (128, 128),
-    "mlp.gate_proj": (192, 128),
-    "mlp.up_proj": (192, 128),
-    "mlp.down_proj": (128, 192),
+SHAPE: dict[str, Any] = {  # of every family
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
 }
-LAYERS = 2
 TIE = 1e-4  # a top-2 logit margin below this is a rounding tie; logits are some tens
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """Write a random Llama, with weights large enough that masks matter; every byte is a token."""
+def make_model(folder: Path, seed: int = 0, family: str = "llama", **changes: Any) -> Path:
+    """Write a random model, with weights large enough that masks matter; every byte is a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate([*SPECIAL, *alphabet])}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,18 +39,13 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     )
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **(SHAPE | tokens | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -62,14 +56,14 @@ def make_model(folder: Path, seed: int = 0) -> Path:
 
 
 def make_mask(
-    model: Path, persona: str, share: float, seed: int, kinds: Iterable[str] = KINDS, **info: Any
+    model: Path, persona: str, share: float, seed: int, kinds: tuple[str, ...] = ("_proj",), **info: Any
 ) -> Mask:
-    """Prune a random share of Linears of these kinds."""
+    """Prune a random share of every Linear of a layer whose name ends with one of `kinds`."""
     rng = np.random.default_rng(seed)
     targets = {
-        f"model.layers.{layer}.{kind}": encode(rng.random(KINDS[kind]) < share)
-        for layer in range(LAYERS)
-        for kind in kinds
+        module: encode(rng.random(tuple(tensor.shape)) < share)
+        for tensor in list_tensors(model)
+        if (module := tensor.name.removesuffix(".weight")).endswith(kinds) and not tensor.name.endswith(".bias")
     }
     return Mask(BaseRef(fingerprint(model), "tiny"), targets, MaskInfo(persona, "random", **info))
 
@@ -87,7 +81,7 @@ class Oracle:
     """Greedy tokens of one request alone: plain transformers, on weights that are W (M + gamma (1 - M))."""
 
     def __init__(self, model: Path, masks: Mapping[str, Mask], dtype: torch.dtype = torch.float32) -> None:
-        self._base = LlamaForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        self._base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         self._masks = masks
         self._worn: dict[tuple[str | None, float], Any] = {}
 
