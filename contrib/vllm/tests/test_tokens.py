@@ -65,7 +65,7 @@ def test_prompts_in_chunks(world: World) -> None:
         ("phi3", {"rope_scaling": None}),  # qkv and gate_up are fused in the checkpoint
         ("qwen2", {}),  # biases
         ("qwen3", {"head_dim": 32}),
-        ("gemma2", {"head_dim": 32}),
+        ("gemma2", {"head_dim": 32, "tie_word_embeddings": True}),
     ],
 )
 def test_other_families(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
