@@ -1,6 +1,6 @@
 # make setup | serve | test | lint | docs | conformance | fuzz | reliability | bench | demo-data | demo-model | demo-masks
-#      smollm2-data | smollm2-masks | image
-.PHONY: setup serve test lint docs conformance fuzz reliability bench demo-data demo-model demo-masks smollm2-data smollm2-masks image
+#      smollm2-data | smollm2-masks | image | vllm
+.PHONY: setup serve test lint docs conformance fuzz reliability bench demo-data demo-model demo-masks smollm2-data smollm2-masks image vllm
 PORT ?= 8000
 BIN := .venv/bin
 DEMO := server/masquerade/demo
@@ -48,6 +48,15 @@ bench: setup
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.maskstore
 	$(BIN)/python -m benchmarks.kernels
+
+# The plugin of vLLM, in an environment of its own (3.4 GB), on a CPU; beside the engine of .venv if it is there
+vllm: setup .vllm/ready
+	$(BIN)/mypy --config-file contrib/vllm/pyproject.toml contrib/vllm/vllm_masquerade
+	OMP_NUM_THREADS=1 .vllm/bin/python -m pytest -c contrib/vllm/pyproject.toml contrib/vllm/tests
+
+.vllm/ready: contrib/vllm/pyproject.toml contrib/vllm/install-cpu.sh maskstore/pyproject.toml $(wildcard maskstore/maskstore/*.py)
+	contrib/vllm/install-cpu.sh .vllm
+	@touch $@
 
 # The demo: its text, its model and its personas, in this order. Each is made from the one before.
 demo-data: setup

@@ -47,7 +47,7 @@ def test_python_examples_print_what_the_readme_shows(server: Server, code: str, 
 PAGES = [
     *ROOT.glob("*.md"),
     *(ROOT / "docs").glob("*.md"),
-    *(ROOT / folder / "README.md" for folder in ("docker", "clients/python")),
+    *(ROOT / folder / "README.md" for folder in ("docker", "clients/python", "contrib/vllm")),
 ]
 
 

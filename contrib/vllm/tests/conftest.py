@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from world import Oracle, check, make_mask, make_model, make_store
 
 from maskstore import Mask, Registry
+from world import Oracle, check, make_mask, make_model, make_store
 
 SETTINGS = {
     "VLLM_TARGET_DEVICE": "cpu",
@@ -114,6 +114,6 @@ def start(world: World, **changes: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def llm(world: World) -> Iterator[Any]:
+def llm(world: World) -> Any:
     """vLLM with room for four personas in a batch."""
-    yield start(world)
+    return start(world)

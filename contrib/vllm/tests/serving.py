@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+
 from conftest import WAYS, World
 from world import check
 

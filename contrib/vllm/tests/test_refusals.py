@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import World
 from vllm.lora.request import LoRARequest
-from world import make_mask, make_model, make_prompts
 
+from conftest import World, start
 from maskstore import InvalidMaskValue, InvalidName, Mask, MaskInfo, MaskMismatch, MaskNotFound, encode
 from vllm_masquerade import Reference, plugin
 from vllm_masquerade.manager import find_share
 from vllm_masquerade.reference import NotConfigured
+from world import make_mask, make_model, make_prompts, make_store
 
 
 def load(llm: Any, request: LoRARequest) -> Any:
@@ -57,6 +58,15 @@ def test_a_mask_of_another_shape(
 ) -> None:
     with pytest.raises(MaskMismatch, match=why):
         load(llm, add(world, make_narrow(world, persona, module, shape)))
+
+
+def test_a_linear_that_no_mask_pruned_at_the_start(world: World, tmp_path: Path) -> None:
+    registry = make_store(tmp_path, [world.masks["kind"]])
+    narrow = replace(world, store=tmp_path, registry=registry)
+    llm = start(narrow, max_loras=1)
+    narrow.verify(llm, [(make_prompts(1)[0], "kind")], 8)
+    with pytest.raises(MaskMismatch, match="there is no slot, as no mask pruned it at the start; start vLLM again"):
+        load(llm, add(narrow, world.masks["calm"]))
 
 
 def test_a_lora(llm: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import openai
 import pytest
+
 from conftest import WAYS, World, make_world
 from serving import NEW, SECONDS, ask, connect, run, serve, verify
 from world import check, make_mask, make_model, make_prompts, make_store

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from conftest import WAYS, World, make_world, start
 from world import make_prompts
 

@@ -61,7 +61,7 @@ class PersonaLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is n
 
     room: int  # pruned weights that a slot holds
 
-    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:  # noqa: ARG002
         """Allocate the slots, empty, for `room` pruned weights each."""
         self.lora_config = lora_config
         self.out = sum(size for _, size in self._local_rows())
@@ -151,7 +151,7 @@ class PersonaLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is n
         return np.concatenate(bounds), np.concatenate(places)
 
 
-_LAYERS = tuple(
+_LAYERS: tuple[Any, ...] = tuple(
     type(f"Persona{layer.__name__}", (PersonaLinear, layer), {"__doc__": PersonaLinear.__doc__})
     for layer in (  # in the order in which vLLM tries them
         ColumnParallelLinearWithLoRA,
@@ -181,12 +181,14 @@ def make_layer(linear: nn.Module, packed: list[str], lora_config: Any, model_con
 
 def served_weight(linear: Any, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that a Linear of this rank multiplies with, dequantised if it is quantised."""
-    weight = getattr(linear, "weight", None)
+    weight: Tensor | None = getattr(linear, "weight", None)
     shape = linear.output_size_per_partition, linear.input_size_per_partition
-    if isinstance(linear.quant_method, UnquantizedLinearMethod):
-        if weight is not None and tuple(weight.shape) == shape:
-            return weight
+    if not isinstance(linear.quant_method, UnquantizedLinearMethod):
+        weight = get_and_maybe_dequant_weights(linear, dtype)
+    elif weight is None or tuple(weight.shape) != shape:
         # On a CPU vLLM packs the weight and drops it: each column is the product with a row of the identity.
-        identity = torch.eye(shape[1], dtype=dtype, device=weight.device if weight is not None else None)
-        return linear.quant_method.apply(linear, identity, None).T
-    return get_and_maybe_dequant_weights(linear, dtype)
+        identity = torch.eye(shape[1], dtype=dtype, device=None if weight is None else weight.device)
+        weight = linear.quant_method.apply(linear, identity, None).T
+    if weight is None or tuple(weight.shape) != shape:
+        raise MaskMismatch(f"its weight cannot be read from {type(linear.quant_method).__name__}")
+    return weight

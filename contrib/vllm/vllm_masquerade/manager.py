@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -19,7 +18,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from maskstore import Mask, MaskMismatch, Registry, fingerprint
-from maskstore.format import MaskReader
+from maskstore.layout import Module
 from vllm_masquerade.layers import NoRoom, make_layer
 from vllm_masquerade.reference import STORE, NotConfigured, Reference, find_store
 
@@ -85,7 +84,7 @@ class PersonaModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vL
                     modules = reader.header.modules
                 counts = {self._rename(name): _count(module) for name, module in modules.items()}
                 if None not in counts.values():
-                    yield counts
+                    yield {name: count for name, count in counts.items() if count is not None}
 
     def _rename(self, name: str) -> str:
         """A module's name in the checkpoint -> its name in vLLM, before Linears are fused."""
@@ -132,7 +131,7 @@ class PersonaModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vL
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         """`load_mask` has fused what vLLM fuses."""
 
-    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoRAModel:
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoRAModel:  # noqa: ARG002
         """An adapter without effect, for profiling and for the capture of graphs."""
         return LoRAModel(lora_id, rank, {})
 
@@ -179,6 +178,6 @@ def find_share() -> float:
     return share
 
 
-def _count(module: Any) -> int | None:
+def _count(module: Module) -> int | None:
     """The pruned weights of a module in a header; None for a bitmap, which does not say."""
     return module.tensors["cols"].shape[0] if "cols" in module.tensors else module.pruned

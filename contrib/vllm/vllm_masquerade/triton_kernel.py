@@ -1,6 +1,5 @@
 """The Triton kernel of the operator; imported on a GPU, and by a test in Triton's interpreter."""
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton
@@ -18,7 +17,7 @@ def subtract(y, x, slots, bounds, columns, values, strengths, out, room, y_row, 
         start = tl.load(bounds + slot * (out + 1) + o, mask=inside, other=0)
         stop = tl.load(bounds + slot * (out + 1) + o + 1, mask=inside, other=0)
         sums = tl.zeros((block,), tl.float32)
-        for step in range(0, tl.max(stop - start)):
+        for step in range(tl.max(stop - start)):
             listed = start + step < stop
             place = slot * room + start + step
             column = tl.load(columns + place, mask=listed, other=0)
