@@ -96,7 +96,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def start(world: World, **changes: Any) -> Any:
-    """vLLM in this process."""
+    """vLLM in this process. When it goes, so does what all of them share, so a test with one of its own comes before
+    the first or after the last that takes `llm`.
+    """
     os.environ["MASQUERADE_STORE"] = str(world.store)
     from vllm import LLM
 

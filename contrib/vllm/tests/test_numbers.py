@@ -1,17 +1,19 @@
-"""Other dtypes, and this project's own engine beside vLLM."""
+"""What slots hold, and this project's own engine beside vLLM."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import World, start
-from world import check, make_prompts
+from maskstore import MaskMismatch
+from world import check, make_narrow, make_prompts, make_store
 
 PYTHON = Path(os.environ.get("MASQUERADE_PYTHON", Path(__file__).parents[3] / ".venv" / "bin" / "python"))
 
@@ -33,6 +35,16 @@ def test_slots_hold_the_weights_of_the_checkpoint(world: World) -> None:
         return True
 
     assert llm.collective_rpc(compare) == [True]
+
+
+def test_the_store_decides_which_linears_have_slots(world: World, tmp_path: Path) -> None:
+    narrow = replace(world, store=tmp_path, registry=make_store(tmp_path, [world.masks["kind"]]))
+    llm = start(narrow, max_loras=1)
+    narrow.verify(llm, [(make_prompts(1)[0], "kind")], 8)
+    tight = make_narrow(world.model, "tight", "model.layers.0.self_attn.o_proj", (128, 128))
+    narrow.registry.publish("tight", narrow.registry.store.add(tight))
+    with pytest.raises(MaskMismatch, match="there is no slot, as no mask pruned it at the start; start vLLM again"):
+        llm.llm_engine.add_lora(narrow.request("tight"))
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="no environment of Masquerade: MASQUERADE_PYTHON names its python")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from vllm.lora.request import LoRARequest
 
-from conftest import World, start
-from maskstore import InvalidMaskValue, InvalidName, Mask, MaskInfo, MaskMismatch, MaskNotFound, encode
+from conftest import World
+from maskstore import InvalidMaskValue, InvalidName, Mask, MaskMismatch, MaskNotFound
 from vllm_masquerade import Reference, plugin
 from vllm_masquerade.manager import find_share
 from vllm_masquerade.reference import NotConfigured
-from world import make_mask, make_model, make_prompts, make_store
+from world import make_mask, make_model, make_narrow, make_prompts
 
 
 def load(llm: Any, request: LoRARequest) -> Any:
@@ -26,13 +24,6 @@ def add(world: World, mask: Mask) -> LoRARequest:
     """Store a mask while vLLM runs, under a name that no other test has."""
     world.registry.publish(mask.info.persona, world.registry.store.add(mask))
     return world.request(mask.info.persona)
-
-
-def make_narrow(world: World, persona: str, module: str, shape: tuple[int, int]) -> Mask:
-    pruned = np.zeros(shape, bool)
-    pruned[0, :3] = True
-    base = next(iter(world.masks.values())).base
-    return Mask(base, {module: encode(pruned)}, MaskInfo(persona, "made"))
 
 
 def test_a_mask_of_another_base(llm: Any, world: World, tmp_path: Path) -> None:
@@ -57,16 +48,7 @@ def test_a_mask_of_another_shape(
     llm: Any, world: World, persona: str, module: str, shape: tuple[int, int], why: str
 ) -> None:
     with pytest.raises(MaskMismatch, match=why):
-        load(llm, add(world, make_narrow(world, persona, module, shape)))
-
-
-def test_a_linear_that_no_mask_pruned_at_the_start(world: World, tmp_path: Path) -> None:
-    registry = make_store(tmp_path, [world.masks["kind"]])
-    narrow = replace(world, store=tmp_path, registry=registry)
-    llm = start(narrow, max_loras=1)
-    narrow.verify(llm, [(make_prompts(1)[0], "kind")], 8)
-    with pytest.raises(MaskMismatch, match="there is no slot, as no mask pruned it at the start; start vLLM again"):
-        load(llm, add(narrow, world.masks["calm"]))
+        load(llm, add(world, make_narrow(world.model, persona, module, shape)))
 
 
 def test_a_lora(llm: Any, tmp_path: Path) -> None:

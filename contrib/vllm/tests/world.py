@@ -68,6 +68,13 @@ def make_mask(
     return Mask(BaseRef(fingerprint(model), "tiny"), targets, MaskInfo(persona, "random", **info))
 
 
+def make_narrow(model: Path, persona: str, module: str, shape: tuple[int, int]) -> Mask:
+    """Prune three weights of one module."""
+    pruned = np.zeros(shape, bool)
+    pruned[0, :3] = True
+    return Mask(BaseRef(fingerprint(model), "tiny"), {module: encode(pruned)}, MaskInfo(persona, "made"))
+
+
 def make_store(folder: Path, masks: Iterable[Mask]) -> Registry:
     """A store in which each mask is published under its persona's name."""
     Store(folder)

@@ -17,7 +17,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from maskstore import Mask, MaskMismatch, Registry, fingerprint
+from maskstore import Mask, MaskError, MaskMismatch, Registry, fingerprint
 from maskstore.layout import Module
 from vllm_masquerade.layers import NoRoom, make_layer
 from vllm_masquerade.reference import STORE, NotConfigured, Reference, find_store
@@ -79,12 +79,15 @@ class PersonaModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  # vL
     def _outline_masks(self) -> Iterator[dict[str, int]]:
         """Module -> pruned weights, of each mask of this base in the store that is sparse throughout."""
         for digest in self.store.digests():
-            if self.store.summary(digest).base.fingerprint == self.base:
+            try:
                 with self.store.reader(digest) as reader:
-                    modules = reader.header.modules
-                counts = {self._rename(name): _count(module) for name, module in modules.items()}
-                if None not in counts.values():
-                    yield {name: count for name, count in counts.items() if count is not None}
+                    base, modules = reader.base, reader.header.modules
+            except MaskError as error:
+                logger.warning("a mask of the store is left out: %s", error)
+                continue
+            counts = {self._rename(name): _count(module) for name, module in modules.items()}
+            if base.fingerprint == self.base and None not in counts.values():
+                yield {name: count for name, count in counts.items() if count is not None}
 
     def _rename(self, name: str) -> str:
         """A module's name in the checkpoint -> its name in vLLM, before Linears are fused."""
