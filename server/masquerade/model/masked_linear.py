@@ -31,7 +31,6 @@ class MaskedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self._dtype = torch.bfloat16 if linear.weight.dtype is torch.uint8 else linear.weight.dtype
         self.train(linear.training)
         self._name, self._current = name, current
 
@@ -39,8 +38,10 @@ class MaskedLinear(nn.Linear):
         """Map inputs [..., in] to outputs [..., out] as the current route has it; without one, as the base does."""
         parameters: Any = self._parameters  # where nn.Module finds an attribute last
         weight, bias, route = parameters["weight"], parameters.get("bias"), self._current.route
-        if x.dtype != self._dtype or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-            y = (differentiate if weight.dtype is torch.uint8 else F.linear)(x, weight, bias)
+        quantised = weight.dtype is torch.uint8
+        dtype = torch.bfloat16 if quantised else weight.dtype
+        if x.dtype != dtype or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            y = (differentiate if quantised else F.linear)(x, weight, bias)
             if route:
                 route.subtract(self._name, x, y)
             return y
