@@ -32,9 +32,9 @@ def make_base(shape: dict[str, int]) -> Base:
         return load(folder, device="cpu")
 
 
-def load_smollm2() -> Base:
-    """SmolLM2 on the CPU; ends the process with the reason if it cannot be had."""
+def load_smollm2(*, keep_blocks: bool = False) -> Base:
+    """SmolLM2 on the CPU, in bf16 or as it is served; ends the process with the reason if it cannot be had."""
     try:
-        return load("smollm2", device="cpu")
+        return load("smollm2", device="cpu", keep_blocks=keep_blocks)
     except UnusableModel as error:
         sys.exit(f"{error}")

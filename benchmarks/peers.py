@@ -1,11 +1,12 @@
 """Tokens per CPU-second beside other engines, with 1, 4 and 16 streams of SmolLM2 on one core.
 
-`python -m benchmarks.peers --json [--quick]`. The model is `smollm2`, a GGUF file of type Q4_1. Masquerade, `generate`
-of transformers (a static batch) and PEFT run it in bf16; llama.cpp runs the file itself, and the same weights as a GGUF
-file in BF16. Prompts have 40 to 80 tokens and are equal for all. Decoding is greedy and has no end token, so that the
-work is equal; it is timed from the first token of every answer to the last. Sides take turns within each round: rates
-are medians, ratios are medians of the ratios of each round. Times are CPU time of the whole process that computes.
-Masks have 55 000 weights of o_proj and down_proj, adapters are of rank 16 on the same Linears; both are random.
+`python -m benchmarks.peers --json [--quick]`. The model is `smollm2`, a GGUF file of type Q4_1. Masquerade runs it as
+it is served, with weights in the file's blocks where the processor allows that, and in bf16. `generate` of transformers
+(a static batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF file in BF16.
+Prompts have 40 to 80 tokens and are equal for all. Decoding is greedy and has no end token, so that the work is equal;
+it is timed from the first token of every answer to the last. Sides take turns within each round: rates are medians,
+ratios are medians of the ratios of each round. Times are CPU time of the whole process that computes. Masks have 55 000
+weights of o_proj and down_proj, adapters are of rank 16 on the same Linears; both are random.
 
 A peer that is not installed is left out with a line on stderr. llama.cpp comes from npm, its binary included:
 
@@ -134,8 +135,11 @@ def main() -> None:
 
 def find_sides(folder: Path) -> list[Side]:
     """Masquerade and the peers that are installed; the others are named on stderr."""
-    base = load_smollm2()
+    base = load_smollm2(keep_blocks=True)
     sides = list(make_masquerade(base))
+    plain = load_smollm2()
+    MaskManager.attach(plain.model)
+    sides.append(Side("Masquerade, bf16", partial(run_masquerade, plain, [None])))
     for make in (make_transformers, make_peft, partial(make_llama_cpp, base, folder)):
         try:
             sides += make()
@@ -196,7 +200,7 @@ def run_masquerade(base: Base, masks: Sequence[AppliedMask | None], prompts: lis
 
 def make_transformers() -> Iterator[Side]:
     """`generate` on a copy of the model whose Linears are torch's."""
-    yield Side("transformers", partial(run_transformers, load_smollm2(), 0), "Masquerade")
+    yield Side("transformers", partial(run_transformers, load_smollm2(), 0), "Masquerade, bf16")
 
 
 def make_peft() -> Iterator[Side]:
@@ -259,7 +263,7 @@ def make_llama_cpp(base: Base, folder: Path) -> Iterator[Side]:
     write_bf16(reader, folder / "bf16.gguf")
     run = partial(run_llama_cpp, child)
     yield Side("llama.cpp, Q4_1", partial(run, base.path, []), "Masquerade")
-    yield Side("llama.cpp, BF16", partial(run, folder / "bf16.gguf", []), "Masquerade")
+    yield Side("llama.cpp, BF16", partial(run, folder / "bf16.gguf", []), "Masquerade, bf16")
     yield Side("llama.cpp, Q4_1, 1 LoRA", partial(run, base.path, adapters[:1]), "Masquerade, 1 persona")
     mixed = partial(run, base.path, adapters)
     yield Side(f"llama.cpp, Q4_1, {ADAPTERS} LoRAs", mixed, f"Masquerade, {ADAPTERS} personas", MIXED)

@@ -22,9 +22,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 
 # The files that take longest, in this order before all others: no process should be alone with one at the end.
 LONGEST = (
+    "cli/test_smollm2_served.py",
     "building/test_sdk.py",
     "pruning/test_items.py",
-    "cli/test_smollm2_served.py",
+    "pruning/test_quantized.py",
+    "pruning/test_executor.py",
+    "database/test_servers.py",
     "building/test_together.py",
     "building/test_kill.py",
     "test_distribution.py",

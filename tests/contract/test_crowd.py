@@ -18,6 +18,7 @@ import pytest
 from openai import OpenAI
 
 from masquerade.engine import EngineConfig
+from masquerade.http.limits import Protocol
 from masquerade.service.serving import Serving
 from tests import world
 from tests.access.conftest import publish
@@ -183,11 +184,12 @@ class TestLoad:
                 asked = {"model": "random", "messages": said, "max_tokens": 2}
                 assert http.post(CHAT, json=asked).status_code == 200
                 self.wait_until_empty(serving)
-                gc.collect()
+                self.wait_until_alone()
                 sizes.append(len(gc.get_objects()))
                 resident.append(read_resident_bytes())
             self.check_that_no_mask_is_held(serving, http)
-        assert sizes[2] < sizes[1] * 1.02
+        # Threads of the pool and timers that were cancelled come and go; a request is more than eight objects.
+        assert sizes[2] < sizes[1] + 8 * self.CLIENTS
         assert resident[2] < resident[1] + 2**25
 
     def check_that_no_mask_is_held(self, serving: Serving, http: httpx.Client) -> None:
@@ -203,6 +205,15 @@ class TestLoad:
         self.wait_until_empty(serving)
         assert (residency.evicting, residency.waiting) == (0, 0)
         assert residency.nbytes <= residency.budget
+
+    def wait_until_alone(self) -> None:
+        """No connection of the crowd is left; the server closes those that are idle after some seconds."""
+        for _ in range(150):
+            gc.collect()
+            if sum(isinstance(one, Protocol) for one in gc.get_objects()) <= 1:
+                return
+            time.sleep(0.1)
+        raise AssertionError("connections are left")
 
     def wait_until_empty(self, serving: Serving) -> None:
         """No request runs or waits, and no page is held by one; who left is noticed within a step."""
