@@ -96,8 +96,11 @@ def test_who_follows_a_job_hears_no_more_of_it(here: tuple[Serving, httpx.Client
     held = threading.Event()
     serving.engine.run_background(lambda: held.wait(60))
     try:
-        line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-        sent = {"file": ("f.jsonl", "\n".join([json.dumps(line)] * 4).encode())}
+        lines = [
+            {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "b"}]}
+            for prompt in ("a", "b", "c", "d", "a b", "b c")  # one prompt could not be held out: the job would fail
+        ]
+        sent = {"file": ("f.jsonl", "\n".join(map(json.dumps, lines)).encode())}
         file = http.post("/v1/files", data={"purpose": "fine-tune"}, files=sent, headers=headers).json()["id"]
         method = {"type": "mask", "mask": {"score": "magnitude", "rho": 0.01}}
         body = {"model": serving.base.name, "training_file": file, "suffix": "p", "method": method}
