@@ -98,7 +98,7 @@ def measure_throughput(scale: Scale) -> Iterator[Figure]:
 def make_mask(base: Base, seed: int) -> Mask:
     rng = np.random.default_rng(seed)
     shapes = {
-        name: tuple(linear.weight.shape)
+        name: (linear.out_features, linear.in_features)
         for name, linear in find_targets(base.model).items()
         if name.endswith((".o_proj", ".down_proj"))
     }
