@@ -33,23 +33,29 @@ def name_folder(url: str) -> str:
     return quote(url.rstrip("/"), safe="")
 
 
-def find_bucket(root: Path) -> S3Bucket | None:
-    """The bucket that a folder is a copy of, by the folder's name; None for any other folder."""
+def find_url(root: Path) -> str | None:
+    """The URL of the bucket that a folder is a copy of, by the folder's name; None for any other folder."""
     url = unquote(root.name)
-    return S3Bucket(url) if url.startswith(SCHEME) and name_folder(url) == root.name else None
+    return url if url.startswith(SCHEME) and name_folder(url) == root.name else None
 
 
-def open_store(root: Path, require_signed: bool = False, accept_tensors: bool = False) -> Store:
+def find_bucket(root: Path) -> S3Bucket | None:
+    """The bucket that a folder is a copy of; None for any other folder."""
+    url = find_url(root)
+    return None if url is None else S3Bucket(url)
+
+
+def open_store(
+    root: Path, bucket: S3Bucket | None, require_signed: bool = False, accept_tensors: bool = False
+) -> Store:
     """The store in a folder, or that of the bucket which the folder is a copy of."""
-    bucket = find_bucket(root)
     if bucket is None:
         return Store(root, require_signed, accept_tensors)
     return MirrorStore(root, bucket, require_signed, accept_tensors)
 
 
-def open_database(path: Path) -> Database:
+def open_database(path: Path, bucket: S3Bucket | None) -> Database:
     """The registry of a store."""
-    bucket = find_bucket(path.parent)
     return Database(path) if bucket is None else MirrorDatabase(path, bucket)
 
 

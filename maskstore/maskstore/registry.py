@@ -17,7 +17,7 @@ from typing import Any
 from maskstore import strictjson
 from maskstore.errors import InvalidMaskValue, MaskConflict, MaskError, MaskExists, MaskNotFound
 from maskstore.mask import Mask, MaskInfo, Phase, now
-from maskstore.mirror import open_database, open_store
+from maskstore.mirror import find_bucket, open_database, open_store
 from maskstore.names import check_digest, check_name, split_reference
 from maskstore.records import ANY, Anything, Certificate, Measurement, Persona, Revision
 from maskstore.signing import Signable, message
@@ -40,9 +40,10 @@ class Registry:
     def __init__(
         self, root: str | os.PathLike[str], require_signed: bool = False, accept_tensors: bool = False
     ) -> None:
-        self.store = open_store(Path(root), require_signed, accept_tensors)
+        bucket = find_bucket(Path(root))
+        self.store = open_store(Path(root), bucket, require_signed, accept_tensors)
         self.path = self.store.root / FILE
-        self.database = open_database(self.path)
+        self.database = open_database(self.path, bucket)
 
     def publish(
         self, name: str, digest: str, expected: str | Anything | None = ANY, info: MaskInfo | None = None

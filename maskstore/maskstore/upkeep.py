@@ -86,8 +86,9 @@ def fsck(root: str | os.PathLike[str], repair: bool = False) -> Checkup:
     place, empties objects of the metadata with values of the wrong type, and rebuilds a registry that cannot be read
     from what the masks say about themselves.
     """
-    store = open_store(Path(root))
-    if find_bucket(store.root):
+    bucket = find_bucket(Path(root))
+    store = open_store(Path(root), bucket)
+    if bucket:
         if repair:
             raise InvalidMaskValue(f"{store.root} is a copy of a bucket: delete the folder, and it is fetched again")
         for digest in store.digests():
@@ -183,7 +184,7 @@ def _read_registry(store: Store) -> tuple[list[str], list[tuple[str, str]]]:
     if not path.exists():
         return ["is missing"], []
     try:
-        faults = open_database(path).faults()
+        faults = open_database(path, find_bucket(store.root)).faults()
         return faults, [] if faults else Registry(store.root).references()
     except MaskError as error:
         return [error.message], []

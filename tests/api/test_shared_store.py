@@ -92,3 +92,7 @@ def test_commands_take_a_bucket(
     assert wait_for_status(servers[0], "bold", 200) < SEEN_SECONDS
     assert "bold" in masquerade("masks", "ls", *where).stdout
     assert "no-such-bucket" in fail(1, "masks", "ls", "--model", tiny_folder, "--store", "s3://no-such-bucket/x")
+
+
+def test_a_url_without_a_bucket_is_refused(tiny_folder: Path) -> None:
+    assert "name the bucket" in fail(2, "masks", "ls", "--model", tiny_folder, "--store", "s3://")

@@ -155,8 +155,8 @@ def serve(
                 require_signed=require_signed,
                 accept_tensors=accept_tensor_signatures,
             )
-            if bucket := mirror.find_bucket(root):
-                _log.info("personas are in %s; %s has this machine's copy, keys and jobs", bucket.url, root)
+            if url := mirror.find_url(root):
+                _log.info("personas are in %s; %s has this machine's copy, keys and jobs", url, root)
             serving = server.assemble(
                 base, config, *store_and_registry, mask_bytes, host_mask_bytes, accept_uncertified=accept_uncertified
             )

@@ -14,7 +14,7 @@ from maskstore.bucket import SCHEME
 from maskstore.sqlite import read_version
 from masquerade import demo, smollm2
 from masquerade.database import PostgreSQL
-from masquerade.errors import StorageFull, StoreTooNew, UnusableStore
+from masquerade.errors import InvalidValue, StorageFull, StoreTooNew, UnusableStore
 from masquerade.jobs import migrations as jobs
 from masquerade.keys import table as keys
 from masquerade.sources import find_model
@@ -29,8 +29,15 @@ SCHEMAS = {
 
 
 def locate_store(text: str) -> Path:
-    """The folder of a store that is given as a folder, or as a bucket, of which it is this machine's copy."""
-    return _data_folder() / mirror.name_folder(text) if text.startswith(SCHEME) else Path(text)
+    """The folder of a store that is given as a folder, or as a bucket, of which it is this machine's copy.
+
+    Raises `InvalidValue` for a URL without a bucket.
+    """
+    if not text.startswith(SCHEME):
+        return Path(text)
+    if not text.removeprefix(SCHEME).strip("/"):
+        raise InvalidValue(f"--store is {text!r}; name the bucket, as in s3://BUCKET/PREFIX")
+    return _data_folder() / mirror.name_folder(text)
 
 
 def find_store(root: Path | None, model: str) -> Path:

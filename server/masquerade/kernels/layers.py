@@ -1,4 +1,4 @@
-"""Decoder layers of Llama's structure on a CPU in one call, in C++ (`cpp/layer.cpp`).
+"""Decoder layers of Llama's structure on a CPU in one call, in C++ (`cpp/layers.cpp`).
 
 A row's result is bit-identical for every composition of the batch and every number of threads. Products and attention
 have the bits of `NativeProduct` and `attend_chunks`; what is between them is rounded where transformers rounds.
