@@ -146,6 +146,7 @@ class Steps:
         self._scale = scale
         columns = -(-scale.context // BLOCK_SIZE)
         self._table = np.arange(1, scale.rows * columns + 1).reshape(scale.rows, columns)
+        kv.zero(self._table.ravel().tolist())  # the steps read a whole context, of which they write one position
 
     def settle(self, applied_masks: Sequence[AppliedMask | None]) -> Run:
         """Run one whole step whose rows have these masks by turns; returns what replays its graph."""
