@@ -50,7 +50,9 @@ def forking() -> Iterator[None]:
 
 
 @contextmanager
-def serve(*arguments: str, env: Mapping[str, str] | None = None, port: int = 0) -> Iterator[Server]:
+def serve(
+    *arguments: str, env: Mapping[str, str] | None = None, port: int = 0, start_seconds: float = START_SECONDS
+) -> Iterator[Server]:
     """Run `masquerade serve` with the arguments, on a (free) port of loopback, until the block ends.
 
     Without `--store` among the arguments it gets an empty store that goes with it. One thread computes, so that servers
@@ -65,7 +67,7 @@ def serve(*arguments: str, env: Mapping[str, str] | None = None, port: int = 0) 
         process = _zygotes[-1].start(command, log) if _zygotes and env is None else _start(command, log, env or {})
         server = Server(f"http://127.0.0.1:{port}", process, log)
         try:
-            wait_until_ready(server)
+            wait_until_ready(server, start_seconds)
             yield server
         finally:
             stop(process)
@@ -89,13 +91,13 @@ def free_port() -> int:
         return port
 
 
-def wait_until_ready(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def wait_until_ready(server: Server, seconds: float = START_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not _is_ready(server.base_url):
         if server.process.poll() is not None:
             raise ServerDied(f"exit status {server.process.returncode} before it was ready:\n{server.said()}")
         if time.monotonic() > deadline:
-            raise ServerDied(f"not ready after {START_SECONDS:.0f} s:\n{server.said()}")
+            raise ServerDied(f"not ready after {seconds:.0f} s:\n{server.said()}")
         time.sleep(0.05)
 
 

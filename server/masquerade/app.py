@@ -11,11 +11,12 @@ from contextlib import asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from masquerade import __version__
 from masquerade.anthropic import messages
@@ -40,6 +41,7 @@ from masquerade.service import building
 from masquerade.service.serving import Serving
 
 _log = logging.getLogger(__name__)
+App = TypeVar("App", bound=ASGIApp)
 BATCH_SLOTS = 8  # most requests of batches in the engine
 _ROUTERS = (
     chat.router,
@@ -66,7 +68,7 @@ def create_app(
     policy: Policy = Policy(),  # noqa: B008 - it is frozen
     clock: Callable[[], float] = time.monotonic,
     database: PostgreSQL | None = None,
-) -> RequestIdMiddleware:
+) -> RequestIdMiddleware[FastAPI]:
     """The HTTP application. Its lifespan starts and stops the engine.
 
     `clock` returns seconds and drives the rate limits of keys. Keys, jobs, batches and responses are in the `database`,
@@ -136,7 +138,7 @@ def create_app(
     errors.install(app)
     for router in _ROUTERS:
         app.include_router(router)
-    whole = RequestIdMiddleware(app)
+    whole: RequestIdMiddleware[FastAPI] = RequestIdMiddleware(app)
     return whole
 
 
@@ -187,13 +189,13 @@ def _open_job_service(
     return job_service
 
 
-class RequestIdMiddleware:
+class RequestIdMiddleware(Generic[App]):
     """The outermost middleware: every response, also of an error, has `x-request-id` and `openai-processing-ms`.
 
     A client may send the id: 1 to 128 printable ASCII characters. Exceptions do not end the connection.
     """
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

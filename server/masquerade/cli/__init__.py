@@ -12,7 +12,7 @@ import typer
 
 from maskstore import InvalidMaskValue, InvalidName, MaskError
 from masquerade import __version__
-from masquerade.cli import build, config, doctor, evaluate, keys, masks, plan, serve
+from masquerade.cli import build, config, doctor, evaluate, keys, masks, plan, ray, serve
 from masquerade.errors import BadRequest, MasqueradeError
 from masquerade.plan.processors import limit_threads
 
@@ -31,6 +31,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("plan")(plan.plan)
 app.add_typer(masks.app, name="masks")
 app.add_typer(keys.app, name="keys")
+app.add_typer(ray.app, name="ray")
 app.add_typer(config.app, name="config")
 app.command("doctor")(doctor.examine)
 

@@ -60,6 +60,21 @@ def read_config(context: typer.Context, config: ConfigFile = None) -> None:
     context.obj = path
 
 
+def read_section(context: typer.Context, config: Path | None) -> Path | None:
+    """The callback of a command's own option for the file: its section there."""
+    if config is not None:
+        section = _load(config, _group(context))
+        for name in _find_path(context):
+            section = section[name]
+        context.default_map = section
+    return config
+
+
+def _find_path(context: Any) -> Names:
+    """The names of a context's command, outermost group first."""
+    return (*_find_path(context.parent), context.info_name) if context.parent else ()
+
+
 def find_file() -> Path | None:
     """The default file: in the working directory, else in the user's config folder."""
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "masquerade"

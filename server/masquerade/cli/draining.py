@@ -11,6 +11,9 @@ from threading import Thread
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
+
+from masquerade.http.limits import Protocol
 
 _log = logging.getLogger(__name__)
 
@@ -37,3 +40,17 @@ class DrainingServer(uvicorn.Server):
             self._drain()
         finally:
             super().handle_exit(sig, frame)
+
+
+def make_server(app: ASGIApp, drain: Callable[[], None]) -> DrainingServer:
+    """The HTTP server of an application, which exits when `drain` has returned."""
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        timeout_graceful_shutdown=10,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
+    return DrainingServer(config, drain)

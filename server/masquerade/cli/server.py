@@ -1,22 +1,99 @@
-"""The parts of a server: the engine with a base and its personas, and the HTTP application around it. Imports torch."""
+"""A server's engine with its base and personas, and the application around it. Imports torch."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
-import uvicorn
+import torch
+from fastapi import FastAPI
 
-from maskstore import Registry, Store
-from masquerade.app import create_app
-from masquerade.cli.draining import DrainingServer
-from masquerade.database import PostgreSQL
+from maskstore import Registry, Store, mirror
+from masquerade.app import RequestIdMiddleware, create_app
+from masquerade.cli.options import open_database
+from masquerade.cli.plan import announce
+from masquerade.cli.progress import hide_loading_bars, report_quarters
+from masquerade.cli.server_options import ServerOptions
+from masquerade.cli.stores import open_store
 from masquerade.engine import Engine, EngineConfig, Request
-from masquerade.http.limits import Policy, Protocol
-from masquerade.model import Base, HostCache, MaskManager, Residency, VerifiedStore
+from masquerade.http import logs
+from masquerade.http.limits import Policy
+from masquerade.model import Base, HostCache, MaskManager, Residency, VerifiedStore, load
 from masquerade.service.serving import Serving
 
 _log = logging.getLogger("masquerade")
 MOST_NAMED = 8  # personas in a line of the log
+OTHER_REQUESTS = 64  # to a replica at once, which need no engine: metrics, lists, uploads
+
+
+def make_app(options: ServerOptions, root: Path, policy: Policy) -> RequestIdMiddleware[FastAPI]:
+    """Load a model in a process that is for nothing else, and make the application around it."""
+    logs.configure(options.log_format)
+    serving = load_serving(options, root)
+    log_personas(serving)
+    return create_app(serving, policy, database=open_database(options.database))
+
+
+def announce_plan(options: ServerOptions) -> None:
+    """Log what the server will take. Raises as `load` does, where the header of the model shows it."""
+    announce(
+        options.model, options.device, options.dtype, make_config(options), options.mask_bytes, options.quantization
+    )
+
+
+def load_serving(options: ServerOptions, root: Path) -> Serving:
+    """Load the base and open its store."""
+    hide_loading_bars()
+    announce_plan(options)
+    base = load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        keep_blocks=True,
+        report=report_quarters(lambda line: _log.info("%s", line)),
+    )
+    base = replace(base, name=options.served_model_name or base.name)
+    store, registry = open_store(
+        root,
+        base.name,
+        base.fingerprint,
+        require_signed=options.require_signed,
+        accept_tensors=options.accept_tensor_signatures,
+    )
+    if url := mirror.find_url(root):
+        _log.info("personas are in %s; %s has this machine's copy, keys and jobs", url, root)
+    return assemble(
+        base,
+        make_config(options),
+        store,
+        registry,
+        options.mask_bytes,
+        options.host_mask_bytes,
+        accept_uncertified=options.accept_uncertified,
+    )
+
+
+def make_config(options: ServerOptions) -> EngineConfig:
+    """The part of the options that is the engine's."""
+    return EngineConfig(
+        options.max_running,
+        options.max_waiting,
+        options.max_batch_tokens,
+        options.cache_bytes,
+        speculate=options.speculate,
+    )
+
+
+def count_requests(options: ServerOptions) -> int:
+    """Requests that a replica takes at once: beyond those of the engine's batch and queue it refuses them itself."""
+    return options.max_running + options.max_waiting + OTHER_REQUESTS
+
+
+def count_gpus(options: ServerOptions) -> int:
+    """GPUs that a replica on this machine takes."""
+    return 1 if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()) else 0
 
 
 def assemble(
@@ -41,22 +118,6 @@ def assemble(
     engine = Engine(base, config)
     _warm_up(engine)
     return Serving(base, engine, store, registry, residency, manager, accept_uncertified=accept_uncertified)
-
-
-def make_server(
-    serving: Serving, policy: Policy, drain_seconds: float, database: PostgreSQL | None = None
-) -> DrainingServer:
-    """The HTTP server, which lets running answers complete for `drain_seconds` after SIGTERM."""
-    config = uvicorn.Config(
-        create_app(serving, policy, database=database),
-        http=Protocol,
-        ws="none",
-        timeout_graceful_shutdown=10,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-    )
-    return DrainingServer(config, lambda: serving.engine.drain(drain_seconds))
 
 
 def log_personas(serving: Serving) -> None:

@@ -136,14 +136,23 @@ class Engine:
     @property
     def unready_reason(self) -> str | None:
         """Why the engine is not ready; None if it is."""
-        started = self._step_started
-        if self._thread is None or not self._thread.is_alive():
-            return "the engine is not running"
-        if self._draining:
+        if self._draining and self._is_running:
             return "the engine is stopping"
+        return self.failure
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine makes no progress: its thread ended, a step hangs or failed; None if it does."""
+        started = self._step_started
+        if not self._is_running:
+            return "the engine is not running"
         if started is not None and (seconds := self._clock() - started) > self.config.hung_seconds:
             return f"a step has been running for {seconds:.0f} s"
         return "the last step failed for all of its requests" if self._broken else None
+
+    @property
+    def _is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def occupancy(self) -> Occupancy:

@@ -57,6 +57,21 @@ def read_load(serving: Serving) -> Load:
     return Load(waiting, occupancy.running, serving.engine.config.max_running, occupancy.blocks_used, blocks)
 
 
+def list_residents(serving: Serving) -> tuple[list[str], list[str]]:
+    """The names and aliases of the personas on the device, and of those that are loading."""
+    tiers = {name: serving.residency.tier(digest) for name, digest in _read_digests(serving).items()}
+    return (
+        [name for name, tier in tiers.items() if tier == "device"],
+        [name for name, tier in tiers.items() if tier == "loading"],
+    )
+
+
+def _read_digests(serving: Serving) -> dict[str, str]:
+    """The current digest of each name and alias."""
+    digests = {revision.name: revision.digest for revision in serving.registry.names()}
+    return digests | {name: digests[to] for name, to in serving.registry.aliases().items() if to in digests}
+
+
 class GatewayCollector:
     """The metrics of the Gateway API Inference Extension's model server protocol, read at each scrape.
 
@@ -89,11 +104,8 @@ class GatewayCollector:
     def _collect_adapters(self) -> Metric:
         """Personas and aliases by residency, as the `model` of a request names them: one series, none of the past."""
         serving = self._serving
-        digests = {revision.name: revision.digest for revision in serving.registry.names()}
-        digests |= {alias: digests[name] for alias, name in serving.registry.aliases().items() if name in digests}
-        tiers = {name: serving.residency.tier(digest) for name, digest in digests.items()}
-        resident = [name for name, tier in tiers.items() if tier == "device"]
-        loading = [name for name, tier in tiers.items() if tier == "loading"]
+        digests = _read_digests(serving)
+        resident, loading = list_residents(serving)
         shared = len(resident) - len({digests[name] for name in resident})  # names that need no room of their own
         capacity = serving.residency.estimate_capacity(self._largest_mask) + shared
         # A picker takes a full list for a server without room, but idle masks make room.
