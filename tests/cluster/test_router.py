@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from masquerade.app import describe
-from masquerade.cluster.ingress import JOBS, find_route
-from masquerade.cluster.router import SLACK, Candidate, Route, rank
+from masquerade.cluster.ingress import JOBS, find_affinity
+from masquerade.cluster.router import SLACK, Affinity, Candidate, rank
 from masquerade.http.dependencies import find_job_service
 
 PERSONAS = [f"persona-{number}" for number in range(400)]
@@ -21,7 +21,7 @@ def fleet(count: int, **queues: int) -> list[Candidate]:
 
 def choose(candidates: list[Candidate], persona: str | None) -> Candidate:
     """What Ray takes: the shortest queue of the first group."""
-    return min(rank(candidates, Route(persona))[0], key=lambda one: one.queue)
+    return min(rank(candidates, Affinity(persona))[0], key=lambda one: one.queue)
 
 
 def test_requests_that_arrive_together_agree_and_personas_spread() -> None:
@@ -48,7 +48,7 @@ def test_a_resident_persona_draws_its_requests() -> None:
 
 def test_a_long_queue_spills_to_one_other_replica_and_all_are_tried_in_the_end() -> None:
     candidates = [Candidate("r0", SLACK + 1, frozenset({"grumpy"})), *fleet(4)[1:]]
-    first, last = rank(candidates, Route("grumpy"))
+    first, last = rank(candidates, Affinity("grumpy"))
     assert len(first) == 1
     assert first[0].name != "r0"
     assert set(last) == set(candidates)
@@ -73,14 +73,14 @@ def test_no_load_of_one_persona_leaves_a_replica_idle() -> None:
 
 
 def test_the_base_goes_anywhere() -> None:
-    assert rank(fleet(3), Route()) == [fleet(3)]
+    assert rank(fleet(3), Affinity()) == [fleet(3)]
 
 
 def test_jobs_go_to_the_replica_that_runs_them() -> None:
     candidates = [Candidate("r0", runs_jobs=False), Candidate("r1", queue=100), Candidate("r2", runs_jobs=False)]
-    assert rank(candidates, Route(needs_jobs=True)) == [[candidates[1]]]
+    assert rank(candidates, Affinity(needs_jobs=True)) == [[candidates[1]]]
     without = [Candidate("r0", runs_jobs=False)]
-    assert rank(without, Route(needs_jobs=True)) == [without]  # which says where jobs run
+    assert rank(without, Affinity(needs_jobs=True)) == [without]  # which says where jobs run
 
 
 def make_scope(method: str, path: str, *headers: tuple[bytes, bytes]) -> dict[str, object]:
@@ -100,13 +100,13 @@ def make_scope(method: str, path: str, *headers: tuple[bytes, bytes]) -> dict[st
     ],
 )
 def test_the_persona_is_found_where_requests_name_it(body: bytes, persona: str | None) -> None:
-    assert find_route(make_scope("POST", "/v1/chat/completions"), body) == Route(persona)
+    assert find_affinity(make_scope("POST", "/v1/chat/completions"), body) == Affinity(persona)
 
 
 def test_the_header_counts_where_the_body_names_none() -> None:
     scope = make_scope("POST", "/v1/messages", (b"x-persona", b"grumpy"))
-    assert find_route(scope, b'{"model": "base"}') == Route("grumpy")
-    assert find_route(scope, b'{"model": "base:kind"}') == Route("kind")
+    assert find_affinity(scope, b'{"model": "base"}') == Affinity("grumpy")
+    assert find_affinity(scope, b'{"model": "base:kind"}') == Affinity("kind")
 
 
 def test_the_routes_of_jobs_are_those_that_depend_on_them() -> None:

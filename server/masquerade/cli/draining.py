@@ -47,6 +47,7 @@ def make_server(app: ASGIApp, drain: Callable[[], None]) -> DrainingServer:
     config = uvicorn.Config(
         app,
         http=Protocol,
+        loop="asyncio",  # also where uvloop is installed: it is what the tests run on
         ws="none",
         timeout_graceful_shutdown=10,
         log_config=None,

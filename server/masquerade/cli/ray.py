@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.models import CommandInfo
 
 from masquerade.cli import heap
+from masquerade.cli.build import build as build_here
 from masquerade.cli.config import FLAG, read_section
+from masquerade.cli.options import AsJson
 from masquerade.cli.server_options import ServerOptions, accept_server_options
-from masquerade.errors import InvalidValue
+from masquerade.errors import BuildFailed, InvalidValue
 from masquerade.plan.processors import read_processors
 
-app = typer.Typer(help="Serve from a Ray cluster.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from masquerade.cluster.builds import BuildTask
+
+app = typer.Typer(help="Serve from a Ray cluster, and build on one.", no_args_is_help=True)
 _log = logging.getLogger("masquerade")
+_UsageError: Any = typer.BadParameter.__mro__[1]  # which typer does not export
 
 
 @app.callback()
 def describe() -> None:
-    """Serve from a Ray cluster."""
+    """Serve from a Ray cluster, and build on one."""
 
 
 @app.command("deploy")
@@ -82,6 +93,82 @@ def deploy(
     make_app = partial(server.make_app, options, root, policy)
     deployment.deploy(make_app, policy, scale, address, name, host, port)
     _log.info("%s is deployed; `serve status` shows its replicas, `serve shutdown` ends them", name)
+
+
+@app.command("build")
+def build(
+    file: Annotated[
+        Path,
+        typer.Argument(help="TOML file: options of `masquerade build` for all in [build], for each in a [[persona]]."),
+    ],
+    address: Annotated[
+        str, typer.Option(help="The Ray cluster: `auto`, HOST:PORT, or `local` for this machine.")
+    ] = "auto",
+    cpus: Annotated[float, typer.Option(min=0.1, help="Cores that a build takes.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs that a build takes.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Build many personas, as many at once as the cluster has room for, into the store that the file names.
+
+    Exit status 1 if one of them fails; the others are built all the same.
+    """
+    import_ray()
+    tasks = read_builds(file)
+    from masquerade.cluster import builds, deployment
+
+    ended: list[builds.BuildOutcome] = []
+    with deployment.connect(address):
+        for outcome in builds.run_builds(tasks, cpus, gpus):
+            ended.append(outcome)
+            end = "built" if outcome.status == 0 else f"failed with status {outcome.status}: {outcome.last_line}"
+            print(f"{len(ended)} of {len(tasks)}: {outcome.name} {end}", file=sys.stderr, flush=True)
+    failed = [one for one in ended if one.status]
+    personas = [one for outcome in ended for one in outcome.personas]
+    if as_json:
+        print(json.dumps({"personas": personas, "failed": {one.name: one.last_line for one in failed}}))
+    if failed:
+        raise BuildFailed(f"{len(failed)} of {len(ended)} builds failed: {', '.join(one.name for one in failed)}")
+
+
+def read_builds(file: Path) -> list[BuildTask]:
+    """The builds of a file, with the content of the files that they name. Raises `InvalidValue`."""
+    from masquerade.cluster.builds import BuildTask
+
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidValue(f"{file} is not TOML: {error}") from None
+    shared, personas = content.pop("build", {}), content.pop("persona", None)
+    if content or not isinstance(shared, dict) or not isinstance(personas, list) or not personas:
+        raise InvalidValue(f"{file} must have a table [[persona]] for each build, and may have one [build]")
+    tasks = []
+    for number, persona in enumerate(personas, 1):
+        options = [*_list_options({**shared, **persona})]
+        _check_options(f"{file}: [[persona]] {number}", options)
+        named = {value: file.parent / value for _, value in options if value and (file.parent / value).is_file()}
+        files = {value: path.read_bytes() for value, path in named.items()}
+        tasks.append(BuildTask(str(persona.get("name")), options, files))
+    return tasks
+
+
+def _list_options(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a table as options: a list repeats one, `true` is a flag."""
+    for key, value in table.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not False:
+                yield f"--{key.replace('_', '-')}", "" if one is True else str(one)
+
+
+def _check_options(where: str, options: Sequence[tuple[str, str]]) -> None:
+    """Raise `InvalidValue` for what `masquerade build` would not accept."""
+    command = typer.main.get_command_from_info(
+        CommandInfo("build", callback=build_here), pretty_exceptions_short=False, rich_markup_mode=None
+    )
+    arguments = [part for option in options for part in option if part]
+    try:
+        command.make_context("build", arguments)
+    except _UsageError as error:
+        raise InvalidValue(f"{where}: {error.format_message()}") from None
 
 
 def import_ray() -> None:

@@ -25,6 +25,8 @@ from masquerade.errors import InvalidValue, NotReady
 from masquerade.http.limits import Policy
 
 MakeApp = Callable[[], RequestIdMiddleware[FastAPI]]
+LOCAL = "local"
+NAMESPACE = "serve"
 ENGINE, INGRESS = "engine", "ingress"
 OBJECT_BYTES = 2**28  # for bodies and responses on their way between processes of one machine
 INGRESS_REQUESTS = 2048  # most at once in an ingress
@@ -36,6 +38,7 @@ _ENVIRONMENT = {  # of a Ray that this process starts
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's makers
 }
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # the application has a log of its own
+UPSCALE_SECONDS = 10.0  # above the target before a replica starts
 STATS_SECONDS = 1.0  # between two reports of a replica's personas to the routers
 
 
@@ -61,27 +64,12 @@ class Scale:
 @contextmanager
 def run_here(make_app: MakeApp, scale: Scale) -> Iterator[DeploymentHandle[Any]]:
     """The replicas on this machine, with a Ray of their own that ends with the block. Raises `NotReady`."""
-    for name, value in (_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}).items():
-        os.environ.setdefault(name, value)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address="local",
-        num_cpus=max(1, round(scale.cpus * scale.replicas)) + 1,
-        num_gpus=round(scale.gpus * scale.replicas) or None,
-        object_store_memory=OBJECT_BYTES,
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=True,
-        namespace="masquerade",
-    )
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts
-    try:
-        serve.start(proxy_location="Disabled", logging_config=_QUIET)
-        handle = _deploy(_describe_replicas(make_app, scale), "masquerade", None)
-        yield handle
-    finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+    with connect(LOCAL, cpus=max(1, round(scale.cpus * scale.replicas)) + 1, gpus=round(scale.gpus * scale.replicas)):
+        try:
+            serve.start(proxy_location="Disabled", logging_config=_QUIET)
+            yield _deploy(_describe_replicas(make_app, scale), "masquerade", None)
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def deploy(make_app: MakeApp, policy: Policy, scale: Scale, address: str, name: str, host: str, port: int) -> None:
@@ -89,16 +77,38 @@ def deploy(make_app: MakeApp, policy: Policy, scale: Scale, address: str, name: 
 
     An upgrade starts the new replicas first; the old ones complete their answers. Raises `NotReady`.
     """
+    with connect(address):
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+        replicas = _describe_replicas(make_app, scale)
+        _deploy(_describe_ingress(replicas, policy, scale.drain_seconds), name, "/")
+
+
+@contextmanager
+def connect(address: str, cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
+    """A connection to a cluster, or to a Ray of this process's own if the address is `LOCAL`. Raises `NotReady`.
+
+    `cpus` and `gpus` are those of the latter; by default, all of this machine.
+    """
+    environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if address == LOCAL else {}
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    own: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus or None, "object_store_memory": OBJECT_BYTES}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, namespace="serve", configure_logging=False)
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            configure_logging=False,
+            **(own | {"include_dashboard": False} if address == LOCAL else {}),
+        )
     except ConnectionError as error:
         raise NotReady(
             f"no Ray cluster answers at {address}; `ray start --head` starts one, and one that needs a token wants "
             "RAY_AUTH_MODE=token here too"
         ) from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts
     try:
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-        _deploy(_describe_ingress(_describe_replicas(make_app, scale), policy, scale.drain_seconds), name, "/")
+        yield
     finally:
         ray.shutdown()
 
@@ -118,6 +128,7 @@ def _describe_replicas(make_app: MakeApp, scale: Scale) -> serve.Application:
                 min_replicas=scale.replicas,
                 max_replicas=scale.most_replicas,
                 target_ongoing_requests=scale.target_requests,
+                upscale_delay_s=UPSCALE_SECONDS,
             )
         }
     routing: dict[str, Any] = {

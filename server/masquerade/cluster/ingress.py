@@ -19,13 +19,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from masquerade.cluster import metrics
-from masquerade.cluster.router import Route
+from masquerade.cluster.router import Affinity
 from masquerade.errors import NotReady
 from masquerade.http import errors
 from masquerade.http.gateway import OPERATIONS
 from masquerade.http.limits import LimitsMiddleware, Policy
 
 _log = logging.getLogger(__name__)
+READINESS = {"/readyz", "/health", "/ping"}  # others wait for a replica
 METRICS, SUMMED = "/metrics", "/metrics/sum"
 METRICS_SECONDS = 10.0  # for all replicas to say their metrics
 BEGIN_SECONDS = 60.0  # for a replica to be found, while the last one is replaced
@@ -82,8 +83,8 @@ class Ingress:
             await JSONResponse({"status": "ok"})(scope, receive, send)
         elif self._draining:
             await errors.respond(NotReady("the server is stopping"))(scope, receive, send)
-        elif not self._replicas.running_replicas_populated():
-            await errors.respond(NotReady("no replica is running; try again"))(scope, receive, send)
+        elif scope["path"] in READINESS and not self._replicas.running_replicas_populated():
+            await errors.respond(NotReady("no replica is running"))(scope, receive, send)
         elif scope["path"] in (METRICS, SUMMED):
             await (await self._measure(scope))(scope, receive, send)
         else:
@@ -93,7 +94,7 @@ class Ingress:
         body = await _read(receive)
         if body is None:
             return
-        response = self._respond.remote(find_route(scope, body), _slim(scope), body)
+        response = self._respond.remote(find_affinity(scope, body), _slim(scope), body)
         gone = asyncio.ensure_future(_wait_until_gone(receive))
         answered = False
         try:
@@ -130,12 +131,12 @@ class Ingress:
         return Response(await asyncio.to_thread(merge, texts), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def find_route(scope: Scope, body: bytes) -> Route:
+def find_affinity(scope: Scope, body: bytes) -> Affinity:
     """What the router needs to know of a request. Replicas refuse bodies that are not what they should be."""
     if JOBS.fullmatch(f"{scope['method']} {scope['path']}"):
-        return Route(needs_jobs=True)
+        return Affinity(needs_jobs=True)
     if scope["path"] not in OPERATIONS:
-        return Route()
+        return Affinity()
     named = Headers(scope=scope).get("x-persona")
     if len(body) <= READ_BYTES:
         with suppress(ValueError, RecursionError):
@@ -144,7 +145,7 @@ def find_route(scope: Scope, body: bytes) -> Route:
                 _, _, suffix = str(found.get("model", "")).rpartition(":")
                 model = suffix if ":" in str(found.get("model", "")) else None
                 named = model or found.get("persona") or named
-    return Route(str(named).partition("@")[0] if named else None)
+    return Affinity(str(named).partition("@")[0] if named else None)
 
 
 async def _read(receive: Receive) -> bytes | None:

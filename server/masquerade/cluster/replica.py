@@ -12,7 +12,7 @@ from ray import serve
 from starlette.types import Message, Scope
 
 from masquerade.app import RequestIdMiddleware
-from masquerade.cluster.router import Route
+from masquerade.cluster.router import Affinity
 from masquerade.http.gateway import list_residents
 from masquerade.service.serving import Serving
 
@@ -32,10 +32,10 @@ class Replica:
         """End the application. Ray Serve calls and awaits this once, after the last response."""
         await self._lifespan.__aexit__(None, None, None)
 
-    async def respond(self, route: Route, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:  # noqa: ARG002
+    async def respond(self, affinity: Affinity, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:  # noqa: ARG002
         """Run the application; yields the messages of its response, those that are ready together.
 
-        The router reads the `route`. Cancelling the call is a disconnect of the client.
+        The router reads the `affinity`. Cancelling the call is a disconnect of the client.
         """
         messages: asyncio.Queue[Message | None] = asyncio.Queue(WAITING_MESSAGES)
         gone = asyncio.Event()
@@ -56,7 +56,7 @@ class Replica:
 
     async def fetch(self, scope: Scope) -> tuple[str, int, list[tuple[bytes, bytes]], bytes]:
         """The response to a request without a body: this replica's name, the status, the headers and the body."""
-        parts = [message async for ready in self.respond(Route(), scope, b"") for message in ready]
+        parts = [message async for ready in self.respond(Affinity(), scope, b"") for message in ready]
         content = b"".join(message.get("body", b"") for message in parts[1:])
         return serve.get_replica_context().replica_tag, parts[0]["status"], parts[0]["headers"], content
 

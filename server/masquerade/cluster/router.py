@@ -12,7 +12,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 SLACK = 8  # requests by which the queue of a resident replica may exceed the shortest
 
 
-class Route(NamedTuple):
+class Affinity(NamedTuple):
     """What the choice of a replica for a request depends on."""
 
     persona: str | None = None  # the name in the request; None for the base
@@ -29,19 +29,19 @@ class Candidate:
     runs_jobs: bool = True
 
 
-def rank(candidates: Sequence[Candidate], route: Route, slack: int = SLACK) -> list[list[Candidate]]:
+def rank(candidates: Sequence[Candidate], affinity: Affinity, slack: int = SLACK) -> list[list[Candidate]]:
     """The candidates in groups, the first to be tried first; each candidate is in the last group or is unfit.
 
     A persona goes to the replicas that have it, or to its first one by rendezvous hashing (Thaler and Ravishankar,
     1998), so that requests which arrive together agree before any of them has loaded the mask. If the queues of those
     are longer than the shortest queue by more than `slack`, it spills to the next replica in that order.
     """
-    fit = [one for one in candidates if one.runs_jobs] if route.needs_jobs else []
+    fit = [one for one in candidates if one.runs_jobs] if affinity.needs_jobs else []
     fit = fit or [*candidates]
-    if route.persona is None or len(fit) < 2:
+    if affinity.persona is None or len(fit) < 2:
         return [fit]
-    order = sorted(fit, key=lambda one: _weigh(route.persona, one.name), reverse=True)
-    homes = [one for one in order if route.persona in one.personas] or order[:1]
+    order = sorted(fit, key=lambda one: _weigh(affinity.persona, one.name), reverse=True)
+    homes = [one for one in order if affinity.persona in one.personas] or order[:1]
     limit = min(one.queue for one in fit) + slack
     near = [one for one in homes if one.queue <= limit]
     spilled = [one for one in order if one not in homes and one.queue <= limit]
@@ -49,7 +49,7 @@ def rank(candidates: Sequence[Candidate], route: Route, slack: int = SLACK) -> l
 
 
 class PersonaRouter(RequestRouter):
-    """Ray Serve's router of the replicas. The first argument of a call is its `Route`."""
+    """Ray Serve's router of the replicas. The first argument of a call is its `Affinity`."""
 
     _slack = SLACK
 
@@ -61,14 +61,14 @@ class PersonaRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """The replicas in groups; Ray takes the one with the shortest queue of the first group that has room."""
-        route = pending_request.args[0] if pending_request and pending_request.args else Route()
-        if not isinstance(route, Route):
-            route = Route()
+        affinity = pending_request.args[0] if pending_request and pending_request.args else Affinity()
+        if not isinstance(affinity, Affinity):
+            affinity = Affinity()
         if pending_request:
             pending_request.routing_context.should_backoff = True  # the last group has every replica
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         candidates = [_describe(replica, self._replica_queue_len_cache.get) for replica in candidate_replicas]
-        return [[replicas[one.name] for one in group] for group in rank(candidates, route, self._slack)]
+        return [[replicas[one.name] for one in group] for group in rank(candidates, affinity, self._slack)]
 
 
 def _describe(replica: RunningReplica, find_queue: Callable[[Any], int | None]) -> Candidate:
