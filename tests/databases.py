@@ -17,9 +17,12 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import Row, create_engine, make_url, text
 
-from masquerade.database import DatabaseURL, PostgreSQL, SQLiteGroup, TableGroup
+from masquerade.database.group import TableGroup
+from masquerade.database.postgresql import PostgreSQL
+from masquerade.database.sqlite import SQLiteGroup
+from masquerade.database.url import DatabaseURL
 from masquerade.jobs import open_group, open_responses
-from masquerade.keys import KeyTable
+from masquerade.keys.table import KeyTable
 from tests.serving import free_port
 
 PASSWORD = "n0t-to-be-shown"

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from masquerade import __version__
 from masquerade.anthropic import messages
-from masquerade.database import PostgreSQL
+from masquerade.database.postgresql import PostgreSQL
 from masquerade.errors import WorkedElsewhere
 from masquerade.http import errors, health, internal, playground, reference
 from masquerade.http.access import AuthMiddleware
@@ -31,7 +31,9 @@ from masquerade.http.request_log import RequestLogMiddleware
 from masquerade.http.throttle import Throttle
 from masquerade.jobs import JobService, Quotas, ResponseTable, open_responses
 from masquerade.jobs.service import FILE
-from masquerade.keys import Audit, Keyring, KeyTable, Rates
+from masquerade.keys import Audit, Rates
+from masquerade.keys.ring import Keyring
+from masquerade.keys.table import KeyTable
 from masquerade.openai import chat, completions, embeddings, files, fine_tuning, models, tokens
 from masquerade.openai.batches import routes as batches
 from masquerade.openai.batches.runner import BatchRunner

@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from masquerade.keys import Key, KeyTable
+from masquerade.keys import Key
+from masquerade.keys.table import KeyTable
 from masquerade.service.serving import Serving
 from tests import world
 from tests.contract.here import serve_here

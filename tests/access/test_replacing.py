@@ -17,7 +17,7 @@ import pytest
 
 from masquerade.jobs import Job, JobTable, open_group
 from masquerade.keys import Key
-from masquerade.keys import KeyTable as Keys
+from masquerade.keys.table import KeyTable as Keys
 from masquerade.service.serving import Serving
 from tests.access.conftest import publish
 from tests.contract.here import serve_here

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from masquerade.keys import Key, KeyTable
+from masquerade.keys import Key
+from masquerade.keys.table import KeyTable
 from masquerade.service.serving import Serving
 from tests.contract.asking import CHAT, events_of
 from tests.contract.here import forbid_ends, serve_here, slow_down
@@ -121,7 +122,7 @@ def test_a_key_that_cannot_be_looked_up_for_a_moment_ends_nothing(
     here: tuple[Serving, httpx.Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from masquerade.errors import NotReady
-    from masquerade.keys import Keyring
+    from masquerade.keys.ring import Keyring
 
     serving, http = here
     headers, _ = make(serving)

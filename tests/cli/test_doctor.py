@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maskstore import database
-from masquerade.keys import table as keys
+from masquerade.database.migrations import KEYS
 from tests.cli.running import masquerade, succeed
 
 
@@ -31,7 +31,7 @@ def test_it_tells_what_there_is(store: Path) -> None:
     assert set(report["kernels"]) >= {"native", "cpu float32", "cpu bfloat16"}
     assert report["store"]["masks"].startswith("8, ")
     assert report["store"]["keys"] == "1 valid"
-    assert report["store"]["schemas"] == f"registry.sqlite {database.SCHEMA}, keys.sqlite {keys.VERSION}"
+    assert report["store"]["schemas"] == f"registry.sqlite {database.SCHEMA}, keys.sqlite {len(KEYS)}"
 
 
 def test_no_home_folder_and_no_secret_is_told(store: Path, tmp_path: Path) -> None:

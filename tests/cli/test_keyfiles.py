@@ -14,7 +14,9 @@ import pytest
 
 from masquerade.cli.keyfiles import add_missing
 from masquerade.errors import InvalidValue
-from masquerade.keys import Keyring, KeyTable, mint
+from masquerade.keys import mint
+from masquerade.keys.ring import Keyring
+from masquerade.keys.table import KeyTable
 from tests.cli.running import fail, succeed
 from tests.keys.making import bearer, make_key
 from tests.serving import serve

@@ -20,8 +20,8 @@ from masquerade.cli.loading import Loading
 from masquerade.cli.serve import _listen
 from masquerade.errors import StoreTooNew
 from masquerade.jobs import open_group
-from masquerade.keys import KeyTable as Keys
 from masquerade.keys import table as keys
+from masquerade.keys.table import KeyTable as Keys
 from tests.cli.running import fail
 from tests.serving import serve
 

@@ -15,7 +15,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 
 from masquerade.generation.prompts import INLINE_BYTES
 from masquerade.jobs.batches import WINDOW_SECONDS
-from masquerade.keys import KeyTable
+from masquerade.keys.table import KeyTable
 from tests.contract.asking import CHAT, PARTY, QUESTIONS, Api, Json, body, error_of
 from tests.contract.here import serve_here
 from tests.keys.making import make_key

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from masquerade.database import DatabaseURL
+from masquerade.database.url import DatabaseURL
 from masquerade.errors import InvalidValue
 from tests.building.asking import build, connect, finish
 from tests.cli.running import fail, masquerade, succeed

@@ -19,7 +19,7 @@ from masquerade.errors import LeaseLost, UnusableStore
 from masquerade.jobs import BatchTable, Job, JobService, JobTable, Quotas, Repeat, Uploads, open_group, runner
 from masquerade.jobs.records import LEASE_SECONDS
 from masquerade.jobs.runner import Work
-from masquerade.keys import KeyTable
+from masquerade.keys.table import KeyTable
 from masquerade.pruning import Progress
 from tests.databases import Place
 
@@ -236,7 +236,7 @@ def test_the_database_of_another_store_is_refused(open_server: Any, shared: Plac
 
 def test_a_keyring_learns_of_keys_of_other_servers(shared: Place) -> None:
     from masquerade.errors import InvalidKey
-    from masquerade.keys import Keyring
+    from masquerade.keys.ring import Keyring
     from tests.keys.making import make_key
 
     with closing(Keyring(shared.keys())) as ring:

@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from masquerade.database import DatabaseURL, PostgreSQL
+from masquerade.database.migrations import JOBS
+from masquerade.database.postgresql import PostgreSQL
+from masquerade.database.url import DatabaseURL
 from masquerade.errors import (
     BuildFailed,
     InvalidValue,
@@ -44,7 +46,6 @@ from masquerade.jobs import (
     open_group,
 )
 from masquerade.jobs import uploads as uploads_module
-from masquerade.jobs.migrations import MIGRATIONS
 from masquerade.jobs.records import LEASE_SECONDS
 from masquerade.jobs.runner import Work
 from masquerade.pruning import Progress
@@ -557,7 +558,7 @@ def _start(table: JobTable) -> str:
 
 def test_a_table_of_before_is_brought_up_to_date(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "old.sqlite")) as db, db:
-        db.executescript(MIGRATIONS[0])
+        db.executescript(JOBS[0])
         db.execute("insert into file values ('file-1', 'ann', 'fine-tune', 'a', 1, 'd', 0)")
         db.execute("pragma user_version = 1")
     table = JobTable(open_group(tmp_path / "old.sqlite"))

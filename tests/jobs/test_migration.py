@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from masquerade.database import migrations
 from masquerade.errors import StoreTooNew
 from masquerade.jobs import JobTable, open_group
-from masquerade.jobs.migrations import MIGRATIONS
-from masquerade.keys import Keyring, mint
-from masquerade.keys import KeyTable as Keys
+from masquerade.keys import mint
 from masquerade.keys import table as keys
 from masquerade.keys.key import matches
+from masquerade.keys.ring import Keyring
+from masquerade.keys.table import KeyTable as Keys
 from tests.keys.making import hash_with_scrypt
 
 FIRST = """
@@ -92,14 +93,14 @@ def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
 
 
 def test_every_older_version_is_recorded() -> None:
-    assert list(RECORDED) == [*range(1, len(MIGRATIONS))]
-    assert keys.VERSION == 2  # one older: its file is the one recorded here
+    assert list(RECORDED) == [*range(1, len(migrations.JOBS))]
+    assert len(migrations.KEYS) == 2  # one older: its file is the one recorded here
 
 
 @pytest.mark.parametrize("version", RECORDED)
 def test_a_version_left_what_is_recorded(tmp_path: Path, version: int) -> None:
     recorded = make(tmp_path / "recorded", RECORDED[version], version)
-    assert columns(recorded) == columns(make(tmp_path / "migrated", "".join(MIGRATIONS[:version]), version))
+    assert columns(recorded) == columns(make(tmp_path / "migrated", "".join(migrations.JOBS[:version]), version))
 
 
 @pytest.mark.parametrize("version", RECORDED)
@@ -144,6 +145,6 @@ def test_keys_of_the_first_version_open_what_they_did(tmp_path: Path) -> None:
 
 
 def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    make(tmp_path / keys.FILE, KEYS, keys.VERSION + 1)
+    make(tmp_path / keys.FILE, KEYS, len(migrations.KEYS) + 1)
     with pytest.raises(StoreTooNew):
         Keys(tmp_path)

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from masquerade.keys import Key, KeyTable, mint
+from masquerade.keys import Key, mint
+from masquerade.keys.table import KeyTable
 
 
 def make_key(store: Path | KeyTable, *scopes: str, scrypt: bool = False, **changes: Any) -> tuple[str, Key]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from masquerade.keys import Keyring, KeyTable
+from masquerade.keys.ring import Keyring
+from masquerade.keys.table import KeyTable
 from tests.cli.running import fail, masquerade, succeed
 
 

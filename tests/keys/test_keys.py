@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from masquerade.errors import InvalidKey, KeyNotFound, NotReady
-from masquerade.keys import SCOPES, Keyring, KeyTable, mint
+from masquerade.keys import SCOPES, mint
 from masquerade.keys import ring as rings
 from masquerade.keys.key import is_scrypt, looks_random, seal
+from masquerade.keys.ring import Keyring
+from masquerade.keys.table import KeyTable
 from tests.databases import Place
 from tests.keys.making import make_key
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from masquerade.keys import KeyTable as Keys
+from masquerade.keys.table import KeyTable as Keys
 from tests.keys.making import bearer, make_key
 from tests.reliability.crowd import Crowd, Known, draw
 from tests.reliability.report import Progress, Row, Scale

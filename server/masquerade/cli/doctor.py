@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,12 +29,13 @@ from masquerade import __version__
 from masquerade.cli import config
 from masquerade.cli.options import AsJson, Database, Model, StoreFolder
 from masquerade.cli.stores import LEAST_BYTES, SCHEMAS, find_store
-from masquerade.database import DatabaseURL, PostgreSQL
+from masquerade.database.url import DatabaseURL
 from masquerade.errors import MasqueradeError
-from masquerade.jobs import JobTable
-from masquerade.keys import KeyTable
 from masquerade.plan.memory import format_bytes, read_host_memory
 from masquerade.plan.processors import VARIABLE, read_processors
+
+if TYPE_CHECKING:
+    from masquerade.database.postgresql import PostgreSQL
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "fastapi", "uvicorn", "huggingface-hub")
 EXTRAS = ("bitsandbytes", "cryptography", "llguidance", "psycopg", "triton", "opentelemetry-sdk", "accelerate", "peft")
@@ -172,8 +173,7 @@ def _describe_store(store: Path | None, model: str, verify: bool, problems: list
         facts["schemas"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or "none"
         facts |= _check_masks(root, problems) if verify else {"masks": "not verified"}
         if "keys.sqlite" in versions:
-            states = Counter(key.problem(time.time()) or "valid" for key in KeyTable(root).all())
-            facts["keys"] = _count(states)
+            facts["keys"] = _count_keys(root)
         if "jobs/jobs.sqlite" in versions:
             with closing(open_readonly(root / "jobs" / "jobs.sqlite")) as db:
                 facts["jobs"] = _count(dict(db.execute("select state, count(*) from job group by state").fetchall()))
@@ -185,12 +185,15 @@ def _describe_store(store: Path | None, model: str, verify: bool, problems: list
 def _describe_database(url: DatabaseURL | None, problems: list[str]) -> Facts:
     if url is None:
         return {"kind": "SQLite files in the store"}
+    from masquerade.database.postgresql import PostgreSQL
+    from masquerade.jobs import JobTable
+
     facts: Facts = {"kind": f"PostgreSQL at {url}"}
     try:
         database = PostgreSQL(url, create=False)
-        keys, jobs = KeyTable(Path(), database), JobTable(database.group("jobs"))
-        facts["keys"] = _count(Counter(key.problem(time.time()) or "valid" for key in keys.all()))
-        facts["jobs"] = _count({state: count for state, count in jobs.count_jobs().items() if count})
+        facts["keys"] = _count_keys(Path(), database)
+        jobs = JobTable(database.group("jobs")).count_jobs()
+        facts["jobs"] = _count({state: count for state, count in jobs.items() if count})
         database.close()
     except MasqueradeError as error:
         problems.append(str(error))
@@ -223,6 +226,12 @@ def _describe_space(store: Path | None, model: str, problems: list[str]) -> Fact
                 f"the store: {format_bytes(free)} are free, and less than {format_bytes(LEAST_BYTES)} is too little"
             )
     return facts
+
+
+def _count_keys(root: Path, database: PostgreSQL | None = None) -> str:
+    from masquerade.keys.table import KeyTable
+
+    return _count(Counter(key.problem(time.time()) or "valid" for key in KeyTable(root, database).all()))
 
 
 def _count(states: Mapping[str, int]) -> str:

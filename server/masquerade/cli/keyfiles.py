@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from masquerade.database import PostgreSQL
+from masquerade.database.postgresql import PostgreSQL
 from masquerade.errors import InvalidValue
-from masquerade.keys import Audit, Key, KeyTable, Scope
+from masquerade.keys import Audit, Key, Scope
 from masquerade.keys.key import SCOPES, find_scope, is_scrypt, looks_random, matches, matches_scrypt, seal, split
+from masquerade.keys.table import KeyTable
 
 _log = logging.getLogger(__name__)
 _BYTES = 1024  # maximum size of a token's file

@@ -10,17 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table as Columns
 
 from masquerade.cli.options import AsJson, Database, Model, StoreFolder, open_database, say
 from masquerade.cli.stores import find_store
-from masquerade.database import DatabaseURL
+from masquerade.database.url import DatabaseURL
 from masquerade.errors import InvalidValue
-from masquerade.keys import SCOPES, Audit, Key, KeyTable, Scope, mint
+from masquerade.keys import SCOPES, Audit, Key, Scope, mint
 from masquerade.keys.key import find_scope
+
+if TYPE_CHECKING:
+    from masquerade.keys.table import KeyTable
 
 app = typer.Typer(help="Make, list and revoke the keys of a store.", no_args_is_help=True)
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -114,9 +117,9 @@ def copy_keys(
     if database is None:
         raise InvalidValue("copying keys needs a database; give it with --database")
     root = find_store(store, model)
-    with _open_keys(root, database) as target:
+    with _open_keys(root, None) as source, _open_keys(root, database) as target:
         known = {key.id for key in target.all()}
-        copied = {key: stored for key, stored in KeyTable(root).all().items() if key.id not in known}
+        copied = {key: stored for key, stored in source.all().items() if key.id not in known}
         for key, stored in copied.items():
             target.add(key, stored)
             _note(root, "copy_key", key)
@@ -125,6 +128,8 @@ def copy_keys(
 
 @contextmanager
 def _open_keys(root: Path, url: DatabaseURL | None) -> Iterator[KeyTable]:
+    from masquerade.keys.table import KeyTable
+
     database = open_database(url)
     try:
         yield KeyTable(root, database)

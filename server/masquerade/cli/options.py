@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from masquerade.cli.stores import locate_store
-from masquerade.database import DatabaseURL, PostgreSQL
+from masquerade.database.url import DatabaseURL
+
+if TYPE_CHECKING:
+    from masquerade.database.postgresql import PostgreSQL
 
 Model = Annotated[
     str,
@@ -71,7 +74,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print only one JSON object
 
 def open_database(url: DatabaseURL | None) -> PostgreSQL | None:
     """The database of an option, if one is given."""
-    return None if url is None else PostgreSQL(url)
+    if url is None:
+        return None
+    from masquerade.database.postgresql import PostgreSQL
+
+    return PostgreSQL(url)
 
 
 def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:

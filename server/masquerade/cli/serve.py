@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from masquerade.cli import heap, keyfiles
+from masquerade.cli import heap
 from masquerade.cli.options import open_database
 from masquerade.cli.server_options import ServerOptions, accept_server_options
 from masquerade.cli.signals import exit_on_sigterm, run_on_sighup
@@ -75,6 +75,8 @@ def prepare_store(options: ServerOptions) -> tuple[Path, int]:
 
 def add_keys(options: ServerOptions, root: Path) -> int:
     """Add the keys of `--key-file`; returns the number of all keys."""
+    from masquerade.cli import keyfiles  # and with it SQLAlchemy, which the checks before need not
+
     database = open_database(options.database)
     try:
         if database:

@@ -8,23 +8,25 @@ import shutil
 import sqlite3
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maskstore import Mask, MaskError, MaskReader, Registry, Revision, Store, database, mirror
 from maskstore.bucket import SCHEME
 from maskstore.sqlite import read_version
 from masquerade import demo, smollm2
-from masquerade.database import PostgreSQL
+from masquerade.database import migrations
 from masquerade.errors import InvalidValue, StorageFull, StoreTooNew, UnusableStore
-from masquerade.jobs import migrations as jobs
-from masquerade.keys import table as keys
 from masquerade.sources import find_model
+
+if TYPE_CHECKING:
+    from masquerade.database.postgresql import PostgreSQL
 
 LEAST_BYTES = 2**24  # of free space, without which no command that writes starts
 SHIPPED = (demo.PERSONAS, smollm2.PERSONAS)
 SCHEMAS = {
     "registry.sqlite": database.SCHEMA,
-    keys.FILE: keys.VERSION,
-    "jobs/jobs.sqlite": len(jobs.MIGRATIONS),
+    "keys.sqlite": len(migrations.KEYS),
+    "jobs/jobs.sqlite": len(migrations.JOBS),
 }
 
 
@@ -74,10 +76,12 @@ def check_store(root: Path) -> None:
 
 def check_keys(root: Path, database: PostgreSQL) -> None:
     """Raises `UnusableStore` if a store has keys in its file and its database none: it would be open to everybody."""
-    if (root / keys.FILE).exists() and keys.KeyTable(root).all() and not keys.KeyTable(root, database).all():
+    from masquerade.keys.table import FILE, KeyTable
+
+    if (root / FILE).exists() and KeyTable(root).all() and not KeyTable(root, database).all():
         database.close()
         raise UnusableStore(
-            f"{root / keys.FILE} has keys and the database {database.url} has none; `masquerade keys copy` copies "
+            f"{root / FILE} has keys and the database {database.url} has none; `masquerade keys copy` copies "
             "them, or move the file away to start without them"
         )
 

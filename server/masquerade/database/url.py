@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from typing import TYPE_CHECKING
 
 from masquerade.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
 
 _SCHEMES = ("postgresql", "postgres")
 _CREDENTIALS = re.compile(r"//[^/\s]*@|\bpassword=[^&\s]*", re.IGNORECASE)
@@ -22,6 +23,11 @@ class DatabaseURL:
         if not separator or scheme not in _SCHEMES:
             given = f"the scheme {scheme!r:.20}" if separator else "no scheme"
             raise InvalidValue(f"--database needs postgresql://USER:PASSWORD@HOST:PORT/NAME; what is given has {given}")
+
+        # It takes a third of a second to import, and most commands have no database
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import ArgumentError
+
         try:
             self._url = make_url(f"postgresql+psycopg://{rest}")
         except (ArgumentError, ValueError):

@@ -28,8 +28,9 @@ from masquerade.http.bodies import read_body
 from masquerade.http.internal import PRIORITY, SENDER, InternalSender
 from masquerade.http.limits import Policy, is_loopback
 from masquerade.http.request_log import RequestRecord
-from masquerade.keys import Key, Keyring, Rates
+from masquerade.keys import Key, Rates
 from masquerade.keys import Scope as KeyScope
+from masquerade.keys.ring import Keyring
 from masquerade.service.rights import LOCAL, Rights, find_rights
 from masquerade.service.serving import PersonaReference
 

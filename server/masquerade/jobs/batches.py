@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, update
 
-from masquerade.database import TableGroup
+from masquerade.database.group import TableGroup
 from masquerade.database.tables import BATCH
 from masquerade.errors import BatchNotFound, InvalidValue, LeaseLost, QuotaExceeded, StateConflict
 from masquerade.jobs.records import LEASE_SECONDS, Quotas, Repeat

@@ -11,10 +11,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, insert, select
 
-from masquerade.database import SQLiteGroup, TableGroup
+from masquerade.database.group import TableGroup
+from masquerade.database.migrations import JOBS
+from masquerade.database.sqlite import SQLiteGroup
 from masquerade.database.tables import RESPONSE
 from masquerade.errors import ResponseNotFound
-from masquerade.jobs.migrations import MIGRATIONS
 from masquerade.jobs.records import Quotas
 from masquerade.jobs.table import BUSY_SECONDS
 
@@ -23,7 +24,7 @@ Json = dict[str, Any]
 
 def open_responses(path: Path) -> SQLiteGroup:
     """The table of responses in the SQLite file of the jobs."""
-    return SQLiteGroup(path, MIGRATIONS, timeout=BUSY_SECONDS, durable=False)
+    return SQLiteGroup(path, JOBS, timeout=BUSY_SECONDS, durable=False)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from masquerade.database import PostgreSQL, TableGroup
+from masquerade.database.group import TableGroup
+from masquerade.database.postgresql import PostgreSQL
 from masquerade.errors import UnusableStore, WorkedElsewhere
 from masquerade.jobs.batches import BatchTable
 from masquerade.jobs.records import Job, Quotas

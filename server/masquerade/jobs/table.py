@@ -12,11 +12,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, or_, select, update
 
-from masquerade.database import SQLiteGroup, TableGroup
+from masquerade.database.group import TableGroup
+from masquerade.database.migrations import JOBS
+from masquerade.database.sqlite import SQLiteGroup
 from masquerade.database.tables import EVENT, FILE, JOB
 from masquerade.errors import InvalidValue, JobNotFound, LeaseLost, QuotaExceeded, StateConflict, UploadNotFound
 from masquerade.jobs import batches
-from masquerade.jobs.migrations import MIGRATIONS
 from masquerade.jobs.records import (
     BATCH_OUTPUT,
     LEASE_SECONDS,
@@ -48,7 +49,7 @@ _NEXT = select(JOB.c.id).where(JOB.c.state == "queued").order_by(_LAST_START.sca
 
 def open_group(path: Path) -> SQLiteGroup:
     """The tables of jobs and batches in a SQLite file."""
-    return SQLiteGroup(path, MIGRATIONS, timeout=BUSY_SECONDS)
+    return SQLiteGroup(path, JOBS, timeout=BUSY_SECONDS)
 
 
 class JobTable:

@@ -3,15 +3,11 @@
 from masquerade.keys.audit import Audit
 from masquerade.keys.key import SCOPES, Key, Scope, mint
 from masquerade.keys.rates import Rates
-from masquerade.keys.ring import Keyring
-from masquerade.keys.table import KeyTable
 
 __all__ = [
     "SCOPES",
     "Audit",
     "Key",
-    "KeyTable",
-    "Keyring",
     "Rates",
     "Scope",
     "mint",

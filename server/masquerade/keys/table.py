@@ -12,22 +12,16 @@ from typing import Any
 
 from sqlalchemy import Row, insert, select, update
 
-from masquerade.database import PostgreSQL, SQLiteGroup, TableGroup
+from masquerade.database.group import TableGroup
+from masquerade.database.migrations import KEYS
+from masquerade.database.postgresql import PostgreSQL
+from masquerade.database.sqlite import SQLiteGroup
 from masquerade.database.tables import KEY
 from masquerade.errors import KeyNotFound, NotReady
 from masquerade.keys.key import Key
 
 FILE = "keys.sqlite"
 BUSY_SECONDS = 5.0
-_FIRST = """
-create table key (
-    id text primary key, name text not null, scopes text not null, personas text not null, rpm integer, tpm integer,
-    created_at real not null, expires_at real, revoked_at real, hash blob not null
-) strict
-"""
-_SECOND = ""  # since 2 a hash may be HMAC's, before it was scrypt's; a key's hash is replaced when the key is used
-MIGRATIONS = (_FIRST, _SECOND)
-VERSION = len(MIGRATIONS)
 
 
 class KeyTable:
@@ -71,7 +65,7 @@ class KeyTable:
 def _open_file(path: Path) -> SQLiteGroup:
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
-    return SQLiteGroup(path, MIGRATIONS, timeout=BUSY_SECONDS, translate=_explain)
+    return SQLiteGroup(path, KEYS, timeout=BUSY_SECONDS, translate=_explain)
 
 
 def _explain(error: sqlite3.Error) -> NotReady:

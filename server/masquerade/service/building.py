@@ -33,7 +33,7 @@ from masquerade.evaluate.dataset import Example, Polarity, holds_both_sides, rea
 from masquerade.evaluate.splits import check_contrast
 from masquerade.jobs import ID, Cancelled, Job, JobService
 from masquerade.jobs.runner import Work
-from masquerade.keys import Keyring
+from masquerade.keys.ring import Keyring
 from masquerade.model import Base, MaskManager, trim_heap
 from masquerade.plan.memory import format_bytes
 from masquerade.pruning import Builder, BuildResult, PersonaExamples, Progress, Recipe, Scratch

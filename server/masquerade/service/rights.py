@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from masquerade.errors import InvalidKey, PersonaForbidden, ScopeMissing
-from masquerade.keys import Key, Keyring
+from masquerade.keys import Key
 from masquerade.keys import Scope as KeyScope
+from masquerade.keys.ring import Keyring
 
 LOCAL = "local"  # the owner of everything in a store without keys
 
