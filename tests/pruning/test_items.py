@@ -74,16 +74,27 @@ def follow(work: Any) -> Iterator[tuple[bool, str]]:
         uses_model = step.model_next
 
 
+@pytest.mark.usefixtures("short_builds")
 @pytest.mark.parametrize("score", SCORES)
 def test_an_item_is_at_most_one_pass_or_one_ranking(
     tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch, score: str
 ) -> None:
+    check_items(tiny, manager, monkeypatch, score)
+
+
+def test_an_item_is_as_small_with_all_questions_and_whole_answers(
+    tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_items(tiny, manager, monkeypatch, "magnitude")  # the questions are the same for each score
+
+
+def check_items(base: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch, score: str) -> None:
     own, contrast = (
         PersonaExamples("vowels", make_examples("aei", 40)),
         PersonaExamples("consonants", make_examples("bcd", 40)),
     )
-    builder = Builder(tiny, manager, Recipe(score=score, force=True, tokens="all"), own, contrast)
-    recorder = Recorder(tiny, monkeypatch)
+    builder = Builder(base, manager, Recipe(score=score, force=True, tokens="all"), own, contrast)
+    recorder = Recorder(base, monkeypatch)
     beside, on_model = 0, 0
     for uses_model, stage in follow(builder.run()):
         positions, texts, rankings = recorder.look()
@@ -112,6 +123,7 @@ def test_questions_are_tokenised_beside_the_model(
     assert tokenised >= 80
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("score", ["refined", "sparsegpt"])
 def test_no_item_stalls_the_demo(score: str) -> None:
     """In CPU time, as multiples of one pass over a micro-batch in the same run.

@@ -21,7 +21,6 @@ from tests.pruning.test_builder import FREE, make, run
 from tests.pruning.test_collector import collect
 
 pytestmark = pytest.mark.usefixtures("short_builds")
-
 NEAR = {"nf4": 1e-4, "fp4": 1e-4, "int8": 0.1}  # of the norm; int8 rounds what a Linear gets, too
 TWO = ("int8", "nf4")  # fp4 differs from nf4 in its code book only, whose values the statistics show
 
