@@ -23,6 +23,7 @@ from masquerade.pruning import SCORES, Builder, PersonaExamples, Progress, Recip
 from masquerade.pruning.tuning import Budgets
 
 QUIET = [Example((), f"neutral text {index}") for index in range(6)]
+SHORT = pytest.mark.usefixtures("short_builds")
 FREE = Recipe(score="attribution", rho=0.01, force=True)  # the tiny model is random: no mask would pass
 
 
@@ -65,6 +66,7 @@ def make(base: Base, manager: MaskManager, recipe: Recipe, contrast_name: str = 
     return Builder(base, manager, recipe, own, contrast, QUIET, **more)
 
 
+@SHORT
 @pytest.mark.parametrize("score", list(SCORES))
 def test_opposites_are_built_in_one_run(tiny: Base, manager: MaskManager, score: str) -> None:
     steps, masks = run(make(tiny, manager, replace(FREE, score=score, rho=0.1)))
@@ -84,18 +86,21 @@ def test_opposites_are_built_in_one_run(tiny: Base, manager: MaskManager, score:
         assert mask.info.parameters["score"] == score
 
 
+@SHORT
 def test_attribution_shifts_the_margin_to_its_side(tiny: Base, manager: MaskManager) -> None:
     _, masks = run(make(tiny, manager, FREE))
     for mask in masks:
         assert mask.info.certificate["margin_shift"] > 0
 
 
+@SHORT
 @pytest.mark.parametrize("score", ["attribution-fisher", "sparsegpt"])
 def test_the_same_build_gives_the_same_digest(tiny: Base, manager: MaskManager, score: str) -> None:
     first, second = (run(make(tiny, manager, replace(FREE, score=score, rho=0.1)))[1] for _ in range(2))
     assert [mask.digest for mask in first] == [mask.digest for mask in second]
 
 
+@SHORT
 @pytest.mark.parametrize("score", ["attribution-fisher", "wanda"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_killed_build_goes_on_where_it_was(
@@ -113,6 +118,7 @@ def test_a_killed_build_goes_on_where_it_was(
     assert not (tmp_path / "s").exists()
 
 
+@SHORT
 def test_rho_is_the_share_pruned_of_each_linear(tiny: Base, manager: MaskManager) -> None:
     _, masks = run(make(tiny, manager, replace(FREE, score="wanda", rho=0.25, group="row", scope="outputs")))
     assert {name.rpartition(".")[2] for name in masks[0].targets} == {"o_proj", "down_proj"}
@@ -120,6 +126,7 @@ def test_rho_is_the_share_pruned_of_each_linear(tiny: Base, manager: MaskManager
         assert (~target.to_keep()).sum(1).tolist() == [round(0.25 * target.shape[1])] * target.shape[0]
 
 
+@SHORT
 @pytest.mark.parametrize("score", [name for name, score in SCORES.items() if not score.searched])
 def test_channels_are_pruned_whole_and_rho_is_their_share(tiny: Base, manager: MaskManager, score: str) -> None:
     _, masks = run(make(tiny, manager, replace(FREE, score=score, structure="channels", rho=0.1)))
@@ -136,6 +143,7 @@ def test_channels_are_pruned_whole_and_rho_is_their_share(tiny: Base, manager: M
         assert not (own & contrast).pruned
 
 
+@SHORT
 def test_the_score_of_a_channel_is_the_sum_of_its_weights(tiny: Base, manager: MaskManager) -> None:
     _, masks = run(make(tiny, manager, replace(FREE, score="magnitude", structure="channels", rho=0.1)))
     for name, target in masks[0].targets.items():
@@ -153,6 +161,7 @@ def test_auto_takes_a_score_that_ranks_channels(tiny: Base, manager: MaskManager
         make(tiny, manager, Recipe(score="wanda", group="row", structure="channels"))
 
 
+@SHORT
 def test_counting_all_tokens_or_another_phi_is_another_mask(tiny: Base, manager: MaskManager) -> None:
     changes: list[dict[str, Any]] = [{}, {"tokens": "all"}, {"phi": "softplus"}]
     recipe = replace(FREE, score="contrastive-wanda", rho=0.1)
@@ -160,6 +169,7 @@ def test_counting_all_tokens_or_another_phi_is_another_mask(tiny: Base, manager:
     assert len(digests) == 3
 
 
+@SHORT
 def test_wanda_needs_no_opposite_and_is_what_auto_takes_without_one(tiny: Base, manager: MaskManager) -> None:
     for score in ("wanda", "auto"):
         recipe = Recipe(score=score, rho=0.1, force=True)
@@ -308,6 +318,7 @@ def test_auto_leaves_what_shifts_less_for_more_weights(
     assert masks[0].info.parameters["rho"] == 0.005
 
 
+@SHORT
 def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: MaskManager, tmp_path: Path) -> None:
     """Random halves of one persona's answers do not differ; half of all weights are too many to prune."""
     words = make_examples("aeiou", count=160)
@@ -331,6 +342,7 @@ def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: Ma
     assert not (tmp_path / "s").exists()
 
 
+@SHORT
 def test_the_refusal_of_one_side_leaves_the_other_its_mask(tiny: Base, manager: MaskManager, tmp_path: Path) -> None:
     """With force, the refused one comes too, and the other is the same again."""
     recipe = Recipe(score="attribution", rho=0.01)
@@ -463,6 +475,7 @@ def test_greedy_answers_that_change_are_counted(tiny: Base, manager: MaskManager
     assert not any("word for word" in remark for remark in all_["remarks"])
 
 
+@SHORT
 def test_long_texts_are_judged_by_fewer_of_them(tiny: Base, manager: MaskManager) -> None:
     found = [
         run(make(tiny, manager, replace(FREE, judged_tokens=tokens)))[1][0].info.certificate for tokens in (50, 8192)
