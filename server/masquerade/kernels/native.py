@@ -112,7 +112,7 @@ def require_library() -> Library:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is a `QuantisedWeight`."""
+    """Whether a weight is a `QuantisedWeight`; one of bitsandbytes in 4 bits is uint8, too."""
     return weight.dtype is torch.uint8 and hasattr(weight, "matrix")
 
 
@@ -213,7 +213,7 @@ def _read(linear: nn.Linear) -> Tensor:
 def _layout(linear: nn.Linear) -> tuple[int, int, type[np.uint16 | np.uint32]]:
     """The kind, and the dtypes of values and columns, of a Linear's lists."""
     wide = linear.in_features >= 1 << 16  # an output may have as many pruned weights
-    dtype = DTYPES[torch.bfloat16 if is_quantised(linear.weight) else linear.weight.dtype]
+    dtype = DTYPES[describe_weight(linear.weight)[1]]
     return (_WIDE_LIST, dtype, np.uint32) if wide else (_LIST, dtype, np.uint16)
 
 
@@ -242,7 +242,7 @@ class NativeSpan(NamedTuple):
 
 def describe_weight(weight: Any) -> tuple[Sequence[int], torch.dtype, int]:
     """The shape and the dtype of a weight's values, and its form in product.h."""
-    if weight.dtype is torch.uint8:
+    if is_quantised(weight):
         return weight.matrix, torch.bfloat16, weight.form
     return weight.shape, weight.dtype, 0
 

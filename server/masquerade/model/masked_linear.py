@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masquerade.kernels import dense, differentiate
+from masquerade.kernels.native import is_quantised
 from masquerade.model.route import Route
 
 
@@ -38,7 +39,7 @@ class MaskedLinear(nn.Linear):
         """Map inputs [..., in] to outputs [..., out] as the current route has it; without one, as the base does."""
         parameters: Any = self._parameters  # where nn.Module finds an attribute last
         weight, bias, route = parameters["weight"], parameters.get("bias"), self._current.route
-        quantised = weight.dtype is torch.uint8
+        quantised = is_quantised(weight)
         dtype = torch.bfloat16 if quantised else weight.dtype
         if x.dtype != dtype or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             y = (differentiate if quantised else F.linear)(x, weight, bias)
