@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 LONGEST = (
     "cli/test_smollm2_served.py",
     "building/test_sdk.py",
+    "pruning/test_builder.py",
     "pruning/test_items.py",
     "pruning/test_quantized.py",
     "pruning/test_executor.py",
