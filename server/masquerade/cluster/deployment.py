@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ LOCAL = "local"
 NAMESPACE = "serve"
 ENGINE, INGRESS = "engine", "ingress"
 OBJECT_BYTES = 2**28  # for bodies and responses on their way between processes of one machine
+PROBE_SECONDS = 5.0  # for the port of a cluster to answer
 INGRESS_REQUESTS = 2048  # most at once in an ingress
 HEALTH_SECONDS = 2.0  # between two checks of a replica, of which three in a row have to fail
 _ENVIRONMENT = {  # of a Ray that this process starts
@@ -95,13 +97,14 @@ def connect(address: str, cpus: int | None = None, gpus: int | None = None) -> I
     own: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus or None, "object_store_memory": OBJECT_BYTES}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
+        _probe(address)
         ray.init(
             address=address,
             namespace=NAMESPACE,
             configure_logging=False,
             **(own | {"include_dashboard": False} if address == LOCAL else {}),
         )
-    except ConnectionError as error:
+    except OSError as error:
         raise NotReady(
             f"no Ray cluster answers at {address}; `ray start --head` starts one, and one that needs a token wants "
             "RAY_AUTH_MODE=token here too"
@@ -111,6 +114,13 @@ def connect(address: str, cpus: int | None = None, gpus: int | None = None) -> I
         yield
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Raise `OSError` if nothing listens at HOST:PORT, for which Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" not in host and port.isdecimal():
+        socket.create_connection((host, int(port)), PROBE_SECONDS).close()
 
 
 def _deploy(application: serve.Application, name: str, prefix: str | None) -> DeploymentHandle[Any]:
