@@ -96,7 +96,7 @@ def test_a_stream_arrives_token_by_token(client: OpenAI) -> None:
 
 
 def test_a_client_that_leaves_ends_its_request(server: Server) -> None:
-    body = {"model": "demo", "prompt": "Once", "max_tokens": 400, "stream": True, "logit_bias": {"1": -100}, "n": 8}
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 400, "stream": True, "ignore_eos": True, "n": 8}
     with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body) as response:
         next(response.iter_lines())
     wait_until(lambda: sum(read_metric(server, "masquerade_batch_requests").values()) == 0, 60)
@@ -139,7 +139,7 @@ def test_running_answers_complete_after_sigterm(server: Server, client: OpenAI) 
     told: list[str | None] = []
 
     def listen() -> None:
-        body = {"model": "demo", "prompt": "Once", "max_tokens": 450, "stream": True, "logit_bias": {"1": -100}}
+        body = {"model": "demo", "prompt": "Once", "max_tokens": 450, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body, timeout=120) as response:
             for line in response.iter_lines():
                 told.append(line)  # noqa: PERF402 - the test reads them as they arrive

@@ -116,7 +116,7 @@ def _start_replicas(
         count,
         most_requests=server.count_requests(options),
         cpus=share_processors(count),
-        gpus=server.count_gpus(options),
+        gpus=server.share_gpus(options, count),
         drain_seconds=drain_seconds,
     )
     server.announce_plan(options)

@@ -17,6 +17,7 @@ from masquerade.cli.progress import hide_loading_bars, report_quarters
 from masquerade.cli.server_options import ServerOptions
 from masquerade.cli.stores import open_store
 from masquerade.engine import Engine, EngineConfig, Request
+from masquerade.errors import InvalidValue
 from masquerade.http import logs
 from masquerade.http.limits import Policy
 from masquerade.model import Base, HostCache, MaskManager, Residency, VerifiedStore, load
@@ -91,9 +92,13 @@ def count_requests(options: ServerOptions) -> int:
     return options.max_running + options.max_waiting + OTHER_REQUESTS
 
 
-def count_gpus(options: ServerOptions) -> int:
-    """GPUs that a replica on this machine takes."""
-    return 1 if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()) else 0
+def share_gpus(options: ServerOptions, replicas: int) -> int:
+    """GPUs that each of several replicas on this machine takes. Raises `InvalidValue` if there are too few."""
+    if options.device == "cpu" or not (options.device == "cuda" or torch.cuda.is_available()):
+        return 0
+    if (found := torch.cuda.device_count()) < replicas:
+        raise InvalidValue(f"--replicas is {replicas}, and each needs a GPU of its own; this machine has {found}")
+    return 1
 
 
 def assemble(

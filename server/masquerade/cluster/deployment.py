@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -67,6 +68,7 @@ class Scale:
 def run_here(make_app: MakeApp, scale: Scale) -> Iterator[DeploymentHandle[Any]]:
     """The replicas on this machine, with a Ray of their own that ends with the block. Raises `NotReady`."""
     with connect(LOCAL, cpus=max(1, round(scale.cpus * scale.replicas)) + 1, gpus=round(scale.gpus * scale.replicas)):
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             serve.start(proxy_location="Disabled", logging_config=_QUIET)
             yield _deploy(_describe_replicas(make_app, scale), "masquerade", None)
@@ -94,7 +96,13 @@ def connect(address: str, cpus: int | None = None, gpus: int | None = None) -> I
     environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if address == LOCAL else {}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
-    own: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus or None, "object_store_memory": OBJECT_BYTES}
+    own: dict[str, Any] = {
+        "num_cpus": cpus,
+        "num_gpus": gpus or None,
+        "object_store_memory": OBJECT_BYTES,
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",  # Ray's ports are for this machine only
+    }
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         _probe(address)
@@ -102,7 +110,7 @@ def connect(address: str, cpus: int | None = None, gpus: int | None = None) -> I
             address=address,
             namespace=NAMESPACE,
             configure_logging=False,
-            **(own | {"include_dashboard": False} if address == LOCAL else {}),
+            **(own if address == LOCAL else {}),
         )
     except OSError as error:
         raise NotReady(
@@ -151,6 +159,7 @@ def _describe_replicas(make_app: MakeApp, scale: Scale) -> serve.Application:
         name=ENGINE,
         **numbers,
         max_ongoing_requests=scale.most_requests,
+        max_queued_requests=scale.most_requests,  # in an ingress, if all replicas have as many as they take
         graceful_shutdown_timeout_s=scale.drain_seconds,
         health_check_period_s=HEALTH_SECONDS,
         request_router_config=RequestRouterConfig(**routing),

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from masquerade.cluster import metrics
 from masquerade.cluster.router import Affinity
-from masquerade.errors import NotReady
+from masquerade.errors import MasqueradeError, NotReady, Overloaded
 from masquerade.http import errors
 from masquerade.http.gateway import OPERATIONS
 from masquerade.http.limits import LimitsMiddleware, Policy
@@ -96,28 +96,32 @@ class Ingress:
             return
         response = self._respond.remote(find_affinity(scope, body), _slim(scope), body)
         gone = asyncio.ensure_future(_wait_until_gone(receive))
-        answered = False
+        answered = complete = False
         try:
             while (messages := await _next(response, gone, None if answered else self._seconds)) is not None:
                 for message in messages:
                     answered = True
                     await send(message)
+            complete = not gone.done()
         except (RayError, RayServeException, TimeoutError) as error:
-            _log.warning("a replica failed in %s %s: %s", scope["method"], scope["path"], _shorten(error))
+            _log.warning("no replica answered %s %s: %s", scope["method"], scope["path"], _shorten(error))
             if not answered:  # else the connection closes, and the client sees that the response is incomplete
-                failure = NotReady("the replica stopped before it answered, or none was found; send the request again")
-                await errors.respond(failure)(scope, receive, send)
+                await errors.respond(_translate(error))(scope, receive, send)
         finally:
-            if gone.done() or not answered:
-                await asyncio.to_thread(response.cancel)
             gone.cancel()
+            if not complete:
+                await asyncio.to_thread(response.cancel)
 
     async def _measure(self, scope: Scope) -> Response:
         """The replicas' metrics, or the refusal of one of them."""
         slim = {**_slim(scope), "path": METRICS, "raw_path": METRICS.encode()}
         call = self._replicas.broadcast("fetch", slim)
+        try:
+            results = await call.results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)
+        except TimeoutError as error:
+            return errors.respond(_translate(error))
         texts = {}
-        for result in await call.results_async(timeout_s=METRICS_SECONDS, return_exceptions=True):
+        for result in results:
             if isinstance(result, BaseException):
                 _log.warning("a replica has no metrics: %s", _shorten(result))
                 continue
@@ -185,6 +189,14 @@ def _slim(scope: Scope) -> Scope:
         others = [(name, value) for name, value in slim["headers"] if name != b"x-request-id"]
         slim["headers"] = [*others, (b"x-request-id", request_id.encode())]
     return slim
+
+
+def _translate(error: Exception) -> MasqueradeError:
+    if isinstance(error, BackPressureError):
+        return Overloaded("every replica and its queue are full; try again later")
+    if isinstance(error, TimeoutError):
+        return NotReady("no replica answered in time; send the request again")
+    return NotReady("the replica stopped before it answered; send the request again")
 
 
 def _shorten(error: BaseException) -> str:
