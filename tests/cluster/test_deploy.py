@@ -26,7 +26,14 @@ ENV = {
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "OMP_NUM_THREADS": "1",
 }
-BODY = {"model": "demo:casual", "prompt": "Once", "max_tokens": 300, "stream": True, "temperature": 0, "ignore_eos": True}
+BODY = {
+    "model": "demo:casual",
+    "prompt": "Once",
+    "max_tokens": 300,
+    "stream": True,
+    "temperature": 0,
+    "ignore_eos": True,
+}
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.replicas import list_processes
 from tests import serving
 from tests.serving import Server
 
@@ -133,6 +137,16 @@ def test_a_killed_replica_is_replaced(server: Server, client: OpenAI) -> None:
     os.kill(victim, signal.SIGKILL)
     wait_until(lambda: len(set(read_metric(server, "masquerade_ready")) - before) == 1)
     assert {say(client, persona, tokens=1) is not None for persona in PERSONAS[:4]} == {True}
+
+
+def test_ray_answers_nobody_without_its_token(server: Server) -> None:
+    lines = [Path(f"/proc/{process}/cmdline").read_text() for process in list_processes(server.process.pid)]
+    address = next(found[1] for line in lines if (found := re.search(r"--gcs-address=([\d.:]+)", line)))
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [Path(sys.executable).with_name("ray"), "status", "--address", address]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "InvalidAuthToken" in ended.stdout + ended.stderr
 
 
 def test_running_answers_complete_after_sigterm(server: Server, client: OpenAI) -> None:

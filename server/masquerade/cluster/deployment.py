@@ -101,7 +101,7 @@ def connect(address: str, cpus: int | None = None, gpus: int | None = None) -> I
         "num_gpus": gpus or None,
         "object_store_memory": OBJECT_BYTES,
         "include_dashboard": False,
-        "_node_ip_address": "127.0.0.1",  # Ray's ports are for this machine only
+        "_node_ip_address": "127.0.0.1",  # the ports that can be are for this machine only
     }
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
