@@ -79,7 +79,8 @@ def run_here(make_app: MakeApp, scale: Scale) -> Iterator[DeploymentHandle[Any]]
 def deploy(make_app: MakeApp, policy: Policy, scale: Scale, address: str, name: str, host: str, port: int) -> None:
     """Deploy or upgrade an application of a cluster, and wait until it runs.
 
-    An upgrade starts the new replicas first; the old ones complete their answers. Raises `NotReady`.
+    In an upgrade, replicas that are replaced complete their answers; new requests wait for the first new replica if
+    there was only one. Raises `NotReady`.
     """
     with connect(address):
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
