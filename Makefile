@@ -1,6 +1,6 @@
 # make setup | serve | test | lint | docs | conformance | fuzz | reliability | bench | demo-data | demo-model | demo-masks
-#      smollm2-data | smollm2-masks | image | vllm
-.PHONY: setup serve test lint docs conformance fuzz reliability bench demo-data demo-model demo-masks smollm2-data smollm2-masks image vllm
+#      smollm2-data | smollm2-masks | image | vllm | cluster
+.PHONY: setup serve test lint docs conformance fuzz reliability bench demo-data demo-model demo-masks smollm2-data smollm2-masks image vllm cluster
 PORT ?= 8000
 BIN := .venv/bin
 DEMO := server/masquerade/demo
@@ -48,6 +48,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.maskstore
 	$(BIN)/python -m benchmarks.kernels
+
+# A Ray cluster of one node: a deployment, and its upgrade under load
+cluster: setup
+	MASQUERADE_CLUSTER=1 $(BIN)/pytest tests/cluster
 
 # The plugin of vLLM, in an environment of its own (3.4 GB), on a CPU; beside the engine of .venv if it is there
 vllm: setup .vllm/ready

@@ -22,7 +22,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 
 # The files that take longest, in this order before all others: no process should be alone with one at the end.
 LONGEST = (
-    "cluster/test_deploy.py",
     "cluster/test_replicas.py",
     "cli/test_smollm2_served.py",
     "building/test_sdk.py",

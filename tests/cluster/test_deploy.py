@@ -17,7 +17,10 @@ import pytest
 
 from tests.serving import free_port
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif("MASQUERADE_CLUSTER" not in os.environ, reason="takes minutes; `make cluster` runs it"),
+]
 ENV = {
     **os.environ,
     "RAY_USAGE_STATS_ENABLED": "0",
