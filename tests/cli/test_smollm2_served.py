@@ -23,7 +23,7 @@ from masquerade.errors import UnusableModel
 from masquerade.packaged import find_packaged
 from tests.serving import Server, serve
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 GARDENS = [{"role": "user", "content": "Tell me about gardens."}]

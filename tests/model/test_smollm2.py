@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_it_knows_the_capital_of_france(base: Base) -> None:
     ids = torch.tensor([base.tokenizer.encode("The capital of France is")])
     assert base.tokenizer.decode(base.model(ids).logits[0, -1].argmax()) == " Paris"
     ids = torch.tensor([render_chat(base.tokenizer, QUESTION)])
-    answer = base.model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    exact = copy.deepcopy(base.model).float()  # in bfloat16 the first two tokens are a tie, which processors break
+    answer = exact.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
     assert base.tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
