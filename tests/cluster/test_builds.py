@@ -82,6 +82,7 @@ def test_each_persona_is_built_and_the_broken_one_named(tmp_path: Path) -> None:
         ("[[persona]]\nname = 'a'\neffect = 'much'\n", "effect"),
         ("[builds]\nmodel = 'demo'\n", r"must have a table \[\[persona\]\]"),
         ("persona = 3\n", r"must have a table \[\[persona\]\]"),
+        ("persona = [3]\n", r"must have a table \[\[persona\]\]"),
         ("[", "is not TOML"),
     ],
 )

@@ -75,6 +75,14 @@ def _find_path(context: Any) -> Names:
     return (*_find_path(context.parent), context.info_name) if context.parent else ()
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a file. Raises `InvalidValue`."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidValue(f"{path} is not TOML: {error}") from None
+
+
 def find_file() -> Path | None:
     """The default file: in the working directory, else in the user's config folder."""
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "masquerade"
@@ -124,10 +132,7 @@ def _name_source(option: TyperOption, source: str, context: Any) -> str:
 
 def _load(path: Path, root: TyperGroup) -> Tree:
     """The file as click's default map. Raises `InvalidValue`, which names file, section and key, and suggests a key."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidValue(f"{path} is not TOML: {error}") from None
+    content = read_toml(path)
     common = {key: value for key, value in content.items() if not isinstance(value, dict)}
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     every = {key for _, command in _commands(root) for key in _options(command)}

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typer.models import CommandInfo
 
 from masquerade.cli import heap
 from masquerade.cli.build import build as build_here
-from masquerade.cli.config import FLAG, read_section
+from masquerade.cli.config import FLAG, read_section, read_toml
 from masquerade.cli.options import AsJson
 from masquerade.cli.server_options import ServerOptions, accept_server_options
 from masquerade.errors import BuildFailed, InvalidValue
@@ -134,12 +133,10 @@ def read_builds(file: Path) -> list[BuildTask]:
     """The builds of a file, with the content of the files that they name. Raises `InvalidValue`."""
     from masquerade.cluster.builds import BuildTask
 
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidValue(f"{file} is not TOML: {error}") from None
+    content = read_toml(file)
     shared, personas = content.pop("build", {}), content.pop("persona", None)
-    if content or not isinstance(shared, dict) or not isinstance(personas, list) or not personas:
+    tables = [shared, *personas] if isinstance(personas, list) and personas else [None]
+    if content or not all(isinstance(table, dict) for table in tables):
         raise InvalidValue(f"{file} must have a table [[persona]] for each build, and may have one [build]")
     tasks = []
     for number, persona in enumerate(personas, 1):

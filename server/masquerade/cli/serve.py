@@ -90,13 +90,10 @@ def add_keys(options: ServerOptions, root: Path) -> int:
 def _load(options: ServerOptions, root: Path, policy: Policy, drain_seconds: float) -> DrainingServer:
     """A server of this process."""
     with heap.importing():  # clients are answered while these are imported
-        from masquerade.app import create_app
         from masquerade.cli import server
         from masquerade.cli.draining import make_server
-    serving = server.load_serving(options, root)
-    server.log_personas(serving)
-    app = create_app(serving, policy, database=open_database(options.database))
-    return make_server(app, lambda: serving.engine.drain(drain_seconds))
+    app = server.make_app(options, root, policy)
+    return make_server(app, lambda: app.app.state.serving.engine.drain(drain_seconds))
 
 
 def _start_replicas(

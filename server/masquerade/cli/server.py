@@ -29,7 +29,7 @@ OTHER_REQUESTS = 64  # to a replica at once, which need no engine: metrics, list
 
 
 def make_app(options: ServerOptions, root: Path, policy: Policy) -> RequestIdMiddleware[FastAPI]:
-    """Load a model in a process that is for nothing else, and make the application around it."""
+    """Load a model, and make the application around it; sets this process's log up, which a replica's is not."""
     logs.configure(options.log_format)
     serving = load_serving(options, root)
     log_personas(serving)

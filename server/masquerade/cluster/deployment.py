@@ -22,7 +22,6 @@ from ray.serve.schema import LoggingConfig
 from masquerade.app import RequestIdMiddleware
 from masquerade.cluster.ingress import Ingress
 from masquerade.cluster.replica import Replica
-from masquerade.cluster.router import SLACK
 from masquerade.errors import InvalidValue, NotReady
 from masquerade.http.limits import Policy
 
@@ -152,7 +151,6 @@ def _describe_replicas(make_app: MakeApp, scale: Scale) -> serve.Application:
         }
     routing: dict[str, Any] = {
         "request_router_class": "masquerade.cluster.router.PersonaRouter",
-        "request_router_kwargs": {"slack": SLACK},
         "request_routing_stats_period_s": STATS_SECONDS,
     }
     engine: Any = serve.deployment(

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -91,8 +92,9 @@ class Ingress:
             await self._pass_on(scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read(receive)
-        if body is None:
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
             return
         response = self._respond.remote(find_affinity(scope, body), _slim(scope), body)
         gone = asyncio.ensure_future(_wait_until_gone(receive))
@@ -146,22 +148,9 @@ def find_affinity(scope: Scope, body: bytes) -> Affinity:
         with suppress(ValueError, RecursionError):
             found = json.loads(body)
             if isinstance(found, dict):
-                _, _, suffix = str(found.get("model", "")).rpartition(":")
-                model = suffix if ":" in str(found.get("model", "")) else None
-                named = model or found.get("persona") or named
+                _, colon, suffix = str(found.get("model")).rpartition(":")
+                named = (suffix if colon else None) or found.get("persona") or named
     return Affinity(str(named).partition("@")[0] if named else None)
-
-
-async def _read(receive: Receive) -> bytes | None:
-    """The body; None if the client disconnects before its end."""
-    parts = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts += message.get("body", b"")
-        if not message.get("more_body", False):
-            return bytes(parts)
 
 
 async def _wait_until_gone(receive: Receive) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -40,19 +39,17 @@ class Replica:
         messages: asyncio.Queue[Message | None] = asyncio.Queue(WAITING_MESSAGES)
         gone = asyncio.Event()
         running = asyncio.create_task(self._run(scope, body, messages, gone))
+        complete = False
         try:
-            complete = False
             while not complete:
                 ready = await _take(messages)
                 complete = ready[-1] is None
                 yield [message for message in ready if message is not None]
-            await running
         finally:
             gone.set()
-            while not running.done():  # it may be waiting to put a message, or to see the disconnect
-                with suppress(asyncio.QueueEmpty):
-                    messages.get_nowait()
-                await asyncio.wait({running}, timeout=0.01)
+            while not complete:  # the application may be waiting to put a message
+                complete = (await _take(messages))[-1] is None
+        await running
 
     async def fetch(self, scope: Scope) -> tuple[str, int, list[tuple[bytes, bytes]], bytes]:
         """The response to a request without a body: this replica's name, the status, the headers and the body."""

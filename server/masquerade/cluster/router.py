@@ -29,12 +29,12 @@ class Candidate:
     runs_jobs: bool = True
 
 
-def rank(candidates: Sequence[Candidate], affinity: Affinity, slack: int = SLACK) -> list[list[Candidate]]:
+def rank(candidates: Sequence[Candidate], affinity: Affinity) -> list[list[Candidate]]:
     """The candidates in groups, the first to be tried first; each candidate is in the last group or is unfit.
 
     A persona goes to the replicas that have it, or to its first one by rendezvous hashing (Thaler and Ravishankar,
     1998), so that requests which arrive together agree before any of them has loaded the mask. If the queues of those
-    are longer than the shortest queue by more than `slack`, it spills to the next replica in that order.
+    are longer than the shortest queue by more than `SLACK`, it spills to the next replica in that order.
     """
     fit = [one for one in candidates if one.runs_jobs] if affinity.needs_jobs else []
     fit = fit or [*candidates]
@@ -42,7 +42,7 @@ def rank(candidates: Sequence[Candidate], affinity: Affinity, slack: int = SLACK
         return [fit]
     order = sorted(fit, key=lambda one: _weigh(affinity.persona, one.name), reverse=True)
     homes = [one for one in order if affinity.persona in one.personas] or order[:1]
-    limit = min(one.queue for one in fit) + slack
+    limit = min(one.queue for one in fit) + SLACK
     near = [one for one in homes if one.queue <= limit]
     spilled = [one for one in order if one not in homes and one.queue <= limit]
     return [near or spilled[:1], order]
@@ -50,12 +50,6 @@ def rank(candidates: Sequence[Candidate], affinity: Affinity, slack: int = SLACK
 
 class PersonaRouter(RequestRouter):
     """Ray Serve's router of the replicas. The first argument of a call is its `Affinity`."""
-
-    _slack = SLACK
-
-    def initialize_state(self, **options: Any) -> None:
-        """Take `request_router_kwargs`: `slack`, as of `rank`."""
-        self._slack = int(options.get("slack", SLACK))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -68,7 +62,7 @@ class PersonaRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True  # the last group has every replica
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         candidates = [_describe(replica, self._replica_queue_len_cache.get) for replica in candidate_replicas]
-        return [[replicas[one.name] for one in group] for group in rank(candidates, affinity, self._slack)]
+        return [[replicas[one.name] for one in group] for group in rank(candidates, affinity)]
 
 
 def _describe(replica: RunningReplica, find_queue: Callable[[Any], int | None]) -> Candidate:
