@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ def crowd(narrow: httpx.Client, **fields: Any) -> list[httpx.Response]:
         if any(response.status_code != 200 for response in responses):
             return responses
     raise AssertionError(f"{GUESTS} requests at once never filled one running and one waiting place")
+
+
+@pytest.fixture
+def _no_records() -> Iterator[None]:
+    """pytest keeps each record of the log, and whether a request writes some depends on the tests before."""
+    logging.disable(logging.INFO)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -169,6 +178,7 @@ class TestLoad:
 
         return asyncio.run(open_doors())
 
+    @pytest.mark.usefixtures("_no_records")
     def test_nothing_is_left_of_a_crowd(self, tmp_path: Path) -> None:
         folder = world.make_model(tmp_path / "random", eos_token_id=NEVER)
         config = EngineConfig(max_running=16, max_waiting=150)
