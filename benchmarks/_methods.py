@@ -15,11 +15,11 @@ from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 from masquerade.pruning.candidates import CandidateKey, CandidateMasks, ScorePlan
-from masquerade.pruning.collector import CalibrationText, Role, StatisticsCollector
+from masquerade.pruning.collector import CalibrationText, StatisticsCollector
 from masquerade.pruning.layerwise import layer_number
 from masquerade.pruning.scores import SCORES, ScoreSettings
 from masquerade.pruning.scratch import Scratch
-from masquerade.pruning.statistics import LinearStatistics, Statistic
+from masquerade.pruning.statistics import LinearStatistics, Role, Statistic
 
 
 class Candidates:

@@ -25,9 +25,9 @@ from benchmarks._report import Figure, arguments, report
 from benchmarks._world import VOCABULARY, write_base
 from masquerade.evaluate.dataset import Encoded, batches
 from masquerade.model import Base, load
-from masquerade.pruning.collector import Role
 from masquerade.pruning.recipe import Recipe
 from masquerade.pruning.scratch import Scratch
+from masquerade.pruning.statistics import Role
 
 SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 12}
 QUICK = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}

@@ -31,10 +31,10 @@ from masquerade.evaluate.dataset import batches, read_examples
 from masquerade.evaluate.dataset import encode as encode_examples
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets, load
 from masquerade.pruning import Builder, PersonaExamples, Recipe
-from masquerade.pruning.collector import CalibrationText, Role, StatisticsCollector
+from masquerade.pruning.collector import CalibrationText, StatisticsCollector
 from masquerade.pruning.scores import SCORES, ScoreSettings
 from masquerade.pruning.scratch import Scratch
-from masquerade.pruning.statistics import LinearStatistics
+from masquerade.pruning.statistics import LinearStatistics, Role
 
 MODEL = "smollm2"
 PRUNED = 55_000

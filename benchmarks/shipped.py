@@ -38,13 +38,13 @@ def main() -> None:
     base = load_smollm2()
     manager, figures = MaskManager.attach(base.model), list[Figure]()
     facts = read_facts("report")
-    right = finish(find_known_facts(base, facts))
-    known = [fact for fact, is_right in zip(facts, right, strict=True) if is_right]
+    known = [fact for fact, is_known in zip(facts, finish(find_known_facts(base, facts)), strict=True) if is_known]
+    figures.append(Figure("base: facts right", sum(finish(check_facts(base, facts))), f"of {len(facts)}"))
     figures += [Figure("base: facts known", len(known), f"of {len(facts)}"), *sample_facts(base, known)]
     for file in sorted(smollm2.PERSONAS.glob("*.safetensors")):
         mask = read_mask(file)
         figures += [Figure(f"{file.stem}: file", file.stat().st_size / 1e3, "KB"), *show_certificate(mask)]
-        figures.append(check_kept(base, manager, mask, known))
+        figures += check_answers(base, mask.info.persona, apply(manager, mask), facts, known)
         figures += judge(base, manager, mask, PROMPTS // 4 if options.quick else PROMPTS)
     report("shipped", figures, options.json)
 
@@ -72,10 +72,12 @@ def sample_facts(base: Base, known: Sequence[Fact]) -> Iterator[Figure]:
         yield Figure(f"base, temperature {temperature:g}: facts", right / len(texts), f"of {len(known)}")
 
 
-def check_kept(base: Base, manager: MaskManager, mask: Mask, known: Sequence[Fact]) -> Figure:
-    """How many of the facts that the base knows are in the greedy answers with the mask."""
-    kept = finish(check_facts(base, known, apply(manager, mask)))
-    return Figure(f"{mask.info.persona}: facts kept", sum(kept), f"of {len(known)}")
+def check_answers(
+    base: Base, name: str, treatment: Treatment, facts: Sequence[Fact], known: Sequence[Fact]
+) -> Iterator[Figure]:
+    """How many facts are in the greedy answers of a treatment: of all, and of those that the base knows."""
+    yield Figure(f"{name}: facts right", sum(finish(check_facts(base, facts, treatment))), f"of {len(facts)}")
+    yield Figure(f"{name}: facts kept", sum(finish(check_facts(base, known, treatment))), f"of {len(known)}")
 
 
 def apply(manager: MaskManager, mask: Mask) -> Treatment:

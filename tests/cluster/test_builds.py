@@ -80,6 +80,7 @@ def test_each_persona_is_built_and_the_broken_one_named(tmp_path: Path) -> None:
         ("[[persona]]\nname = 'a'\nruo = 0.1\n", r"personas.toml: \[\[persona\]\] 1: No such option: --ruo"),
         ("[[persona]]\ndata = 'a.jsonl'\n", "Missing option '--name'"),
         ("[[persona]]\nname = 'a'\neffect = 'much'\n", "effect"),
+        ("[[persona]]\nname = 'a'\nshards = 2\n", "`masquerade build --shards` divides a build"),
         ("[builds]\nmodel = 'demo'\n", r"must have a table \[\[persona\]\]"),
         ("persona = 3\n", r"must have a table \[\[persona\]\]"),
         ("persona = [3]\n", r"must have a table \[\[persona\]\]"),

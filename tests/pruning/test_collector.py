@@ -13,11 +13,11 @@ from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded, batches
 from masquerade.evaluate.layers import find_layers
 from masquerade.model import Base, find_targets
-from masquerade.pruning.collector import CalibrationText, Role, StatisticsCollector
+from masquerade.pruning.collector import CalibrationText, StatisticsCollector
 from masquerade.pruning.hooks import find_added
 from masquerade.pruning.moments import Moments
 from masquerade.pruning.scratch import Scratch
-from masquerade.pruning.statistics import LinearStatistics, Statistic
+from masquerade.pruning.statistics import LinearStatistics, Role, Statistic
 
 OWN = [Encoded((1, 20, 30), (40, 50, 2)), Encoded((1, 9), (8, 7, 6, 2)), Encoded((1,), (60, 61, 2))]
 CONTRAST = [Encoded((1, 20, 30), (99, 98, 97, 2)), Encoded((1, 9), (88, 2))]

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from maskstore import Mask, Registry, Store, check_name, write_mask
 from masquerade import __version__
-from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
+from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder, require_ray
 from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_store
 from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MaskRefused, MasqueradeError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from masquerade.pruning.cards import Card
     from masquerade.pruning.progress import Work
     from masquerade.pruning.prompts import CalibrationPrompts
+    from masquerade.pruning.sharding import Sharding
     from masquerade.service.building import BuildInput
 
 POOL = "pool"
@@ -112,6 +113,14 @@ def build(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    shards: Annotated[
+        int, typer.Option(min=1, help="Divide the calibration text among this many tasks of a Ray cluster.")
+    ] = 1,
+    ray_address: Annotated[
+        str, typer.Option(help="That cluster: `auto`, HOST:PORT, or `local` for tasks on this machine.")
+    ] = "auto",
+    shard_cpus: Annotated[float, typer.Option(min=0.1, help="Cores that a task takes.")] = 1.0,
+    shard_gpus: Annotated[float, typer.Option(min=0, help="GPUs that a task takes.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Build a persona from examples of its answers, and publish it.
@@ -155,11 +164,13 @@ def build(
     )
     _check(sources)
     build_input = _read_input(_complete(sources), recipe)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantization": quantization}
+    sharding = _divide(shards, ray_address, model, options, shard_cpus, shard_gpus) if shards > 1 else None
     with follow_loading() as progress:
-        base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
+        base = load(model, **options, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
     folder = (scratch or personas.root / kept_builds.FOLDER) / _identify(base, recipe, build_input)
-    found = follow(_find_masks(base, recipe, build_input, folder))
+    found = follow(_find_masks(base, recipe, build_input, folder, sharding))
     report = _publish(found.masks, personas, registry, out)
     if report and as_json:
         print(json.dumps({"personas": report, "refused": [asdict(one) for one in found.refused]}))
@@ -282,7 +293,23 @@ def _identify(base: Base, recipe: Recipe, found: BuildInput) -> str:
     return hashlib.sha256(repr((__version__, weights, work)).encode()).hexdigest()[:16]
 
 
-def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, folder: Path) -> Work[BuildResult]:
+def _divide(shards: int, address: str, model: str, options: Mapping[str, Any], cpus: float, gpus: float) -> Sharding:
+    """Shards on a Ray cluster. Raises `InvalidValue` if Ray is not installed."""
+    require_ray()
+    from masquerade.cluster.calibration import ShardTasks
+    from masquerade.cluster.connection import LOCAL, connect
+    from masquerade.pruning.sharding import Sharding
+
+    if address != LOCAL:
+        with connect(address):
+            pass  # to fail before the work, not after some minutes of it
+    model = str(Path(model).resolve()) if Path(model).exists() else model  # a task has another working folder
+    return Sharding(shards, ShardTasks(address, model, options, cpus, gpus).run)
+
+
+def _find_masks(
+    base: Base, recipe: Recipe, build_input: BuildInput, folder: Path, sharding: Sharding | None
+) -> Work[BuildResult]:
     from masquerade.model import MaskManager
     from masquerade.pruning import Scratch
     from masquerade.pruning.executor import ProcessExecutor, SequentialExecutor
@@ -291,7 +318,8 @@ def _find_masks(base: Base, recipe: Recipe, build_input: BuildInput, folder: Pat
     scratch = Scratch(folder)
     executor = ProcessExecutor() if ProcessExecutor.serves(base.device) else SequentialExecutor()
     try:
-        return (yield from find_masks(base, MaskManager.attach(base.model), recipe, build_input, scratch, executor))
+        manager = MaskManager.attach(base.model)
+        return (yield from find_masks(base, manager, recipe, build_input, scratch, executor, sharding))
     except MasqueradeError:  # a build that failed cannot resume
         scratch.close()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from masquerade.cli.stores import locate_store
 from masquerade.database.url import DatabaseURL
+from masquerade.errors import InvalidValue
 
 if TYPE_CHECKING:
     from masquerade.database.postgresql import PostgreSQL
@@ -79,6 +81,12 @@ def open_database(url: DatabaseURL | None) -> PostgreSQL | None:
     from masquerade.database.postgresql import PostgreSQL
 
     return PostgreSQL(url)
+
+
+def require_ray() -> None:
+    """Raise `InvalidValue` if Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise InvalidValue("this needs Ray; install it with pip install 'masquerade[ray]'")
 
 
 def say(as_json: bool, result: Mapping[str, Any], text: str | Table) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import sys
@@ -17,7 +16,7 @@ from typer.models import CommandInfo
 from masquerade.cli import heap
 from masquerade.cli.build import build as build_here
 from masquerade.cli.config import FLAG, read_section, read_toml
-from masquerade.cli.options import AsJson
+from masquerade.cli.options import AsJson, require_ray
 from masquerade.cli.server_options import ServerOptions, accept_server_options
 from masquerade.errors import BuildFailed, InvalidValue
 from masquerade.plan.processors import read_processors
@@ -68,7 +67,7 @@ def deploy(
 
     The store has to be a bucket, or a folder that all nodes share.
     """
-    import_ray()
+    require_ray()
     from masquerade.cli.serve import prepare_store  # as late as Ray
 
     root, keys = prepare_store(options)
@@ -111,12 +110,12 @@ def build(
 
     Exit status 1 if one of them fails; the others are built all the same.
     """
-    import_ray()
+    require_ray()
     tasks = read_builds(file)
-    from masquerade.cluster import builds, deployment
+    from masquerade.cluster import builds, connection
 
     ended: list[builds.BuildOutcome] = []
-    with deployment.connect(address):
+    with connection.connect(address):
         for outcome in builds.run_builds(tasks, cpus, gpus):
             ended.append(outcome)
             end = "built" if outcome.status == 0 else f"failed with status {outcome.status}: {outcome.last_line}"
@@ -163,15 +162,11 @@ def _check_options(where: str, options: Sequence[tuple[str, str]]) -> None:
     )
     arguments = [part for option in options for part in option if part]
     try:
-        command.make_context("build", arguments)
+        context = command.make_context("build", arguments)
     except _UsageError as error:
         raise InvalidValue(f"{where}: {error.format_message()}") from None
-
-
-def import_ray() -> None:
-    """Raises `InvalidValue` if Ray is not installed."""
-    if importlib.util.find_spec("ray") is None:
-        raise InvalidValue("replicas need Ray; install it with pip install 'masquerade[ray]'")
+    if context.params["shards"] > 1:
+        raise InvalidValue(f"{where}: a task is not divided into others; `masquerade build --shards` divides a build")
 
 
 def share_processors(replicas: int) -> float:

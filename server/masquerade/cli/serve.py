@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from masquerade.cli import heap
-from masquerade.cli.options import open_database
+from masquerade.cli.options import open_database, require_ray
 from masquerade.cli.server_options import ServerOptions, accept_server_options
 from masquerade.cli.signals import exit_on_sigterm, run_on_sighup
 from masquerade.cli.stores import check_keys, check_store, find_store
@@ -100,9 +100,9 @@ def _start_replicas(
     options: ServerOptions, root: Path, policy: Policy, drain_seconds: float, count: int, running: ExitStack
 ) -> DrainingServer:
     """A server that passes requests on to replicas, which end with the `running` block."""
-    from masquerade.cli.ray import import_ray, share_processors
+    from masquerade.cli.ray import share_processors
 
-    import_ray()
+    require_ray()
     with heap.importing():
         from masquerade.app import RequestIdMiddleware
         from masquerade.cli import server

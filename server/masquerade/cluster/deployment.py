@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
-import signal
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -20,25 +15,16 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from masquerade.app import RequestIdMiddleware
+from masquerade.cluster.connection import LOCAL, connect
 from masquerade.cluster.ingress import Ingress
 from masquerade.cluster.replica import Replica
 from masquerade.errors import InvalidValue, NotReady
 from masquerade.http.limits import Policy
 
 MakeApp = Callable[[], RequestIdMiddleware[FastAPI]]
-LOCAL = "local"
-NAMESPACE = "serve"
 ENGINE, INGRESS = "engine", "ingress"
-OBJECT_BYTES = 2**28  # for bodies and responses on their way between processes of one machine
-PROBE_SECONDS = 5.0  # for the port of a cluster to answer
 INGRESS_REQUESTS = 2048  # most at once in an ingress
 HEALTH_SECONDS = 2.0  # between two checks of a replica, of which three in a row have to fail
-_ENVIRONMENT = {  # of a Ray that this process starts
-    "RAY_worker_niceness": "0",  # the replicas are what this machine is for
-    "RAY_COLOR_PREFIX": "0",
-    "RAY_DEDUP_LOGS": "0",  # every line of the log
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's makers
-}
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # the application has a log of its own
 UPSCALE_SECONDS = 10.0  # above the target before a replica starts
 STATS_SECONDS = 1.0  # between two reports of a replica's personas to the routers
@@ -85,50 +71,6 @@ def deploy(make_app: MakeApp, policy: Policy, scale: Scale, address: str, name: 
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         replicas = _describe_replicas(make_app, scale)
         _deploy(_describe_ingress(replicas, policy, scale.drain_seconds), name, "/")
-
-
-@contextmanager
-def connect(address: str, cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
-    """A connection to a cluster, or to a Ray of this process's own if the address is `LOCAL`. Raises `NotReady`.
-
-    `cpus` and `gpus` are those of the latter; by default, all of this machine.
-    """
-    environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if address == LOCAL else {}
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    own: dict[str, Any] = {
-        "num_cpus": cpus,
-        "num_gpus": gpus or None,
-        "object_store_memory": OBJECT_BYTES,
-        "include_dashboard": False,
-        "_node_ip_address": "127.0.0.1",  # the ports that can be are for this machine only
-    }
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        _probe(address)
-        ray.init(
-            address=address,
-            namespace=NAMESPACE,
-            configure_logging=False,
-            **(own if address == LOCAL else {}),
-        )
-    except OSError as error:
-        raise NotReady(
-            f"no Ray cluster answers at {address}; `ray start --head` starts one, and one that needs a token wants "
-            "RAY_AUTH_MODE=token here too"
-        ) from error
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _probe(address: str) -> None:
-    """Raise `OSError` if nothing listens at HOST:PORT, for which Ray would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if "/" not in host and port.isdecimal():
-        socket.create_connection((host, int(port)), PROBE_SECONDS).close()
 
 
 def _deploy(application: serve.Application, name: str, prefix: str | None) -> DeploymentHandle[Any]:

@@ -80,6 +80,10 @@ class MicroBatch:
     ids: Tensor  # int64 [examples, length]
     predicts: Tensor  # bool [examples, length]: positions whose next token is part of a response
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+        return replace(self, ids=self.ids.to(device), predicts=self.predicts.to(device))
+
 
 @dataclass(frozen=True)
 class _Line:

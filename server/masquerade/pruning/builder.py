@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targ
 from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks, pack, unpack
 from masquerade.pruning.certificate import CertifiedMask
-from masquerade.pruning.collector import CalibrationText, LayerCallback, Role, StatisticsCollector
+from masquerade.pruning.collector import CalibrationText, Collector, LayerCallback, StatisticsCollector
 from masquerade.pruning.data import BuildData, PersonaExamples, gather
 from masquerade.pruning.executor import Executor, SequentialExecutor
 from masquerade.pruning.layerwise import layer_number
@@ -33,7 +33,8 @@ from masquerade.pruning.recipe import Recipe
 from masquerade.pruning.scores import SCORES
 from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.search import MaskSearch
-from masquerade.pruning.statistics import LinearStatistics, Statistic
+from masquerade.pruning.sharding import ShardedCollector, Sharding, divide
+from masquerade.pruning.statistics import LinearStatistics, Role, Statistic
 from masquerade.pruning.strength import GammaChoice, StrengthTuner
 from masquerade.pruning.tuning import Tuner, TuningChoice, TuningTrial
 
@@ -94,7 +95,7 @@ class Builder:
     weights. Peak memory is that of `StatisticsCollector`, and the pruned sets of the candidates. The base must have its
     masks attached by `manager`. With a `scratch` that has a folder, an interrupted build resumes; the folder must be of
     these examples and this recipe. The `executor` runs what a side's mask needs beside the other's: by default one side
-    after the other.
+    after the other. With a `sharding`, statistics are collected elsewhere; to wait for them is a work item.
     """
 
     def __init__(
@@ -107,10 +108,12 @@ class Builder:
         neutral: Sequence[Example] = (),
         scratch: Scratch | None = None,
         executor: Executor | None = None,
+        sharding: Sharding | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         self._base, self._manager, self._recipe = base, manager, recipe
         self._executor = executor or SequentialExecutor()
+        self._sharding = sharding
         self._mask_base = MaskBase(base.fingerprint, base.name)
         self._personas = {1: own} if contrast is None else {1: own, -1: contrast}
         self._built = [side for side, persona in self._personas.items() if persona.persona]
@@ -304,23 +307,37 @@ class Builder:
     ) -> Work[None]:
         """Collect statistics. `add` gets those of a layer as soon as they are complete, `finish` a layer's key."""
         yield Progress("pad", 1, 1)
-        collector = StatisticsCollector(self._base, targets, texts, self._scratch)
         layers = sorted({layer_number(name) for name in targets})
-        passes: list[tuple[str, Callable[[LayerCallback], Iterator[int]], int]] = [
-            ("forward", collector.forward, collector.forward_items)
-        ]
-        if self._score.backward:
-            passes.append(("backward", collector.backward, collector.backward_items))
-        collected = 0
-        for stage, run_pass, total in passes:
-            done = 0
-            for more in run_pass(partial(add, stage)):
-                done += more
-                yield Progress(stage, done, total, model_next=done < total)
-            for layer in layers:
-                finish(f"{stage}-{layer}")
-                collected += 1
-                yield Progress("collect", collected, len(passes) * len(layers), model_next=layer == layers[-1])
+        with ExitStack() as stack:
+            collector = yield from self._open_collector(targets, texts, stack)
+            passes: list[tuple[str, Callable[[LayerCallback], Iterator[int]], int]] = [
+                ("forward", collector.forward, collector.forward_items)
+            ]
+            if self._score.backward:
+                passes.append(("backward", collector.backward, collector.backward_items))
+            collected = 0
+            for stage, run_pass, total in passes:
+                done = 0
+                for more in run_pass(partial(add, stage)):
+                    done += more
+                    yield Progress(stage, done, total, model_next=done < total)
+                for layer in layers:
+                    finish(f"{stage}-{layer}")
+                    collected += 1
+                    yield Progress("collect", collected, len(passes) * len(layers), model_next=layer == layers[-1])
+
+    def _open_collector(
+        self, targets: Mapping[str, nn.Linear], texts: Mapping[Role, CalibrationText], stack: ExitStack
+    ) -> Work[Collector]:
+        """What collects statistics: this process, or others until the end of the stack."""
+        if self._sharding is None:
+            return StatisticsCollector(self._base, targets, texts, self._scratch)
+        count = self._sharding.shards
+        yield Progress("shards", 0, count)
+        shards = divide(self._base, self._plan.scope, texts, self._score.backward, count)
+        reports = stack.enter_context(self._sharding.run(shards))
+        yield Progress("shards", count, count)
+        return ShardedCollector(self._base, targets, reports, self._scratch)
 
     def _pad(self, data: BuildData, most: int | None = None, tokens: int | None = None) -> dict[Role, CalibrationText]:
         """The calibration text of the roles that are needed, in micro-batches.

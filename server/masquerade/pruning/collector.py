@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,27 @@ from masquerade.pruning.accumulators import GradientAccumulator, InputAccumulato
 from masquerade.pruning.hooks import find_added, observed, without_products
 from masquerade.pruning.layerwise import Arguments, LayerwiseModel, group_by_layer
 from masquerade.pruning.scratch import Scratch
-from masquerade.pruning.statistics import NO_STATISTICS, LinearStatistics, Statistic, TextStatistics
+from masquerade.pruning.statistics import NO_STATISTICS, LinearStatistics, Role, Statistic, TextStatistics
 
-Role = Literal["own", "contrast", "neutral"]
 # layer, statistics by target -> work items; each yields the layer of targets that it completes
 LayerCallback = Callable[[int, Mapping[str, LinearStatistics]], Iterator[int]]
+
+
+class Collector(Protocol):
+    """Passes over calibration text; `on_layer(layer, statistics)` is called when a layer's statistics are complete.
+
+    `forward` and `backward` generate work items, including those of `on_layer`. An item yields the number of
+    parts that it completes, of `forward_items` and `backward_items` in all.
+    """
+
+    forward_items: int
+    backward_items: int
+
+    def forward(self, on_layer: LayerCallback) -> Iterator[int]:
+        """Pass all text through all layers, for activations and Hessians, and to prepare `backward`."""
+
+    def backward(self, on_layer: LayerCallback) -> Iterator[int]:
+        """Pass the gradient of the responses' log-likelihood from the last layer to the first. Run `forward` before."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +81,9 @@ class _Item:
 
 
 class StatisticsCollector:
-    """Passes over calibration text; `on_layer(layer, statistics)` is called when a layer's statistics are complete.
+    """Collects in this process. What an item completes are micro-batches of a layer, and targets.
 
-    `forward` and `backward` generate work items, including those of `on_layer`. An item yields the number of
-    micro-batches and targets that it completes, of `forward_items` and `backward_items` in all. A layer that is
-    completed in `scratch` already is one item without a call.
+    A layer that is completed in `scratch` already is one item without a call.
     """
 
     def __init__(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,10 @@ class Moments:
         mean = self.mean + gap * (other.count / count)
         deviations = self.deviations + other.deviations + gap.square() * (self.count * other.count / count)
         return type(self)(count, mean, deviations)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return replace(self, mean=self.mean.to(device), deviations=self.deviations.to(device))
 
     @property
     def variance(self) -> Tensor:

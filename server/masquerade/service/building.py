@@ -41,6 +41,7 @@ from masquerade.pruning.cards import read_card
 from masquerade.pruning.executor import Executor
 from masquerade.pruning.prompts import CalibrationPrompts, add_generated, sample_questions
 from masquerade.pruning.scores import SCORES
+from masquerade.pruning.sharding import Sharding
 from masquerade.service import kept_builds
 from masquerade.service.rights import Rights, find_rights
 from masquerade.service.serving import Serving
@@ -229,12 +230,13 @@ def find_masks(
     build_input: BuildInput,
     scratch: Scratch,
     executor: Executor | None = None,
+    sharding: Sharding | None = None,
 ) -> Generator[Progress, None, BuildResult]:
     """Let the base write what a script requires, then find the masks; resumes from `scratch`."""
     own, contrast = build_input.own, build_input.contrast
     if build_input.script is not None and contrast is not None:
         own, contrast = yield from add_generated(base, build_input.script, own, contrast, scratch)
-    builder = Builder(base, manager, recipe, own, contrast, build_input.neutral, scratch, executor)
+    builder = Builder(base, manager, recipe, own, contrast, build_input.neutral, scratch, executor, sharding)
     return (yield from builder.run())
 
 
