@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from masquerade import demo
-from masquerade.evaluate.dataset import BATCH_TOKENS, Example, encode, read_examples
+from masquerade.evaluate.dataset import BATCH_TOKENS, Example
 from masquerade.evaluate.layers import find_layers
-from masquerade.evaluate.metrics import likelihoods
-from masquerade.model import Base, MaskManager, find_targets, load
+from masquerade.model import Base, MaskManager, find_targets
 from masquerade.pruning import SCORES, Builder, PersonaExamples, Progress, Recipe, candidates
 from masquerade.pruning.prompts import CalibrationPrompts, generate_examples
 
@@ -121,43 +117,3 @@ def test_questions_are_tokenised_beside_the_model(
         assert not (uses_model and texts)
         tokenised += texts
     assert tokenised >= 80
-
-
-@pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("score", ["refined", "sparsegpt"])
-def test_no_item_stalls_the_demo(score: str) -> None:
-    """In CPU time, as multiples of one pass over a micro-batch in the same run.
-
-    As in a server, what is loaded is kept out of garbage collection, of which a full pass is longer than any item.
-    """
-    base = load("demo", device="cpu")
-    casual, formal, facts = (
-        read_examples(demo.DATA / f"{name}.jsonl") for name in ("casual.train", "formal.train", "facts")
-    )
-    manager = MaskManager.attach(base.model)
-    batches = [encode(base, formal[start : start + 12]) for start in range(0, 60, 12)]
-    passes = sorted(spend(lambda batch=batch: likelihoods(base, batch)) for batch in batches)
-    recipe = Recipe(score=score, force=True, samples=48)
-    work = follow(
-        Builder(
-            base, manager, recipe, PersonaExamples("dude", casual), PersonaExamples("sir", formal), facts[:40]
-        ).run()
-    )
-    items: list[tuple[float, str]] = []
-    gc.collect()
-    gc.freeze()
-    try:
-        while not items or items[-1][1] != "end":
-            before = time.thread_time()
-            uses_model, stage = next(work)
-            items.append((time.thread_time() - before if uses_model else 0.0, stage))
-    finally:
-        gc.unfreeze()
-    assert max(items)[0] <= 3 * passes[len(passes) // 2], (sorted(items)[-4:], passes)
-
-
-def spend(work: Callable[[], object]) -> float:
-    """CPU time that it takes on this thread."""
-    before = time.thread_time()
-    work()
-    return time.thread_time() - before

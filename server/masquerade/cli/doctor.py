@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from masquerade.database.postgresql import PostgreSQL
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "fastapi", "uvicorn", "huggingface-hub")
-EXTRAS = ("bitsandbytes", "cryptography", "llguidance", "psycopg", "s3fs", "ray", "triton", "opentelemetry-sdk")
-EXTRAS += ("accelerate", "peft")
+EXTRAS = ["bitsandbytes", "cryptography", "llguidance", "psycopg", "s3fs", "ray", "triton", "opentelemetry-sdk"]
+EXTRAS += ["accelerate", "peft"]
 FLAGS = ["sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16"]
 FLAGS += ["asimd", "sve", "bf16"]
 Facts = dict[str, Any]

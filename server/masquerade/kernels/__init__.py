@@ -19,6 +19,7 @@ from masquerade.kernels import cuda, native
 from masquerade.kernels.attention import PagedChunks, attend_chunks, attends
 from masquerade.kernels.correction import Assignment, Correction
 from masquerade.kernels.cuda import CudaBits, CudaList
+from masquerade.kernels.gradients import differentiate, multiply_transposed, widen
 from masquerade.kernels.layers import LayerParts, NativeLayers, PagedStep
 from masquerade.kernels.native import (
     NativeBits,
@@ -30,7 +31,7 @@ from masquerade.kernels.native import (
     dense,
     multiply_base,
 )
-from masquerade.kernels.quantised import QuantisedEmbedding, QuantisedLinear, QuantisedWeight, differentiate
+from masquerade.kernels.quantised import QuantisedEmbedding, QuantisedLinear, QuantisedWeight
 from masquerade.kernels.reference import ReferenceCorrection
 from masquerade.kernels.sparse import RowwiseCorrection, SparseCorrection
 from masquerade.kernels.weights import dense_tiles, dense_weight
@@ -115,5 +116,7 @@ __all__ = [
     "differentiate",
     "footprint",
     "multiply_base",
+    "multiply_transposed",
     "serves",
+    "widen",
 ]

@@ -111,6 +111,12 @@ def require_library() -> Library:
     return library
 
 
+def has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 and the kernels use it."""
+    library = find_library()
+    return library is not None and ISAS[library.fastest] == "avx512bf16"
+
+
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight is a `QuantisedWeight`; one of bitsandbytes in 4 bits is uint8, too."""
     return weight.dtype is torch.uint8 and hasattr(weight, "matrix")

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from masquerade.kernels.native import ISAS, find_library, multiply_base, require_library
+from masquerade.kernels.gradients import differentiate
+from masquerade.kernels.native import has_bf16, multiply_base, require_library
 
 FORMS: Mapping[str, int] = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 3}  # GGUF's names; numbered as in product.h
 TILE = 4  # outputs that are laid out together
@@ -64,25 +64,6 @@ class QuantisedWeight(nn.Parameter):
         return type(self)._make, (self.data, self.form, self.matrix)
 
 
-class _Product(torch.autograd.Function):
-    """torch's product, whose gradient reads the weight again: a graph keeps none of them dequantised."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight.read(), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0] @ ctx.weight.read(), None, None
-
-
-def differentiate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of a quantised weight by torch, with gradients of x."""
-    y: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return y
-
-
 class QuantisedLinear(nn.Linear):
     """A Linear whose weight stays quantised."""
 
@@ -119,8 +100,7 @@ class QuantisedEmbedding(nn.Module):
 
 def pays() -> bool:
     """Whether quantised weights are about as fast here as plain ones, or faster (docs/performance.md)."""
-    library = find_library()
-    return library is not None and ISAS[library.fastest] == "avx512bf16"
+    return has_bf16()
 
 
 def measure(form: str, out: int, columns: int) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masquerade.kernels import dense, differentiate
@@ -39,10 +38,9 @@ class MaskedLinear(nn.Linear):
         """Map inputs [..., in] to outputs [..., out] as the current route has it; without one, as the base does."""
         parameters: Any = self._parameters  # where nn.Module finds an attribute last
         weight, bias, route = parameters["weight"], parameters.get("bias"), self._current.route
-        quantised = is_quantised(weight)
-        dtype = torch.bfloat16 if quantised else weight.dtype
+        dtype = torch.bfloat16 if is_quantised(weight) else weight.dtype
         if x.dtype != dtype or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-            y = (differentiate if quantised else F.linear)(x, weight, bias)
+            y = differentiate(x, weight, bias)
             if route:
                 route.subtract(self._name, x, y)
             return y

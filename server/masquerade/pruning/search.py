@@ -18,7 +18,7 @@ from maskstore import encode as encode_target
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.metrics import log_probabilities
-from masquerade.kernels import dense_weight
+from masquerade.kernels import dense_weight, differentiate, multiply_transposed
 from masquerade.model import Base, trim_heap
 from masquerade.pruning.hooks import replaced
 from masquerade.pruning.layerwise import LayerwiseModel, group_by_layer
@@ -262,11 +262,11 @@ class MaskSearch:
 
     def _multiply(self, state: _State, name: str, linear: nn.Linear, x: Tensor) -> Tensor:
         """The masked product, whose backward pass adds each weight's product with its gradient to the gains."""
-        y = F.linear(x, state.weights[name], linear.bias)
+        y = differentiate(x, state.weights[name], linear.bias)
 
         def add_gains(gradient: Tensor) -> None:
-            product: Tensor = gradient.flatten(0, -2).T @ x.detach().flatten(0, -2)
-            state.gains[name].addcmul_(product.float(), dense_weight(linear).float())
+            product = multiply_transposed(gradient.flatten(0, -2), x.detach().flatten(0, -2))
+            state.gains[name].addcmul_(product, dense_weight(linear).float())
 
         y.register_hook(add_gains)  # type: ignore[no-untyped-call]
         return y
