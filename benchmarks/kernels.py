@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
@@ -36,13 +37,22 @@ from masquerade.engine.kv_cache import KVCache
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.row_groups import NativeRows, group_for_torch
 from masquerade.engine.scheduler import Chunk
-from masquerade.kernels import NativeMask, NativeParts, NativeProduct, NativeSpan, QuantisedWeight, correct
+from masquerade.kernels import (
+    NativeMask,
+    NativeParts,
+    NativeProduct,
+    NativeSpan,
+    QuantisedWeight,
+    correct,
+    differentiate,
+)
 from masquerade.kernels.quantised import FORMS
 from masquerade.model import AppliedMask, MaskManager
 
 FULL = ((2048, 2048), (4096, 4096), (14336, 4096))
 QUICK = ((2048, 2048),)
 QUANTISED = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096), (49152, 576))
+DIFFERENTIATED = ((576, 576), (1536, 576), (576, 1536), (49152, 576))
 PLAIN = EngineConfig(speculate=False)
 POOL = 400e6  # bytes of weights
 RHO = 0.003
@@ -95,7 +105,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one shape and few repeats; within a minute")
     parser.add_argument(
-        "--only", choices=("products", "base", "quantised", "attention", "model"), help="one part of it"
+        "--only", choices=("products", "base", "quantised", "gradients", "attention", "model"), help="one part of it"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,6 +119,8 @@ def main() -> None:
         figures += measure_base(seconds / 8)
     if options.only in (None, "quantised"):
         figures += measure_quantised(((576, 576),) if options.quick else QUANTISED, seconds / 8)
+    if options.only in (None, "gradients"):
+        figures += measure_gradients(((576, 576),) if options.quick else DIFFERENTIATED, seconds / 4)
     if options.only in (None, "attention"):
         figures += measure_attention(seconds / 8)
     if options.only in (None, "model"):
@@ -185,6 +197,34 @@ def measure_quantised(shapes: Sequence[tuple[int, int]], seconds: float) -> Iter
             for form in FORMS:
                 name = f"{form} / bf16, {rows} rows, {shape[0]} x {shape[1]}"
                 yield Figure(name, times[form] / times["bf16"], "x", "<= 1.0" if rows == 1 else None)
+
+
+def measure_gradients(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Figure]:
+    """A product of 256 rows and its gradient of the rows, in bf16, against torch's own in bf16 and in fp32."""
+    for out, columns in shapes:
+        x, weight = torch.randn(256, columns), torch.randn(out, columns)
+        above = torch.randn(256, out)
+
+        def run(multiply: Callable[..., torch.Tensor], dtype: torch.dtype, given: Sequence[torch.Tensor]) -> None:
+            x, weight, above = (one.to(dtype) for one in given)
+            torch.autograd.grad(multiply(x.requires_grad_(True), weight, None), x, above)
+
+        candidates = {
+            "ours": partial(run, differentiate, BF16, [one.to(BF16) for one in (x, weight, above)]),
+            "bf16": partial(run, F.linear, BF16, [one.to(BF16) for one in (x, weight, above)]),
+            "fp32": partial(run, F.linear, FP32, (x, weight, above)),
+        }
+        times: dict[str, list[float]] = {name: [] for name in candidates}
+        until = time.monotonic() + seconds
+        while time.monotonic() < until or len(times["ours"]) < 5:
+            for name, work in candidates.items():
+                started = time.thread_time()
+                work()
+                times[name].append(time.thread_time() - started)
+        spent = {name: float(np.percentile(values, 25)) for name, values in times.items()}
+        for peer in ("bf16", "fp32"):
+            name = f"a product and its gradient, bf16, 256 rows, {out} x {columns}, ours / torch {peer}"
+            yield Figure(name, spent["ours"] / spent[peer], "x", "<= 1.05" if peer == "bf16" else None)
 
 
 def compare_quantised(shape: tuple[int, int], rows: int, seconds: float) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # before transformers imports triton
 
 from masquerade.model import Base, MaskManager, load
+from masquerade.packaged import find_cache
 from tests import world
 from tests.databases import Cluster, Place, run_cluster
 from tests.serving import Server, forking, serve
@@ -63,7 +65,21 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _forking() -> Iterator[None]:
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of the tests' own, which all their processes share: a model that was downloaded, and nothing else."""
+    own, models = tmp_path_factory.getbasetemp() / "cache" / "masquerade", find_cache() / "masquerade" / "models"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        own = tmp_path_factory.getbasetemp().parent / "cache" / "masquerade"
+    own.mkdir(parents=True, exist_ok=True)
+    models.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        (own / "models").symlink_to(models)
+    os.environ.setdefault("PIP_CACHE_DIR", str(find_cache() / "pip"))
+    os.environ["XDG_CACHE_HOME"] = str(own.parent)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forking(_cache: None) -> Iterator[None]:
     with forking():
         yield
 

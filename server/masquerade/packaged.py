@@ -61,7 +61,7 @@ def find_packaged(name: str, *, download: bool = True) -> Path:
     """
     model = PACKAGED[name]
     place = Path("masquerade", "models", f"{model.package}-{model.version}", Path(model.member).name)
-    path = _cache() / place
+    path = find_cache() / place
     for one in (path, Path(sys.prefix, "share") / place):
         if one.is_file() and one.stat().st_size == model.nbytes:
             return one
@@ -79,7 +79,8 @@ def find_packaged(name: str, *, download: bool = True) -> Path:
     return path
 
 
-def _cache() -> Path:
+def find_cache() -> Path:
+    """The user's folder for what can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def test_facts_are_checked_in_greedy_answers(tiny: Base, manager: MaskManager) -
 
 
 def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
-    tiny: Base, manager: MaskManager, monkeypatch: pytest.MonkeyPatch
+    tiny: Base, manager: MaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if rounding changed one answer of a small batch."""
     questions = ["what is one", "what is two", "what is three", "what is four", "what is five"]
@@ -98,6 +99,7 @@ def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
         return [ids[1:] for ids in found] if params.rows < len(facts) else found
 
     monkeypatch.setattr(generation, "_generate", generate_otherwise)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # which has no answers yet
     assert finish(find_known_facts(tiny, facts)) == [False, False, False, False, False]
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items
+from masquerade.evaluate.recall import recall_answers
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base
 
@@ -69,7 +70,11 @@ def check_facts(
     A batch has at most `rows` questions. The base must have its masks attached.
     """
     prompts = encode_questions(base, [fact.question for fact in facts])
-    texts = yield from write_answers(base, prompts, treatment, GenerationParams(TOKENS, rows=rows))
+    params = GenerationParams(TOKENS, rows=rows)
+    if treatment is UNTREATED:
+        texts = yield from recall_answers(base, prompts, params)
+    else:
+        texts = yield from write_answers(base, prompts, treatment, params)
     return [fact.is_in(text) for fact, text in zip(facts, texts, strict=True)]
 
 
@@ -92,7 +97,7 @@ def write_neutral_text(base: Base, questions: Iterable[str], tokens: int = NEUTR
     An answer that was cut at `tokens` tokens has no token for its end. A work item is a pass of the model.
     """
     prompts = encode_questions(base, questions)
-    texts = yield from write_answers(base, prompts, params=GenerationParams(tokens))
+    texts = yield from recall_answers(base, prompts, GenerationParams(tokens))
     answered = [Example(one.messages, text) for one, text in zip(prompts, texts, strict=True) if text]
     return [one.cut(tokens) for one in encode(base, answered)]
 

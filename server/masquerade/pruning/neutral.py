@@ -15,8 +15,9 @@ from masquerade.evaluate.facts import (
     read_short_questions,
     write_neutral_text,
 )
-from masquerade.evaluate.generation import GenerationParams, write_answers
+from masquerade.evaluate.generation import GenerationParams
 from masquerade.evaluate.metrics import Items, read_likelihoods
+from masquerade.evaluate.recall import recall_answers
 from masquerade.model import Base, open_user_message
 
 FEWEST = 12  # answers that are kept in any case
@@ -90,6 +91,6 @@ def write_questions(base: Base, seed: int) -> Items[list[str]]:
         return []
     starts = [OPENINGS[number // 2 % len(OPENINGS)] if number % 2 else "" for number in range(WRITTEN)]
     prompts = [Encoded((*opening, *base.tokenizer.encode(start, add_special_tokens=False)), ()) for start in starts]
-    texts = yield from write_answers(base, prompts, params=GenerationParams(WRITTEN_TOKENS, WRITTEN_TEMPERATURE, seed))
+    texts = yield from recall_answers(base, prompts, GenerationParams(WRITTEN_TOKENS, WRITTEN_TEMPERATURE, seed))
     questions = [f"{start} {text}".strip() for start, text in zip(starts, texts, strict=True)]
     return [question for question in dict.fromkeys(questions) if _WHOLE.fullmatch(question)]
