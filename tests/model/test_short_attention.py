@@ -6,8 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from masquerade.kernels import gradients
 from masquerade.model import load
 from masquerade.model.short_attention import FUSED, MOST_PRODUCTS, NAME, attend_short
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["bf16", "no bf16"])
+def _slow(request, monkeypatch):
+    """Whether the processor multiplies bfloat16."""
+    monkeypatch.setattr(gradients, "_is_slow", lambda: request.param)
 
 
 def compute_exactly(q, k, v, mask, scale):
@@ -30,7 +37,8 @@ def test_it_is_attention(dtype, kv_heads, queries, keys, kind):
     given = {"bool": visible, "added": torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -1e4)}.get(kind)
     if kind == "causal" and 1 < queries < keys:
         pytest.skip("causal attention without a mask is of equally many queries and keys")
-    out, weights = attend_short(SimpleNamespace(is_causal=True), q, k, v, given, scaling=0.3)
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=9 // kv_heads)
+    out, weights = attend_short(module, q, k, v, given, scaling=0.3)
     expected = compute_exactly(q, k, v, visible, 0.3)
     assert weights is None
     torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
@@ -41,7 +49,7 @@ def test_it_is_attention(dtype, kv_heads, queries, keys, kind):
 
 def test_a_row_of_padding_is_finite():
     q = torch.randn(1, 2, 3, 16, dtype=torch.bfloat16)
-    out, _ = attend_short(SimpleNamespace(), q, q, q, torch.zeros(1, 1, 3, 3, dtype=torch.bool))
+    out, _ = attend_short(SimpleNamespace(num_key_value_groups=1), q, q, q, torch.zeros(1, 1, 3, 3, dtype=torch.bool))
     assert bool(out.isfinite().all())
 
 

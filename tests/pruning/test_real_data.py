@@ -12,7 +12,10 @@ from tests.cli.running import masquerade, succeed
 SHARED = Path(__file__).parents[3] / "shared"
 DATA, STORIES = SHARED / "data", SHARED / "models" / "stories260K"
 
-pytestmark = pytest.mark.skipif(not (DATA.is_dir() and STORIES.is_dir()), reason="needs the real data")
+pytestmark = [
+    pytest.mark.skipif(not (DATA.is_dir() and STORIES.is_dir()), reason="needs the real data"),
+    pytest.mark.usefixtures("short_builds"),
+]
 
 KINDS = {  # name -> own and contrast file
     "extravert": ("machine-mindset/extravert", "machine-mindset/introvert"),

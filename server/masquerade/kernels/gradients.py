@@ -1,7 +1,7 @@
 """Products that gradients pass through, by torch, and the gradients of weights.
 
-Without instructions for bfloat16 a processor takes many times as long for them as in float32 (`benchmarks.kernels`). There
-the operands are converted, and what comes out is rounded once.
+Without instructions for bfloat16 a processor takes many times as long for them as in float32 (`benchmarks.kernels`).
+There the operands are converted, and what comes out is rounded once.
 """
 
 from __future__ import annotations
