@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from masquerade.evaluate.layers import find_layers
-from masquerade.kernels import differentiate
 from masquerade.model import Base
 from masquerade.pruning.hooks import replaced
 
@@ -23,7 +21,6 @@ class LayerwiseModel:
 
     def __init__(self, base: Base) -> None:
         self._model = base.model
-        self._head = base.model.get_output_embeddings()
         self.layers: Sequence[nn.Module] = find_layers(base.model)
 
     @torch.no_grad()
@@ -62,17 +59,9 @@ class LayerwiseModel:
             return hidden.unsqueeze(0)
 
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)  # stands for any input
-        modules, functions = [*self.layers], [*[identity] * (len(self.layers) - 1), last_output]
-        if type(self._head) is nn.Linear:
-            modules.append(self._head)
-            functions.append(partial(_multiply, self._head))
-        with replaced(modules, functions):
+        with replaced(self.layers, [identity] * (len(self.layers) - 1) + [last_output]):
             logits: Tensor = self._model(input_ids=token, use_cache=False).logits[0]
         return logits
-
-
-def _multiply(linear: nn.Linear, x: Tensor) -> Tensor:
-    return differentiate(x, linear.weight, linear.bias)
 
 
 def layer_number(name: str) -> int:
