@@ -49,9 +49,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.maskstore
 	$(BIN)/python -m benchmarks.kernels
 
-# A Ray cluster of one node: a deployment, and its upgrade under load
+# A Ray cluster of one node: a deployment, and its upgrade under load; the tests of one server, served by two replicas
 cluster: setup
 	MASQUERADE_CLUSTER=1 $(BIN)/pytest tests/cluster
+	$(BIN)/pytest --replicas 2 tests/contract tests/client tests/web
 
 # The plugin of vLLM, in an environment of its own (3.4 GB), on a CPU; beside the engine of .venv if it is there
 vllm: setup .vllm/ready

@@ -45,7 +45,15 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "serve the demo from so many replicas on Ray, and run only the tests that ask that server"
+    parser.addoption("--replicas", type=int, default=1, help=about)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--replicas") > 1:
+        asking = [item for item in items if isinstance(item, pytest.Function) and "server" in item.fixturenames]
+        items[:] = [item for item in asking if not item.get_closest_marker("one_cache")]
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     assert all(path.is_file() for path in places)
     items.sort(key=lambda item: places.get(item.path, len(places)))
@@ -103,9 +111,14 @@ def manager(tiny: Base) -> Iterator[MaskManager]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """The demo, served by a process of its own."""
-    with serve("--model", "demo") as running:
+def server(pytestconfig: pytest.Config) -> Iterator[Server]:
+    """The demo, served by a process of its own, or from replicas."""
+    replicas = pytestconfig.getoption("--replicas")
+    if replicas == 1:
+        with serve("--model", "demo") as running:
+            yield running
+        return
+    with serve("--model", "demo", "--replicas", str(replicas), env={}, start_seconds=300) as running:
         yield running
 
 

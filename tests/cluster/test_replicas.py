@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import secrets
 import signal
@@ -24,7 +26,7 @@ from tests import serving
 from tests.serving import Server
 
 pytestmark = pytest.mark.timeout(600)
-PERSONAS = ["casual", "cheerful", "extravert", "formal", "gloomy", "introvert"]
+PERSONAS = ["casual", "cheerful", "extravert", "formal", "gloomy", "introvert", "power_averse", "power_seeking"]
 QUESTION = [{"role": "user", "content": "What do you like to do on a sunny day?"}]
 
 
@@ -81,13 +83,32 @@ def test_answers_are_those_of_one_server(server: Server, client: OpenAI) -> None
         assert answers == 2 * [say(other, persona) for persona in PERSONAS]
 
 
-def test_each_mask_is_loaded_by_one_replica_and_both_work(server: Server, client: OpenAI) -> None:
+def test_most_masks_are_loaded_by_one_replica_and_both_work(server: Server, client: OpenAI) -> None:
+    """A queue that was long when the replicas had begun may have spilled a request or two."""
     for _ in range(3):
         for persona in PERSONAS:
             say(client, persona, tokens=1)
     loads = read_metric(server, "masquerade_mask_requests_total", result="miss")
-    assert sum(loads.values()) == len(PERSONAS)
+    assert len(PERSONAS) <= sum(loads.values()) <= len(PERSONAS) + 2
+    assert min(loads.values()) > 0
     assert len(read_metric(server, "masquerade_ready")) == 2
+
+
+def test_nine_of_ten_requests_reach_a_replica_that_has_their_persona(server: Server, client: OpenAI) -> None:
+    """With eight clients at once, whose personas are drawn at random."""
+    before = count_mask_requests(server)
+    drawn = random.Random(0).choices(PERSONAS, k=200)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda persona: say(client, persona, tokens=4), drawn))
+    hits, misses = (now - then for now, then in zip(count_mask_requests(server), before, strict=True))
+    assert hits + misses == len(drawn)
+    assert hits >= 0.9 * len(drawn)
+
+
+def count_mask_requests(server: Server) -> list[float]:
+    """Requests whose mask was on the device of their replica, and the others."""
+    name = "masquerade_mask_requests_total"
+    return [sum(read_metric(server, name, result=result).values()) for result in ("hit", "miss")]
 
 
 def test_a_stream_arrives_token_by_token(client: OpenAI) -> None:
@@ -131,12 +152,56 @@ def test_a_deleted_persona_is_gone_everywhere(server: Server, client: OpenAI) ->
     assert statuses == {404}
 
 
-def test_a_killed_replica_is_replaced(server: Server, client: OpenAI) -> None:
-    before = set(read_metric(server, "masquerade_ready"))
-    victim = next(iter(find_pids(server)))
-    os.kill(victim, signal.SIGKILL)
-    wait_until(lambda: len(set(read_metric(server, "masquerade_ready")) - before) == 1)
-    assert {say(client, persona, tokens=1) is not None for persona in PERSONAS[:4]} == {True}
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_replica_is_replaced_and_nothing_acknowledged_is_lost(
+    server: Server, client: OpenAI, victim: int
+) -> None:
+    """One of the two runs the jobs. The streams of the other go on, and a batch is completed by whoever has it then."""
+    names = list_personas(server)
+    replicas = set(read_metric(server, "masquerade_ready"))
+    with ThreadPoolExecutor(len(names)) as pool:
+        streams = [pool.submit(stream, server, persona) for persona in names]
+        wait_until(lambda: sum(read_metric(server, "masquerade_batch_requests").values()) == len(names))
+        batch = start_batch(client)
+        running = read_metric(server, "masquerade_batch_requests")
+        alive = [pid for pid in find_pids(server) if Path(f"/proc/{pid}").exists()]
+        os.kill(alive[victim], signal.SIGKILL)
+        whole = sum(one.result() for one in streams)
+    assert whole in (running[replica] for replica in replicas)
+    wait_until(lambda: len(set(read_metric(server, "masquerade_ready")) - replicas) == 1)
+    assert list_personas(server) == names
+    wait_until(lambda: client.batches.retrieve(batch).status == "completed")
+    counts = client.batches.retrieve(batch).request_counts
+    assert counts is not None
+    assert (counts.completed, counts.failed) == (3, 0)
+    assert {say(client, persona, tokens=1) is not None for persona in names} == {True}
+
+
+def list_personas(server: Server) -> list[str]:
+    answer = httpx.get(f"{server.base_url}/v1/personas").raise_for_status().json()
+    return [persona["id"] for persona in answer["data"]]
+
+
+def stream(server: Server, persona: str) -> bool:
+    """Stream an answer of seconds; whether it has its end."""
+    body = {"model": f"demo:{persona}", "prompt": "Once", "max_tokens": 400, "stream": True, "ignore_eos": True}
+    lines = []
+    try:
+        with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body, timeout=120) as response:
+            lines = [line for line in response.iter_lines() if line]
+    except httpx.HTTPError:
+        return False
+    return lines[-1:] == ["data: [DONE]"]
+
+
+def start_batch(client: OpenAI) -> str:
+    """Three chats, to be done in the background."""
+    line = '{{"custom_id": "{}", "method": "POST", "url": "/v1/chat/completions", "body": {}}}\n'
+    body = json.dumps({"model": "demo", "messages": QUESTION, "max_tokens": 8})
+    content = "".join(line.format(number, body) for number in range(3)).encode()
+    file = client.files.create(file=("batch.jsonl", content), purpose="batch")
+    made = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    return made.id
 
 
 def test_ray_answers_nobody_without_its_token(server: Server) -> None:

@@ -187,6 +187,7 @@ class TestSampling:
 
 
 class TestCache:
+    @pytest.mark.one_cache
     def test_the_second_time_most_of_a_prompt_is_found(self, api: Api) -> None:
         question = "Tell me about a day that you liked very much, and what you did after it. " * 2
         first, second = (api.chat(question)["usage"] for _ in range(2))
@@ -195,6 +196,7 @@ class TestCache:
             second["prompt_tokens"] - 16 <= second["prompt_tokens_details"]["cached_tokens"] < second["prompt_tokens"]
         )
 
+    @pytest.mark.one_cache
     @pytest.mark.parametrize("phase", ["all", "decode"])
     def test_personas_find_each_others_prompt_in_phase_decode_only(self, api: Api, phase: str) -> None:
         """And answer as if they had not."""
