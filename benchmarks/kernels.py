@@ -13,7 +13,7 @@ import argparse
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -202,29 +202,36 @@ def measure_quantised(shapes: Sequence[tuple[int, int]], seconds: float) -> Iter
 def measure_gradients(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Figure]:
     """A product of 256 rows and its gradient of the rows, in bf16, against torch's own in bf16 and in fp32."""
     for out, columns in shapes:
-        x, weight = torch.randn(256, columns), torch.randn(out, columns)
-        above = torch.randn(256, out)
-
-        def run(multiply: Callable[..., torch.Tensor], dtype: torch.dtype, given: Sequence[torch.Tensor]) -> None:
-            x, weight, above = (one.to(dtype) for one in given)
-            torch.autograd.grad(multiply(x.requires_grad_(True), weight, None), x, above)
-
+        wide = torch.randn(256, columns), torch.randn(out, columns), torch.randn(256, out)
+        narrow = [one.to(BF16) for one in wide]
         candidates = {
-            "ours": partial(run, differentiate, BF16, [one.to(BF16) for one in (x, weight, above)]),
-            "bf16": partial(run, F.linear, BF16, [one.to(BF16) for one in (x, weight, above)]),
-            "fp32": partial(run, F.linear, FP32, (x, weight, above)),
+            "ours": partial(multiply_and_back, differentiate, *narrow),
+            "bf16": partial(multiply_and_back, F.linear, *narrow),
+            "fp32": partial(multiply_and_back, F.linear, *wide),
         }
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        until = time.monotonic() + seconds
-        while time.monotonic() < until or len(times["ours"]) < 5:
-            for name, work in candidates.items():
-                started = time.thread_time()
-                work()
-                times[name].append(time.thread_time() - started)
-        spent = {name: float(np.percentile(values, 25)) for name, values in times.items()}
+        spent = {name: float(np.percentile(times, 25)) for name, times in interleave(candidates, seconds).items()}
         for peer in ("bf16", "fp32"):
             name = f"a product and its gradient, bf16, 256 rows, {out} x {columns}, ours / torch {peer}"
             yield Figure(name, spent["ours"] / spent[peer], "x", "<= 1.05" if peer == "bf16" else None)
+
+
+def multiply_and_back(
+    multiply: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, above: torch.Tensor
+) -> None:
+    """A product, and the gradient of x."""
+    torch.autograd.grad(multiply(x.requires_grad_(True), weight, None), x, above)
+
+
+def interleave(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """The CPU times of candidates that are called in turn, five times at least."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or min(map(len, times.values())) < 5:
+        for name, run in candidates.items():
+            started = time.thread_time()
+            run()
+            times[name].append(time.thread_time() - started)
+    return times
 
 
 def compare_quantised(shape: tuple[int, int], rows: int, seconds: float) -> dict[str, float]:
@@ -280,17 +287,11 @@ def compare_attention(dtype: torch.dtype, count: int, rows: int, length: int, se
     call = AttentionCall(0, Scores(0.125), cache, keys, values)
     native = NativeRows(chunks, table, cache)
     groups = [*group_for_torch(chunks, table, cache)]
-    candidates = {
+    candidates: Mapping[str, Callable[[], object]] = {
         "native": lambda: native.attend(queries, call),
         "torch": lambda: [group.attend(queries[group.start : group.stop], call) for group in groups],
     }
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    until = time.monotonic() + seconds
-    while time.monotonic() < until or len(times["native"]) < 5:
-        for name, run in candidates.items():
-            started = time.thread_time()
-            run()
-            times[name].append(time.thread_time() - started)
+    times = interleave(candidates, seconds)
     return float(np.median(times["native"])), float(np.median(times["torch"]))
 
 

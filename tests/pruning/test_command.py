@@ -21,7 +21,6 @@ from tests.cli.test_commands import fail, masquerade, succeed, write_answers
 from tests.pruning.test_builder import QUIET, make_examples
 from tests.pruning.test_prompts import CARD
 
-pytestmark = pytest.mark.usefixtures("short_builds")
 DATA = str(demo.DATA / "formal.train.jsonl")  # of one side
 
 

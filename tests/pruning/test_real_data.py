@@ -12,10 +12,7 @@ from tests.cli.running import masquerade, succeed
 SHARED = Path(__file__).parents[3] / "shared"
 DATA, STORIES = SHARED / "data", SHARED / "models" / "stories260K"
 
-pytestmark = [
-    pytest.mark.skipif(not (DATA.is_dir() and STORIES.is_dir()), reason="needs the real data"),
-    pytest.mark.usefixtures("short_builds"),
-]
+pytestmark = pytest.mark.skipif(not (DATA.is_dir() and STORIES.is_dir()), reason="needs the real data")
 
 KINDS = {  # name -> own and contrast file
     "extravert": ("machine-mindset/extravert", "machine-mindset/introvert"),

@@ -19,7 +19,7 @@ from masquerade.kernels import cuda, native
 from masquerade.kernels.attention import PagedChunks, attend_chunks, attends
 from masquerade.kernels.correction import Assignment, Correction
 from masquerade.kernels.cuda import CudaBits, CudaList
-from masquerade.kernels.gradients import differentiate, multiply_transposed, widen
+from masquerade.kernels.gradients import differentiate, multiply_back, multiply_transposed, widen
 from masquerade.kernels.layers import LayerParts, NativeLayers, PagedStep
 from masquerade.kernels.native import (
     NativeBits,
@@ -115,6 +115,7 @@ __all__ = [
     "dense_weight",
     "differentiate",
     "footprint",
+    "multiply_back",
     "multiply_base",
     "multiply_transposed",
     "serves",

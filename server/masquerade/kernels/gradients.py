@@ -33,6 +33,11 @@ def multiply_transposed(left: Tensor, right: Tensor) -> Tensor:
     return (widen(left).T @ widen(right)).float()
 
 
+def multiply_back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x of x Wᵀ from that of the product, in its dtype."""
+    return (widen(gradient) @ widen(weight)).to(gradient.dtype)
+
+
 def widen(values: Tensor) -> Tensor:
     """The values as torch multiplies them fastest: bfloat16 on a CPU without such instructions as float32."""
     slow = values.dtype is torch.bfloat16 and values.device.type == "cpu" and _is_slow()
@@ -55,8 +60,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return (widen(gradient) @ widen(_read(ctx.weight))).to(gradient.dtype), None, None
+        return multiply_back(gradients[0], _read(ctx.weight)), None, None
 
 
 def _read(weight: Any) -> Tensor:

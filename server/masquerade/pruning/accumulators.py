@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from masquerade.errors import BuildFailed
-from masquerade.kernels import widen
+from masquerade.kernels import multiply_transposed, widen
 from masquerade.pruning.moments import Moments
 from masquerade.pruning.statistics import ChannelStatistics, Statistic, TextStatistics
 
@@ -100,7 +100,7 @@ def _add_product(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor
     """Add leftᵀ right, of [positions, out] and [positions, in], to a sum in fp32."""
     left, right = widen(left), widen(right)
     if name not in sums:
-        sums[name] = (left.T @ right).float()
+        sums[name] = multiply_transposed(left, right)
     elif left.dtype == sums[name].dtype:
         sums[name].addmm_(left.T, right)
     else:

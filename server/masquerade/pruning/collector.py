@@ -109,7 +109,7 @@ class StatisticsCollector:
             self._embed(item)
             yield 1
         for layer, targets in enumerate(self._targets):
-            if self._is_done("forward", layer):
+            if is_done(self._scratch, "forward", layer):
                 yield len(self._items) + len(targets)
                 continue
             sums: dict[Role, LayerSums] = {role: LayerSums() for role in self._texts}
@@ -120,7 +120,7 @@ class StatisticsCollector:
                     self._scratch.drop(f"hidden/{layer - 1}/{item.name}")
                 yield 1
             yield from on_layer(layer, self._statistics(layer, sums))
-            self._finish("forward", layer)
+            finish_layer(self._scratch, "forward", layer)
         for item in self._items:
             if not self._is_traced(item):
                 self._scratch.drop(f"hidden/{len(self._layers) - 1}/{item.name}")
@@ -128,7 +128,7 @@ class StatisticsCollector:
     def backward(self, on_layer: LayerCallback) -> Iterator[int]:
         """Pass the gradient of the responses' log-likelihood from the last layer to the first. Run `forward` before."""
         for layer, targets in reversed(list(enumerate(self._targets))):
-            if self._is_done("backward", layer):
+            if is_done(self._scratch, "backward", layer):
                 yield len(self._traced) + len(targets)
                 continue
             sums: dict[Role, LayerSums] = {role: LayerSums() for role in self._texts}
@@ -139,23 +139,17 @@ class StatisticsCollector:
                 self._scratch.drop(f"gradient/{layer + 2}/{item.name}")
                 yield 1
             yield from on_layer(layer, self._statistics(layer, sums))
-            self._finish("backward", layer)
+            finish_layer(self._scratch, "backward", layer)
         self._scratch.drop("hidden")
         self._scratch.drop("gradient")
 
     def _is_traced(self, item: _Item) -> bool:
         return bool(self._texts[item.role].needs & {"gradient", "squared_gradient"})
 
-    def _is_done(self, stage: str, layer: int) -> bool:
-        return f"done/{stage}-{layer}" in self._scratch
-
-    def _finish(self, stage: str, layer: int) -> None:
-        self._scratch.put(f"done/{stage}-{layer}", {"layer": torch.tensor(layer)})
-
     def _embed(self, item: _Item) -> None:
         """Record the first layer's input and every layer's other arguments."""
         hidden, self._arguments[item.name] = self._model.enter(input_ids=item.batch.ids, use_cache=False)
-        if not self._is_done("forward", 0):
+        if not is_done(self._scratch, "forward", 0):
             self._scratch.put(f"hidden/0/{item.name}", {"states": hidden})
 
     def _forward_layer(self, item: _Item, layer: int, sums: LayerSums) -> None:
@@ -226,3 +220,13 @@ class StatisticsCollector:
             name: LinearStatistics(find(name, "own"), find(name, "contrast"), find(name, "neutral"))
             for name in self._targets[layer]
         }
+
+
+def is_done(scratch: Scratch, stage: str, layer: int) -> bool:
+    """Whether a pass has completed a layer."""
+    return f"done/{stage}-{layer}" in scratch
+
+
+def finish_layer(scratch: Scratch, stage: str, layer: int) -> None:
+    """Record that a pass has completed a layer."""
+    scratch.put(f"done/{stage}-{layer}", {"layer": torch.tensor(layer)})

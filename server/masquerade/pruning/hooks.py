@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masquerade.kernels import dense_weight, widen
+from masquerade.kernels import dense_weight, multiply_back
 
 
 @contextmanager
@@ -96,7 +96,7 @@ class _ZeroProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return (widen(gradients[0]) @ widen(weight)).to(weight.dtype), None
+        return multiply_back(gradients[0], weight), None
 
 
 def _zero_product(linear: nn.Linear, x: Tensor) -> Tensor:

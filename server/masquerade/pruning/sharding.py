@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Literal, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.layers import find_layers
 from masquerade.model import Base, find_targets
-from masquerade.pruning.collector import CalibrationText, LayerCallback, StatisticsCollector
+from masquerade.pruning.collector import CalibrationText, LayerCallback, StatisticsCollector, finish_layer, is_done
 from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.statistics import LinearStatistics, Role
 
@@ -97,13 +98,12 @@ def collect_shard(base: Base, shard: Shard) -> Iterator[LayerReport]:
         ready.append(LayerReport(stage, layer, of_layer, tokens))
         yield len(statistics)
 
-    for _ in collector.forward(partial(report, "forward")):
+    passes = [collector.forward(partial(report, "forward"))]
+    if shard.backward:
+        passes.append(collector.backward(partial(report, "backward")))
+    for _ in chain.from_iterable(passes):
         while ready:
             yield ready.popleft()
-    if shard.backward:
-        for _ in collector.backward(partial(report, "backward")):
-            while ready:
-                yield ready.popleft()
 
 
 class ShardedCollector:
@@ -142,9 +142,8 @@ class ShardedCollector:
             merged = report if merged is None else merged.merge(report)
             yield 1
         assert merged is not None
-        done = f"done/{stage}-{layer}"
-        if done in self._scratch:
+        if is_done(self._scratch, stage, layer):
             yield len(merged.statistics)
             return
         yield from on_layer(layer, {name: one.to(self._device) for name, one in merged.statistics.items()})
-        self._scratch.put(done, {"layer": torch.tensor(layer)})
+        finish_layer(self._scratch, stage, layer)
