@@ -69,12 +69,15 @@ void weigh(Queries<T>& queries, float scale, int64_t first, int64_t size, float*
     const int64_t own = std::clamp(queries.length[r] - first, int64_t{0}, kBlock);
     std::fill(weights + own, weights + kBlock, -__builtin_inff());
     for (int64_t i = 0; i < kBlock; i++) weights[i] *= scale;
-    for (int64_t i = 0; i < kBlock; i++) largest = weights[i] > largest ? weights[i] : largest;
+    F most = Lanes::fill(largest);
+    for (int64_t i = 0; i < kBlock; i += Lanes::width) most = Lanes::larger(Lanes::load(weights + i), most);
+    float lanes[Lanes::width], mass = 0.0f;
+    Lanes::store(lanes, most);
+    for (const float lane : lanes) largest = lane > largest ? lane : largest;
     for (int64_t i = 0; i < kBlock; i++) weights[i] = exponential(weights[i] - largest);
     std::fill(weights + own, weights + kBlock, 0.0f);
     F total = Lanes::fill(0.0f);
     for (int64_t i = 0; i < kBlock; i += Lanes::width) total = total + Lanes::load(weights + i);
-    float lanes[Lanes::width], mass = 0.0f;
     Lanes::store(lanes, total);
     for (const float lane : lanes) mass += lane;
     const float before = exponential(queries.largest[r] - largest);
@@ -91,18 +94,18 @@ void add_slices(const T* values, int64_t size, int64_t positions, const float* w
   for (int r = 0; r < n; r++)
     for (int s = 0; s < slices; s++) total[r][s] = Lanes::load(sums + r * size + s * Lanes::width);
   for (int64_t at = 0; at < positions; at++) {
-    F value[slices];
     const T* from = values + at * size;
     constexpr int64_t bytes = slices * Lanes::width * sizeof(T);
     if (next)
       for (int64_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(reinterpret_cast<const char*>(next + at * size) + line, 0, 2);
-#pragma GCC unroll 4
-    for (int s = 0; s < slices; s++) value[s] = Lanes::widen(from + s * Lanes::width);
+    F weight[n];
 #pragma GCC unroll 8
-    for (int r = 0; r < n; r++) {
-      const F weight = Lanes::fill(weights[r * kRow + at]);
+    for (int r = 0; r < n; r++) weight[r] = Lanes::fill(weights[r * kRow + at]);
 #pragma GCC unroll 4
-      for (int s = 0; s < slices; s++) total[r][s] = Lanes::fma(weight, value[s], total[r][s]);
+    for (int s = 0; s < slices; s++) {
+      const F value = Lanes::widen(from + s * Lanes::width);
+#pragma GCC unroll 8
+      for (int r = 0; r < n; r++) total[r][s] = Lanes::fma(weight[r], value, total[r][s]);
     }
   }
   for (int r = 0; r < n; r++)

@@ -35,6 +35,7 @@ struct Lanes {
   static inline F load(const float* from) { return _mm512_loadu_ps(from); }
   static inline void store(float* to, F value) { _mm512_storeu_ps(to, value); }
   static inline F fill(float value) { return _mm512_set1_ps(value); }
+  static inline F larger(F a, F b) { return _mm512_max_ps(a, b); }
   static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 

@@ -40,7 +40,8 @@ struct Lanes {
   }
   static inline F load(const float* from) { return copy<F>(from); }
   static inline void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
-  static inline F fill(float value) { return F{} + value; }
+  static inline F fill(float value) { return F{value, value, value, value, value, value, value, value}; }
+  static inline F larger(F a, F b) { return a > b ? a : b; }  // b where either is NaN
 
 #if defined(__FMA__)
   static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
