@@ -34,6 +34,22 @@ inline float exponential(float x) {
   return sum * scale;
 }
 
+// Whether walks of many queries first make fp32 of keys and values: where that is what is multiplied.
+template <class T>
+constexpr bool kWidens = std::is_same_v<T, T16> && std::is_same_v<Input<T>, float>;
+
+// `count` elements of keys in the order of `lay_out`, and of values as they are; whole steps.
+template <class T>
+void widen_block(const T* keys, const T* values, int64_t count, float* wide_keys, float* wide_values) {
+  for (int64_t k = 0; k < count; k += kStep<T>)
+    each_of<Lanes::parts<T>>([&](auto part) __attribute__((always_inline)) {
+      const int64_t at = k + part.value * Lanes::width;
+      const auto raw = Lanes::read<part.value>(keys + k);
+      Lanes::store(wide_keys + at, Lanes::effective<Mode::dense, part.value>(raw, nullptr, F{}));
+      Lanes::store(wide_values + at, Lanes::widen(values + at));
+    });
+}
+
 // Query heads of a chunk's rows that share keys and values, up to Lanes::rows of them, and what softmax has come to.
 template <class T>
 struct Queries {
@@ -48,16 +64,27 @@ struct Queries {
 
 // The products of some queries and the first `positions` of a block, whose keys begin at `keys`; `fetched` bytes of its
 // values come nearer meanwhile.
-template <class T>
-void score(const Queries<T>& queries, const T* keys, const T* values, int64_t size, int64_t positions, int64_t fetched,
+template <class T, class K>
+void score(const Queries<T>& queries, const K* keys, const K* values, int64_t size, int64_t positions, int64_t fetched,
            float* scores) {
+  const Inputs<K> inputs{queries.inputs.x, queries.inputs.stride};
   const Pass pass{Mode::dense, false, false, queries.count, 0, {1.0f}, {nullptr}};
-  Ahead ahead(values, fetched, (positions + kTile - 1) / kTile * std::max(int64_t{1}, size / kStep<T>));
+  Ahead ahead(values, fetched, (positions + kTile - 1) / kTile * std::max(int64_t{1}, size / kStep<K>));
   for (int64_t at = 0; at < positions; at += kTile) {  // a tile beyond the last position has scores that nobody reads
-    const Place<T> place{keys + at * size, size, 0, 0};
+    const Place<K> place{keys + at * size, size, 0, 0};
     const Reach reach{0, size, true, true, nullptr, scores + at};
-    direct_rows<T, Mode::dense, false>(queries.inputs, pass, place, reach, ahead);
+    direct_rows<K, Mode::dense, false>(inputs, pass, place, reach, ahead);
   }
+}
+
+// What an operation makes of all lanes, always in the same tree.
+template <class Operation>
+inline float fold(F vector, const Operation& operation) {
+  float lanes[Lanes::width];
+  Lanes::store(lanes, vector);
+  for (int half = Lanes::width / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = operation(lanes[i], lanes[i + half]);
+  return lanes[0];
 }
 
 // Turns the scores of the positions from `first` on into weights, relative to the largest score so far, to which the sums
@@ -69,19 +96,14 @@ void weigh(Queries<T>& queries, float scale, int64_t first, int64_t size, float*
     const int64_t own = std::clamp(queries.length[r] - first, int64_t{0}, kBlock);
     std::fill(weights + own, weights + kBlock, -__builtin_inff());
     for (int64_t i = 0; i < kBlock; i++) weights[i] *= scale;
-    F most = Lanes::fill(largest);
+    F most = Lanes::fill(largest), total = Lanes::fill(0.0f);
     for (int64_t i = 0; i < kBlock; i += Lanes::width) most = Lanes::larger(Lanes::load(weights + i), most);
-    float lanes[Lanes::width], mass = 0.0f;
-    Lanes::store(lanes, most);
-    for (const float lane : lanes) largest = lane > largest ? lane : largest;
+    largest = fold(most, [](float a, float b) { return a > b ? a : b; });
     for (int64_t i = 0; i < kBlock; i++) weights[i] = exponential(weights[i] - largest);
     std::fill(weights + own, weights + kBlock, 0.0f);
-    F total = Lanes::fill(0.0f);
     for (int64_t i = 0; i < kBlock; i += Lanes::width) total = total + Lanes::load(weights + i);
-    Lanes::store(lanes, total);
-    for (const float lane : lanes) mass += lane;
     const float before = exponential(queries.largest[r] - largest);
-    queries.mass[r] = queries.mass[r] * before + mass;
+    queries.mass[r] = queries.mass[r] * before + fold(total, [](float a, float b) { return a + b; });
     queries.largest[r] = largest;
     for (int64_t i = 0; i < size; i++) sums[i] *= before;
   }
@@ -91,7 +113,9 @@ void weigh(Queries<T>& queries, float scale, int64_t first, int64_t size, float*
 template <class T, int n, int slices>
 void add_slices(const T* values, int64_t size, int64_t positions, const float* weights, float* sums, const T* next) {
   F total[n][slices];
+#pragma GCC unroll 8
   for (int r = 0; r < n; r++)
+#pragma GCC unroll 4
     for (int s = 0; s < slices; s++) total[r][s] = Lanes::load(sums + r * size + s * Lanes::width);
   for (int64_t at = 0; at < positions; at++) {
     const T* from = values + at * size;
@@ -108,20 +132,22 @@ void add_slices(const T* values, int64_t size, int64_t positions, const float* w
       for (int r = 0; r < n; r++) total[r][s] = Lanes::fma(weight[r], value, total[r][s]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < n; r++)
+#pragma GCC unroll 4
     for (int s = 0; s < slices; s++) Lanes::store(sums + r * size + s * Lanes::width, total[r][s]);
 }
 
-template <class T, int n = Lanes::rows>
-void add_values(const Queries<T>& queries, const T* values, int64_t size, int64_t positions, const float* weights,
-                const T* next) {
+template <class T, class K, int n = Lanes::rows>
+void add_values(const Queries<T>& queries, const K* values, int64_t size, int64_t positions, const float* weights,
+                const K* next) {
   if constexpr (n > 1)
-    if (queries.count < n) return add_values<T, n - 1>(queries, values, size, positions, weights, next);
+    if (queries.count < n) return add_values<T, K, n - 1>(queries, values, size, positions, weights, next);
   int64_t at = 0;
   for (constexpr int64_t step = kSlices * Lanes::width; at + step <= size; at += step)
-    add_slices<T, n, kSlices>(values + at, size, positions, weights, queries.sums + at, next ? next + at : next);
+    add_slices<K, n, kSlices>(values + at, size, positions, weights, queries.sums + at, next ? next + at : next);
   for (; at < size; at += Lanes::width)
-    add_slices<T, n, 1>(values + at, size, positions, weights, queries.sums + at, nullptr);
+    add_slices<K, n, 1>(values + at, size, positions, weights, queries.sums + at, nullptr);
 }
 
 // Consecutive queries of one chunk and one head of the cache, counted row by row.
@@ -140,19 +166,26 @@ class Attention {
     static thread_local Scratch scratch;
     const int64_t size = call_.size, queries = share_.stop - share_.start;
     const int64_t parts = (queries + Lanes::rows - 1) / Lanes::rows, stride = round_up(size, kStep<T>) + kPad<T>;
-    const int64_t bytes = queries * (stride * sizeof(Input<T>) + size * sizeof(float)) + Lanes::rows * kRow * sizeof(float);
-    scratch.reserve(bytes + parts * sizeof(Queries<T>), 4);
+    const int64_t widened = kWidens<T> && parts > 1 && size % kStep<T> == 0 ? kBlock * size : 0;
+    const int64_t floats = queries * size + Lanes::rows * kRow + 2 * widened;
+    scratch.reserve(queries * stride * sizeof(Input<T>) + floats * sizeof(float) + parts * sizeof(Queries<T>), 6);
     Input<T>* x = scratch.take<Input<T>>(queries * stride);
     float *sums = scratch.take<float>(queries * size), *scores = scratch.take<float>(Lanes::rows * kRow);
+    float *keys = scratch.take<float>(widened), *values = scratch.take<float>(widened);
     Queries<T>* passes = scratch.take<Queries<T>>(parts);
     for (int64_t part = 0; part < parts; part++) {
       const int64_t start = queries * part / parts, stop = queries * (part + 1) / parts;
       passes[part] = {{x + start * stride, stride}, static_cast<int>(stop - start), sums + start * size, {}, {}, {}};
       begin(passes[part], share_.start + start);
     }
-    for (int64_t first = 0; first < passes[parts - 1].longest(); first += kBlock)
+    const int64_t longest = passes[parts - 1].longest();
+    for (int64_t first = 0; first < longest; first += kBlock) {
+      if (widened) widen(first, std::min(longest, first + kBlock), keys, values);
       for (int64_t part = 0; part < parts; part++)
-        if (first < passes[part].longest()) pass_over(passes[part], first, part == 0, scores);
+        if (first >= passes[part].longest()) continue;
+        else if (widened) pass_over(passes[part], first, keys, values, scores);
+        else pass_over(passes[part], first, part == 0, scores);
+    }
     for (int64_t part = 0; part < parts; part++) finish(passes[part], share_.start + queries * part / parts);
   }
 
@@ -200,6 +233,23 @@ class Attention {
       const T* next = fetches ? following(at, first, queries.longest()) : nullptr;
       add_values(queries, block(call_.values, at), size, count, scores + at - first, next);
     });
+  }
+
+  // The same, of keys and values that were widened.
+  void pass_over(Queries<T>& queries, int64_t first, const float* keys, const float* values, float* scores) const {
+    if constexpr (kWidens<T>) {
+      const int64_t count = std::min(queries.longest() - first, kBlock);
+      score(queries, keys, values, call_.size, count, 0, scores);
+      weigh(queries, call_.scale, first, call_.size, scores);
+      add_values<T, float>(queries, values, call_.size, count, scores, nullptr);
+    }
+  }
+  void widen(int64_t first, int64_t stop, float* keys, float* values) const {
+    if constexpr (kWidens<T>)
+      for (int64_t at = first; at < stop; at += call_.positions) {
+        const int64_t start = (at - first) * call_.size, count = call_.positions * call_.size;
+        widen_block(block(call_.keys, at), block(call_.values, at), count, keys + start, values + start);
+      }
   }
 
   void finish(const Queries<T>& queries, int64_t start) const {
