@@ -23,7 +23,7 @@ LIBRARY = KERNELS / "libmasquerade.so"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 UNITS: dict[str, list[str]] = {"dispatch": [], "layers": [], "list": [], "portable": [], "quantised": []}
 if platform.machine() == "x86_64":
-    UNITS["avx2"] = ["-mavx2", "-mfma"]
+    UNITS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     UNITS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
     UNITS["avx512bf16"] = [*UNITS["avx512"], "-mavx512bf16"]
 

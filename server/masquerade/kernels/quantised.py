@@ -26,16 +26,18 @@ class QuantisedWeight(nn.Parameter):
 
     form: int
     matrix: tuple[int, int]  # out, in
+    rounds: bool  # whether products round the inputs to 8 bits
 
     @classmethod
-    def empty(cls, form: str, out: int, columns: int) -> Self:
+    def empty(cls, form: str, out: int, columns: int, *, rounds: bool = False) -> Self:
         """A weight with values that are anything; `columns` is a multiple of 32."""
-        return cls._make(torch.empty(measure(form, out, columns), dtype=torch.uint8), FORMS[form], (out, columns))
+        data = torch.empty(measure(form, out, columns), dtype=torch.uint8)
+        return cls._make(data, FORMS[form], (out, columns), rounds)
 
     @classmethod
-    def _make(cls, data: Tensor, form: int, matrix: tuple[int, int]) -> Self:
+    def _make(cls, data: Tensor, form: int, matrix: tuple[int, int], rounds: bool) -> Self:
         weight = cls(data, requires_grad=False)
-        weight.form, weight.matrix = form, matrix
+        weight.form, weight.matrix, weight.rounds = form, matrix, rounds
         return weight
 
     def write(self, first: int, blocks: NDArray[np.uint8]) -> None:
@@ -56,12 +58,12 @@ class QuantisedWeight(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantisedWeight:
         if id(self) not in memo:
-            memo[id(self)] = self._make(self.data.clone(), self.form, self.matrix)
+            memo[id(self)] = self._make(self.data.clone(), self.form, self.matrix, self.rounds)
         copy: QuantisedWeight = memo[id(self)]
         return copy
 
     def __reduce_ex__(self, _: Any) -> Any:
-        return type(self)._make, (self.data, self.form, self.matrix)
+        return type(self)._make, (self.data, self.form, self.matrix, self.rounds)
 
 
 class QuantisedLinear(nn.Linear):

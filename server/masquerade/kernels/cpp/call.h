@@ -16,6 +16,7 @@ struct Call {
   const Group* groups;   // of all rows but the base's, which come first
   int64_t group_count, rows, out, in;
   int32_t dtype, form, threads;
+  bool rounds;  // inputs of rows without a bitmap, to 8 bits
 };
 
 struct AttentionCall {

@@ -1,5 +1,6 @@
 // Sorts the rows of a call, and chooses among the instruction sets that were compiled in. Built without any special
 // instructions.
+#include <algorithm>
 #include <vector>
 
 #include "call.h"
@@ -57,7 +58,7 @@ extern "C" int32_t masquerade_isas() {
   int32_t isas = 1 << kPortable;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas |= 1 << kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) isas |= 1 << kAvx2;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     isas |= 1 << kAvx512;
@@ -72,7 +73,9 @@ extern "C" int32_t masquerade_product(const Span* spans, int64_t count, int64_t 
   static thread_local Arrangement arrangement;
   if (!(masquerade_isas() >> isa & 1)) return kNoIsa;
   if (!rows) return kDone;
-  Call call{weight, bias, x, y, nullptr, nullptr, 0, rows, out, in, dtype, form, threads};
+  const bool rounds = form & kRounds;
+  Call call{weight, bias, x, y, nullptr, nullptr, 0, rows, out, in, dtype, form & ~kRounds, threads, rounds};
+  if (rounds) isa = std::min(isa, static_cast<int32_t>(kAvx2));  // what rounded.h is written for
   if (count) {
     if (!arrangement.arrange(spans, count, number, rows)) return kNoRoute;
     call.order = arrangement.order();

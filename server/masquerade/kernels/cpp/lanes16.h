@@ -99,14 +99,14 @@ struct Lanes {
                                                               const float* offsets, const Take& take) {
     const F levels = _mm512_setr_ps(0 - zero, 1 - zero, 2 - zero, 3 - zero, 4 - zero, 5 - zero, 6 - zero, 7 - zero,
                                     8 - zero, 9 - zero, 10 - zero, 11 - zero, 12 - zero, 13 - zero, 14 - zero, 15 - zero);
-    const I words = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
     for (int m = 0; m < 4; m++) {
       F values;  // products are exact, fused or not
       if constexpr (offset) values = _mm512_fmadd_ps(levels, fill(scales[m]), fill(offsets[m]));
       else values = _mm512_mul_ps(levels, fill(scales[m]));
-      const I table = narrow(values, values);  // twice, as the fifth bit of a word is another output's
-      take(m, 0, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * m), table));
+      const I table = narrow(values, values);  // twice, as the fifth bit of a place is another output's
+      const I places = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + m / 2 * 32)));
+      take(m, 0, _mm512_permutexvar_epi16(_mm512_srli_epi16(places, m % 2 * 4), table));
     }
   }
   template <class Take>
@@ -119,6 +119,8 @@ struct Lanes {
                         _mm512_mul_ps(signed_bytes(codes + m * 32 + 16), scale)));
     }
   }
+
+  static constexpr bool rounds = false;
 
   // Lists: how many weights the lanes have, which lanes have more than `step`, and inputs from everywhere.
   static inline I count(const uint16_t* counts) {

@@ -95,12 +95,12 @@ struct Lanes {
   template <int zero, bool offset, class Take>
   static inline void four_bits(const uint8_t* codes, const float* scales, const float* offsets, const Take& take) {
     for (int at = 0; at < 32; at += 16) {
-      const I words = copy<I>(codes + 2 * at);
 #pragma GCC unroll 4
       for (int m = 0; m < 4; m++) {
+        const I pairs = __builtin_convertvector(copy<H>(codes + m / 2 * 32 + at), I) >> m % 2 * 4;
         const F scale = fill(scales[m]), shift = fill(offset ? offsets[m] : 0.0f);  // products are exact, fused or not
         const auto value = [&](I code) { return fma(__builtin_convertvector((code & 15) - zero, F), scale, shift); };
-        take(m, at, pair(round(value(words >> 4 * m)), round(value(words >> (16 + 4 * m)))));
+        take(m, at, pair(round(value(pairs)), round(value(pairs >> 8))));
       }
     }
   }
@@ -114,6 +114,54 @@ struct Lanes {
         take(m, at, pair(round(even), round(odd)));
       }
   }
+
+  static constexpr bool rounds = true;  // inputs to 8 bits, if asked to
+  // Integers: the codes of 32 inputs of 4 outputs, and the sums of their products with as many inputs of 8 bits, four of
+  // them a lane; four fp16 to fp32; and one of four in all lanes.
+#if defined(__AVX2__)
+  typedef __m256i Bytes;
+  static inline Bytes bytes(const int8_t* from) { return copy<__m256i>(from); }
+  template <int bits>
+  struct Codes {
+    __m256i levels[4];
+    explicit Codes(const uint8_t* from) {
+      for (int m = 0; m < 4; m++)
+        if constexpr (bits == 8) levels[m] = copy<__m256i>(from + m * 32);
+        else levels[m] = _mm256_srli_epi16(copy<__m256i>(from + m / 2 * 32), m % 2 * 4) & _mm256_set1_epi8(15);
+    }
+    template <int m>
+    F multiply(Bytes inputs) const {  // a pair of products stays below 2^15
+      const __m256i level = bits == 8 ? _mm256_abs_epi8(levels[m]) : levels[m];
+      const __m256i pairs = _mm256_maddubs_epi16(level, bits == 8 ? _mm256_sign_epi8(inputs, levels[m]) : inputs);
+      return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+  };
+  static inline Quad widen_four(const uint16_t* from) { return _mm_cvtph_ps(copy<__m128i>(from)); }
+  template <int m>
+  static inline F spread(Quad four) { return _mm256_broadcastss_ps(_mm_permute_ps(four, m * 0x55)); }
+#else
+  typedef const int8_t* Bytes;
+  static inline Bytes bytes(const int8_t* from) { return from; }
+  template <int bits>
+  struct Codes {
+    const uint8_t* from;
+    explicit Codes(const uint8_t* from) : from(from) {}
+    template <int m>
+    F multiply(Bytes inputs) const {
+      int32_t sums[width] = {};
+      for (int k = 0; k < 32; k++)
+        sums[k / 4] += inputs[k] * (bits == 8 ? static_cast<int8_t>(from[m * 32 + k]) : from[m / 2 * 32 + k] >> m % 2 * 4 & 15);
+      return __builtin_convertvector(copy<I>(sums), F);
+    }
+  };
+  static inline Quad widen_four(const uint16_t* from) {
+    float wide[width];
+    widen_halves(from, width, wide);
+    return copy<Quad>(wide);
+  }
+  template <int m>
+  static inline F spread(Quad four) { return fill(four[m]); }
+#endif
 
   static inline I count(const uint16_t* counts) { return __builtin_convertvector(copy<H>(counts), I); }
   static inline I count(const uint32_t* counts) { return copy<I>(counts); }

@@ -37,7 +37,7 @@ void write_block(const Quantisation& how, const uint8_t* from, int64_t output, u
   }
   for (int64_t k = 0; k < kInputs; k++) {
     const int code = from[k % (kInputs / 2)] >> (k < kInputs / 2 ? 0 : 4) & 15;
-    codes[2 * k + output / 2] |= code << output % 2 * 4;
+    codes[output / 2 * kInputs + k] |= code << output % 2 * 4;
   }
 }
 
@@ -51,7 +51,7 @@ void read_row(const Quantisation& how, const QuantisedTile& tile, int64_t output
       for (int64_t k = 0; k < kInputs; k++) levels[k] = static_cast<int8_t>(codes[output * kInputs + k]);
     else
       for (int64_t k = 0; k < kInputs; k++)
-        levels[k] = (codes[2 * k + output / 2] >> output % 2 * 4 & 15) - how.zero;
+        levels[k] = (codes[output / 2 * kInputs + k] >> output % 2 * 4 & 15) - how.zero;
     for (int64_t k = 0; k < kInputs; k++) to[k] = narrow(scale * levels[k] + offset);
   }
 }

@@ -1,8 +1,8 @@
 // A quantised weight as it is multiplied: GGUF's codes and scales, laid out so that a tile of outputs is read at once.
 //
 // A weight's value is scale * (code - zero) + offset, rounded to bf16. kInputs of an output have one scale and offset.
-// A tile begins a cache line: codes first, kInputs after kInputs, then scales and offsets. Codes of 4 bits are the
-// nibbles of a word for each input, the first output's lowest; codes of 8 bits are bytes, output after output.
+// A tile begins a cache line: codes first, kInputs after kInputs, then scales and offsets. Codes of 8 bits are bytes,
+// output after output; codes of 4 bits are nibbles of bytes, an even output's the low ones and the next one's the high.
 #pragma once
 #include <cstdint>
 

@@ -9,6 +9,7 @@
 #include "direct.h"
 #include "lists.h"
 #include "panel.h"
+#include "rounded.h"
 
 namespace {
 
@@ -52,7 +53,7 @@ struct Bench {
 
 // Outputs `start` to `stop` of all rows; one thread's share, whole blocks.
 template <class T>
-void run(const Job<T>& job, int64_t start, int64_t stop) {
+void run(const Job<T>& job, const Rounded& rounded, int64_t start, int64_t stop) {
   static thread_local Scratch scratch;
   Bench<T> bench(scratch, job, start);
   Stage& stage = bench.stage;
@@ -65,6 +66,9 @@ void run(const Job<T>& job, int64_t start, int64_t stop) {
         fetch_lists<false>(job, stage, first + lists * tile / tiles, first + lists * (tile + 1) / tiles);
         direct_tile(job, output, bench.room, bench.totals, stage);
       }
+    if constexpr (Lanes::rounds)
+      for (int64_t output = stage.first; output < stage.last && rounded.rows; output += kTile)
+        rounded_tile<Lanes>(job, rounded, output, stage.of(false, 0, output));
     for (const Piece& piece : job.panels)
       for (int64_t first = stage.first; first < stage.last; first += kPanel)
         panel_piece(job, piece, first, std::min(first + kPanel, stage.last), bench.room, bench.panel, bench.totals,
@@ -112,9 +116,10 @@ void multiply_as(const Call& call) {
   }
   Job<T> job{call, {nullptr, round_up(call.in, kStep<T>) + kPad<T>}, {}, {}, {}, {}};
   const int64_t pieces = 2 * groups + 1, passes = 2 * call.rows, line = call.in * kLine<T>;
+  const int64_t codes = call.rounds ? call.rows * call.in : 0;
   scratch.reserve(call.rows * job.inputs.stride * sizeof(Input<T>) + lined * line * sizeof(T) + 2 * pieces * sizeof(Piece) +
-                      passes * sizeof(Pass) + lists * sizeof(Listed<T>),
-                  6);
+                      passes * sizeof(Pass) + lists * sizeof(Listed<T>) + codes + 2 * codes / kInputs * sizeof(float),
+                  9);
   job.inputs.x = scratch.take<Input<T>>(call.rows * job.inputs.stride);
   T* lines = scratch.take<T>(lined * line);
   const auto room = [](auto* at) { return Many<std::remove_pointer_t<decltype(at)>>{at, at}; };
@@ -123,7 +128,6 @@ void multiply_as(const Call& call) {
   job.passes = room(scratch.take<Pass>(passes));
   job.listed = room(scratch.take<Listed<T>>(lists));
 
-  for (int64_t r = 0; r < call.rows; r++) lay_out(job.input(r), call.in, job.inputs.stride, job.inputs.x + r * job.inputs.stride);
   const auto add = [&](const Piece& piece) {
     const int64_t rows = piece.stop - piece.start;
     if (rows >= (piece.mode == Mode::dense ? kManyDense : kMany))
@@ -141,7 +145,13 @@ void multiply_as(const Call& call) {
       lay_out_lines(job, start, stop, lines);
       lines += line;
     }
-  add(dense);
+  Rounded rounded{scratch.take<int8_t>(codes), scratch.take<float>(codes / kInputs), scratch.take<float>(codes / kInputs), 0, call.in};
+  if constexpr (std::is_same_v<T, T16>)
+    if (call.rounds)
+      for (; rounded.rows < dense.stop; rounded.rows++) rounded.round(rounded.rows, job.input(rounded.rows));
+  for (int64_t r = rounded.rows; r < call.rows; r++)
+    lay_out(job.input(r), call.in, job.inputs.stride, job.inputs.x + r * job.inputs.stride);
+  if (!rounded.rows) add(dense);
   for (int64_t row = dense.stop; group < end; row += group->rows, group++) {
     const bool soft = group->strength != 1.0f;
     Piece piece{soft && kScales<T> ? Mode::soft : Mode::hard, 1.0f - group->strength,
@@ -156,7 +166,7 @@ void multiply_as(const Call& call) {
   const int64_t shares = std::min({int64_t{call.threads}, std::max(int64_t{1}, worth), blocks});
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(shares)) if (shares > 1)
   for (int64_t share = 0; share < shares; share++)
-    run(job, blocks * share / shares * kBlock, std::min(blocks * (share + 1) / shares * kBlock, call.out));
+    run(job, rounded, blocks * share / shares * kBlock, std::min(blocks * (share + 1) / shares * kBlock, call.out));
 }
 
 [[maybe_unused]] void multiply(const Call& call) {

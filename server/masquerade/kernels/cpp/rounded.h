@@ -1,0 +1,104 @@
+// Rows whose inputs are rounded to 8 bits, and quantised weights: sums of integers, one for kInputs inputs.
+//
+// Each kInputs of a row have a scale, their largest magnitude over 127, as in llama.cpp's Q8_0. A row's scales are its
+// own, so rows stay independent. Sums of integers are exact; they are scaled and added up in fp32, in their order.
+#pragma once
+#include <cmath>
+
+#include "job.h"
+
+namespace {
+
+constexpr float kLevels = 127.0f;
+
+// Rows [rows, in], and for each kInputs of them a scale, and the scale times the sum of the codes.
+struct Rounded {
+  int8_t* codes;
+  float *scales, *sums;
+  int64_t rows, in;
+
+  // Round a row. One that is not finite has a scale that is not a number.
+  void round(int64_t row, const T16* x) const {
+    for (int64_t k = 0; k < in; k += kInputs) {
+      float values[kInputs], largest = 0.0f, nothing = 0.0f;
+      for (int64_t i = 0; i < kInputs; i++) values[i] = widen(x[k + i]);
+      for (int64_t i = 0; i < kInputs; i++) nothing += values[i] * 0.0f;
+      for (int64_t i = 0; i < kInputs; i++) largest = std::fabs(values[i]) > largest ? std::fabs(values[i]) : largest;
+      const float inverse = largest > 0.0f && nothing == 0.0f ? kLevels / largest : 0.0f;
+      int32_t sum = 0;
+      int8_t* code = codes + row * in + k;
+      for (int64_t i = 0; i < kInputs; i++) {
+        constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: a sum has no fraction
+        const float shifted = (nothing == 0.0f ? values[i] : 0.0f) * inverse + rounder;
+        int32_t bits;
+        std::memcpy(&bits, &shifted, sizeof bits);
+        code[i] = static_cast<int8_t>(bits - 0x4b400000);
+        sum += bits - 0x4b400000;
+      }
+      const int64_t group = (row * in + k) / kInputs;
+      scales[group] = largest / kLevels + nothing;
+      sums[group] = scales[group] * static_cast<float>(sum);
+    }
+  }
+};
+
+// kTile outputs of `n` rows from `row` on. `L` is `Lanes`; units whose lanes do not round need not have what this uses.
+template <class L, int32_t form, int n>
+void multiply_rounded(const QuantisedTile& tile, const Rounded& x, int64_t row, float* sums, Ahead& ahead_) {
+  using Four = typename L::Quad;
+  constexpr Quantisation how(form);
+  const int64_t groups = x.in / kInputs;
+  Ahead ahead = ahead_;
+  F total[kTile][n];
+  Four rest[n];  // what zeros and offsets come to
+#pragma GCC unroll 4
+  for (int r = 0; r < n; r++) {
+    rest[r] = Four{};
+#pragma GCC unroll 4
+    for (int m = 0; m < kTile; m++) total[m][r] = F{};
+  }
+  for (int64_t group = 0; group < groups; group++) {
+    ahead.fetch();
+    const typename L::template Codes<how.bits> codes(tile.codes + group * how.codes());
+    const Four scales = L::widen_four(tile.scales + group * kTile);
+    const Four offsets = how.offset ? L::widen_four(tile.offsets + group * kTile) : scales * static_cast<float>(-how.zero);
+#pragma GCC unroll 4
+    for (int r = 0; r < n; r++) {
+      const int64_t at = (row + r) * groups + group;
+      const Four scale = scales * x.scales[at];
+      const auto inputs = L::bytes(x.codes + at * kInputs);
+      if constexpr (how.bits == 4) rest[r] = rest[r] + offsets * x.sums[at];
+      each_of<kTile>([&](auto m) __attribute__((always_inline)) {
+        F& sum = total[m.value][r];
+        sum = L::fma(codes.template multiply<m.value>(inputs), L::template spread<m.value>(scale), sum);
+      });
+    }
+  }
+  ahead_ = ahead;
+#pragma GCC unroll 4
+  for (int r = 0; r < n; r++) {
+    float* to = sums + r * kRow;
+    L::reduce(total[0][r], total[1][r], total[2][r], total[3][r], to);
+    for (int m = 0; m < kTile; m++) to[m] += rest[r][m];
+  }
+}
+
+template <class L, int32_t form, int n = L::rows>
+void multiply_rounded_rows(const QuantisedTile& tile, const Rounded& x, int64_t row, float* sums, Ahead& ahead) {
+  if constexpr (n > 1)
+    if (x.rows - row < n) return multiply_rounded_rows<L, form, n - 1>(tile, x, row, sums, ahead);
+  multiply_rounded<L, form, n>(tile, x, row, sums, ahead);
+}
+
+// The tile that begins at an output, for all of the rows.
+template <class L, class T>
+void rounded_tile(const Job<T>& job, const Rounded& x, int64_t output, float* sums) {
+  constexpr decltype(&multiply_rounded_rows<L, kQ4_0>) kMultiply[] = {
+      nullptr, multiply_rounded_rows<L, kQ4_0>, multiply_rounded_rows<L, kQ4_1>, multiply_rounded_rows<L, kQ8_0>};
+  const int64_t passes = (x.rows + L::rows - 1) / L::rows;
+  Ahead ahead(job.memory(output + kTile), job.tile_bytes(), passes * (x.in / kInputs));
+  for (int64_t row = 0; row < x.rows; row += L::rows)
+    kMultiply[job.call.form](job.tile(output), x, row, sums + row * kRow, ahead);
+}
+
+}  // namespace
