@@ -32,9 +32,9 @@ def make_base(shape: dict[str, int]) -> Base:
         return load(folder, device="cpu")
 
 
-def load_smollm2(*, keep_blocks: bool = False) -> Base:
-    """SmolLM2 on the CPU, in bf16 or as it is served; ends the process with the reason if it cannot be had."""
+def load_smollm2(*, keep_blocks: bool = False, quantization: str | None = None) -> Base:
+    """SmolLM2 on the CPU, in bf16, as served or quantised; ends the process with the reason if it cannot be had."""
     try:
-        return load("smollm2", device="cpu", keep_blocks=keep_blocks)
+        return load("smollm2", device="cpu", keep_blocks=keep_blocks, quantization=quantization)
     except UnusableModel as error:
         sys.exit(f"{error}")

@@ -1,7 +1,8 @@
 """Tokens per CPU-second beside other engines, with 1, 4 and 16 streams of SmolLM2 on one core.
 
 `python -m benchmarks.peers --json [--quick]`. The model is `smollm2`, a GGUF file of type Q4_1. Masquerade runs it as
-it is served, with weights in the file's blocks where the processor allows that, and in bf16. `generate` of transformers
+it is served, with weights in the file's blocks where the processor allows that, in bf16, and with inputs of 8 bits, as
+llama.cpp has them (`--quantization a8`). `generate` of transformers
 (a static batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF file in BF16.
 Prompts have 40 to 80 tokens and are equal for all. Decoding is greedy and has no end token, so that the work is equal;
 it is timed from the first token of every answer to the last. Sides take turns within each round: rates are medians,
@@ -41,7 +42,9 @@ from benchmarks.engine import GREEDY, PROMPTS_FIRST, make_prompts, run_generate
 from benchmarks.real import GAMMA, make_mask
 from masquerade.engine import Engine, Request
 from masquerade.model import AppliedMask, Base, MaskManager
+from masquerade.model.quantized import A8
 
+OURS, PLAIN, ROUNDED = "Masquerade", "Masquerade, bf16", "Masquerade, a8"
 STREAMS = (1, 4, 16)
 MIXED = (16,)  # streams of the sides with eight personas or adapters
 ADAPTERS = 8
@@ -102,11 +105,11 @@ Run = Callable[[list[list[int]], int], Spent]
 
 @dataclass(frozen=True)
 class Side:
-    """An engine with a number of personas or adapters, and Masquerade's side that it is compared with."""
+    """An engine with a number of personas or adapters, and Masquerade's sides that it is compared with."""
 
     name: str
     run: Run
-    beside: str = ""
+    beside: tuple[str, ...] = ()
     streams: tuple[int, ...] = STREAMS
 
 
@@ -136,10 +139,10 @@ def main() -> None:
 def find_sides(folder: Path) -> list[Side]:
     """Masquerade and the peers that are installed; the others are named on stderr."""
     base = load_smollm2(keep_blocks=True)
-    sides = list(make_masquerade(base))
+    sides = [*make_masquerade(OURS, base), *make_masquerade(ROUNDED, load_smollm2(quantization=A8))]
     plain = load_smollm2()
     MaskManager.attach(plain.model)
-    sides.append(Side("Masquerade, bf16", partial(run_masquerade, plain, [None])))
+    sides.append(Side(PLAIN, partial(run_masquerade, plain, [None])))
     for make in (make_transformers, make_peft, partial(make_llama_cpp, base, folder)):
         try:
             sides += make()
@@ -164,20 +167,20 @@ def measure_sides(sides: Sequence[Side], scale: Scale) -> Iterator[Figure]:
             seconds = float(np.median([run.prompts for run in spent[side.name]]))
             yield Figure(label, float(np.median(rates[side.name])), "tokens/CPU-s")
             yield Figure(f"{label}, prompts", sum(map(len, prompts)) / seconds, "tokens/CPU-s")
-            if side.beside:
-                ratio = float(np.median(rates[side.beside] / rates[side.name]))
-                yield Figure(f"{side.beside} / {label}", ratio, "x")
+            for beside in side.beside:
+                ratio = float(np.median(rates[beside] / rates[side.name]))
+                yield Figure(f"{beside} / {label}", ratio, "x")
 
 
-def make_masquerade(base: Base) -> Iterator[Side]:
+def make_masquerade(name: str, base: Base) -> Iterator[Side]:
     """The base alone, one persona and eight."""
     manager = MaskManager.attach(base.model)
     masks: list[AppliedMask | None] = [
         AppliedMask(manager.fit(make_mask(base, seed)), GAMMA) for seed in range(ADAPTERS)
     ]
-    yield Side("Masquerade", partial(run_masquerade, base, [None]))
-    yield Side("Masquerade, 1 persona", partial(run_masquerade, base, masks[:1]))
-    yield Side(f"Masquerade, {ADAPTERS} personas", partial(run_masquerade, base, masks), streams=MIXED)
+    yield Side(name, partial(run_masquerade, base, [None]))
+    yield Side(f"{name}, 1 persona", partial(run_masquerade, base, masks[:1]))
+    yield Side(f"{name}, {ADAPTERS} personas", partial(run_masquerade, base, masks), streams=MIXED)
 
 
 def run_masquerade(base: Base, masks: Sequence[AppliedMask | None], prompts: list[list[int]], new: int) -> Spent:
@@ -200,7 +203,7 @@ def run_masquerade(base: Base, masks: Sequence[AppliedMask | None], prompts: lis
 
 def make_transformers() -> Iterator[Side]:
     """`generate` on a copy of the model whose Linears are torch's."""
-    yield Side("transformers", partial(run_transformers, load_smollm2(), 0), "Masquerade, bf16")
+    yield Side("transformers", partial(run_transformers, load_smollm2(), 0), (PLAIN,))
 
 
 def make_peft() -> Iterator[Side]:
@@ -216,9 +219,9 @@ def make_peft() -> Iterator[Side]:
     for place in range(1, ADAPTERS):
         adapted.add_adapter(str(place), config, autocast_adapter_dtype=False)
     base = replace(base, model=adapted.eval())
-    yield Side("PEFT, 1 LoRA", partial(run_transformers, base, 1), "Masquerade, 1 persona")
+    yield Side("PEFT, 1 LoRA", partial(run_transformers, base, 1), (f"{OURS}, 1 persona",))
     mixed = partial(run_transformers, base, ADAPTERS)
-    yield Side(f"PEFT, {ADAPTERS} LoRAs", mixed, f"Masquerade, {ADAPTERS} personas", MIXED)
+    yield Side(f"PEFT, {ADAPTERS} LoRAs", mixed, (f"{OURS}, {ADAPTERS} personas",), MIXED)
 
 
 class _FirstToken(StoppingCriteria):  # type: ignore[misc]
@@ -262,11 +265,12 @@ def make_llama_cpp(base: Base, folder: Path) -> Iterator[Side]:
         write_adapter(reader, path, place)
     write_bf16(reader, folder / "bf16.gguf")
     run = partial(run_llama_cpp, child)
-    yield Side("llama.cpp, Q4_1", partial(run, base.path, []), "Masquerade")
-    yield Side("llama.cpp, BF16", partial(run, folder / "bf16.gguf", []), "Masquerade, bf16")
-    yield Side("llama.cpp, Q4_1, 1 LoRA", partial(run, base.path, adapters[:1]), "Masquerade, 1 persona")
-    mixed = partial(run, base.path, adapters)
-    yield Side(f"llama.cpp, Q4_1, {ADAPTERS} LoRAs", mixed, f"Masquerade, {ADAPTERS} personas", MIXED)
+    yield Side("llama.cpp, Q4_1", partial(run, base.path, []), (OURS, ROUNDED))
+    yield Side("llama.cpp, BF16", partial(run, folder / "bf16.gguf", []), (PLAIN,))
+    one = tuple(f"{ours}, 1 persona" for ours in (OURS, ROUNDED))
+    yield Side("llama.cpp, Q4_1, 1 LoRA", partial(run, base.path, adapters[:1]), one)
+    many = tuple(f"{ours}, {ADAPTERS} personas" for ours in (OURS, ROUNDED))
+    yield Side(f"llama.cpp, Q4_1, {ADAPTERS} LoRAs", partial(run, base.path, adapters), many, MIXED)
 
 
 def write_adapter(reader: gguf.GGUFReader, path: Path, seed: int) -> None:

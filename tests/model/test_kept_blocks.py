@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import nn
 
 from masquerade.engine import Engine, EngineConfig, Request, SamplingParams
+from masquerade.errors import UnusableModel
 from masquerade.kernels import QuantisedEmbedding, QuantisedLinear, dense_weight, native, quantised
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets, load
 from masquerade.model.load import keeps_blocks
@@ -100,7 +101,39 @@ def test_the_plan_counts_the_bytes_of_every_architecture(tmp_path: Path, name: s
     kept = load(str(path), device="cpu", keep_blocks=True)
     outline = read_outline(find_model(str(path)), "cpu")
     assert measure_served(outline) == sum(weight.nbytes for weight in kept.model.parameters())
+    assert measure_served(outline, "a8") == measure_served(outline)
     assert measure_served(outline) < 0.6 * measure_weights(outline, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_rounded_inputs_change_logits_a_little_and_leave_rows_alone(tmp_path: Path, kind: Kind) -> None:
+    path = str(ggufs.write(tmp_path / "m.gguf", make("llama"), ggufs.quantise(kind)).path)
+    rounding, exact = load(path, device="cpu", quantization="a8"), load(path, device="cpu")
+    assert (rounding.quantization, rounding.fingerprint) == ("a8", exact.fingerprint)
+    tokens = torch.arange(3, 43)[None]
+    manager = MaskManager.attach(rounding.model)
+    with torch.inference_mode():
+        logits, expected = (base.model(tokens).logits.float() for base in (rounding, exact))
+    manager.detach()
+    assert 0 < (logits - expected).abs().mean() < 0.05 * expected.std()
+    for masked in (False, True):
+        together = run(rounding, masked)
+        alone = Engine(rounding, EngineConfig()).generate(
+            [Request(list(range(3, 17)), 12, lambda _: None, sampling=GREEDY)]
+        )
+        assert together[2] == alone[0]  # the third has no persona
+
+
+def test_what_cannot_be_rounded_is_refused_by_name(tmp_path: Path, tiny_folder: Path) -> None:
+    half = str(ggufs.write(tmp_path / "half.gguf", make("llama"), ggufs.quantise(Kind.F16)).path)
+    ours = str(ggufs.write(tmp_path / "m.gguf", make("llama"), ggufs.quantise(Kind.Q8_0)).path)
+    for name, dtype, said in (
+        (str(tiny_folder), "auto", "`--quantization a8` needs a GGUF file .* is none"),
+        (half, "auto", "with weights of the types Q4_0, Q4_1, Q8_0; half has F16"),
+        (ours, "float32", "runs on a CPU, in bfloat16"),
+    ):
+        with pytest.raises(UnusableModel, match=said):
+            load(name, device="cpu", dtype=dtype, quantization="a8")
 
 
 def test_blocks_are_kept_only_where_nothing_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

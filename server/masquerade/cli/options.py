@@ -54,8 +54,11 @@ Dtype = Annotated[
     ),
 ]
 Quantization = Annotated[
-    Literal["int8", "nf4", "fp4"] | None,
-    typer.Option(help="Quantise the weights of attention and MLP to 8 or 4 bits (needs the extra `quantization`)."),
+    Literal["int8", "nf4", "fp4", "a8"] | None,
+    typer.Option(
+        help="Quantise the weights of attention and MLP to 8 or 4 bits (needs the extra `quantization`); `a8` keeps a "
+        "GGUF file's weights in its blocks and rounds what they are multiplied with to 8 bits, on a CPU."
+    ),
 ]
 RequireSigned = Annotated[
     bool,

@@ -158,14 +158,14 @@ def _describe_weights(outline: Outline, quantization: str | None) -> Report:
     """Bytes by dtype and quantisation; None where bitsandbytes cannot quantise the model."""
     import torch
 
-    from masquerade.model.quantized import QUANTIZATIONS
+    from masquerade.model.quantized import A8, QUANTIZATIONS
     from masquerade.plan.fit import name_dtype
     from masquerade.plan.footprint import measure_served, measure_weights
 
     found: Report = {"files": dict(outline.files)}
     for name in dict.fromkeys(("float32", "bfloat16", name_dtype(outline.dtype))):
         found[name] = measure_weights(outline, getattr(torch, name))
-    for name in QUANTIZATIONS:
+    for name in (*QUANTIZATIONS, *((A8,) if outline.saved else ())):
         try:
             found[name] = measure_weights(outline, outline.dtype, name)
         except ValueError:

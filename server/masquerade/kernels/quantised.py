@@ -1,7 +1,8 @@
 """Weights that stay quantised as a GGUF file has them, in blocks of 32 with a scale, laid out for the native kernels.
 
 Their values are the file's, rounded to bfloat16 like those of a weight that is dequantised when it is loaded. The
-kernels dequantise a few outputs at a time and multiply them like plain ones, so products have the same bits.
+kernels dequantise a few outputs at a time and multiply them like plain ones, so products have the same bits. If a
+weight `rounds`, the inputs of its products are rounded to 8 bits instead, as llama.cpp does (`cpp/rounded.h`).
 """
 
 from __future__ import annotations

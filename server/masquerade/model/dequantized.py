@@ -22,12 +22,17 @@ Report = Callable[[int, int], None]  # bytes of weights that are loaded, and of 
 
 
 def load_gguf(
-    files: ModelFiles, dtype: torch.dtype, report: Report | None = None, *, keep: bool = False
+    files: ModelFiles,
+    dtype: torch.dtype,
+    report: Report | None = None,
+    *,
+    keep: bool = False,
+    rounds: bool = False,
 ) -> tuple[Any, Any]:
     """The model, on the CPU in a dtype, and its tokenizer.
 
     With `keep`, weights of the types in `kernels.quantised.FORMS` stay in their blocks; `dtype` is then bfloat16, and
-    the model is the same to the bit.
+    the model is the same to the bit, unless their products round inputs to 8 bits (`rounds`).
 
     Weights are rounded to bfloat16, once, and then cast: the model is the one that `save_pretrained` would save in
     bfloat16, whatever the dtype. Peak memory is the model and a few megabytes. Raises `UnusableModel`.
@@ -36,7 +41,7 @@ def load_gguf(
     tokenizer = read_tokenizer(checkpoint.file, checkpoint.config["vocab_size"])
     model = _make(checkpoint, dtype)
     if keep:
-        _keep_blocks(model, checkpoint)
+        _keep_blocks(model, checkpoint, rounds)
     _fill(model, checkpoint, report or (lambda _done, _all: None))
     config = model.generation_config
     config.eos_token_id = find_ends(checkpoint.file, tokenizer) or None
@@ -62,12 +67,12 @@ def find_kept(model: Any, checkpoint: Checkpoint) -> Iterator[tuple[Weight, nn.L
                 yield weight, module
 
 
-def _keep_blocks(model: Any, checkpoint: Checkpoint) -> None:
+def _keep_blocks(model: Any, checkpoint: Checkpoint, rounds: bool) -> None:
     """Replace Linears and embeddings by those whose weights stay quantised, a tied head with its embedding."""
     head = model.get_output_embeddings()
     for weight, module in find_kept(model, checkpoint):
         out, columns = weight.shape
-        kept = QuantisedWeight.empty(weight.tensor.kind.name, out, columns)
+        kept = QuantisedWeight.empty(weight.tensor.kind.name, out, columns, rounds=rounds)
         if head.weight is module.weight and head is not module:
             model.set_output_embeddings(QuantisedLinear(kept, head.bias))
         new = QuantisedLinear(kept, module.bias) if isinstance(module, nn.Linear) else QuantisedEmbedding(kept)

@@ -17,9 +17,10 @@ from transformers.utils.logging import set_tqdm_hook
 from maskstore import MaskError, list_tensors
 from masquerade.errors import UnusableModel, quote
 from masquerade.kernels import quantised
+from masquerade.kernels.native import require_library
 from masquerade.model import families
 from masquerade.model.dequantized import Report, load_gguf
-from masquerade.model.quantized import adopt, check_stored, import_stored, quantize
+from masquerade.model.quantized import A8, adopt, check_stored, import_stored, quantize
 from masquerade.model.short_attention import use_short_attention
 from masquerade.model.targets import find_targets
 from masquerade.ollama import PREFIX
@@ -41,7 +42,7 @@ class Base:
     tokenizer: Any
     context: int  # most positions of a request
     ends: frozenset[int]  # token ids that end a generation
-    quantization: str | None = None  # a name in `QUANTIZATIONS`; None for weights as the files have them
+    quantization: str | None = None  # a name in `QUANTIZATIONS`, or `A8`; None for weights as the files have them
 
     @property
     def device(self) -> torch.device:
@@ -73,17 +74,25 @@ def load(
     """Load a named model, a folder, a GGUF file, or a hub id, ready for inference.
 
     `device` is `auto`, `cpu` or `cuda`; `dtype` is `auto` (the checkpoint's, but float32 for a folder on a CPU),
-    `float32`, `bfloat16` or `float16`; `quantization` is a name in `QUANTIZATIONS`; `report` is told of the bytes that
-    are loaded. With `keep_blocks` the weights of a GGUF file stay quantised where that is the same model to the bit and
-    about as fast: on a CPU with bf16 products, in the dtype `auto`. Raises `UnusableModel` with the reason.
+    `float32`, `bfloat16` or `float16`; `quantization` is `A8` or a name in `QUANTIZATIONS`; `report` is told of the
+    bytes that are loaded. With `keep_blocks` the weights of a GGUF file stay quantised where that is the same model to
+    the bit and about as fast: on a CPU with bf16 products, in the dtype `auto`. Raises `UnusableModel` with the reason.
     """
     where = _choose_device(device)
     files = find_model(name)
+    if quantization == A8:
+        check_rounding(files, where.type, dtype)
     try:
         mark = files.fingerprint()
         with _no_collections():
             model, tokenizer = (
-                _load_gguf(files, dtype, report, keep_blocks and keeps_blocks(where.type, dtype, quantization))
+                _load_gguf(
+                    files,
+                    dtype,
+                    report,
+                    keep=quantization == A8 or (keep_blocks and keeps_blocks(where.type, dtype, quantization)),
+                    rounds=quantization == A8,
+                )
                 if files.is_gguf
                 else _load_folder(name, files, dtype, where, report)
             )
@@ -96,7 +105,7 @@ def load(
         )
     if not find_targets(model):
         raise UnusableModel(f"{name!r} has no Linears that masks apply to; are its weights packed by a quantisation?")
-    if quantization:
+    if quantization and quantization != A8:
         quantize(model, quantization, where)
     if where.type == "cpu":
         use_short_attention(model)
@@ -209,9 +218,24 @@ def keeps_blocks(device: str, dtype: str, quantization: str | None) -> bool:
     return device == "cpu" and dtype == "auto" and quantization is None and quantised.pays()
 
 
-def _load_gguf(files: ModelFiles, dtype: str, report: Report | None, keep: bool) -> tuple[Any, Any]:
+def check_rounding(files: ModelFiles, device: str, dtype: str) -> None:
+    """Raise `UnusableModel` if the inputs of a model's products cannot be rounded to 8 bits (`A8`)."""
+    kinds = {weight.tensor.kind.name for weight in files.checkpoint.weights} if files.is_gguf else set()
+    if not kinds & quantised.FORMS.keys():
+        has = f"has {', '.join(sorted(kinds))}" if kinds else "is none"
+        raise UnusableModel(
+            f"`--quantization {A8}` needs a GGUF file with weights of the types {', '.join(quantised.FORMS)}; "
+            f"{files.name} {has}"
+        )
+    if device != "cpu" or dtype not in ("auto", "bfloat16"):
+        raise UnusableModel(f"`--quantization {A8}` runs on a CPU, in bfloat16; use `--device cpu` without `--dtype`")
+    require_library()
+
+
+def _load_gguf(files: ModelFiles, dtype: str, report: Report | None, *, keep: bool, rounds: bool) -> tuple[Any, Any]:
     """In bfloat16 unless told otherwise: dequantised weights are rounded to it, and float32 would only be larger."""
-    return load_gguf(files, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype), report, keep=keep)
+    wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return load_gguf(files, wanted, report, keep=keep, rounds=rounds)
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

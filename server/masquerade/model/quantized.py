@@ -10,6 +10,9 @@ served there if it was measured there (`service/serving.py`).
 * `nf4` is NormalFloat 4 (Dettmers et al. 2023) in blocks of 64, or of 32 where 64 does not divide a row. Only weights
   are rounded; products are those of `dense_weight`.
 * `fp4` is the same with the levels of a float of 4 bits, which fit normally distributed weights less well.
+
+`a8` is not of bitsandbytes: the weights of a GGUF file stay in its blocks, and products round each 32 inputs of a row
+to 8 bits with a scale (`kernels/quantised.py`). The rows of a bitmap, and gradients, take inputs as they are.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv"
 _INSTEAD = (
     "take the unquantised checkpoint, with --quantization int8, nf4 or fp4 if it must be small, or a GGUF file of it"
 )
+A8 = "a8"
 OUTLIER = 6.0  # inputs above this keep their channel in floating point; the paper's and transformers' default
 
 

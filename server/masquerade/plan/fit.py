@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from masquerade.engine.prefix import BLOCK_SIZE
-from masquerade.model.quantized import QUANTIZATIONS
+from masquerade.model.quantized import A8, QUANTIZATIONS
 from masquerade.plan.footprint import (
     PADDING,
     count_blocks,
@@ -140,7 +140,8 @@ def _shrink(outline: Outline, quantization: str | None) -> Iterator[tuple[str, O
     if outline.dtype.itemsize > torch.bfloat16.itemsize:
         narrow = replace(outline, model=copy.deepcopy(outline.model).to(torch.bfloat16))
         yield "--dtype bfloat16", narrow, quantization
-    for how in QUANTIZATIONS if quantization is None else ():
+    can_keep = (A8,) if outline.saved and not outline.keeps else ()
+    for how in (*can_keep, *QUANTIZATIONS) if quantization is None else ():
         yield f"--quantization {how}", outline, how
 
 
@@ -153,7 +154,7 @@ def _fit_context(found: Fit) -> int:
 def name_form(outline: Outline, quantization: str | None) -> str:
     """How the weights are kept: their dtype, after what quantises those of the maskable Linears, or a file's blocks."""
     dtype = name_dtype(outline.dtype)
-    if outline.saved and not quantization:
+    if quantization == A8 or (outline.keeps and not quantization):
         return f"the file's blocks and {dtype}"
     return f"{quantization} and {dtype}" if quantization else dtype
 

@@ -15,7 +15,8 @@ from maskstore.target import is_thin
 from masquerade.engine import kv_cache
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.kernels import BACKENDS, choose, footprint
-from masquerade.model.quantized import measure_weight
+from masquerade.kernels.quantised import FORMS
+from masquerade.model.quantized import A8, measure_weight
 from masquerade.plan.outline import Outline
 
 RHOS = (0.0001, 0.0008, 0.003, 0.01, 0.1)
@@ -40,6 +41,10 @@ def measure_weights(outline: Outline, dtype: torch.dtype, quantization: str | No
     Raises `ValueError` if a Linear cannot be quantised so.
     """
     total = outline.parameters * dtype.itemsize
+    if quantization == A8:
+        if not outline.saved:
+            raise ValueError(f"only weights of {', '.join(FORMS)} in a GGUF file, on a CPU in bfloat16, stay in blocks")
+        return total - outline.saved
     for linear in outline.linears.values() if quantization else ():
         total += measure_weight(linear, str(quantization)) - linear.weight.numel() * dtype.itemsize
     return total
@@ -50,7 +55,8 @@ def measure_served(outline: Outline, quantization: str | None = None) -> int:
 
     Raises `ValueError` as `measure_weights` does.
     """
-    return measure_weights(outline, outline.dtype, quantization) - (0 if quantization else outline.saved)
+    kept = outline.saved if outline.keeps and not quantization else 0
+    return measure_weights(outline, outline.dtype, quantization) - kept
 
 
 def count_blocks(tokens: int) -> int:
@@ -86,7 +92,8 @@ def find_window(config: Any) -> tuple[int, int] | None:
 
 def measure_persona(outline: Outline, rho: float, quantization: str | None = None) -> PersonaFootprint:
     """The footprint of a mask that `residency` would count, in the encoding that its file would have."""
-    device = None if quantization else outline.device  # torch corrects quantised Linears, as it does those on meta
+    # Torch corrects Linears of bitsandbytes, as it does those on meta.
+    device = None if quantization not in (None, A8) else outline.device
     pruned = nbytes = listed = bitmaps = 0
     forms: Counter[str] = Counter()
     for linear, count in _group(outline.linears.values()):

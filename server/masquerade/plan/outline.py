@@ -19,6 +19,7 @@ from maskstore import MaskNotFound, list_tensors
 from masquerade.errors import MasqueradeError, UnusableModel
 from masquerade.gguf import Checkpoint
 from masquerade.kernels import quantised
+from masquerade.kernels.native import find_library
 from masquerade.model import find_targets
 from masquerade.model.dequantized import find_kept
 from masquerade.model.load import keeps_blocks
@@ -39,7 +40,8 @@ class Outline:
     context: int  # most positions of a request
     files: Mapping[str, int]  # bytes of the weights in the files, by their type; empty if they are not there
     is_gguf: bool
-    saved: int = 0  # bytes by which weights that stay in a GGUF file's blocks are smaller than in this dtype
+    keeps: bool = False  # whether weights of a GGUF file stay in its blocks without a quantisation
+    saved: int = 0  # bytes by which weights that can stay there are smaller than in this dtype
 
     @property
     def config(self) -> Any:
@@ -95,8 +97,10 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
         raise
     except Exception as error:  # transformers checks a config in parts; a wrong one may raise anything
         raise UnusableModel(f"the header of {files.name!r} cannot be read: {str(error) or repr(error)}") from error
-    saved = _measure_saved(model, files.checkpoint) if files.is_gguf and keeps_blocks(device, dtype, None) else 0
-    return Outline(files.name, model, device, context, sizes, files.is_gguf, saved)
+    can_keep = files.is_gguf and device == "cpu" and wanted is torch.bfloat16 and find_library() is not None
+    saved = _measure_saved(model, files.checkpoint) if can_keep else 0
+    keeps = saved > 0 and keeps_blocks(device, dtype, None)
+    return Outline(files.name, model, device, context, sizes, files.is_gguf, keeps, saved)
 
 
 def _measure_saved(model: Any, checkpoint: Checkpoint) -> int:

@@ -117,7 +117,7 @@ struct Lanes {
 
   static constexpr bool rounds = true;  // inputs to 8 bits, if asked to
   // Integers: the codes of 32 inputs of 4 outputs, and the sums of their products with as many inputs of 8 bits, four of
-  // them a lane; four fp16 to fp32; and one of four in all lanes.
+  // them a lane; four fp16 to fp32; and one of four, which are there twice, in all lanes.
 #if defined(__AVX2__)
   typedef __m256i Bytes;
   static inline Bytes bytes(const int8_t* from) { return copy<__m256i>(from); }
@@ -138,7 +138,7 @@ struct Lanes {
   };
   static inline Quad widen_four(const uint16_t* from) { return _mm_cvtph_ps(copy<__m128i>(from)); }
   template <int m>
-  static inline F spread(Quad four) { return _mm256_broadcastss_ps(_mm_permute_ps(four, m * 0x55)); }
+  static inline F spread(F fours) { return _mm256_permute_ps(fours, m * 0x55); }
 #else
   typedef const int8_t* Bytes;
   static inline Bytes bytes(const int8_t* from) { return from; }
@@ -160,8 +160,9 @@ struct Lanes {
     return copy<Quad>(wide);
   }
   template <int m>
-  static inline F spread(Quad four) { return fill(four[m]); }
+  static inline F spread(F fours) { return fill(fours[m]); }
 #endif
+  static inline F twice(Quad four) { return __builtin_shufflevector(four, four, 0, 1, 2, 3, 4, 5, 6, 7); }
 
   static inline I count(const uint16_t* counts) { return __builtin_convertvector(copy<H>(counts), I); }
   static inline I count(const uint32_t* counts) { return copy<I>(counts); }

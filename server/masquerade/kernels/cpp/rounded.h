@@ -65,7 +65,7 @@ void multiply_rounded(const QuantisedTile& tile, const Rounded& x, int64_t row, 
 #pragma GCC unroll 4
     for (int r = 0; r < n; r++) {
       const int64_t at = (row + r) * groups + group;
-      const Four scale = scales * x.scales[at];
+      const F scale = L::twice(scales * x.scales[at]);
       const auto inputs = L::bytes(x.codes + at * kInputs);
       if constexpr (how.bits == 4) rest[r] = rest[r] + offsets * x.sums[at];
       each_of<kTile>([&](auto m) __attribute__((always_inline)) {
