@@ -20,7 +20,16 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 KERNELS = Path(__file__).parent / "server" / "masquerade" / "kernels"
 LIBRARY = KERNELS / "libmasquerade.so"
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+]
 UNITS: dict[str, list[str]] = {"dispatch": [], "layers": [], "list": [], "portable": [], "quantised": []}
 if platform.machine() == "x86_64":
     UNITS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

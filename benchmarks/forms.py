@@ -27,7 +27,7 @@ from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, load
-from masquerade.model.quantized import QUANTIZATIONS
+from masquerade.model.quantized import A8, QUANTIZATIONS
 from masquerade.pruning.neutral import generate_neutral_text
 from masquerade.sources import find_model
 from tests.model.ggufs import copy_metadata
@@ -40,7 +40,7 @@ SIDES = {1: "own", -1: "the opposite's", 0: "neutral"}
 
 def main() -> None:
     parser = arguments(__doc__, "an eighth of the text")
-    parser.add_argument("--forms", default=",".join((*QUANTIZATIONS, *KINDS)), help="those that are measured")
+    parser.add_argument("--forms", default=",".join((*QUANTIZATIONS, A8, *KINDS)), help="those that are measured")
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def main() -> None:
 
 def load_form(form: str) -> Base:
     """SmolLM2 in a quantised form."""
-    if form in QUANTIZATIONS:
+    if form in (*QUANTIZATIONS, A8):
         return load("smollm2", device="cpu", quantization=form)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{form}.gguf")

@@ -1,9 +1,9 @@
 """Tokens per CPU-second beside other engines, with 1, 4 and 16 streams of SmolLM2 on one core.
 
-`python -m benchmarks.peers --json [--quick]`. The model is `smollm2`, a GGUF file of type Q4_1. Masquerade runs it as
-it is served, with weights in the file's blocks where the processor allows that, in bf16, and with inputs of 8 bits, as
-llama.cpp has them (`--quantization a8`). `generate` of transformers
-(a static batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF file in BF16.
+`python -m benchmarks.peers --json [--quick] [--peers transformers,peft,llama.cpp]`. The model is `smollm2`, a GGUF file
+of type Q4_1. Masquerade runs it as it is served, with weights in the file's blocks where the processor allows that, in
+bf16, and with inputs of 8 bits, as llama.cpp has them (`--quantization a8`). `generate` of transformers (a static
+batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF file in BF16.
 Prompts have 40 to 80 tokens and are equal for all. Decoding is greedy and has no end token, so that the work is equal;
 it is timed from the first token of every answer to the last. Sides take turns within each round: rates are medians,
 ratios are medians of the ratios of each round. Times are CPU time of the whole process that computes. Masks have 55 000
@@ -45,6 +45,7 @@ from masquerade.model import AppliedMask, Base, MaskManager
 from masquerade.model.quantized import A8
 
 OURS, PLAIN, ROUNDED = "Masquerade", "Masquerade, bf16", "Masquerade, a8"
+PEERS = "transformers", "peft", "llama.cpp"
 STREAMS = (1, 4, 16)
 MIXED = (16,)  # streams of the sides with eight personas or adapters
 ADAPTERS = 8
@@ -126,26 +127,32 @@ QUICK = Scale(2, 32)
 
 
 def main() -> None:
-    options = arguments(__doc__, "fewer rounds and tokens; within three CPU minutes").parse_args()
+    parser = arguments(__doc__, "fewer rounds and tokens; within three CPU minutes where there are bf16 instructions")
+    parser.add_argument("--peers", default=",".join(PEERS), help="those to measure; what is not installed is left out")
+    options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        sides = find_sides(Path(folder))
-        figures = list(measure_sides(sides, QUICK if options.quick else FULL))
+        sides = find_sides(Path(folder), options.peers.split(","))
+        figures = []
+        for figure in measure_sides(sides, QUICK if options.quick else FULL):  # a run takes half an hour
+            print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
+            figures.append(figure)
     report("peers", figures, options.json)
 
 
-def find_sides(folder: Path) -> list[Side]:
+def find_sides(folder: Path, peers: Sequence[str]) -> list[Side]:
     """Masquerade and the peers that are installed; the others are named on stderr."""
     base = load_smollm2(keep_blocks=True)
     sides = [*make_masquerade(OURS, base), *make_masquerade(ROUNDED, load_smollm2(quantization=A8))]
     plain = load_smollm2()
     MaskManager.attach(plain.model)
     sides.append(Side(PLAIN, partial(run_masquerade, plain, [None])))
-    for make in (make_transformers, make_peft, partial(make_llama_cpp, base, folder)):
+    make = dict(zip(PEERS, (make_transformers, make_peft, partial(make_llama_cpp, base, folder)), strict=True))
+    for peer in peers:
         try:
-            sides += make()
+            sides += make[peer]()
         except NotInstalled as error:
             print(f"left out: {error}", file=sys.stderr, flush=True)
     print("left out: vLLM; its build for CPUs pins a torch of its own, so it cannot run here", file=sys.stderr)

@@ -74,6 +74,23 @@ def test_a_model_is_called_by_its_file_or_as_it_is_told(file: Path, tmp_path: Pa
         assert ask(server, model="our/model:p")["persona"] == "p"
 
 
+def test_rounded_inputs_are_another_form_of_the_base(file: Path, tmp_path: Path) -> None:
+    """A persona needs a certificate there, or the user's word; the plan counts the file's blocks."""
+    at = ("--model", str(file), "--quantization", "a8")
+    weights = succeed("plan", *at, "--json")["weights"]
+    assert weights["served"] == weights["a8"] < 0.7 * weights["bfloat16"]
+    store = ("--store", str(tmp_path / "s"))
+    write_mask(world.make_mask(load(str(file), device="cpu"), 0.3, 0, "p"), tmp_path / "p.safetensors")
+    succeed("masks", "import", tmp_path / "p.safetensors", "--model", file, *store)
+    with serve(*at, *store) as server:
+        assert "not served without a certificate on a8 weights: p" in server.said()
+        (name,) = list_models(server)
+        base = ask(server, model=name)
+    with serve(*at, *store, "--accept-uncertified") as server:
+        assert ask(server, model=name)["choices"] == base["choices"]
+        assert ask(server, model=name, persona="p")["choices"] != base["choices"]
+
+
 @pytest.mark.parametrize("name", ["", "a:b", "x" * 129, "two\nlines"])
 def test_a_name_that_cannot_be_is_refused(file: Path, name: str) -> None:
     said = fail(2, "serve", "--model", file, "--served-model-name", name)
