@@ -309,7 +309,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     units: dict[Path, list[str]] = {Path(__file__).with_name("sanitize.cpp"): [], CPP / "dispatch.cpp": []}
     units |= {CPP / f"{name}.cpp": [] for name in ("layers", "list", "portable", "quantised")}
     if platform.machine() == "x86_64":
-        units[CPP / "avx2.cpp"] = ["-mavx2", "-mfma"]
+        units[CPP / "avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
 
     def compile_unit(unit: Path) -> None:
         command = ["g++", *flags.split(), *units[unit], f"-I{CPP}", "-c", str(unit), "-o", tmp_path / f"{unit.stem}.o"]
