@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,11 +190,11 @@ def measure_base(seconds: float) -> Iterator[Figure]:
 
 
 def measure_quantised(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Figure]:
-    """Products of weights in GGUF's blocks against those of the same weights in bf16."""
+    """Products of weights in GGUF's blocks, with inputs as they are and rounded, against those of weights in bf16."""
     for shape in shapes:
         for rows in (1, 4, 16, 256):
             times = compare_quantised(shape, rows, seconds)
-            for form in FORMS:
+            for form in sorted(times.keys() - {"bf16"}):
                 name = f"{form} / bf16, {rows} rows, {shape[0]} x {shape[1]}"
                 yield Figure(name, times[form] / times["bf16"], "x", "<= 1.0" if rows == 1 else None)
 
@@ -240,19 +240,20 @@ def compare_quantised(shape: tuple[int, int], rows: int, seconds: float) -> dict
     count = max(2, int(POOL / (out * columns * BF16.itemsize)))
     blocks = np.random.default_rng(0).normal(0, 0.05, (min(out, 1024), columns)).astype(np.float32)
     pools: dict[str, list[torch.Tensor]] = {"bf16": [torch.randn(out, columns).to(BF16) for _ in range(count)]}
-    for form in FORMS:
-        raw, weight = quantize(blocks, GGMLQuantizationType[form]), QuantisedWeight.empty(form, out, columns)
+    for form, rounds in product(FORMS, (False, True)):
+        raw = quantize(blocks, GGMLQuantizationType[form])
+        weight = QuantisedWeight.empty(form, out, columns, rounds=rounds)
         for first in range(0, out, len(raw)):
             weight.write(first, raw[: out - first])
-        pools[form] = [copy.deepcopy(weight) for _ in range(count)]
+        pools[f"{form}, a8" if rounds else form] = [copy.deepcopy(weight) for _ in range(count)]
     weights = {form: cycle(pool) for form, pool in pools.items()}
-    product, x, until = NativeProduct(), torch.randn(rows, columns).to(BF16), time.monotonic() + seconds
+    multiply, x, until = NativeProduct(), torch.randn(rows, columns).to(BF16), time.monotonic() + seconds
     times: dict[str, list[float]] = {form: [] for form in pools}
     while time.monotonic() < until or len(times["bf16"]) < 5:
         for form, spent in times.items():
             weight_ = next(weights[form])
             started = time.thread_time()
-            product(x, weight_, None)
+            multiply(x, weight_, None)
             spent.append(time.thread_time() - started)
     return {form: float(np.percentile(spent, 25)) for form, spent in times.items()}
 
