@@ -59,16 +59,15 @@ void run(const Job<T>& job, const Rounded& rounded, int64_t start, int64_t stop)
   Stage& stage = bench.stage;
   for (; stage.first < stop; stage.first = stage.last) {
     stage.last = std::min(stage.first + kBlock, stop);
-    if (job.passes.size())
+    if (job.passes.size() || rounded.rows)
       for (int64_t output = stage.first; output < stage.last; output += kTile) {
         const int64_t lists = job.listed.size(), tile = (output - stage.first) / kTile, tiles = kBlock / kTile;
         const Listed<T>* first = job.listed.begin();
         fetch_lists<false>(job, stage, first + lists * tile / tiles, first + lists * (tile + 1) / tiles);
-        direct_tile(job, output, bench.room, bench.totals, stage);
+        if (job.passes.size()) direct_tile(job, output, bench.room, bench.totals, stage);
+        if constexpr (Lanes::rounds)
+          if (rounded.rows) rounded_tile<Lanes>(job, rounded, output, stage.of(false, 0, output));
       }
-    if constexpr (Lanes::rounds)
-      for (int64_t output = stage.first; output < stage.last && rounded.rows; output += kTile)
-        rounded_tile<Lanes>(job, rounded, output, stage.of(false, 0, output));
     for (const Piece& piece : job.panels)
       for (int64_t first = stage.first; first < stage.last; first += kPanel)
         panel_piece(job, piece, first, std::min(first + kPanel, stage.last), bench.room, bench.panel, bench.totals,
