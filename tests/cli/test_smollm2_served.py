@@ -41,6 +41,12 @@ PLACE = {
     "required": ["city", "continent"],
     "additionalProperties": False,
 }
+NAME = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ada", "Bruno", "Carla"]}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
 TOPICS = ("the weather", "my job", "this soup", "the garden", "the train", "the film", "a walk", "the meeting")
 FORMS = ("Tell me about {}.", "What do you think of {}?")
 RECIPE = {"score": "attribution-fisher", "rho": 0.0001, "scope": "outputs", "gamma": 0.5, "phase": "all", "force": True}
@@ -100,6 +106,10 @@ def chat(sdk: OpenAI, messages: Any = CAPITAL, **more: Any) -> Any:
     return sdk.chat.completions.create(**{"model": "smollm2", "messages": messages, "temperature": 0} | more)
 
 
+def make_format(schema: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
 def test_the_model_is_named_as_it_was_asked_for(sdk: OpenAI, server: Server) -> None:
     assert "smollm2" in [model.id for model in sdk.models.list()]
     assert "masquerade: smollm2 on " in server.said()
@@ -147,8 +157,8 @@ def test_a_named_tool_is_called_with_json(sdk: OpenAI) -> None:
 
 
 def test_a_schema_is_kept(sdk: OpenAI) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE, "strict": True}}
-    choice = chat(sdk, [{"role": "user", "content": "Describe Paris."}], response_format=form, max_tokens=80).choices[0]
+    paris = [{"role": "user", "content": "Describe Paris."}]
+    choice = chat(sdk, paris, response_format=make_format(PLACE), max_tokens=80).choices[0]
     assert choice.finish_reason == "stop"
     assert json.loads(choice.message.content).keys() == {"city", "continent"}
 
@@ -159,7 +169,10 @@ def test_a_chat_has_a_history_and_a_system_prompt(sdk: OpenAI) -> None:
         {"role": "assistant", "content": "Nice to meet you, Ada!"},
         {"role": "user", "content": "What is my name?"},
     ]
-    assert "Ada" in chat(sdk, turns, max_tokens=30).choices[0].message.content
+    for name in ("Ada", "Bruno"):  # a choice among names is no near tie, as free answers of so small a model are
+        said = [{**turn, "content": turn["content"].replace("Ada", name)} for turn in turns]
+        answer = chat(sdk, said, response_format=make_format(NAME), max_tokens=40).choices[0].message.content
+        assert json.loads(answer) == {"name": name}
     # the template's own system message takes the place of one that is missing, not of one that is empty
     lengths = [
         chat(sdk, [*system, *CAPITAL], max_tokens=1).usage.prompt_tokens
