@@ -1,6 +1,6 @@
 """Tokens per CPU-second beside other engines, with 1, 4 and 16 streams of SmolLM2 on one core.
 
-`python -m benchmarks.peers --json [--quick] [--peers transformers,peft,llama.cpp]`. The model is `smollm2`, a GGUF file
+`python -m benchmarks.peers --json [--quick] [--peers transformers peft llama.cpp]`. The model is `smollm2`, a GGUF file
 of type Q4_1. Masquerade runs it as it is served, with weights in the file's blocks where the processor allows that, in
 bf16, and with inputs of 8 bits, as llama.cpp has them (`--quantization a8`). `generate` of transformers (a static
 batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF file in BF16.
@@ -128,13 +128,13 @@ QUICK = Scale(2, 32)
 
 def main() -> None:
     parser = arguments(__doc__, "fewer rounds and tokens; within three CPU minutes where there are bf16 instructions")
-    parser.add_argument("--peers", default=",".join(PEERS), help="those to measure; what is not installed is left out")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="what is not installed is left out")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        sides = find_sides(Path(folder), options.peers.split(","))
+        sides = find_sides(Path(folder), options.peers)
         figures = []
         for figure in measure_sides(sides, QUICK if options.quick else FULL):  # a run takes half an hour
             print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)

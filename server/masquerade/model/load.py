@@ -79,20 +79,15 @@ def load(
     the bit and about as fast: on a CPU with bf16 products, in the dtype `auto`. Raises `UnusableModel` with the reason.
     """
     where = _choose_device(device)
-    files = find_model(name)
-    if quantization == A8:
-        check_rounding(files, where.type, dtype)
+    files, rounds = find_model(name), quantization == A8
+    if rounds:
+        _check_rounding(files, where.type, dtype)
+    keep = rounds or (keep_blocks and keeps_blocks(where.type, dtype, quantization))
     try:
         mark = files.fingerprint()
         with _no_collections():
             model, tokenizer = (
-                _load_gguf(
-                    files,
-                    dtype,
-                    report,
-                    keep=quantization == A8 or (keep_blocks and keeps_blocks(where.type, dtype, quantization)),
-                    rounds=quantization == A8,
-                )
+                _load_gguf(files, dtype, report, keep=keep, rounds=rounds)
                 if files.is_gguf
                 else _load_folder(name, files, dtype, where, report)
             )
@@ -105,7 +100,7 @@ def load(
         )
     if not find_targets(model):
         raise UnusableModel(f"{name!r} has no Linears that masks apply to; are its weights packed by a quantisation?")
-    if quantization and quantization != A8:
+    if quantization and not rounds:
         quantize(model, quantization, where)
     if where.type == "cpu":
         use_short_attention(model)
@@ -218,7 +213,7 @@ def keeps_blocks(device: str, dtype: str, quantization: str | None) -> bool:
     return device == "cpu" and dtype == "auto" and quantization is None and quantised.pays()
 
 
-def check_rounding(files: ModelFiles, device: str, dtype: str) -> None:
+def _check_rounding(files: ModelFiles, device: str, dtype: str) -> None:
     """Raise `UnusableModel` if the inputs of a model's products cannot be rounded to 8 bits (`A8`)."""
     kinds = {weight.tensor.kind.name for weight in files.checkpoint.weights} if files.is_gguf else set()
     if not kinds & quantised.FORMS.keys():

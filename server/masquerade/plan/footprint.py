@@ -16,7 +16,7 @@ from masquerade.engine import kv_cache
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.kernels import BACKENDS, choose, footprint
 from masquerade.kernels.quantised import FORMS
-from masquerade.model.quantized import A8, measure_weight
+from masquerade.model.quantized import A8, QUANTIZATIONS, measure_weight
 from masquerade.plan.outline import Outline
 
 RHOS = (0.0001, 0.0008, 0.003, 0.01, 0.1)
@@ -92,8 +92,7 @@ def find_window(config: Any) -> tuple[int, int] | None:
 
 def measure_persona(outline: Outline, rho: float, quantization: str | None = None) -> PersonaFootprint:
     """The footprint of a mask that `residency` would count, in the encoding that its file would have."""
-    # Torch corrects Linears of bitsandbytes, as it does those on meta.
-    device = None if quantization not in (None, A8) else outline.device
+    device = None if quantization in QUANTIZATIONS else outline.device  # torch corrects those, as it does those on meta
     pruned = nbytes = listed = bitmaps = 0
     forms: Counter[str] = Counter()
     for linear, count in _group(outline.linears.values()):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from masquerade.engine import EngineConfig
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.errors import UnusableModel
-from masquerade.model.quantized import A8
+from masquerade.model.quantized import QUANTIZATIONS
 from masquerade.plan.fit import PROCESS, Line, name_dtype, name_form
 from masquerade.plan.footprint import measure_persona, measure_pool, measure_served, measure_weights
 from masquerade.plan.memory import MachineMemory, format_bytes
@@ -62,7 +62,7 @@ def check_loadable(outline: Outline, memory: MachineMemory, quantization: str | 
     on_cpu = outline.device == "cpu"
     if not outline.files or (on_cpu and not quantization and outline.is_mapped):
         return
-    if quantization not in (None, A8) and on_cpu:  # is loaded dense
+    if quantization in QUANTIZATIONS and on_cpu:
         weights = measure_weights(outline, outline.dtype)
     else:
         weights = measure_served(outline, quantization)

@@ -24,16 +24,14 @@ struct Rounded {
       for (int64_t i = 0; i < kInputs; i++) values[i] = widen(x[k + i]);
       for (int64_t i = 0; i < kInputs; i++) nothing += values[i] * 0.0f;
       for (int64_t i = 0; i < kInputs; i++) largest = std::fabs(values[i]) > largest ? std::fabs(values[i]) : largest;
-      const float inverse = largest > 0.0f && nothing == 0.0f ? kLevels / largest : 0.0f;
+      const float inverse = kLevels / largest;  // infinite if the largest is next to nothing
+      const bool usable = nothing == 0.0f && std::isfinite(inverse);
       int32_t sum = 0;
       int8_t* code = codes + row * in + k;
       for (int64_t i = 0; i < kInputs; i++) {
-        constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: a sum has no fraction
-        const float shifted = (nothing == 0.0f ? values[i] : 0.0f) * inverse + rounder;
-        int32_t bits;
-        std::memcpy(&bits, &shifted, sizeof bits);
-        code[i] = static_cast<int8_t>(bits - 0x4b400000);
-        sum += bits - 0x4b400000;
+        const int32_t level = __builtin_irintf(usable ? values[i] * inverse : 0.0f);  // ties to even
+        code[i] = static_cast<int8_t>(level);
+        sum += level;
       }
       const int64_t group = (row * in + k) / kInputs;
       scales[group] = largest / kLevels + nothing;
