@@ -30,10 +30,11 @@ from masquerade.model import AppliedMask, Base, MaskManager, load
 from masquerade.model.quantized import A8, QUANTIZATIONS
 from masquerade.pruning.neutral import generate_neutral_text
 from masquerade.sources import find_model
+from tests.model.gguf_blocks import choose, quantise
 from tests.model.ggufs import copy_metadata
 
 PERSONA = "introvert"
-KINDS = ("Q8_0", "Q5_1", "Q4_0")  # of GGUF; gguf's own quantisers have no K types
+KINDS = ("Q8_0", "Q6_K", "Q5_1", "Q4_0", "Q4_K")  # of GGUF; of K where rows are whole blocks
 UNITS = {"margin_shift": "nats a token", "margin_shift_median": "nats a token", "own_ratio": "x", "neutral_ratio": "x"}
 SIDES = {1: "own", -1: "the opposite's", 0: "neutral"}
 
@@ -71,14 +72,14 @@ def load_form(form: str) -> Base:
 
 
 def requantise(source: Path, path: Path, kind: GGMLQuantizationType) -> None:
-    """Write a GGUF with all matrices of another in one type."""
+    """Write a GGUF with all matrices of another in one type, or in the one that llama.cpp takes where none fits."""
     reader, writer = GGUFReader(source), GGUFWriter(path, "none")
     copy_metadata(reader, writer)
     for tensor in reader.tensors:
-        chosen = kind if len(tensor.shape) > 1 else tensor.tensor_type
+        chosen = choose(kind, tensor.shape[0]) if len(tensor.shape) > 1 else tensor.tensor_type
         values = quants.dequantize(tensor.data, tensor.tensor_type)
         raw = None if chosen == GGMLQuantizationType.F32 else chosen
-        writer.add_tensor(tensor.name, quants.quantize(values, chosen), raw_dtype=raw)
+        writer.add_tensor(tensor.name, quantise(values, chosen), raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gguf import GGMLQuantizationType
-from gguf.quants import quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import nn
 from transformers.utils import logging
 
@@ -48,6 +47,7 @@ from masquerade.kernels import (
 )
 from masquerade.kernels.quantised import FORMS
 from masquerade.model import AppliedMask, MaskManager
+from tests.model.gguf_blocks import quantise
 
 FULL = ((2048, 2048), (4096, 4096), (14336, 4096))
 QUICK = ((2048, 2048),)
@@ -240,8 +240,9 @@ def compare_quantised(shape: tuple[int, int], rows: int, seconds: float) -> dict
     count = max(2, int(POOL / (out * columns * BF16.itemsize)))
     blocks = np.random.default_rng(0).normal(0, 0.05, (min(out, 1024), columns)).astype(np.float32)
     pools: dict[str, list[torch.Tensor]] = {"bf16": [torch.randn(out, columns).to(BF16) for _ in range(count)]}
-    for form, rounds in product(FORMS, (False, True)):
-        raw = quantize(blocks, GGMLQuantizationType[form])
+    fitting = (form for form in FORMS if not columns % GGML_QUANT_SIZES[GGMLQuantizationType[form]][0])
+    for form, rounds in product(fitting, (False, True)):
+        raw = quantise(blocks, GGMLQuantizationType[form])
         weight = QuantisedWeight.empty(form, out, columns, rounds=rounds)
         for first in range(0, out, len(raw)):
             weight.write(first, raw[: out - first])

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -33,10 +33,11 @@ from masquerade.kernels import (
     serves,
 )
 from masquerade.kernels.quantised import FORMS, measure
+from tests.model.gguf_blocks import quantise
 
 pytestmark = pytest.mark.skipif(native.find_library() is None, reason="the native kernels were not built here")
 ISAS = library.isas if (library := native.find_library()) else []
-BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # bytes
+SIZES = {form: GGML_QUANT_SIZES[GGMLQuantizationType[form]] for form in FORMS}  # of a block: values, bytes
 
 
 def pack(form: str, raw: NDArray[np.uint8], columns: int, *, rounds: bool = False) -> QuantisedWeight:
@@ -51,10 +52,21 @@ def round_values(form: str, raw: NDArray[np.uint8]) -> Tensor:
         return torch.from_numpy(dequantize(raw, GGMLQuantizationType[form])).to(torch.bfloat16)
 
 
+def fit(form: str, columns: int) -> int:
+    """The next number of columns that are whole blocks."""
+    values, _ = SIZES[form]
+    return -(-columns // values) * values
+
+
+def make_raw(form: str, out: int, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Blocks of normally distributed weights."""
+    return quantise(rng.normal(0, 0.1, (out, columns)).astype(np.float32), GGMLQuantizationType[form])
+
+
 def make(form: str, out: int, columns: int, seed: int = 0) -> tuple[QuantisedLinear, nn.Linear]:
     """A quantised Linear, and the same in bfloat16."""
     rng = np.random.default_rng(seed)
-    raw = quantize(rng.normal(0, 0.1, (out, columns)).astype(np.float32), GGMLQuantizationType[form])
+    raw = make_raw(form, out, columns, rng)
     bias = nn.Parameter(torch.from_numpy(rng.normal(0, 1, out)).to(torch.bfloat16), requires_grad=False)
     plain = nn.Linear(columns, out).to(torch.bfloat16).requires_grad_(False)
     plain.weight.copy_(round_values(form, raw))
@@ -98,6 +110,7 @@ def test_products_have_the_bits_of_those_in_bfloat16(
     form: str, out: int, columns: int, masks: list[tuple[str, float]], gammas: list[float], seed: int
 ) -> None:
     """Few rows, many rows, and masks of both kinds at any gamma; and no row depends on another."""
+    columns = fit(form, columns)
     quantised, plain = make(form, out, columns, seed)
     x = torch.randn(1 + len(gammas), columns, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     spans, expected_spans = (make_spans(linear, masks, gammas, seed) for linear in (quantised, plain))
@@ -111,9 +124,10 @@ def test_products_have_the_bits_of_those_in_bfloat16(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_products_equal_the_formula(form: str) -> None:
-    quantised, _ = make(form, 70, 576)
-    raw = quantize(np.random.default_rng(0).normal(0, 0.1, (70, 576)).astype(np.float32), GGMLQuantizationType[form])
-    x = torch.randn(7, 576).to(torch.bfloat16)
+    columns = fit(form, 576)
+    quantised, _ = make(form, 70, columns)
+    raw = make_raw(form, 70, columns, np.random.default_rng(0))
+    x = torch.randn(7, columns).to(torch.bfloat16)
     expected = x.double() @ round_values(form, raw).double().T + quantised.bias.double()
     for isa in ISAS:
         y = NativeProduct((), isa)(x, quantised.weight, quantised.bias)
@@ -123,11 +137,13 @@ def test_products_equal_the_formula(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_scale_and_every_code(form: str) -> None:
     """All 65536 scales of fp16, denormal, infinite and NaN ones too, with random codes and offsets."""
-    nbytes, scales = BLOCKS[form], np.arange(2**16, dtype="<u2")
-    raw = np.random.default_rng(0).integers(0, 256, (len(scales), nbytes), np.uint8)
-    raw[:, :2] = scales.view(np.uint8).reshape(-1, 2)
-    raw = raw.reshape(-1, 4 * nbytes)
-    expected, weight, inputs = round_values(form, raw), pack(form, raw, 128), torch.eye(128, dtype=torch.bfloat16)
+    (values, nbytes), scales, rng = SIZES[form], np.arange(2**16, dtype="<u2"), np.random.default_rng(0)
+    raw, columns = rng.integers(0, 256, (len(scales), nbytes), np.uint8), max(values, 128)
+    at = nbytes - 2 if form == "Q6_K" else 0
+    raw[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    raw = raw.reshape(-1, columns // values * nbytes)
+    expected, weight = round_values(form, raw), pack(form, raw, columns)
+    inputs = torch.eye(columns, dtype=torch.bfloat16)[torch.from_numpy(rng.permutation(columns))]
 
     def agrees(values: Tensor, wanted: Tensor) -> bool:
         return bool(((values == wanted) | (values.isnan() & wanted.isnan())).all())
@@ -141,7 +157,7 @@ def test_every_scale_and_every_code(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dense_weights_are_the_rounded_values(form: str) -> None:
-    quantised, plain = make(form, 33, 96)
+    quantised, plain = make(form, 33, fit(form, 96))
     assert torch.equal(dense_weight(quantised), plain.weight)
     assert torch.equal(torch.cat([tile for _, tile in dense_tiles(quantised)]), plain.weight)
     assert torch.equal(quantised.weight.read(torch.tensor([32, 0, 7, 7])), plain.weight[[32, 0, 7, 7]])
@@ -159,7 +175,7 @@ def test_masks_are_those_of_the_plain_weight(backend: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_inputs_are_those_of_the_plain_weight(form: str) -> None:
-    quantised, plain = make(form, 12, 64)
+    quantised, plain = make(form, 12, fit(form, 64))
     assert torch.equal(find_gradient(quantised), find_gradient(plain))
 
 
@@ -173,10 +189,14 @@ def test_embeddings_are_rows() -> None:
             embedding(torch.tensor([wrong]))
 
 
-@pytest.mark.parametrize(("form", "bits"), [("Q4_0", 4.5), ("Q4_1", 5), ("Q8_0", 8.5)])
-def test_memory_is_that_of_the_file(form: str, bits: float) -> None:
-    assert measure(form, 576, 576) == pytest.approx(576 * 576 * bits / 8, rel=0.04)  # tiles end with a cache line
-    assert pack(form, np.zeros((4, BLOCKS[form]), np.uint8), 32).nbytes == measure(form, 4, 32)
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_is_that_of_the_file_or_of_codes_in_bytes(form: str) -> None:
+    """Codes of 5 and 6 bits take 8."""
+    values, nbytes = SIZES[form]
+    wider = {"Q5": 3, "Q6": 2}.get(form[:2], 0)
+    bits = 8 * nbytes / values + wider
+    assert measure(form, 768, 768) == pytest.approx(768 * 768 * bits / 8, rel=0.04)  # tiles end with a cache line
+    assert pack(form, np.zeros((4, nbytes), np.uint8), values).nbytes == measure(form, 4, values)
 
 
 def test_copies_are_weights() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from masquerade.kernels import (
     native,
 )
 from masquerade.kernels.quantised import FORMS
-from tests.kernels.test_quantised import ISAS, find_gradient, pack
+from tests.kernels.test_quantised import ISAS, find_gradient, fit, make_raw, pack
 
 pytestmark = pytest.mark.skipif(native.find_library() is None, reason="the native kernels were not built here")
 GROUP = 32  # inputs with one scale
@@ -31,7 +31,7 @@ GROUP = 32  # inputs with one scale
 def make(form: str, out: int, columns: int, seed: int) -> tuple[QuantisedLinear, QuantisedLinear, Tensor]:
     """A Linear that rounds its inputs, the same that does not, and the values of the weight in float64."""
     rng = np.random.default_rng(seed)
-    raw = quantize(rng.normal(0, 0.1, (out, columns)).astype(np.float32), GGMLQuantizationType[form])
+    raw = make_raw(form, out, columns, rng)
     bias = nn.Parameter(torch.from_numpy(rng.normal(0, 1, out)).to(torch.bfloat16), requires_grad=False)
     rounding, exact = (pack(form, raw, columns, rounds=rounds) for rounds in (True, False))
     values = torch.from_numpy(dequantize(raw, GGMLQuantizationType[form])).double()
@@ -62,6 +62,7 @@ def agree(y: Tensor, expected: Tensor) -> bool:
 def test_rows_are_those_of_the_formula_alone_or_together(
     form: str, out: int, columns: int, rows: int, seed: int
 ) -> None:
+    columns = fit(form, columns)
     linear, _, values = make(form, out, columns, seed)
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     expected = round_inputs(x) @ values.T + linear.bias.double()
@@ -76,11 +77,12 @@ def test_rows_are_those_of_the_formula_alone_or_together(
 @pytest.mark.parametrize("gamma", [0.0, 0.3])
 def test_masks_take_their_weights_away(form: str, gamma: float) -> None:
     """The rows of lists are the base's but for the pruned weights; those of bitmaps are not rounded at all."""
-    linear, exact, values = make(form, 96, 576, 3)
-    x = torch.randn(12, 576, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    columns = fit(form, 576)
+    linear, exact, values = make(form, 96, columns, 3)
+    x = torch.randn(12, columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     rng, tables, kept = np.random.default_rng(5), [], []
     for backend, share in (("list", 0.003), ("list", 0.05), ("bits", 0.5)):
-        pruned = rng.random((96, 576)) < share
+        pruned = rng.random((96, columns)) < share
         mask = correct(linear, encode(pruned), backend)
         assert isinstance(mask, NativeMask)
         tables.append(NativeParts({"this": mask}, {"this": 0}))
@@ -103,8 +105,9 @@ def test_masks_take_their_weights_away(form: str, gamma: float) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_threads_and_instruction_sets_from_avx2_on_change_nothing(form: str) -> None:
-    linear, _, _ = make(form, 300, 576, 1)
-    x, found = torch.randn(9, 576).to(torch.bfloat16), []
+    columns = fit(form, 576)
+    linear, _, _ = make(form, 300, columns, 1)
+    x, found = torch.randn(9, columns).to(torch.bfloat16), []
     threads = torch.get_num_threads()
     for isa in ISAS[1:] or ISAS:
         for count in (1, 3):
@@ -116,8 +119,9 @@ def test_threads_and_instruction_sets_from_avx2_on_change_nothing(form: str) -> 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_that_is_not_finite_is_alone_with_that(form: str) -> None:
-    linear, _, values = make(form, 20, 96, 2)
-    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    columns = fit(form, 96)
+    linear, _, values = make(form, 20, columns, 2)
+    x = torch.randn(4, columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     x[0, 40], x[2, 3] = float("nan"), -float("inf")
     x[3] = 1e-38  # so little that a 127th has no inverse
     x[3, 7:] = 0

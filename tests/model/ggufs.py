@@ -28,6 +28,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import world
+from tests.model import gguf_blocks
 
 Kind = GGMLQuantizationType
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("\u0120", "w"), ("\u0120", "\u0120")]
@@ -95,8 +96,8 @@ def quantise(kind: Kind) -> Pack:
     """Matrices in a type, and vectors in F32, as llama.cpp's tools write them."""
 
     def pack(_: str, weights: NDArray[np.float32]) -> tuple[NDArray[Any], Kind]:
-        chosen = kind if weights.ndim == 2 else Kind.F32
-        return quants.quantize(weights, chosen), chosen
+        chosen = gguf_blocks.choose(kind, weights.shape[-1]) if weights.ndim == 2 else Kind.F32
+        return gguf_blocks.quantise(weights, chosen), chosen
 
     return pack
 

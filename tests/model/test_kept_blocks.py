@@ -24,7 +24,7 @@ from tests.model import ggufs
 from tests.model.test_gguf import MODELS, make
 
 pytestmark = pytest.mark.skipif(native.find_library() is None, reason="the native kernels were not built here")
-KINDS = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0)
+KINDS = tuple(map(Kind.__getitem__, quantised.FORMS))
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -53,10 +53,26 @@ def run(base: Base, masked: bool) -> list[list[int]]:
     return tokens
 
 
+def make_wide() -> Any:
+    """Rows of one and of two blocks of the K types."""
+    return ggufs.make_model("llama", hidden_size=256, intermediate_size=512)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_answers_and_personas_are_those_of_the_dequantised_model(tmp_path: Path, kind: Kind) -> None:
+    check_same(*load_both(ggufs.write(tmp_path / "m.gguf", make_wide(), ggufs.quantise(kind)).path))
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q4_K], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("name", ["llama-tied", "llama-biased", "qwen3", "gemma3"])
-def test_answers_and_personas_are_those_of_the_dequantised_model(tmp_path: Path, name: str, kind: Kind) -> None:
-    kept, plain = load_both(ggufs.write(tmp_path / "m.gguf", make(name), ggufs.quantise(kind)).path)
+def test_so_are_those_of_other_architectures_and_of_rows_that_no_k_type_fits(
+    tmp_path: Path, name: str, kind: Kind
+) -> None:
+    check_same(*load_both(ggufs.write(tmp_path / "m.gguf", make(name), ggufs.quantise(kind)).path))
+
+
+def check_same(kept: Base, plain: Base) -> None:
+    """Weights, greedy answers and those of a persona."""
     assert (kept.fingerprint, kept.dtype, kept.quantization) == (plain.fingerprint, plain.dtype, plain.quantization)
     linears = find_targets(plain.model)
     for target, linear in find_targets(kept.model).items():
@@ -107,7 +123,7 @@ def test_the_plan_counts_the_bytes_of_every_architecture(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_rounded_inputs_change_logits_a_little_and_leave_rows_alone(tmp_path: Path, kind: Kind) -> None:
-    path = str(ggufs.write(tmp_path / "m.gguf", make("llama"), ggufs.quantise(kind)).path)
+    path = str(ggufs.write(tmp_path / "m.gguf", make_wide(), ggufs.quantise(kind)).path)
     rounding, exact = load(path, device="cpu", quantization="a8"), load(path, device="cpu")
     assert (rounding.quantization, rounding.fingerprint) == ("a8", exact.fingerprint)
     tokens = torch.arange(3, 43)[None]
@@ -129,7 +145,7 @@ def test_what_cannot_be_rounded_is_refused_by_name(tmp_path: Path, tiny_folder: 
     ours = str(ggufs.write(tmp_path / "m.gguf", make("llama"), ggufs.quantise(Kind.Q8_0)).path)
     for name, dtype, said in (
         (str(tiny_folder), "auto", "`--quantization a8` needs a GGUF file .* is none"),
-        (half, "auto", "with weights of the types Q4_0, Q4_1, Q8_0; half has F16"),
+        (half, "auto", "with weights of the types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K; half has F16"),
         (ours, "float32", "runs on a CPU, in bfloat16"),
     ):
         with pytest.raises(UnusableModel, match=said):

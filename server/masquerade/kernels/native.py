@@ -30,9 +30,9 @@ from masquerade.kernels.correction import accumulator, bitmap_footprint
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
-INTERFACE = 8  # of product.h
+INTERFACE = 9  # of product.h
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # slowest first, numbered as in product.h
-ROUNDS = 4  # added to a form
+ROUNDS = 16  # added to a form
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIST, _WIDE_LIST, _BITMAP = range(1, 4)
 _PART = np.dtype([("kind", np.int64), ("data", np.uintp)])

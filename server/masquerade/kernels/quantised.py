@@ -1,4 +1,4 @@
-"""Weights that stay quantised as a GGUF file has them, in blocks of 32 with a scale, laid out for the native kernels.
+"""Weights that stay quantised as a GGUF file has them, in blocks with a scale, laid out for the native kernels.
 
 Their values are the file's, rounded to bfloat16 like those of a weight that is dequantised when it is loaded. The
 kernels dequantise a few outputs at a time and multiply them like plain ones, so products have the same bits. If a
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from masquerade.kernels.gradients import differentiate
 from masquerade.kernels.native import has_bf16, multiply_base, require_library
 
-FORMS: Mapping[str, int] = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 3}  # GGUF's names; numbered as in product.h
+_NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # GGUF's
+FORMS: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES, 1)}  # as in product.h
 TILE = 4  # outputs that are laid out together
 
 
@@ -31,7 +32,7 @@ class QuantisedWeight(nn.Parameter):
 
     @classmethod
     def empty(cls, form: str, out: int, columns: int, *, rounds: bool = False) -> Self:
-        """A weight with values that are anything; `columns` is a multiple of 32."""
+        """A weight with values that are anything; `columns` is a multiple of 32, with K of 256."""
         data = torch.empty(measure(form, out, columns), dtype=torch.uint8)
         return cls._make(data, FORMS[form], (out, columns), rounds)
 

@@ -15,7 +15,7 @@ from maskstore import Mask, Measurement, Registry, Revision
 from maskstore.mask import Phase, now
 from masquerade.cli.masks.common import Persona, find_defaults, identify, tabulate
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
-from masquerade.cli.progress import follow_loading
+from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_opposite, open_store
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ def certify(
     With --quantization it holds for a base that is quantised so, and is kept beside that of the unquantised base.
     """
     from masquerade.evaluate.dataset import holds_both_sides, read_examples
-    from masquerade.evaluate.metrics import finish
     from masquerade.model import MaskManager, load
     from masquerade.pruning.measurement import HeldOutExamples, measure
 
@@ -65,7 +64,7 @@ def certify(
     manager = MaskManager.attach(base.model)
     found = open_opposite(registry, mask)
     opposite = _serve(registry, *found)[0] if found else None
-    certificate, measured_on = finish(measure(base, manager, served, phase, held, opposite, seed))
+    certificate, measured_on = follow(measure(base, manager, served, phase, held, opposite, seed))
     measurement = Measurement(revision.digest, certificate, served.gamma, phase, measured_on, now(), base.quantization)
     registry.record(measurement)
     if as_json:

@@ -4,7 +4,21 @@
 
 namespace {
 
-constexpr int64_t kGroups = 64;  // groups of inputs whose scales are widened at once
+constexpr int64_t kGroups = 64;  // groups of kInputs whose scales are widened at once
+
+// `count` scales of a tile's outputs, or offsets, from one on, in fp32.
+template <int32_t form>
+inline __attribute__((always_inline)) void widen_scales(const Scales& scales, int64_t first, int64_t count, float* to) {
+  constexpr Quantisation how(form);
+  if constexpr (how.nested == 1) return Lanes::widen_halves(scales.halves + first * kOutputs, count * kOutputs, to);
+  constexpr int64_t most = kGroups * kInputs / kSuper * kOutputs;
+  float halves[most + Lanes::width];
+  Lanes::widen_halves(scales.halves + first / how.nested * kOutputs, count / how.nested * kOutputs, halves);
+  const int8_t* multiples = scales.multiples + first * kOutputs;
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t m = 0; m < kOutputs; m++)
+      to[i * kOutputs + m] = halves[i / how.nested * kOutputs + m] * multiples[i * kOutputs + m];
+}
 
 // Calls `take` with inputs `start` to `stop` of a tile, both multiples of kInputs: an output of the tile, an input and a
 // vector of bf16 from there on. Calls `begin` before each group of inputs.
@@ -12,20 +26,23 @@ template <int32_t form, class Begin, class Take>
 inline __attribute__((always_inline)) void dequantise(const QuantisedTile& tile, int64_t start, int64_t stop,
                                                       const Begin& begin, const Take& take) {
   constexpr Quantisation how(form);
-  float scales[kGroups * kOutputs + Lanes::width], offsets[kGroups * kOutputs + Lanes::width];
+  constexpr int64_t parts = kInputs / how.inputs;  // of kInputs with a scale each
+  static_assert(parts == 1 || !how.offset);
+  float scales[parts * kGroups * kOutputs + Lanes::width], offsets[kGroups * kOutputs + Lanes::width];
   for (int64_t first = start / kInputs; first < stop / kInputs; first += kGroups) {
     const int64_t groups = std::min(kGroups, stop / kInputs - first);
-    Lanes::widen_halves(tile.scales + first * kOutputs, groups * kOutputs, scales);
-    if constexpr (how.offset) Lanes::widen_halves(tile.offsets + first * kOutputs, groups * kOutputs, offsets);
+    widen_scales<form>(tile.scales, first * parts, groups * parts, scales);
+    if constexpr (how.offset) widen_scales<form>(tile.offsets, first, groups, offsets);
     for (int64_t group = 0; group < groups; group++) {
       const int64_t k = (first + group) * kInputs;
       const uint8_t* codes = tile.codes + (first + group) * how.codes();
       const auto place = [&](int m, int at, auto values) __attribute__((always_inline)) { take(m, k + at, values); };
+      const float *scale = scales + group * parts * kOutputs, *offset = offsets + group * kOutputs;
       begin(k);
       if constexpr (how.bits == 4)
-        Lanes::four_bits<how.zero, how.offset>(codes, scales + group * kOutputs, offsets + group * kOutputs, place);
+        Lanes::four_bits<how.zero, how.offset>(codes, scale, offset, place);
       else
-        Lanes::eight_bits(codes, scales + group * kOutputs, place);
+        Lanes::eight_bits<(parts - 1) * kOutputs, how.offset>(codes, scale, offset, place);
     }
   }
 }
@@ -37,8 +54,5 @@ void dequantise_to(const QuantisedTile& tile, int64_t start, int64_t stop, uint1
     std::memcpy(to + m * stride + k - start, &values, sizeof values);
   });
 }
-
-using Dequantise = decltype(&dequantise_to<kQ4_0>);
-constexpr Dequantise kDequantise[] = {nullptr, dequantise_to<kQ4_0>, dequantise_to<kQ4_1>, dequantise_to<kQ8_0>};  // by form
 
 }  // namespace

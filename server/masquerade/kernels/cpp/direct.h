@@ -100,14 +100,9 @@ void direct_quantised_rows(const Inputs<T>& inputs, const Pass& pass, const Quan
   direct_quantised<T, form, n>(inputs, pass, tile, reach, ahead);
 }
 
-// Whether that is done, and by what for each form.
+// Whether that is done.
 template <class T>
 constexpr bool kFuses = Lanes::fuses && std::is_same_v<T, T16>;
-template <class T, bool fuses = kFuses<T>>
-constexpr decltype(&direct_quantised_rows<T, kQ4_0>) kFused[] = {
-    nullptr, direct_quantised_rows<T, kQ4_0>, direct_quantised_rows<T, kQ4_1>, direct_quantised_rows<T, kQ8_0>};
-template <class T>
-constexpr decltype(&direct_quantised_rows<T, kQ4_0>) kFused<T, false>[] = {nullptr, nullptr, nullptr, nullptr};
 
 // The tile that begins at an output, for all passes.
 template <class T>
@@ -131,10 +126,12 @@ void direct_tile(const Job<T>& job, int64_t output, T* room, float* totals, cons
       float* kept = totals;
       for (const Pass& pass : job.passes) {
         const Reach reach{k, stop, k == 0, stop == in, kept, stage.of(pass.whole, pass.row, at)};
-        if (fused && apart)
-          kFused<T>[job.call.form](job.inputs, pass, job.tile(at), reach, ahead);
-        else
+        if (!fused || !apart)
           kDirect[static_cast<int>(pass.mode)][pass.each](job.inputs, pass, place, reach, ahead);
+        else if constexpr (kFuses<T>)
+          with_form(job.call.form, [&](auto form) {
+            direct_quantised_rows<T, form.value>(job.inputs, pass, job.tile(at), reach, ahead);
+          });
         kept += pass.rows * kTile * Lanes::width;
       }
     }

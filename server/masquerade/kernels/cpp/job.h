@@ -166,7 +166,7 @@ struct Job {
   Weights<T> weights(int64_t output, int64_t start, int64_t stop, T* room, int64_t stride) const {
     if constexpr (std::is_same_v<T, T16>)
       if (call.form != kPlain) {
-        kDequantise[call.form](tile(output), start, stop, room, stride);
+        with_form(call.form, [&](auto form) { dequantise_to<form.value>(tile(output), start, stop, room, stride); });
         return {room + output % kTile * stride - start, stride};
       }
     return {weight(output), call.in};

@@ -109,14 +109,16 @@ struct Lanes {
       take(m, 0, _mm512_permutexvar_epi16(_mm512_srli_epi16(places, m % 2 * 4), table));
     }
   }
-  template <class Take>
+  template <int apart, bool offset, class Take>
   static inline __attribute__((always_inline)) void eight_bits(const uint8_t* codes, const float* scales,
-                                                               const Take& take) {
+                                                               const float* offsets, const Take& take) {
 #pragma GCC unroll 4
     for (int m = 0; m < 4; m++) {
-      const F scale = fill(scales[m]);
-      take(m, 0, narrow(_mm512_mul_ps(signed_bytes(codes + m * 32), scale),
-                        _mm512_mul_ps(signed_bytes(codes + m * 32 + 16), scale)));
+      const auto values = [&](int at) {
+        const F levels = signed_bytes(codes + m * 32 + at), scale = fill(scales[m + at / 16 * apart]);
+        return offset ? _mm512_fmadd_ps(levels, scale, fill(offsets[m])) : _mm512_mul_ps(levels, scale);
+      };
+      take(m, 0, narrow(values(0), values(16)));
     }
   }
 

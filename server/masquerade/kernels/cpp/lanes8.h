@@ -104,20 +104,21 @@ struct Lanes {
       }
     }
   }
-  template <class Take>
-  static inline void eight_bits(const uint8_t* codes, const float* scales, const Take& take) {
+  // `apart` is from the scales of the first 16 inputs to those of the last.
+  template <int apart, bool offset, class Take>
+  static inline void eight_bits(const uint8_t* codes, const float* scales, const float* offsets, const Take& take) {
     for (int m = 0; m < 4; m++)
       for (int at = 0; at < 32; at += 16) {
         const I words = __builtin_convertvector(copy<H>(codes + m * 32 + at), I);
-        const F even = __builtin_convertvector(words << 24 >> 24, F) * scales[m];
-        const F odd = __builtin_convertvector(words << 16 >> 24, F) * scales[m];
-        take(m, at, pair(round(even), round(odd)));
+        const F scale = fill(scales[m + at / 16 * apart]), shift = fill(offset ? offsets[m] : 0.0f);
+        const auto value = [&](I code) { return fma(__builtin_convertvector(code, F), scale, shift); };
+        take(m, at, pair(round(value(words << 24 >> 24)), round(value(words << 16 >> 24))));
       }
   }
 
   static constexpr bool rounds = true;  // inputs to 8 bits, if asked to
   // Integers: the codes of 32 inputs of 4 outputs, and the sums of their products with as many inputs of 8 bits, four of
-  // them a lane; four fp16 to fp32; and one of four, which are there twice, in all lanes.
+  // them a lane; four of fp16 or bytes to fp32; and one of four, or of twice four, in the lanes of its half.
 #if defined(__AVX2__)
   typedef __m256i Bytes;
   static inline Bytes bytes(const int8_t* from) { return copy<__m256i>(from); }
@@ -137,6 +138,9 @@ struct Lanes {
     }
   };
   static inline Quad widen_four(const uint16_t* from) { return _mm_cvtph_ps(copy<__m128i>(from)); }
+  static inline Quad widen_four(const int8_t* from) {
+    return _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(copy<int32_t>(from))));
+  }
   template <int m>
   static inline F spread(F fours) { return _mm256_permute_ps(fours, m * 0x55); }
 #else
@@ -159,10 +163,13 @@ struct Lanes {
     widen_halves(from, width, wide);
     return copy<Quad>(wide);
   }
+  static inline Quad widen_four(const int8_t* from) {
+    return Quad{float(from[0]), float(from[1]), float(from[2]), float(from[3])};
+  }
   template <int m>
-  static inline F spread(F fours) { return fill(fours[m]); }
+  static inline F spread(F fours) { return __builtin_shufflevector(fours, fours, m, m, m, m, m + 4, m + 4, m + 4, m + 4); }
 #endif
-  static inline F twice(Quad four) { return __builtin_shufflevector(four, four, 0, 1, 2, 3, 4, 5, 6, 7); }
+  static inline F join(Quad low, Quad high) { return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7); }
 
   static inline I count(const uint16_t* counts) { return __builtin_convertvector(copy<H>(counts), I); }
   static inline I count(const uint32_t* counts) { return copy<I>(counts); }

@@ -7,11 +7,13 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 8;  // changes whenever anything here does
+constexpr int32_t kInterface = 9;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
-enum Form : int32_t { kPlain = 0, kQ4_0 = 1, kQ4_1 = 2, kQ8_0 = 3 };  // of a weight: of dtype, or quantised as GGUF has it
-constexpr int32_t kRounds = 4;  // added to the form of a quantised weight: rows without a bitmap are rounded to 8 bits
+enum Form : int32_t {  // of a weight: of dtype, or quantised as GGUF has it
+  kPlain = 0, kQ4_0 = 1, kQ4_1 = 2, kQ5_0 = 3, kQ5_1 = 4, kQ8_0 = 5, kQ4_K = 6, kQ5_K = 7, kQ6_K = 8
+};
+constexpr int32_t kRounds = 16;  // added to the form of a quantised weight: rows without a bitmap are rounded to 8 bits
 enum Kind : int64_t { kNothing = 0, kList16 = 1, kList32 = 2, kBitmap = 3 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2 };  // no route: spans overlap or end beyond the batch
@@ -69,7 +71,7 @@ void masquerade_list_read(int64_t kind, int32_t dtype, void* list, int64_t out, 
 
 // A quantised weight is laid out once, when it is loaded (quantised.h). Its values are those of GGUF, rounded to bf16; as
 // they are where inputs are rounded (rounded.h).
-// `in` is a multiple of 32.
+// `in` is a multiple of 32, with K of 256.
 int64_t masquerade_quantised_size(int32_t form, int64_t out, int64_t in);  // bytes; a weight begins a cache line
 // Lay out `count` outputs from `first` on, a multiple of 4, as so are `count` or the outputs end there; `blocks` are theirs.
 void masquerade_quantised_write(int32_t form, const void* blocks, int64_t first, int64_t count, int64_t in, void* weight);

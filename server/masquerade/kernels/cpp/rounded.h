@@ -40,6 +40,15 @@ struct Rounded {
   }
 };
 
+// A scale, or an offset, of the outputs of a tile, in fp32.
+template <class L, int32_t form>
+inline typename L::Quad widen_scale(const Scales& scales, int64_t at) {
+  constexpr Quantisation how(form);
+  const typename L::Quad halves = L::widen_four(scales.halves + at / how.nested * kTile);
+  if constexpr (how.nested == 1) return halves;
+  else return halves * L::widen_four(scales.multiples + at * kTile);
+}
+
 // kTile outputs of `n` rows from `row` on. `L` is `Lanes`; units whose lanes do not round need not have what this uses.
 template <class L, int32_t form, int n>
 void multiply_rounded(const QuantisedTile& tile, const Rounded& x, int64_t row, float* sums, Ahead& ahead_) {
@@ -58,14 +67,16 @@ void multiply_rounded(const QuantisedTile& tile, const Rounded& x, int64_t row, 
   for (int64_t group = 0; group < groups; group++) {
     ahead.fetch();
     const typename L::template Codes<how.bits> codes(tile.codes + group * how.codes());
-    const Four scales = L::widen_four(tile.scales + group * kTile);
-    const Four offsets = how.offset ? L::widen_four(tile.offsets + group * kTile) : scales * static_cast<float>(-how.zero);
+    constexpr int64_t parts = kInputs / how.inputs;  // the first and the last inputs of a group may have a scale each
+    const Four scales = widen_scale<L, form>(tile.scales, group * parts);
+    const Four last = parts == 1 ? scales : widen_scale<L, form>(tile.scales, group * parts + 1);
+    const Four offsets = how.offset ? widen_scale<L, form>(tile.offsets, group) : scales * static_cast<float>(-how.zero);
 #pragma GCC unroll 4
     for (int r = 0; r < n; r++) {
       const int64_t at = (row + r) * groups + group;
-      const F scale = L::twice(scales * x.scales[at]);
+      const F scale = L::join(scales * x.scales[at], last * x.scales[at]);
       const auto inputs = L::bytes(x.codes + at * kInputs);
-      if constexpr (how.bits == 4) rest[r] = rest[r] + offsets * x.sums[at];
+      if constexpr (how.offset || how.zero) rest[r] = rest[r] + offsets * x.sums[at];
       each_of<kTile>([&](auto m) __attribute__((always_inline)) {
         F& sum = total[m.value][r];
         sum = L::fma(codes.template multiply<m.value>(inputs), L::template spread<m.value>(scale), sum);
@@ -91,12 +102,12 @@ void multiply_rounded_rows(const QuantisedTile& tile, const Rounded& x, int64_t 
 // The tile that begins at an output, for all of the rows.
 template <class L, class T>
 void rounded_tile(const Job<T>& job, const Rounded& x, int64_t output, float* sums) {
-  constexpr decltype(&multiply_rounded_rows<L, kQ4_0>) kMultiply[] = {
-      nullptr, multiply_rounded_rows<L, kQ4_0>, multiply_rounded_rows<L, kQ4_1>, multiply_rounded_rows<L, kQ8_0>};
   const int64_t passes = (x.rows + L::rows - 1) / L::rows;
   Ahead ahead(job.memory(output + kTile), job.tile_bytes(), passes * (x.in / kInputs));
   for (int64_t row = 0; row < x.rows; row += L::rows)
-    kMultiply[job.call.form](job.tile(output), x, row, sums + row * kRow, ahead);
+    with_form(job.call.form, [&](auto form) {
+      multiply_rounded_rows<L, form.value>(job.tile(output), x, row, sums + row * kRow, ahead);
+    });
 }
 
 }  // namespace
