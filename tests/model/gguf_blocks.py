@@ -26,9 +26,7 @@ def quantise(values: Floats, kind: Kind) -> NDArray[Any]:
     if kind not in _INSTEAD:
         return quants.quantize(values, kind)
     blocks = values.reshape(-1, SUPER)
-    raw = (
-        _quantise_6_bits(blocks) if kind is Kind.Q6_K else _quantise_with_offset(blocks, 4 + (kind is Kind.Q5_K))
-    )
+    raw = _quantise_6_bits(blocks) if kind is Kind.Q6_K else _quantise_with_offset(blocks, 4 + (kind is Kind.Q5_K))
     return raw.reshape(len(values), -1)
 
 
