@@ -265,7 +265,7 @@ def measure_decoding(scale: Scale) -> Iterator[Figure]:
         masks = [AppliedMask(manager.fit(make_mask(base, seed)), 0.0) for seed in range(PERSONAS)]
         for count in (1, 4, 16):
             cases: dict[int, Sequence[AppliedMask | None]] = {0: [None], 1: masks[:1], PERSONAS: masks}
-            engines = {personas: _start_decoding(base, count, applied) for personas, applied in cases.items()}
+            engines = {personas: start_decoding(base, count, applied) for personas, applied in cases.items()}
             spent: dict[int, list[float]] = {personas: [] for personas in engines}
             for _ in range(scale.quiet):
                 for personas, engine in engines.items():
@@ -300,7 +300,7 @@ def measure_layers(scale: Scale) -> Iterator[Figure]:
                 vars(module).pop("forward", None)
 
     for count, applied in ((1, bare), (1, masks), (16, bare), (16, masks)):
-        engines = {native: _start_decoding(base, count, applied) for native in (True, False)}
+        engines = {native: start_decoding(base, count, applied) for native in (True, False)}
         spent: dict[bool, list[float]] = {native: [] for native in engines}
         for _ in range(scale.quiet):
             for native, engine in engines.items():
@@ -319,7 +319,7 @@ def measure_layers(scale: Scale) -> Iterator[Figure]:
     manager.detach()
 
 
-def _start_decoding(base: Base, count: int, applied: Sequence[AppliedMask | None]) -> Engine:
+def start_decoding(base: Base, count: int, applied: Sequence[AppliedMask | None]) -> Engine:
     """An engine whose requests have computed their prompts."""
     engine = Engine(base, EngineConfig(speculate=False, cache_bytes=2**27))
     prompts = make_prompts(count, (90, 110))

@@ -35,6 +35,7 @@ from masquerade.pruning.search import SearchSettings
 from masquerade.pruning.statistics import LinearStatistics
 from tests import families, world
 from tests.engine.asking import Listener, finish
+from tests.model.test_quantized import TOLERANCE, check_logits
 
 ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
 MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
@@ -233,6 +234,11 @@ def observe(base: Base, targets: Mapping[str, Any]) -> tuple[dict[str, torch.Ten
         for handle in handles:
             handle.remove()
     return squares, dict(zip(targets, torch.autograd.grad(total, weights), strict=True))
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_its_quantised_forms_compute_with_what_their_codes_stand_for(family: Family, base: Base, how: str) -> None:
+    check_logits(load(str(family.folder), device="cpu", quantization=how), base, TOLERANCE[how])
 
 
 def test_every_supported_family_is_tested() -> None:
