@@ -1,4 +1,4 @@
-// x86-64 with AVX-512 F, BW, VL, DQ and BF16: products of bf16. Those of fp32 are the AVX-512 unit's.
+// x86-64 with AVX-512 F, BW, VL, DQ, VNNI and BF16: products of bf16. Those of fp32 are the AVX-512 unit's.
 #include "lanes16.h"
 #include "attention.h"
 #include "tiles.h"

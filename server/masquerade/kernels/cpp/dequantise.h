@@ -14,10 +14,10 @@ inline __attribute__((always_inline)) void widen_scales(const Scales& scales, in
   constexpr int64_t most = kGroups * kInputs / kSuper * kOutputs;
   float halves[most + Lanes::width];
   Lanes::widen_halves(scales.halves + first / how.nested * kOutputs, count / how.nested * kOutputs, halves);
+  constexpr int64_t nested = how.nested * kOutputs;
   const int8_t* multiples = scales.multiples + first * kOutputs;
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t m = 0; m < kOutputs; m++)
-      to[i * kOutputs + m] = halves[i / how.nested * kOutputs + m] * multiples[i * kOutputs + m];
+  for (int64_t at = 0; at < count * kOutputs; at += nested)
+    Lanes::multiply_fours(multiples + at, nested, halves + at / how.nested, to + at);
 }
 
 // Calls `take` with inputs `start` to `stop` of a tile, both multiples of kInputs: an output of the tile, an input and a

@@ -116,7 +116,7 @@ void direct_tile(const Job<T>& job, int64_t output, T* room, float* totals, cons
   // line would be in its way.
   const bool single = job.passes.size() == 1 && job.passes.begin()->mode == Mode::dense;
   const bool fused = kFuses<T> && single && job.call.form != kPlain;
-  const bool pairs = single && job.tile_bytes() >= kTile * kLong;
+  const bool pairs = single && job.call.form == kPlain && job.tile_bytes() >= kTile * kLong;
   Ahead ahead(job.memory(output + kTile), job.tile_bytes(), steps, pairs ? 2 * kCacheLine : kCacheLine);
   const auto compute = [&](int64_t at, int64_t apart) {
     for (int64_t k = 0; k < in; k += kChunk) {

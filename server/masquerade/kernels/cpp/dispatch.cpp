@@ -62,7 +62,7 @@ extern "C" int32_t masquerade_isas() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     isas |= 1 << kAvx512;
-  if (isas >> kAvx512 & 1 && __builtin_cpu_supports("avx512bf16")) isas |= 1 << kAvx512Bf16;
+  if (isas >> kAvx512 & 1 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) isas |= 1 << kAvx512Bf16;
 #endif
   return isas;
 }
@@ -75,7 +75,7 @@ extern "C" int32_t masquerade_product(const Span* spans, int64_t count, int64_t 
   if (!rows) return kDone;
   const bool rounds = form & kRounds;
   Call call{weight, bias, x, y, nullptr, nullptr, 0, rows, out, in, dtype, form & ~kRounds, threads, rounds};
-  if (rounds) isa = std::min(isa, static_cast<int32_t>(kAvx2));  // what rounded.h is written for
+  if (rounds && isa == kAvx512) isa = kAvx2;  // it has no sums of integers
   if (count) {
     if (!arrangement.arrange(spans, count, number, rows)) return kNoRoute;
     call.order = arrangement.order();

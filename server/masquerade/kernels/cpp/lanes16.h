@@ -89,6 +89,11 @@ struct Lanes {
       store(to + i, _mm512_mask_mov_ps(value, nan, fill(__builtin_nanf(""))));  // one that `round` does not carry
     }
   }
+  static inline void multiply_fours(const int8_t* from, int64_t count, const float* fours, float* to) {
+    const F factor = _mm512_broadcast_f32x4(_mm_loadu_ps(fours));
+    for (int64_t i = 0; i < count; i += width)
+      store(to + i, _mm512_mul_ps(signed_bytes(reinterpret_cast<const uint8_t*>(from + i)), factor));
+  }
 #if defined(__AVX512BF16__)
   static constexpr bool fuses = true;  // dequantising and multiplying, in registers
 #else
@@ -122,7 +127,60 @@ struct Lanes {
     }
   }
 
+#if defined(__AVX512VNNI__)
+  static constexpr bool rounds = true;
+  static constexpr int beside = 2;
+  typedef F Partial;
+  typedef __m128 Quad;
+  template <int bits>
+  struct Inputs {  // with signed codes, 128 times the sums are taken away again
+    I levels, less = _mm512_setzero_si512();
+    explicit Inputs(const int8_t* from)
+        : levels(_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))) {
+      if constexpr (bits == 8) less = _mm512_sub_epi32(less, _mm512_dpbusd_epi32(less, _mm512_set1_epi8(-128), levels));
+    }
+  };
+  template <int bits>
+  struct Codes {
+    I levels[2];
+    explicit Codes(const uint8_t* from) {
+      const I halves = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+      for (int v = 0; v < 2; v++)
+        if constexpr (bits == 8) {
+          levels[v] = _mm512_xor_si512(_mm512_loadu_si512(from + v * 64), _mm512_set1_epi8(-128));
+        } else {
+          const I both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + v * 32)));
+          levels[v] = _mm512_and_si512(_mm512_srlv_epi16(both, halves), _mm512_set1_epi8(15));
+        }
+    }
+    template <int v>
+    F multiply(const Inputs<bits>& inputs) const {
+      return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(inputs.less, levels[v], inputs.levels));
+    }
+  };
+  static inline Quad widen_four(const uint16_t* from) {
+    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+  static inline Quad widen_four(const int8_t* from) {
+    int32_t bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(bytes)));
+  }
+  static inline F join(Quad low, Quad high) { return _mm512_castps256_ps512(_mm256_set_m128(high, low)); }
+  template <int v>
+  static inline F spread(F fours) {
+    constexpr int m = 2 * v;
+    const I at = _mm512_setr_epi32(m, m, m, m, m + 4, m + 4, m + 4, m + 4, m + 1, m + 1, m + 1, m + 1, m + 5, m + 5, m + 5, m + 5);
+    return _mm512_permutexvar_ps(at, fours);
+  }
+  static inline void reduce(F ab, F cd, float* to) {  // in lanes8.h's tree
+    const auto fold = [](__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
+    const auto pairs = [&](F v) { return _mm_hadd_ps(fold(_mm512_castps512_ps256(v)), fold(_mm512_extractf32x8_ps(v, 1))); };
+    _mm_storeu_ps(to, _mm_hadd_ps(pairs(ab), pairs(cd)));
+  }
+#else
   static constexpr bool rounds = false;
+#endif
 
   // Lists: how many weights the lanes have, which lanes have more than `step`, and inputs from everywhere.
   static inline I count(const uint16_t* counts) {

@@ -91,6 +91,12 @@ struct Lanes {
       store(to + i, signed_ == signed_ ? signed_ : fill(__builtin_nanf("")));  // one that `round` does not carry
     }
   }
+  // Bytes, as many times the width, times the same four numbers again and again.
+  static inline void multiply_fours(const int8_t* from, int64_t count, const float* fours, float* to) {
+    typedef int8_t B __attribute__((vector_size(8)));
+    const Quad factor = copy<Quad>(fours);
+    for (int64_t i = 0; i < count; i += width) store(to + i, __builtin_convertvector(copy<B>(from + i), F) * join(factor, factor));
+  }
   static constexpr bool fuses = false;
   template <int zero, bool offset, class Take>
   static inline void four_bits(const uint8_t* codes, const float* scales, const float* offsets, const Take& take) {
@@ -117,11 +123,17 @@ struct Lanes {
   }
 
   static constexpr bool rounds = true;  // inputs to 8 bits, if asked to
-  // Integers: the codes of 32 inputs of 4 outputs, and the sums of their products with as many inputs of 8 bits, four of
-  // them a lane; four of fp16 or bytes to fp32; and one of four, or of twice four, in the lanes of its half.
+  // Integers: 32 inputs of 8 bits, codes of `bits` of as many inputs of 4 outputs, and the sums of their products, four
+  // of them a lane and `beside` outputs a vector; four of fp16 or bytes to fp32; and one of four, or of twice four, in
+  // the lanes of its half.
+  static constexpr int beside = 1;
+  typedef F Partial;
 #if defined(__AVX2__)
-  typedef __m256i Bytes;
-  static inline Bytes bytes(const int8_t* from) { return copy<__m256i>(from); }
+  template <int bits>
+  struct Inputs {
+    __m256i levels;
+    explicit Inputs(const int8_t* from) : levels(copy<__m256i>(from)) {}
+  };
   template <int bits>
   struct Codes {
     __m256i levels[4];
@@ -131,9 +143,9 @@ struct Lanes {
         else levels[m] = _mm256_srli_epi16(copy<__m256i>(from + m / 2 * 32), m % 2 * 4) & _mm256_set1_epi8(15);
     }
     template <int m>
-    F multiply(Bytes inputs) const {  // a pair of products stays below 2^15
-      const __m256i level = bits == 8 ? _mm256_abs_epi8(levels[m]) : levels[m];
-      const __m256i pairs = _mm256_maddubs_epi16(level, bits == 8 ? _mm256_sign_epi8(inputs, levels[m]) : inputs);
+    F multiply(const Inputs<bits>& inputs) const {  // a pair of products stays below 2^15
+      const __m256i level = bits == 8 ? _mm256_abs_epi8(levels[m]) : levels[m], x = inputs.levels;
+      const __m256i pairs = _mm256_maddubs_epi16(level, bits == 8 ? _mm256_sign_epi8(x, levels[m]) : x);
       return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
   };
@@ -144,17 +156,20 @@ struct Lanes {
   template <int m>
   static inline F spread(F fours) { return _mm256_permute_ps(fours, m * 0x55); }
 #else
-  typedef const int8_t* Bytes;
-  static inline Bytes bytes(const int8_t* from) { return from; }
+  template <int bits>
+  struct Inputs {
+    const int8_t* levels;
+    explicit Inputs(const int8_t* from) : levels(from) {}
+  };
   template <int bits>
   struct Codes {
     const uint8_t* from;
     explicit Codes(const uint8_t* from) : from(from) {}
     template <int m>
-    F multiply(Bytes inputs) const {
+    F multiply(const Inputs<bits>& inputs) const {
       int32_t sums[width] = {};
       for (int k = 0; k < 32; k++)
-        sums[k / 4] += inputs[k] * (bits == 8 ? static_cast<int8_t>(from[m * 32 + k]) : from[m / 2 * 32 + k] >> m % 2 * 4 & 15);
+        sums[k / 4] += inputs.levels[k] * (bits == 8 ? static_cast<int8_t>(from[m * 32 + k]) : from[m / 2 * 32 + k] >> m % 2 * 4 & 15);
       return __builtin_convertvector(copy<I>(sums), F);
     }
   };

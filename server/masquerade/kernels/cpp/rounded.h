@@ -54,15 +54,16 @@ template <class L, int32_t form, int n>
 void multiply_rounded(const QuantisedTile& tile, const Rounded& x, int64_t row, float* sums, Ahead& ahead_) {
   using Four = typename L::Quad;
   constexpr Quantisation how(form);
+  constexpr int vectors = kTile / L::beside;
   const int64_t groups = x.in / kInputs;
   Ahead ahead = ahead_;
-  F total[kTile][n];
+  typename L::Partial total[vectors][n];
   Four rest[n];  // what zeros and offsets come to
 #pragma GCC unroll 4
   for (int r = 0; r < n; r++) {
     rest[r] = Four{};
 #pragma GCC unroll 4
-    for (int m = 0; m < kTile; m++) total[m][r] = F{};
+    for (int v = 0; v < vectors; v++) total[v][r] = typename L::Partial{};
   }
   for (int64_t group = 0; group < groups; group++) {
     ahead.fetch();
@@ -74,12 +75,12 @@ void multiply_rounded(const QuantisedTile& tile, const Rounded& x, int64_t row, 
 #pragma GCC unroll 4
     for (int r = 0; r < n; r++) {
       const int64_t at = (row + r) * groups + group;
-      const F scale = L::join(scales * x.scales[at], last * x.scales[at]);
-      const auto inputs = L::bytes(x.codes + at * kInputs);
+      const auto scale = L::join(scales * x.scales[at], last * x.scales[at]);
+      const typename L::template Inputs<how.bits> inputs(x.codes + at * kInputs);
       if constexpr (how.offset || how.zero) rest[r] = rest[r] + offsets * x.sums[at];
-      each_of<kTile>([&](auto m) __attribute__((always_inline)) {
-        F& sum = total[m.value][r];
-        sum = L::fma(codes.template multiply<m.value>(inputs), L::template spread<m.value>(scale), sum);
+      each_of<vectors>([&](auto v) __attribute__((always_inline)) {
+        auto& sum = total[v.value][r];
+        sum = L::fma(codes.template multiply<v.value>(inputs), L::template spread<v.value>(scale), sum);
       });
     }
   }
@@ -87,7 +88,8 @@ void multiply_rounded(const QuantisedTile& tile, const Rounded& x, int64_t row, 
 #pragma GCC unroll 4
   for (int r = 0; r < n; r++) {
     float* to = sums + r * kRow;
-    L::reduce(total[0][r], total[1][r], total[2][r], total[3][r], to);
+    if constexpr (L::beside == 1) L::reduce(total[0][r], total[1][r], total[2][r], total[3][r], to);
+    else L::reduce(total[0][r], total[1][r], to);
     for (int m = 0; m < kTile; m++) to[m] += rest[r][m];
   }
 }
