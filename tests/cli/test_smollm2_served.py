@@ -25,7 +25,7 @@ from tests.serving import Server, serve
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+CAPITAL = [{"role": "user", "content": "Name the capital of France."}]
 GARDENS = [{"role": "user", "content": "Tell me about gardens."}]
 WEATHER: Any = {
     "type": "function",
@@ -182,7 +182,7 @@ def test_a_chat_has_a_history_and_a_system_prompt(sdk: OpenAI) -> None:
 
 
 def test_a_long_text_is_read_and_a_longer_one_refused(sdk: OpenAI) -> None:
-    text = "The grass is green. The sky is blue. " * 150 + "What is the capital of France?"
+    text = "The grass is green. The sky is blue. " * 150 + "Name the capital of France."
     answer = chat(sdk, [{"role": "user", "content": text}], max_tokens=8)
     assert answer.usage.prompt_tokens > 1200
     with pytest.raises(BadRequestError, match="maximum context length is 8192 tokens") as refused:

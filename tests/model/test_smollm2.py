@@ -19,7 +19,7 @@ from masquerade.packaged import PACKAGED, find_packaged
 from tests.serving import serve
 
 pytestmark = pytest.mark.real
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
 TEXTS = ["The capital of France is", "x  1 22 it's\n\n  naïve 🎭 3,000 <|im_end|>", "def f():\n\treturn 12"]
 
 
