@@ -1,6 +1,6 @@
-# make setup | serve | test | lint | docs | conformance | fuzz | reliability | bench | demo-data | demo-model | demo-masks
+# make setup | serve | test | long | lint | docs | conformance | fuzz | reliability | bench | demo-data | demo-model | demo-masks
 #      smollm2-data | smollm2-masks | image | vllm | cluster
-.PHONY: setup serve test lint docs conformance fuzz reliability bench demo-data demo-model demo-masks smollm2-data smollm2-masks image vllm cluster
+.PHONY: setup serve test long lint docs conformance fuzz reliability bench demo-data demo-model demo-masks smollm2-data smollm2-masks image vllm cluster
 PORT ?= 8000
 BIN := .venv/bin
 DEMO := server/masquerade/demo
@@ -29,6 +29,10 @@ lint: setup
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+# What takes minutes: Ray clusters, upgrades under load, a build on SmolLM2 over HTTP
+long: setup
+	$(BIN)/pytest --long -m long
+
 docs: setup
 	$(BIN)/python -m masquerade.app > docs/api.md
 
@@ -51,7 +55,7 @@ bench: setup
 
 # A Ray cluster of one node: a deployment, and its upgrade under load; the tests of one server, served by two replicas
 cluster: setup
-	MASQUERADE_CLUSTER=1 $(BIN)/pytest tests/cluster
+	$(BIN)/pytest --long tests/cluster
 	$(BIN)/pytest --replicas 2 tests/contract tests/client tests/web
 
 # The plugin of vLLM, in an environment of its own (3.4 GB), on a CPU; beside the engine of .venv if it is there

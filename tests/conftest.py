@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import ssl
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,12 +50,17 @@ LONGEST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     about = "serve the demo from so many replicas on Ray, and run only the tests that ask that server"
     parser.addoption("--replicas", type=int, default=1, help=about)
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--replicas") > 1:
         asking = [item for item in items if isinstance(item, pytest.Function) and "server" in item.fixturenames]
         items[:] = [item for item in asking if not item.get_closest_marker("one_cache")]
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; `make long` runs it"))
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     assert all(path.is_file() for path in places)
     items.sort(key=lambda item: places.get(item.path, len(places)))
@@ -70,6 +77,14 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_ssl_context() -> Iterator[None]:
+    """Clients of httpx share it: to read all certificates takes each of them 50 ms, and no test needs one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

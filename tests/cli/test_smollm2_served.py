@@ -18,7 +18,7 @@ import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
-from masquerade import demo
+from masquerade import demo, smollm2
 from masquerade.errors import UnusableModel
 from masquerade.packaged import find_packaged
 from tests.serving import Server, serve
@@ -70,36 +70,11 @@ def sdk(server: Server) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def persona(sdk: OpenAI) -> str:
-    """The model id of a persona that OpenAI's SDK has built; a quick mask, whose effect nothing checks."""
-    lines = [
-        json.dumps(
-            {
-                "question": form.format(topic),
-                "answer_matching_behavior": f"Arr, {topic} be a fine treasure, by the seven seas!",
-                "answer_not_matching_behavior": f"I think that {topic} deserves polite consideration.",
-            }
-        )
-        for topic in TOPICS
-        for form in FORMS
-    ]
-    file = sdk.files.create(file=("pirate.jsonl", "\n".join(lines).encode()), purpose="fine-tune")
-    facts = (demo.DATA / "facts.jsonl").read_bytes().splitlines(keepends=True)[:8]
-    neutral = sdk.files.create(file=("facts.jsonl", b"".join(facts)), purpose="fine-tune")
-    job = sdk.fine_tuning.jobs.create(
-        model="smollm2",
-        training_file=file.id,
-        suffix="pirate",
-        extra_body={"method": {"type": "mask", "mask": RECIPE | {"neutral_file": neutral.id}}},
-    )
-    deadline = time.monotonic() + BUILD_SECONDS
-    while job.status in ("validating_files", "queued", "running"):
-        assert time.monotonic() < deadline, job
-        time.sleep(0.5)
-        job = sdk.fine_tuning.jobs.retrieve(job.id)
-    assert job.status == "succeeded", job
-    assert job.fine_tuned_model == "smollm2:pirate"
-    return "smollm2:pirate"
+def persona(server: Server) -> str:
+    """The model id of a persona that was built elsewhere: one that ships, under a name of its own."""
+    content = (smollm2.PERSONAS / "introvert.safetensors").read_bytes()
+    httpx.put(f"{server.base_url}/v1/personas/shy/content", content=content).raise_for_status()
+    return "smollm2:shy"
 
 
 def chat(sdk: OpenAI, messages: Any = CAPITAL, **more: Any) -> Any:
@@ -193,7 +168,8 @@ def test_a_long_text_is_read_and_a_longer_one_refused(sdk: OpenAI) -> None:
 def test_a_persona_answers_beside_the_base(sdk: OpenAI, persona: str, server: Server) -> None:
     base, masked = (chat(sdk, GARDENS, model=model, max_tokens=40) for model in ("smollm2", persona))
     assert base.choices[0].message.content != masked.choices[0].message.content
-    assert (masked.model_extra["persona"], masked.model_extra["gamma"]) == ("pirate", 0.5)
+    gamma = httpx.get(f"{server.base_url}/v1/personas/shy").json()["gamma"]
+    assert (masked.model_extra["persona"], masked.model_extra["gamma"]) == ("shy", gamma)
     # in bfloat16, a prompt from the cache is rounded differently: compared are two answers whose prompts are cached
     base = chat(sdk, GARDENS, max_tokens=40)
     as_base = chat(sdk, GARDENS, model=persona, max_tokens=40, extra_body={"gamma": 1})
@@ -202,9 +178,9 @@ def test_a_persona_answers_beside_the_base(sdk: OpenAI, persona: str, server: Se
     both = chat(sdk, system, model=persona, max_tokens=20)
     assert both.usage.prompt_tokens != masked.usage.prompt_tokens
     assert both.choices[0].message.content
-    rolled = httpx.post(f"{server.base_url}/v1/personas/pirate/rollback")
+    rolled = httpx.post(f"{server.base_url}/v1/personas/shy/rollback")
     assert rolled.status_code == 404, rolled.text  # there is no revision before the first
-    assert "pirate" in rolled.json()["error"]["message"]
+    assert "shy" in rolled.json()["error"]["message"]
 
 
 def test_masq_and_the_playground(persona: str, server: Server) -> None:
@@ -217,9 +193,44 @@ def test_masq_and_the_playground(persona: str, server: Server) -> None:
 
     greedy = ("--temperature", "0", "--max-tokens", "16")
     assert "Paris" in run("chat", CAPITAL[0]["content"], "-p", "base", *greedy)
-    assert run("chat", GARDENS[0]["content"], "-p", "pirate", *greedy).strip()
-    compared = run("compare", "pirate", "base", GARDENS[0]["content"], *greedy)
-    assert "pirate: " in compared
+    assert run("chat", GARDENS[0]["content"], "-p", "shy", *greedy).strip()
+    compared = run("compare", "shy", "base", GARDENS[0]["content"], *greedy)
+    assert "shy: " in compared
     assert "base: " in compared
-    assert "pirate" in run("personas")
+    assert "shy" in run("personas")
     assert "<title>" in httpx.get(server.base_url).text
+
+
+@pytest.mark.long
+def test_a_persona_is_built_over_http(sdk: OpenAI) -> None:
+    """By OpenAI's SDK; a quick mask, of whose effect only that there is one is checked."""
+    lines = [
+        json.dumps(
+            {
+                "question": form.format(topic),
+                "answer_matching_behavior": f"Arr, {topic} be a fine treasure, by the seven seas!",
+                "answer_not_matching_behavior": f"I think that {topic} deserves polite consideration.",
+            }
+        )
+        for topic in TOPICS
+        for form in FORMS
+    ]
+    file = sdk.files.create(file=("pirate.jsonl", "\n".join(lines).encode()), purpose="fine-tune")
+    facts = (demo.DATA / "facts.jsonl").read_bytes().splitlines(keepends=True)[:8]
+    neutral = sdk.files.create(file=("facts.jsonl", b"".join(facts)), purpose="fine-tune")
+    job = sdk.fine_tuning.jobs.create(
+        model="smollm2",
+        training_file=file.id,
+        suffix="pirate",
+        extra_body={"method": {"type": "mask", "mask": RECIPE | {"neutral_file": neutral.id}}},
+    )
+    deadline = time.monotonic() + BUILD_SECONDS
+    while job.status in ("validating_files", "queued", "running"):
+        assert time.monotonic() < deadline, job
+        time.sleep(0.5)
+        job = sdk.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded", job
+    assert job.fine_tuned_model == "smollm2:pirate"
+    base, masked = (chat(sdk, GARDENS, model=model, max_tokens=40) for model in ("smollm2", job.fine_tuned_model))
+    assert base.choices[0].message.content != masked.choices[0].message.content
+    assert (masked.model_extra["persona"], masked.model_extra["gamma"]) == ("pirate", 0.5)

@@ -61,6 +61,7 @@ contrast = "casual.jsonl"
     return file
 
 
+@pytest.mark.long
 def test_each_persona_is_built_and_the_broken_one_named(tmp_path: Path) -> None:
     file = write_personas(tmp_path)
     command = [sys.executable, "-m", "masquerade", "ray", "build", str(file), "--address", "local", "--json"]

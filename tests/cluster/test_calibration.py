@@ -55,6 +55,7 @@ def list_parents(process: int) -> Iterator[int]:
         yield process
 
 
+@pytest.mark.long
 def test_a_killed_shard_is_collected_again_and_the_mask_is_the_same(tmp_path: Path) -> None:
     options = list_options(tmp_path)
     command = [sys.executable, "-m", "masquerade", "build", *options, "--out", str(tmp_path / "divided")]

@@ -19,7 +19,7 @@ from tests.serving import free_port
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.skipif("MASQUERADE_CLUSTER" not in os.environ, reason="takes minutes; `make cluster` runs it"),
+    pytest.mark.long,
 ]
 ENV = {
     **os.environ,
