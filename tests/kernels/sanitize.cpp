@@ -161,8 +161,10 @@ bool check_refusals() {
 
 // A quantised weight has the products of its values; if inputs are rounded, a row has the same with others and alone.
 bool check_quantised(int32_t isa, int32_t form, int64_t out, int64_t in, int64_t rows) {
-  const int64_t block = form == kQ8_0 ? 34 : form == kQ4_1 ? 20 : 18;
-  std::vector<uint8_t> blocks(out * in / 32 * block), weight(masquerade_quantised_size(form, out, in));
+  constexpr int64_t kBytes[] = {0, 18, 20, 22, 24, 34, 144, 176, 210};  // of a block, by form
+  const int64_t inputs = form < kQ4_K ? 32 : 256;
+  in = (in + inputs - 1) / inputs * inputs;
+  std::vector<uint8_t> blocks(out * in / inputs * kBytes[form]), weight(masquerade_quantised_size(form, out, in));
   for (size_t i = 0; i < blocks.size(); i++) blocks[i] = i * 37 % 59;  // finite scales
   std::vector<int64_t> outputs(out);
   for (int64_t o = 0; o < out; o++) outputs[o] = o;
@@ -299,7 +301,7 @@ int main() {
       if (!check_layers<float>(isa, 5, 33, 17, 3, 1, norms) || !check_layers<float>(isa, 260, 32, 256, 2, 2, norms)) return 1;
       if (!check_layers<uint16_t>(isa, 260, 32, 256, 2, 2, norms)) return 1;
     }
-    for (const int32_t form : {kQ4_0, kQ4_1, kQ8_0})
+    for (int32_t form = kQ4_0; form <= kQ6_K; form++)
       for (const int64_t rows : {1, 7, 26})
         if (!check_quantised(isa, form, 67, 96, rows) || !check_quantised(isa, form, 3, 2080, rows)) return 1;
     for (const auto& shape : shapes)
