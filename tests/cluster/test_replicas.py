@@ -25,7 +25,7 @@ from benchmarks.replicas import list_processes
 from tests import serving
 from tests.serving import Server
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 PERSONAS = ["casual", "cheerful", "extravert", "formal", "gloomy", "introvert", "power_averse", "power_seeking"]
 QUESTION = [{"role": "user", "content": "What do you like to do on a sunny day?"}]
 
