@@ -17,6 +17,7 @@ constexpr int64_t kPanel = 16;     // outputs of a panel: what is unpacked and u
 constexpr int64_t kRow = kBlock + 16;  // floats of a row of a block: a tile may begin with the last output
 constexpr int64_t kChunk = 2048;   // inputs of a tile that is multiplied straight from the weights
 constexpr int64_t kLong = 4096;    // bytes of a row that memory is ahead of by itself
+constexpr int64_t kNear = 4096;    // bytes that are fetched into the first cache; more go to the second
 template <class T>
 constexpr int64_t kDepth = 512 * Lanes::width / sizeof(Lanes::Input<T>);  // inputs of a panel
 template <class T>
@@ -202,13 +203,15 @@ struct Stage {
 struct Ahead {
   const char *at, *end;
   int64_t apart, count;  // of those at once
+  bool near;
 
   Ahead(const void* from, int64_t bytes, int64_t times, int64_t apart = kCacheLine)
       : at(static_cast<const char*>(from)), end(at + bytes), apart(apart),
-        count((bytes + apart * times - 1) / (apart * times)) {}
+        count((bytes + apart * times - 1) / (apart * times)), near(bytes <= kNear) {}
 
   inline __attribute__((always_inline)) void fetch() {
-    for (int64_t one = 0; one < count && at < end; one++, at += apart) __builtin_prefetch(at, 0, 2);
+    for (int64_t one = 0; one < count && at < end; one++, at += apart)
+      near ? __builtin_prefetch(at, 0, 3) : __builtin_prefetch(at, 0, 2);
   }
 };
 
