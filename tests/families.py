@@ -15,7 +15,7 @@ WINDOW = 24  # of sliding windows and chunks of attention, shorter than the test
 SHAPE: Mapping[str, Any] = {
     "vocab_size": 262,
     "hidden_size": 32,
-    "intermediate_size": 64,
+    "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -68,7 +68,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
         "llama4_text",
         WIDE
         | {
-            "intermediate_size_mlp": 64,
+            "intermediate_size_mlp": 48,
             "moe_layers": [],
             "no_rope_layers": [1, 0],
             "attention_chunk_size": WINDOW,
@@ -79,7 +79,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
         "llama4_text",
         WIDE
         | {
-            "intermediate_size_mlp": 64,
+            "intermediate_size_mlp": 48,
             "moe_layers": [1],
             "no_rope_layers": [1, 0],
             "num_local_experts": 4,
