@@ -26,11 +26,10 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 	@for folder in server maskstore clients; do test ! -e $$folder/__init__.py || { echo "$$folder is no package"; exit 1; }; done
 
-# Three processes for two cores: tests wait a sixth of their time
 test: lint
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# What takes minutes: Ray clusters, upgrades under load, a build on SmolLM2 over HTTP
+# What takes minutes: Ray clusters, upgrades under load, a build on SmolLM2 over HTTP; and the kernels under sanitizers
 long: setup
 	$(BIN)/pytest --long -m long
 

@@ -302,6 +302,7 @@ def test_rows_of_a_bf16_model_do_not_depend_on_the_batch(tiny_folder: Path) -> N
             assert torch.equal(one.multiply(name, x[:, row : row + 1], linear.weight, None)[0, 0], together[row])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer, over memory of just the right size."""
