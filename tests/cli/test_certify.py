@@ -79,9 +79,14 @@ def bring(built: Path, store: Path, model: Path, folder: Path) -> None:
         succeed("masks", "import", folder / "mask.safetensors", "--model", model, "--store", store)
 
 
-def certify(model: Path, store: Path, files: dict[str, Path], *more: str) -> dict[str, Any]:
+def spell(model: Path, store: Path, files: dict[str, Path]) -> tuple[str | Path, ...]:
+    """The command and its held-out text."""
     held = ("--data", files["validation"], "--contrast", files["contrast-validation"], "--neutral", files["neutral"])
-    return succeed("masks", "certify", "vowels", *held, "--model", model, "--store", store, *more)
+    return "masks", "certify", "vowels", *held, "--model", model, "--store", store
+
+
+def certify(model: Path, store: Path, files: dict[str, Path], *more: str) -> dict[str, Any]:
+    return succeed(*spell(model, store, files), *more)
 
 
 def test_it_measures_what_a_build_measures(
@@ -108,6 +113,16 @@ def test_it_measures_what_a_build_measures(
     assert (shown["certificate_source"], shown["certificate"]) == ("measured", done["certificate"])
     assert shown["measurement"]["data"] == done["data"]
     assert succeed("masks", "show", "consonants", *at)["certificate_source"] == "claimed"
+
+
+def test_it_says_on_stderr_how_far_it_is(
+    tiny_folder: Path, files: dict[str, Path], built: tuple[Path, Any], tmp_path: Path
+) -> None:
+    bring(built[0], tmp_path / "store", tiny_folder, tmp_path)
+    done = masquerade(*spell(tiny_folder, tmp_path / "store", files))
+    assert done.status == 0, done.stderr
+    assert "certify: done, " in done.stderr
+    assert "certify: done, " not in done.stdout
 
 
 def test_a_build_replaces_a_certificate_that_somebody_made_up(

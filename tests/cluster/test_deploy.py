@@ -17,10 +17,7 @@ import pytest
 
 from tests.serving import free_port
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.long,
-]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 ENV = {
     **os.environ,
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -62,7 +62,8 @@ extern "C" int32_t masquerade_isas() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     isas |= 1 << kAvx512;
-  if (isas >> kAvx512 & 1 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) isas |= 1 << kAvx512Bf16;
+  if (isas >> kAvx512 & 1 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    isas |= 1 << kAvx512Bf16;
 #endif
   return isas;
 }

@@ -170,7 +170,8 @@ struct Lanes {
   template <int v>
   static inline F spread(F fours) {
     constexpr int m = 2 * v;
-    const I at = _mm512_setr_epi32(m, m, m, m, m + 4, m + 4, m + 4, m + 4, m + 1, m + 1, m + 1, m + 1, m + 5, m + 5, m + 5, m + 5);
+    const I at = _mm512_setr_epi32(m, m, m, m, m + 4, m + 4, m + 4, m + 4, m + 1, m + 1, m + 1, m + 1, m + 5, m + 5,
+                                   m + 5, m + 5);
     return _mm512_permutexvar_ps(at, fours);
   }
   static inline void reduce(F ab, F cd, float* to) {  // in lanes8.h's tree

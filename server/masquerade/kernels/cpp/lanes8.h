@@ -95,7 +95,8 @@ struct Lanes {
   static inline void multiply_fours(const int8_t* from, int64_t count, const float* fours, float* to) {
     typedef int8_t B __attribute__((vector_size(8)));
     const Quad factor = copy<Quad>(fours);
-    for (int64_t i = 0; i < count; i += width) store(to + i, __builtin_convertvector(copy<B>(from + i), F) * join(factor, factor));
+    const F factors = join(factor, factor);
+    for (int64_t i = 0; i < count; i += width) store(to + i, __builtin_convertvector(copy<B>(from + i), F) * factors);
   }
   static constexpr bool fuses = false;
   template <int zero, bool offset, class Take>
