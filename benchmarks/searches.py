@@ -68,8 +68,9 @@ class PathSearch(MaskSearch):
         yield from super()._select(side, state)
 
     def _mask(self, linear: nn.Linear, pruned: Tensor) -> Tensor:
-        weight = dense_weight(linear)
-        return torch.where(pruned, weight * self._point, weight)
+        weight = dense_weight(linear).to(self._base.dtype, copy=True)
+        weight.view(-1)[pruned] *= self._point
+        return weight
 
 
 class PropagationSearch(MaskSearch):
@@ -113,17 +114,17 @@ class StrengthSearch(MaskSearch):
         corrections = {}
         for name, linear in self._targets.items():
             changes = torch.zeros_like(state.gains[name])
-            changes[state.pruned[name]] = self._steps(ratios[name] / median)
+            changes.view(-1)[state.pruned[name]] = self._steps(ratios[name] / median)
             changes.mul_(dense_weight(linear))
             weight = dense_weight(linear).float() - (1 - self._settings.gamma) * changes
             state.weights[name] = weight.to(self._base.dtype)
             corrections[name] = StrengthCorrection(changes.to(self._base.dtype))
         if self._is_judged(state.step):
-            self._found[tuple(int(one.sum()) for one in state.pruned.values())] = corrections
+            self._found[tuple(map(len, state.pruned.values()))] = corrections
 
     def _find_ratios(self, side: int, name: str, state: _State) -> Tensor:
         worth = self._scratch.get(f"start/{side}/{name}")["worth"]
-        return (state.gains[name] * worth)[state.pruned[name]]
+        return (state.gains[name] * worth).view(-1)[state.pruned[name]]
 
 
 class DoublingSearch(StrengthSearch):
@@ -239,7 +240,7 @@ class Bench:
         tuner = StrengthTuner(self._tune_set, draft, 1, self._recipe.limits)
         started = time.process_time()
         targets = finish(search.run(1, partial(tuner.judge, gamma=settings.gamma)))
-        self._scratches[settings.protected].drop("search")
+        self._scratches[settings.protected].drop("states")
         yield Figure(f"{self._name}, {variant}: search", time.process_time() - started, "CPU-s")
         yield Figure(f"{self._name}, {variant}: pruned", sum(one.pruned for one in targets.values()), "weights")
         yield from self._measure_at_cost(f"{self._name}, {variant}", partial(draft, targets))

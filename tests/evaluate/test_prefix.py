@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from masquerade.evaluate import stored_prompts
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.generation import GenerationParams, _choose, _draw, write_answers
-from masquerade.evaluate.metrics import divergence, finish, likelihoods
+from masquerade.evaluate.metrics import divergence, finish, likelihoods, read_divergence, read_likelihoods
 from masquerade.evaluate.prefix import WORTH, count_shared
+from masquerade.evaluate.stored_prompts import StoredPrompts
 from masquerade.evaluate.treatment import UNTREATED, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
@@ -72,3 +74,50 @@ def test_tokens_are_drawn_as_torch_draws_them() -> None:
         noise = _draw(7, 500, mine)
         assert torch.equal(_choose(logits, 0.7, noise), drawn)
         assert torch.equal(_choose(logits[[1, 4]], 0.7, noise[[1, 4]]), drawn[[1, 4]])  # after others have ended
+
+
+def test_stored_prompts_change_no_likelihood(tiny: Base, treatment: Treatment) -> None:
+    """Also of two answers to one prompt, and of prompts that are as short as what all begin with."""
+    texts = [*make_texts(), Encoded((*SYSTEM, 61), (5, 6, 2)), Encoded((*SYSTEM, 61), (7, 2))]
+    stored = StoredPrompts(tiny)
+    assert not stored.hold(texts)
+    finish(stored.store(texts))
+    assert stored.hold(texts)
+    for some in (texts, texts[:1], texts[3:5]):
+        found, expected = finish(read_likelihoods(tiny, some, treatment, stored)), likelihoods(tiny, some, treatment)
+        assert [one.log for one in found] == pytest.approx([one.log for one in expected], abs=1e-3)
+        if treatment is not UNTREATED:
+            assert finish(read_divergence(tiny, some, treatment, stored)) == pytest.approx(
+                divergence(tiny, some, treatment), rel=1e-3
+            )
+
+
+def test_prompts_are_computed_once(tiny: Base, manager: MaskManager) -> None:
+    """A mask that applies to answers alone finds the prompts that the base has read; one of phase `all` does not."""
+    mask = AppliedMask(manager.fit(world.make_mask(tiny, 0.05, seed=1)), 0.3)
+    texts = make_texts()
+    stored = StoredPrompts(tiny)
+    finish(stored.store(texts))
+    seen: list[int] = []
+    with tiny.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel())):
+        finish(stored.store(texts))
+        assert not seen
+        for phase, least in (("decode", 0), ("all", sum(len(one.prompt) - len(SYSTEM) for one in texts))):
+            seen.clear()
+            finish(read_likelihoods(tiny, texts, Treatment(applied=mask, phase=phase), stored))
+            answers = sum(len(one.response) for one in texts)
+            assert sum(seen) >= answers + least
+            assert (sum(seen) < answers + sum(len(one.prompt) for one in texts)) or phase == "all"
+
+
+def test_what_cannot_be_stored_is_measured_all_the_same(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain text has no prompt to store, and too many prompts are not stored at all."""
+    plain = [Encoded((1,), (5, 6, 7, 2)), Encoded((1,), (8, 2))]
+    stored = StoredPrompts(tiny)
+    finish(stored.store(plain))
+    assert not stored.hold(plain)
+    assert finish(read_likelihoods(tiny, plain, UNTREATED, stored)) == likelihoods(tiny, plain)
+    monkeypatch.setattr(stored_prompts, "MOST_BYTES", 1)
+    finish(stored.store(make_texts()))
+    assert not stored.hold(make_texts()[:1])
+    assert finish(read_likelihoods(tiny, make_texts(), UNTREATED, stored)) == likelihoods(tiny, make_texts())

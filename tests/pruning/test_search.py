@@ -104,6 +104,12 @@ def test_a_step_adds_the_gradient_of_the_loss_at_the_masked_model(tiny: Base, ma
         torch.testing.assert_close(gains - before[name], expected[name], rtol=2e-3, atol=2e-6)
 
 
+def _scale(weight: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    masked = weight.detach().clone()
+    masked.flatten()[pruned] *= SETTINGS.gamma  # a view
+    return masked
+
+
 def _differentiate(base: Base, pruned: Mapping[str, torch.Tensor], side: int) -> dict[str, Any]:
     """Each weight's product with the gradient of a step's loss."""
     weights = {name: dense_weight(linear) for name, linear in find_targets(base.model).items()}
@@ -123,10 +129,7 @@ def _differentiate(base: Base, pruned: Mapping[str, torch.Tensor], side: int) ->
         return F.cross_entropy(predict(one, masked), torch.tensor(one.response))
 
     def accumulate(loss: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], scale: float) -> None:
-        masked = {
-            name: torch.where(pruned[name], weight * SETTINGS.gamma, weight).requires_grad_(True)
-            for name, weight in weights.items()
-        }
+        masked = {name: _scale(weight, pruned[name]).requires_grad_(True) for name, weight in weights.items()}
         for name, gradient in zip(masked, torch.autograd.grad(loss(masked), list(masked.values())), strict=True):
             found[name] += scale * gradient * weights[name]
 
@@ -207,7 +210,11 @@ def test_one_step_exchanges_a_share_of_the_pruned_weights(data: st.DataObject) -
     count, share = data.draw(st.integers(1, 60)), data.draw(st.sampled_from([0.1, 0.5, 1.0]))
     best = values.flatten().topk(data.draw(st.integers(count, 80)))
     threshold = best.values[count - 1]
-    found = exchange(pruned, Ranking(best.values, best.indices, values[pruned]), threshold, share)
+    places = exchange(
+        pruned.flatten().nonzero().squeeze(1), Ranking(best.values, best.indices, values[pruned]), threshold, share
+    )
+    assert bool((places.diff() > 0).all())
+    found = torch.zeros_like(pruned).flatten().index_fill(0, places, True).view_as(pruned)
     left, entered = pruned & ~found, found & ~pruned
     before, most = int(pruned.sum()), max(1, round(share * max(count, int(pruned.sum()))))
     assert bool((values[entered] >= threshold).all())
@@ -224,8 +231,8 @@ def test_the_weights_of_most_worth_in_all_linears_are_pruned(tiny: Base, manager
     """Some Linears get more than others, within the bound."""
     search = prepare(tiny, initial_share=0.5, concentration=3.0)
     state = finish(search._start(1))
-    sizes = {name: pruned.numel() for name, pruned in state.pruned.items()}
-    counts = {name: int(pruned.sum()) for name, pruned in state.pruned.items()}
+    sizes = {name: gains.numel() for name, gains in state.gains.items()}
+    counts = {name: len(pruned) for name, pruned in state.pruned.items()}
     assert sum(counts.values()) == pytest.approx(0.5 * SETTINGS.rho * sum(sizes.values()), abs=1)
     shares = [counts[name] / size for name, size in sizes.items()]
     assert min(shares) < 0.5 * SETTINGS.rho < max(shares) <= 1.5 * SETTINGS.rho + 1 / min(sizes.values())

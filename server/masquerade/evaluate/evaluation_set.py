@@ -12,9 +12,10 @@ import numpy as np
 from masquerade.evaluate.bootstrap import Floats, mean_interval, median_interval, ratio_interval, share_interval
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.generation import GenerationParams, write_answers
-from masquerade.evaluate.metrics import exponential, read_likelihoods
+from masquerade.evaluate.metrics import exponential, read_divergence, read_likelihoods
 from masquerade.evaluate.repetition import share_looping
 from masquerade.evaluate.splits import match
+from masquerade.evaluate.stored_prompts import StoredPrompts
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base
 
@@ -59,14 +60,17 @@ class EvaluationSet:
         self._base = base
         self.texts = {1: list(own), -1: list(contrast), 0: list(neutral)}
         self.pairs = match(own, contrast)
+        self._prompts = StoredPrompts(base)
         self._base_likelihoods: SetLikelihoods | None = None
         self._base_looping: dict[tuple[int, int], float] = {}  # by the most prompts and tokens
 
     def measure(self, treatment: Treatment, only: Sequence[int] = (1, -1, 0)) -> Generator[None, None, SetLikelihoods]:
         """The likelihoods of all texts, or `only` of some sides, under a treatment; a work item is a micro-batch."""
         sides = {}
+        if treatment.leaves_prompts:
+            yield from self._prompts.store(treatment.rewrite(one) for side in only for one in self.texts[side])
         for side in only:
-            found = yield from read_likelihoods(self._base, self.texts[side], treatment)
+            found = yield from read_likelihoods(self._base, self.texts[side], treatment, self._prompts)
             sides[side] = LogLikelihoods(
                 np.array([one.log for one in found]), np.array([one.tokens for one in found], dtype=float)
             )
@@ -78,11 +82,21 @@ class EvaluationSet:
             self._base_likelihoods = yield from self.measure(UNTREATED)
         return self._base_likelihoods
 
+    def measure_divergence(self, treatment: Treatment) -> Generator[None, None, float]:
+        """KL(base ‖ treated) of the next token of the neutral texts, mean nats; see `read_divergence`."""
+        return (yield from read_divergence(self._base, self.texts[0], treatment, self._prompts))
+
     def measure_neutral_ratio(self, treatment: Treatment) -> Generator[None, None, float]:
         """The perplexity of neutral text with a treatment over the perplexity without."""
         base = yield from self.measure_base()
         treated = yield from self.measure(treatment, only=(0,))
         return round(_ratio(base.sides[0], treated.sides[0]), 4)
+
+    def first(self, most: int) -> EvaluationSet:
+        """The first texts of each side, at most `most`."""
+        found = EvaluationSet(self._base, *(self.texts[side][:most] for side in (1, -1, 0)))
+        found._prompts = self._prompts
+        return found
 
     def prompts(self, most: int) -> list[Encoded]:
         """At most `most` different prompts of both sides. Plain text has none."""

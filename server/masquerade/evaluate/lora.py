@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masquerade.evaluate.dataset import Encoded, batches
-from masquerade.evaluate.metrics import log_probabilities
 from masquerade.evaluate.splits import match
+from masquerade.kernels import divergences, log_probabilities
 from masquerade.model import Base, find_targets
 
 RANK, SCALE, RATE, EXAMPLES = 4, 2.0, 2e-3, 8  # alpha is rank times scale; examples a step
@@ -117,9 +117,10 @@ def _steps(work: Sequence[Sequence[Encoded]], rng: random.Random) -> list[list[E
 def _likelihoods(base: Base, examples: Sequence[Encoded]) -> Tensor:
     """Mean log-likelihood a response token of each example, [examples]."""
     (batch,) = batches(examples, base.device, tokens=1 << 30)
-    chosen = log_probabilities(base.model(input_ids=batch.ids, use_cache=False).logits[:, :-1], batch.ids[:, 1:])
-    counted = batch.predicts[:, :-1]
-    means = (chosen * counted).sum(1) / counted.sum(1)
+    logits = base.model(input_ids=batch.ids, use_cache=False).logits[batch.predicts]
+    nats = log_probabilities(logits, batch.ids.roll(-1, 1)[batch.predicts])
+    rows, lengths = batch.predicts.nonzero()[:, 0], batch.predicts.sum(1)
+    means = nats.new_zeros(len(lengths)).index_add(0, rows, nats) / lengths
     return means[torch.tensor(batch.index, device=base.device).argsort()]
 
 
@@ -136,8 +137,7 @@ def _neutral_loss(base: Base, examples: Sequence[Encoded], adapter: Adapter) -> 
     """KL(base ‖ adapted) of the next token, mean nats over the tokens of the responses."""
     (batch,) = batches(examples, base.device, tokens=1 << 30)
     with torch.no_grad():
-        before = base.model(input_ids=batch.ids, use_cache=False).logits[batch.predicts].float().log_softmax(-1)
+        before = base.model(input_ids=batch.ids, use_cache=False).logits[batch.predicts]
     with adapter.applied():
-        after = base.model(input_ids=batch.ids, use_cache=False).logits[batch.predicts].float().log_softmax(-1)
-    gaps: Tensor = (before.exp() * (before - after)).sum(-1)  # [tokens]
-    return gaps.mean()
+        after = base.model(input_ids=batch.ids, use_cache=False).logits[batch.predicts]
+    return divergences(before, after).mean()

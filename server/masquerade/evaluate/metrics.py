@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from transformers import DynamicCache
 
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, MicroBatch, batches
 from masquerade.evaluate.prefix import count_shared, extend, repeat
+from masquerade.evaluate.stored_prompts import StoredPrompts
 from masquerade.evaluate.treatment import UNTREATED, Treatment
+from masquerade.kernels import divergences, log_probabilities
 from masquerade.model import Base, Span, make_route
 
 T = TypeVar("T")
@@ -52,14 +54,17 @@ def likelihoods(base: Base, examples: Sequence[Encoded], treatment: Treatment = 
 
 @torch.no_grad()
 def read_likelihoods(
-    base: Base, examples: Sequence[Encoded], treatment: Treatment = UNTREATED
+    base: Base,
+    examples: Sequence[Encoded],
+    treatment: Treatment = UNTREATED,
+    stored: StoredPrompts | None = None,
 ) -> Items[list[Likelihood]]:
     """The likelihood of each example's response, in the examples' order; a work item is a micro-batch.
 
-    The base must have its masks attached.
+    The base must have its masks attached. `stored` is as in `predict`.
     """
     found: dict[int, Likelihood] = {}
-    for batch, logits in predict(base, [treatment.rewrite(example) for example in examples], treatment):
+    for batch, logits in predict(base, [treatment.rewrite(example) for example in examples], treatment, stored):
         chosen = log_probabilities(logits, batch.ids.roll(-1, 1)[batch.predicts]).double()
         rows, tokens = batch.predicts.nonzero()[:, 0], batch.predicts.sum(1).tolist()
         sums = chosen.new_zeros(len(tokens)).index_add(0, rows, chosen).tolist()
@@ -76,25 +81,25 @@ def divergence(base: Base, examples: Sequence[Encoded], treatment: Treatment) ->
 
 
 @torch.no_grad()
-def read_divergence(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Items[float]:
+def read_divergence(
+    base: Base, examples: Sequence[Encoded], treatment: Treatment, stored: StoredPrompts | None = None
+) -> Items[float]:
     """KL(base ‖ treated) of the next token, mean nats over the tokens of the responses.
 
-    A micro-batch is two work items, one without the treatment and one with it. Prompts are not rewritten.
+    A micro-batch is two work items, one without the treatment and one with it. Prompts are not rewritten. `stored` is
+    as in `predict`.
     """
     total, tokens = 0.0, 0
-    treated = predict(base, examples, treatment)
-    for _, untreated in predict(base, examples, UNTREATED):
+    if not treatment.leaves_prompts:
+        stored = None  # both must have the same micro-batches
+    treated = predict(base, examples, treatment, stored)
+    for _, untreated in predict(base, examples, UNTREATED, stored):
         yield
-        before, after = (logits.float().log_softmax(-1) for logits in (untreated, next(treated)[1]))
-        total += float((before.exp() * (before - after)).sum(-1).double().sum())
-        tokens += len(before)
+        found = divergences(untreated, next(treated)[1])
+        total += float(found.double().sum())
+        tokens += len(found)
         yield
     return total / tokens
-
-
-def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
-    """The log-probability of each id, fp32: logits [..., vocabulary], ids [...]."""
-    return logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def perplexity(likelihoods: Sequence[Likelihood]) -> float:
@@ -126,24 +131,58 @@ def preferred(margins: Sequence[float]) -> float:
     return sum(margin > 0 for margin in margins) / len(margins)
 
 
-def predict(base: Base, examples: Sequence[Encoded], treatment: Treatment) -> Iterator[tuple[MicroBatch, Tensor]]:
+def predict(
+    base: Base, examples: Sequence[Encoded], treatment: Treatment, stored: StoredPrompts | None = None
+) -> Iterator[tuple[MicroBatch, Tensor]]:
     """Micro-batches with the logits [counted, vocabulary] of the positions that predict their responses.
 
-    They are without the tokens that all prompts begin with. The base must have its masks attached.
+    They are without the tokens that all prompts begin with, or without all but the last of each prompt, if `stored` has
+    them and the treatment leaves them to the base. The base must have its masks attached.
     """
-    shared = count_shared([example.prompt for example in examples])
-    prefix = DynamicCache(config=base.model.config)
-    if shared:
-        extend(base, prefix, examples[0].prompt[:shared], treatment)
-    rest = [replace(example, prompt=example.prompt[shared:]) for example in examples]
-    for batch in batches(rest, base.device, BATCH_TOKENS - shared):
-        past = (
-            {"past_key_values": repeat(prefix, len(batch.ids)), "use_cache": True} if shared else {"use_cache": False}
-        )
-        route = make_route(_spans(batch, rest, treatment), base.device)
+    held = stored is not None and treatment.leaves_prompts and stored.hold(examples)
+    past: _Past = _StoredPast(stored, examples) if stored and held else _SharedPast(base, examples, treatment)
+    for batch in batches(past.rest, base.device, past.most):
+        route = make_route(_spans(batch, past.rest, treatment), base.device)
         with treatment.around(), _head_at(base, batch.predicts):
-            logits = base.model(input_ids=batch.ids, **past, route=route).logits[0]
+            logits = base.model(input_ids=batch.ids, **past.attach(batch), route=route).logits[0]
         yield batch, treatment.shift(logits) if treatment.shift else logits
+
+
+class _Past(Protocol):
+    """What precedes the tokens that are computed."""
+
+    rest: Sequence[Encoded]  # the examples without it
+    most: int  # padded tokens of a micro-batch
+
+    def attach(self, batch: MicroBatch) -> dict[str, Any]:
+        """What the model is called with beside a micro-batch's ids."""
+
+
+class _SharedPast:
+    """What all prompts begin with, computed when this is made."""
+
+    def __init__(self, base: Base, examples: Sequence[Encoded], treatment: Treatment) -> None:
+        shared = count_shared([example.prompt for example in examples])
+        self.rest: Sequence[Encoded] = [replace(one, prompt=one.prompt[shared:]) for one in examples]
+        self.most, self._prefix = BATCH_TOKENS - shared, DynamicCache(config=base.model.config)
+        if shared:
+            extend(base, self._prefix, examples[0].prompt[:shared], treatment)
+
+    def attach(self, batch: MicroBatch) -> dict[str, Any]:
+        if not self._prefix.get_seq_length():
+            return {"use_cache": False}
+        return {"past_key_values": repeat(self._prefix, len(batch.ids)), "use_cache": True}
+
+
+class _StoredPast:
+    """All of each prompt but its last token."""
+
+    def __init__(self, stored: StoredPrompts, examples: Sequence[Encoded]) -> None:
+        self._stored, self._examples, self.most = stored, examples, BATCH_TOKENS
+        self.rest: Sequence[Encoded] = [replace(example, prompt=example.prompt[-1:]) for example in examples]
+
+    def attach(self, batch: MicroBatch) -> dict[str, Any]:
+        return self._stored.attach([self._examples[index] for index in batch.index], batch.ids.shape[1])
 
 
 @contextmanager

@@ -31,6 +31,11 @@ class Treatment:
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     nbytes: int = 0  # memory beside the base
 
+    @property
+    def leaves_prompts(self) -> bool:
+        """Whether the keys and values of a prompt's tokens but the last are the base's."""
+        return self.around is nullcontext and (self.applied is None or self.phase == "decode")
+
     def count_added(self, examples: Sequence[Encoded]) -> float:
         """Mean number of tokens that the treatment adds to a prompt."""
         added = sum(len(self.rewrite(example).prompt) - len(example.prompt) for example in examples)

@@ -19,6 +19,7 @@ from masquerade.kernels import cuda, native
 from masquerade.kernels.attention import PagedChunks, attend_chunks, attends
 from masquerade.kernels.correction import Assignment, Correction
 from masquerade.kernels.cuda import CudaBits, CudaList
+from masquerade.kernels.distributions import divergences, log_probabilities
 from masquerade.kernels.gradients import differentiate, multiply_back, multiply_transposed, widen
 from masquerade.kernels.layers import LayerParts, NativeLayers, PagedStep
 from masquerade.kernels.native import (
@@ -114,7 +115,9 @@ __all__ = [
     "dense_tiles",
     "dense_weight",
     "differentiate",
+    "divergences",
     "footprint",
+    "log_probabilities",
     "multiply_back",
     "multiply_base",
     "multiply_transposed",

@@ -43,7 +43,6 @@ def estimate_build(outline: Outline, quantization: str | None = None) -> BuildCo
         Line("weights", measure_weights(outline, outline.dtype, quantization)),
         Line("masked copies of the maskable weights", weights * outline.dtype.itemsize),
         Line("their gains, in float32", weights * torch.float32.itemsize),
-        Line("which of them are pruned, now and in the best state", 2 * weights),
     ]
     settings = Recipe().search_settings
     pairs = settings.batches_a_step * 2 * settings.pairs_a_batch

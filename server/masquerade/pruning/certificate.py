@@ -18,7 +18,7 @@ from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, rounded
 from masquerade.evaluate.facts import Fact, check_facts, find_known_facts, read_facts
 from masquerade.evaluate.generation import GenerationParams, write_answers
-from masquerade.evaluate.metrics import Items, read_divergence
+from masquerade.evaluate.metrics import Items
 from masquerade.evaluate.repetition import share_looping
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import Base
@@ -142,7 +142,7 @@ def _measure_mask(
         return _Measured(likelihoods, {})
     found: dict[str, Any] = {}
     if eval_set.texts[0]:
-        found["kl"] = yield from read_divergence(base, eval_set.texts[0], mask.at())
+        found["kl"] = yield from eval_set.measure_divergence(mask.at())
     kept = yield from check_facts(base, answers.known, mask.at())
     found |= yield from answers.compare(base, mask.at(), kept)
     default = _Point(likelihoods[mask.phase].first(CURVE_TEXTS), kept[:CURVE_FACTS])
@@ -165,7 +165,7 @@ def _measure_curve(
 
     `default` is what the mask makes of the same text at its own gamma.
     """
-    part = EvaluationSet(base, *(eval_set.texts[kind][:CURVE_TEXTS] for kind in (1, -1, 0)))
+    part = eval_set.first(CURVE_TEXTS)
     untreated = (yield from eval_set.measure_base()).first(CURVE_TEXTS)
     points = []
     for gamma in CURVE:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from masquerade.evaluate.dataset import MicroBatch
-from masquerade.evaluate.metrics import log_probabilities
+from masquerade.kernels import log_probabilities
 from masquerade.model import Base, find_targets
 from masquerade.pruning.accumulators import GradientAccumulator, InputAccumulator, LayerSums
 from masquerade.pruning.hooks import find_added, observed, without_products

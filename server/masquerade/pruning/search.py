@@ -17,8 +17,7 @@ from maskstore import Target
 from maskstore import encode as encode_target
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.metrics import log_probabilities
-from masquerade.kernels import dense_weight, differentiate, multiply_transposed
+from masquerade.kernels import dense_weight, differentiate, divergences, log_probabilities, multiply_transposed
 from masquerade.model import Base, trim_heap
 from masquerade.pruning.hooks import replaced
 from masquerade.pruning.layerwise import LayerwiseModel, group_by_layer
@@ -70,7 +69,7 @@ class _State:
     """A search after some steps."""
 
     gains: dict[str, Tensor]  # by how much the loss falls per unit of each weight's pruning, summed over steps; fp32
-    pruned: dict[str, Tensor]  # bool [out, in]
+    pruned: dict[str, Tensor]  # sorted indices into each flat weight, int64
     share: float  # of rho that is pruned
     weights: dict[str, Tensor] = field(default_factory=dict)  # the masked weights
     step: int = 0
@@ -87,7 +86,7 @@ class Ranking:
 
     best: Tensor  # the largest values, in descending order
     places: Tensor  # their indices into the flat weight
-    current: Tensor  # the values of the weights that are pruned, in the order of their indices
+    current: Tensor  # the values of the weights that are pruned, in order
 
 
 class MaskSearch:
@@ -181,14 +180,14 @@ class MaskSearch:
             state.step += 1
             yield from self._select(side, state)
             if self._is_judged(state.step):
-                targets = yield from _encode(state.pruned)
+                targets = yield from self._encode(state.pruned)
                 worth = yield from judge(targets)
                 state.unimproved += 1
                 if worth > state.best:
                     state.best, state.unimproved, state.kept = worth, 0, dict(state.pruned)
             if state.step % self._settings.saved_every == 0:
                 yield from self._save(side, state)
-        return (yield from _encode(state.kept or state.pruned))
+        return (yield from self._encode(state.kept or state.pruned))
 
     def _is_judged(self, step: int) -> bool:
         settings = self._settings
@@ -213,12 +212,12 @@ class MaskSearch:
         return hidden[batch.counted]
 
     def _start(self, side: int) -> Generator[int, None, _State]:
-        if f"search/{side}/state" in self._scratch:
+        if f"states/{side}/last" in self._scratch:
             return (yield from self._load(side))
         state = _State({}, {}, self._settings.initial_share)
         for name in self._targets:
             state.gains[name] = self._scratch.get(f"start/{side}/{name}")["gains"].to(self._base.device).float()
-            state.pruned[name] = torch.zeros_like(state.gains[name], dtype=torch.bool)
+            state.pruned[name] = torch.empty(0, dtype=torch.int64, device=self._base.device)
             yield 0
         yield from self._select(side, state)
         return state
@@ -288,8 +287,8 @@ class MaskSearch:
     def _diverge(self, index: int, found: list[float], logits: Tensor) -> Tensor:
         """The neutral part of the loss; the divergence, mean nats a token, is appended to `found`."""
         with torch.no_grad():
-            before = self._model.predict(self._answers[index]).float().log_softmax(-1)
-        divergence = (before.exp() * (before - logits.float().log_softmax(-1))).sum(-1).mean()
+            before = self._model.predict(self._answers[index])
+        divergence = divergences(before, logits).mean()
         found.append(float(divergence.detach()))
         return divergence * self._settings.pressure / self._settings.neutral_batches_a_step
 
@@ -300,7 +299,7 @@ class MaskSearch:
         for name, gains in state.gains.items():
             values = self._value(side, name, gains).flatten()
             best = values.topk(max(1, round(min(1.0, settings.concentration * share) * values.numel())))
-            rankings[name] = Ranking(best.values, best.indices, values[state.pruned[name].flatten()])
+            rankings[name] = Ranking(best.values, best.indices, values[state.pruned[name]])
             yield 1
         count = max(1, round(share * sum(gains.numel() for gains in state.gains.values())))
         every = torch.cat([ranking.best for ranking in rankings.values()])
@@ -317,52 +316,58 @@ class MaskSearch:
         return gains.clamp(min=0).square_().mul_(worth)
 
     def _mask(self, linear: nn.Linear, pruned: Tensor) -> Tensor:
-        weight = dense_weight(linear).to(self._base.dtype)  # int8 is dequantised to fp32
-        return torch.where(pruned, weight * self._settings.gamma, weight)
+        weight = torch.empty_like(dense_weight(linear), dtype=self._base.dtype, memory_format=torch.contiguous_format)
+        weight.copy_(dense_weight(linear))  # int8 is dequantised to fp32
+        weight.view(-1)[pruned] *= self._settings.gamma
+        return weight
 
     def _save(self, side: int, state: _State) -> Items:
         """Keep the state; a Linear is a file, and the numbers, written last, say which step's files are whole."""
         for name, gains in state.gains.items():
-            found = {"gains": gains, "pruned": _pack(state.pruned[name])}
+            found = {"gains": gains, "pruned": state.pruned[name]}
             if state.kept:
-                found["kept"] = _pack(state.kept[name])
-            self._scratch.put(f"search/{side}/{state.step}/{name}", found)
+                found["kept"] = state.kept[name].clone()  # the same tensor at first, which safetensors refuses
+            self._scratch.put(f"states/{side}/{state.step}/{name}", found)
             yield 0
         numbers = [state.share, state.step, state.divergence or 0.0, state.best, state.unimproved]
-        self._scratch.put(f"search/{side}/state", {"numbers": torch.tensor(numbers, dtype=torch.float64)})
-        self._scratch.drop(f"search/{side}/{state.saved}")
+        self._scratch.put(f"states/{side}/last", {"numbers": torch.tensor(numbers, dtype=torch.float64)})
+        self._scratch.drop(f"states/{side}/{state.saved}")
         state.saved = state.step
 
     def _load(self, side: int) -> Generator[int, None, _State]:
-        share, step, divergence, best, unimproved = self._scratch.get(f"search/{side}/state")["numbers"].tolist()
+        share, step, divergence, best, unimproved = self._scratch.get(f"states/{side}/last")["numbers"].tolist()
         state = _State({}, {}, share, {}, int(step), divergence, best, unimproved=int(unimproved), saved=int(step))
         for name, linear in self._targets.items():
-            stored = self._scratch.get(f"search/{side}/{state.step}/{name}")
-            shape = torch.Size((linear.out_features, linear.in_features))
-            state.gains[name] = stored["gains"].to(self._base.device)
-            state.pruned[name] = _unpack(stored["pruned"], shape).to(self._base.device)
+            stored = self._scratch.get(f"states/{side}/{state.step}/{name}")
+            state.gains[name], state.pruned[name] = (stored[key].to(self._base.device) for key in ("gains", "pruned"))
             state.weights[name] = self._mask(linear, state.pruned[name])
             if "kept" in stored:
-                state.kept[name] = _unpack(stored["kept"], shape).to(self._base.device)
+                state.kept[name] = stored["kept"].to(self._base.device)
             yield 0
         return state
 
+    def _encode(self, pruned: Mapping[str, Tensor]) -> Generator[int, None, dict[str, Target]]:
+        found = {}
+        for name, places in pruned.items():
+            mask = np.zeros((self._targets[name].out_features, self._targets[name].in_features), dtype=bool)
+            mask.reshape(-1)[places.cpu().numpy()] = True
+            found[name] = encode_target(mask)
+            yield 0
+        return found
+
 
 def exchange(pruned: Tensor, ranking: Ranking, threshold: Tensor, share: float) -> Tensor:
-    """The weights whose value is at least `threshold`, as far as one step may go; bool [out, in].
+    """The weights whose value is at least `threshold`, as far as one step may go; indices in order, int64.
 
     `pruned` is the choice so far. At most `share` of the pruned weights, now or then, leave it, those of lowest value,
     and as many enter it; more only by as many as there are to be more or fewer in all.
     """
-    chosen = pruned.flatten()
-    places = chosen.nonzero().squeeze(1)
     wanted = ranking.places[ranking.best >= threshold]
-    most, growth = max(1, round(share * max(len(places), len(wanted)))), len(wanted) - len(places)
-    entering = wanted[~chosen[wanted]][: most + max(0, growth)]
-    lowest = places[ranking.current.argsort()][: int((ranking.current < threshold).sum())]
-    found = chosen.clone()
-    found[entering], found[lowest[: most + max(0, -growth)]] = True, False
-    return found.view_as(pruned)
+    most, growth = max(1, round(share * max(len(pruned), len(wanted)))), len(wanted) - len(pruned)
+    entering = wanted[~torch.isin(wanted, pruned)][: most + max(0, growth)]
+    leaving = min(int((ranking.current < threshold).sum()), most + max(0, -growth))
+    staying = pruned[ranking.current.argsort()[leaving:]]
+    return torch.cat([staying, entering]).sort().values
 
 
 def _row_means(batch: ResponseBatch, logits: Tensor) -> Tensor:
@@ -378,19 +383,3 @@ def _draw(count: int, size: int, step: int, seed: int) -> Iterator[int]:
         order = list(range(count))
         random.Random(f"{seed}/{turn}").shuffle(order)
         yield order[within]
-
-
-def _pack(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
-
-
-def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool)).view(shape)
-
-
-def _encode(pruned: Mapping[str, Tensor]) -> Generator[int, None, dict[str, Target]]:
-    found = {}
-    for name, one in pruned.items():
-        found[name] = encode_target(one.cpu().numpy())
-        yield 0
-    return found
