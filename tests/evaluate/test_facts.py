@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from masquerade.evaluate import generation
 from masquerade.evaluate.facts import (
@@ -66,6 +68,35 @@ def test_an_answer_counts_as_whole_words_in_any_case(answers: tuple[str, ...], t
     assert Fact("?", answers).is_in(text) is known
 
 
+@given(
+    st.sampled_from([("Paris",), ("5", "five"), ("H2O", "water")]),
+    st.text("Paris25.,H20water fiveé\ufffd ", max_size=12),
+)
+def test_a_fact_is_settled_if_it_is_in_whatever_follows(answers: tuple[str, ...], text: str) -> None:
+    fact, ends = Fact("?", answers), ["", "s", "5", ".", ".5", ",", ",000", "é", " ", " and more"]
+    if fact.is_settled(text):
+        assert all(fact.is_in(text.rstrip("\ufffd") + end) for end in ends)
+    elif fact.is_in(text + " ."):
+        assert fact.is_settled(text + " .")
+
+
+def test_an_answer_ends_where_its_fact_is_settled(tiny: Base, manager: MaskManager) -> None:
+    """It is the beginning of the whole answer, and the others are as they were."""
+    prompts = encode_questions(tiny, [f"what is {number}" for number in range(6)])
+    whole = finish(write_answers(tiny, prompts, params=GenerationParams(TOKENS)))
+    asked: list[int] = []
+
+    def suffices(number: int, text: str) -> bool:
+        asked.append(number)
+        return number % 2 == 1 and len(text) > 5
+
+    cut = finish(write_answers(tiny, prompts, params=GenerationParams(TOKENS, rows=4), suffices=suffices))
+    assert set(asked) == set(range(6))
+    for number, (text, long) in enumerate(zip(cut, whole, strict=True)):
+        assert long.startswith(text.rstrip("\ufffd"))  # the beginning of a character
+        assert (text == long) == (number % 2 == 0)
+
+
 def test_facts_are_checked_in_greedy_answers(tiny: Base, manager: MaskManager) -> None:
     """The first word of the base's own answer is known to the base; what it did not say is not."""
     questions = ["what is one", "what is two", "what is three"]
@@ -94,8 +125,8 @@ def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
     assert finish(find_known_facts(tiny, facts)) == [True, True, True, False, True]
     generate = generation._generate
 
-    def generate_otherwise(base: Base, prompts: Any, treatment: Any, params: GenerationParams, random: Any) -> Any:
-        found = yield from generate(base, prompts, treatment, params, random)
+    def generate_otherwise(base: Base, prompts: Any, treatment: Any, params: GenerationParams, *more: Any) -> Any:
+        found = yield from generate(base, prompts, treatment, params, *more)
         return [ids[1:] for ids in found] if params.rows < len(facts) else found
 
     monkeypatch.setattr(generation, "_generate", generate_otherwise)

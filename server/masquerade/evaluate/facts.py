@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from masquerade.model import Base
 Part = Literal["search", "report", "all"]
 TOKENS = 40  # of an answer to a fact's question; it is greedy
 ROWS, ROWS_AGAIN = 32, 4  # questions of a batch, and where the base is asked again
+LOOKAHEAD = 2  # characters after an answer that decide whether it is a whole word or number
 NEUTRAL_TOKENS = 48  # of an answer that is neutral text
 _LINES: dict[Part, slice] = {"search": slice(0, None, 2), "report": slice(1, None, 2), "all": slice(None)}
 
@@ -38,8 +39,16 @@ class Fact:
 
     def is_in(self, text: str) -> bool:
         """Whether a text has one of the answers, as whole words and in any case; 5 is in "5." but not in "15"."""
+        return any(self._find(text))
+
+    def is_settled(self, text: str) -> bool:
+        """Whether every text that begins with this one has one of the answers."""
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the beginning of a character, whose bytes are not all there
+        return any(match.end() + LOOKAHEAD <= len(whole) for match in self._find(whole))
+
+    def _find(self, text: str) -> Iterator[re.Match[str]]:
         accepted = "|".join(map(re.escape, self.answers))
-        return bool(re.search(rf"(?<!\w)(?<!\d[.,])(?:{accepted})(?!\w)(?![.,]\d)", text, re.IGNORECASE))
+        return re.finditer(rf"(?<!\w)(?<!\d[.,])(?:{accepted})(?!\w)(?![.,]\d)", text, re.IGNORECASE)
 
 
 def read_facts(part: Part = "all") -> list[Fact]:
@@ -67,14 +76,15 @@ def check_facts(
 ) -> Items[list[bool]]:
     """Whether each fact is in the greedy answer to its question; a work item is a pass of the model.
 
-    A batch has at most `rows` questions. The base must have its masks attached.
+    A batch has at most `rows` questions, and with a treatment an answer ends where its fact is settled. The base must
+    have its masks attached.
     """
     prompts = encode_questions(base, [fact.question for fact in facts])
     params = GenerationParams(TOKENS, rows=rows)
     if treatment is UNTREATED:
         texts = yield from recall_answers(base, prompts, params)
     else:
-        texts = yield from write_answers(base, prompts, treatment, params)
+        texts = yield from write_answers(base, prompts, treatment, params, lambda at, text: facts[at].is_settled(text))
     return [fact.is_in(text) for fact, text in zip(facts, texts, strict=True)]
 
 

@@ -7,8 +7,9 @@ The engine serves requests; this module runs where there is no engine, and with 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from masquerade.model import Base, Span, make_route
 TOKENS = 4096  # most padded prompt tokens of a batch; a longer prompt is alone
 PASS_TOKENS = 512  # most padded prompt tokens of a pass
 
+# the number of a prompt and what its text begins with -> whether no more of it is needed
+Suffices = Callable[[int, str], bool]
+
 
 @dataclass(frozen=True)
 class GenerationParams:
@@ -36,7 +40,11 @@ class GenerationParams:
 
 @torch.no_grad()
 def generate(
-    base: Base, prompts: Sequence[Encoded], treatment: Treatment = UNTREATED, params: GenerationParams | None = None
+    base: Base,
+    prompts: Sequence[Encoded],
+    treatment: Treatment = UNTREATED,
+    params: GenerationParams | None = None,
+    suffices: Suffices | None = None,
 ) -> Iterator[list[str]]:
     """Texts generated after the prompts, in order; the prompts' responses are ignored.
 
@@ -45,17 +53,24 @@ def generate(
     """
     params = params or GenerationParams()
     random = torch.Generator().manual_seed(params.seed)
+    first = 0
     for rows in _group([treatment.rewrite(prompt).prompt for prompt in prompts], params.rows):
-        generated = yield from _generate(base, rows, treatment, params, random)
-        yield [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+        enough = None if suffices is None else partial(_suffice, base, suffices, first)
+        generated = yield from _generate(base, rows, treatment, params, random, enough)
+        yield [_decode(base, ids) for ids in generated]
+        first += len(rows)
 
 
 def write_answers(
-    base: Base, prompts: Sequence[Encoded], treatment: Treatment = UNTREATED, params: GenerationParams | None = None
+    base: Base,
+    prompts: Sequence[Encoded],
+    treatment: Treatment = UNTREATED,
+    params: GenerationParams | None = None,
+    suffices: Suffices | None = None,
 ) -> Items[list[str]]:
     """All texts of `generate`, without the white space around them; a work item is a pass of the model."""
     found: list[str] = []
-    for texts in generate(base, prompts, treatment, params):
+    for texts in generate(base, prompts, treatment, params, suffices):
         found += [text.strip() for text in texts]
         yield
     return found
@@ -72,6 +87,15 @@ def _group(prompts: Sequence[tuple[int, ...]], rows: int) -> Iterator[list[tuple
         group.append(prompt)
     if group:
         yield group
+
+
+def _decode(base: Base, ids: Sequence[int]) -> str:
+    text: str = base.tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+def _suffice(base: Base, suffices: Suffices, first: int, row: int, ids: Sequence[int]) -> bool:
+    return suffices(first + row, _decode(base, ids))
 
 
 def _read_prompts(
@@ -106,6 +130,7 @@ def _generate(
     treatment: Treatment,
     params: GenerationParams,
     random: torch.Generator,
+    enough: Callable[[int, list[int]], bool] | None,
 ) -> Generator[list[str], None, list[list[int]]]:
     cache, ids, attention_mask = yield from _read_prompts(base, prompts, treatment)
     generated: list[list[int]] = [[] for _ in prompts]
@@ -118,6 +143,8 @@ def _generate(
         going = [place for place, token in enumerate(tokens.tolist()) if token not in base.ends]
         for place in going:
             generated[rows[place]].append(int(tokens[place]))
+        if enough is not None:
+            going = [place for place in going if not enough(rows[place], generated[rows[place]])]
         if not going:
             break
         if len(going) < len(rows):
