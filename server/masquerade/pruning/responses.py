@@ -18,8 +18,6 @@ from masquerade.model import Base
 from masquerade.pruning.layerwise import Arguments, LayerwiseModel
 from masquerade.pruning.scratch import Scratch
 
-BAND = 8  # tokens; among responses whose lengths differ by less, those of similar prompts are grouped
-
 
 class ResponseBatch:
     """Some examples' responses, cut to `tokens` tokens and padded on the right.
@@ -114,19 +112,15 @@ def group(examples: Sequence[Sequence[Encoded]], size: int, tokens: int, most: i
     """Indices of groups of similar lengths, of at most `size` each; a group is a tuple's examples on rows.
 
     Neither the prompts of a micro-batch nor its responses, cut to `tokens` tokens, have more than `most` padded tokens,
-    unless it is a single group. Responses decide first, as their padding is computed in every step.
+    unless it is a single group.
     """
 
     def lengths(index: int) -> tuple[int, int]:
         rows = examples[index]
         return max(len(one.prompt) for one in rows), max(len(one.response[:tokens]) for one in rows)
 
-    def order(index: int) -> tuple[int, int]:
-        prompt, response = lengths(index)
-        return -(-response // BAND), prompt
-
     found: list[list[int]] = []
-    for index in sorted(range(len(examples)), key=order):
+    for index in sorted(range(len(examples)), key=lengths):
         batch = [*found[-1], index] if found else []
         rows = sum(len(examples[one]) for one in batch)
         fits = all(rows * max(length) <= most for length in zip(*map(lengths, batch), strict=True))
