@@ -244,7 +244,7 @@ def test_a_folder_is_one_builds_at_a_time_and_free_when_it_is_gone(tmp_path: Pat
 @pytest.mark.parametrize("in_a_folder", [True, False])
 def test_what_is_not_to_be_retained_is_deleted(tmp_path: Path, in_a_folder: bool) -> None:
     scratch = Scratch(tmp_path / "s" if in_a_folder else None)
-    names = ("found", "foundling", "written/1", "search/1/state", "start/1/a")
+    names = ("found", "foundling", "written/1", "states/1/last", "start/1/a")
     for name in names:
         scratch.put(name, {"one": torch.ones(1)})
     scratch.retain("found", "written")

@@ -179,7 +179,7 @@ def test_after_a_killed_process_the_build_goes_on_from_its_scratch(
     tiny: Base, manager: MaskManager, tmp_path: Path, expected: BuildResult
 ) -> None:
     work = make(tiny, manager, SEARCHED, ProcessExecutor(), Scratch(tmp_path / "s")).run()
-    while not list((tmp_path / "s" / "search").glob("*/state.safetensors")):
+    while not list((tmp_path / "s" / "states").glob("*/last.safetensors")):
         next(work)
     for child in multiprocessing.active_children():
         child.kill()
