@@ -102,6 +102,7 @@ def test_a_file_with_both_sides_needs_no_second_one(tiny_folder: Path, tmp_path:
     common = ("--model", tiny_folder, "--store", tmp_path / "s")
     built = succeed("build", *common, "--name", "p", "--contrast-name", "q", "--data", pairs, *recipe)["personas"]
     assert [one["persona"] for one in built] == ["p", "q"]
+    assert [one["bytes"] for one in built] == [Path(one["file"]).stat().st_size for one in built]
     same = succeed("build", *common, "--name", "r", "--data", own, "--contrast", other, *recipe)["personas"]
     assert same[0]["digest"] == built[0]["digest"]
     found = succeed("eval", *common, "--persona", "p", "--data", pairs, "--baselines", "none")

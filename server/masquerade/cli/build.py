@@ -351,7 +351,8 @@ def _publish(masks: Sequence[Mask], store: Store, registry: Registry, out: Path 
             if out:
                 out.mkdir(parents=True, exist_ok=True)
                 write_mask(mask, out / f"{mask.info.persona}.safetensors")
-            report.append(_describe(mask) | {"generation": revision.number, "file": str(path)})
+            written = {"generation": revision.number, "file": str(path), "bytes": path.stat().st_size}
+            report.append(_describe(mask) | written)
     except OSError as error:
         folder = error.filename or store.root
         raise BuildFailed(f"the masks were found but cannot be written to {folder}: {error.strerror}") from error
@@ -362,7 +363,6 @@ def _describe(mask: Mask) -> dict[str, Any]:
     return {
         "persona": mask.info.persona,
         "digest": mask.digest,
-        "bytes": mask.nbytes,
         "score": mask.info.score,
         "rho": mask.info.parameters["rho"],
         "phase": mask.info.phase,
