@@ -181,12 +181,16 @@ def make_product(case: Case, linear: nn.Linear, kind: str, seed: int) -> NativeP
 
 
 def measure_base(seconds: float) -> Iterator[Figure]:
-    """Rows without masks in fp32, natively and by torch, in the shapes of SmolLM2 and a larger one."""
-    for shape in ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (49152, 576)):
-        for rows in (1, 4, 16, 64, 512):
-            times = compare(Case(FP32, rows, 1, (), ()), shape, seconds)
-            name = f"fp32, {rows} rows without masks, own dense / torch dense, {shape[0]} x {shape[1]}"
-            yield Figure(name, times["own"] / times["torch"], "x", "<= 1.05")
+    """Rows without masks, natively and by torch, in the shapes of SmolLM2 and larger ones; how fast few rows read."""
+    for dtype, name in ((FP32, "fp32"), (BF16, "bf16")):
+        for out, columns in ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (49152, 576)):
+            for rows in (1, 2, 4, 16, 64, 512):
+                times = compare(Case(dtype, rows, 1, (), ()), (out, columns), seconds)
+                case = f"{name}, {rows} rows without masks, {out} x {columns}"
+                yield Figure(f"{case}, own dense / torch dense", times["own"] / times["torch"], "x", "<= 1.05")
+                if rows <= 4:
+                    rate = out * columns * dtype.itemsize / times["own"] / 1e9
+                    yield Figure(f"{case}, weights read", rate, "GB/s")
 
 
 def measure_quantised(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Figure]:

@@ -62,6 +62,42 @@ void direct(const Inputs<T>& inputs, const Pass& pass, const Place<T>& place, co
   reach.end<n>(total);
 }
 
+// The same for few rows of the base, an output after the other: processors are ahead of memory that is read in order.
+// A sum waits for the one before, so of more inputs than Lanes::in_order the sums take longer than memory.
+template <class T, int n>
+void direct_in_order(const Inputs<T>& inputs, const Pass& pass, const Place<T>& place, const Reach& reach) {
+  const Input<T>* x = inputs.x + pass.row * inputs.stride;
+  F total[kTile][n];
+  reach.begin<n>(total);
+#pragma GCC unroll 4
+  for (int m = 0; m < kTile; m++) {
+    const T* weight = place.weight + m * place.apart;
+    const auto add = [&](const T* from, int64_t k) __attribute__((always_inline)) {
+      each_of<Lanes::parts<T>>([&](auto part) __attribute__((always_inline)) {
+        const Vector<T> values = Lanes::effective<Mode::dense, part.value>(Lanes::read<part.value>(from), nullptr, F{});
+#pragma GCC unroll 4
+        for (int r = 0; r < n; r++)
+          total[m][r] = Lanes::fma(values, Lanes::load(x + r * inputs.stride + k + part.value * kVector<T>), total[m][r]);
+      });
+    };
+    int64_t k = reach.start;
+    for (; k + kStep<T> <= reach.stop; k += kStep<T>) add(weight + k, k);
+    if (k < reach.stop) {
+      T rest[kStep<T>] = {};
+      std::memcpy(rest, weight + k, (reach.stop - k) * sizeof(T));
+      add(rest, k);
+    }
+  }
+  reach.end<n>(total);
+}
+
+template <class T, int n = kInOrder>
+void direct_rows_in_order(const Inputs<T>& inputs, const Pass& pass, const Place<T>& place, const Reach& reach) {
+  if constexpr (n > 1)
+    if (pass.rows < n) return direct_rows_in_order<T, n - 1>(inputs, pass, place, reach);
+  direct_in_order<T, n>(inputs, pass, place, reach);
+}
+
 template <class T, Mode mode, bool each, int n = Lanes::rows>
 void direct_rows(const Inputs<T>& inputs, const Pass& pass, const Place<T>& place, const Reach& reach, Ahead& ahead) {
   if constexpr (n > 1)
@@ -116,7 +152,10 @@ void direct_tile(const Job<T>& job, int64_t output, T* room, float* totals, cons
   // line would be in its way.
   const bool single = job.passes.size() == 1 && job.passes.begin()->mode == Mode::dense;
   const bool fused = kFuses<T> && single && job.call.form != kPlain;
-  const bool pairs = single && job.call.form == kPlain && job.tile_bytes() >= kTile * kLong;
+  const bool plain = single && job.call.form == kPlain;
+  const int64_t rows = job.passes.begin()->rows;
+  const bool in_order = plain && rows <= kInOrder && in <= kChunk && rows * in <= Lanes::in_order<T>;
+  const bool pairs = plain && job.tile_bytes() >= kTile * kLong;
   Ahead ahead(job.memory(output + kTile), job.tile_bytes(), steps, pairs ? 2 * kCacheLine : kCacheLine);
   const auto compute = [&](int64_t at, int64_t apart) {
     for (int64_t k = 0; k < in; k += kChunk) {
@@ -126,7 +165,9 @@ void direct_tile(const Job<T>& job, int64_t output, T* room, float* totals, cons
       float* kept = totals;
       for (const Pass& pass : job.passes) {
         const Reach reach{k, stop, k == 0, stop == in, kept, stage.of(pass.whole, pass.row, at)};
-        if (!fused || !apart)
+        if (in_order && apart)
+          direct_rows_in_order(job.inputs, pass, place, reach);
+        else if (!fused || !apart)
           kDirect[static_cast<int>(pass.mode)][pass.each](job.inputs, pass, place, reach, ahead);
         else if constexpr (kFuses<T>)
           with_form(job.call.form, [&](auto form) {

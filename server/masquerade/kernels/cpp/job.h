@@ -17,6 +17,7 @@ constexpr int64_t kPanel = 16;     // outputs of a panel: what is unpacked and u
 constexpr int64_t kRow = kBlock + 16;  // floats of a row of a block: a tile may begin with the last output
 constexpr int64_t kChunk = 2048;   // inputs of a tile that is multiplied straight from the weights
 constexpr int64_t kLong = 4096;    // bytes of a row that memory is ahead of by itself
+constexpr int kInOrder = 2;        // most rows whose outputs are computed one after the other
 constexpr int64_t kNear = 4096;    // bytes that are fetched into the first cache; more go to the second
 template <class T>
 constexpr int64_t kDepth = 512 * Lanes::width / sizeof(Lanes::Input<T>);  // inputs of a panel

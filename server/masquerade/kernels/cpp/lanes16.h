@@ -22,10 +22,14 @@ struct Lanes {
   static constexpr int parts = 1;
   template <class T>
   using Input = T;
+  template <class T>
+  static constexpr int64_t in_order = sizeof(T) == 4 ? 2048 : 4096;  // inputs, see direct.h
 #else
   static constexpr int parts = sizeof(T) == 4 ? 1 : 2;
   template <class T>
   using Input = float;
+  template <class T>
+  static constexpr int64_t in_order = 2048;
 #endif
   template <class T>
   static constexpr int step = sizeof(T) == 4 ? 16 : 32;

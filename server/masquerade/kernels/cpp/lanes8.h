@@ -29,6 +29,8 @@ struct Lanes {
   static constexpr int step = width * parts<T>;
   template <class T>
   using Input = float;
+  template <class T>
+  static constexpr int64_t in_order = sizeof(T) == 4 ? 2048 : 1024;  // inputs, see direct.h
   static constexpr int rows = 3;  // 4 x 3 accumulators, 3 inputs and a weight fill sixteen registers
   static constexpr int each = 2;  // rows with a mask each
 
