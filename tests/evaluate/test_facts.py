@@ -123,13 +123,13 @@ def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
     facts = [Fact(question, (text,)) for question, text in zip(questions, texts, strict=True)]
     facts[3] = Fact(questions[3], ("never said",))
     assert finish(find_known_facts(tiny, facts)) == [True, True, True, False, True]
-    generate = generation._generate
+    run = generation._Batch.run
 
-    def generate_otherwise(base: Base, prompts: Any, treatment: Any, params: GenerationParams, *more: Any) -> Any:
-        found = yield from generate(base, prompts, treatment, params, *more)
-        return [ids[1:] for ids in found] if params.rows < len(facts) else found
+    def run_otherwise(batch: generation._Batch) -> Any:
+        found = yield from run(batch)
+        return [ids[1:] for ids in found] if batch.params.rows < len(facts) else found
 
-    monkeypatch.setattr(generation, "_generate", generate_otherwise)
+    monkeypatch.setattr(generation._Batch, "run", run_otherwise)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # which has no answers yet
     assert finish(find_known_facts(tiny, facts)) == [False, False, False, False, False]
 

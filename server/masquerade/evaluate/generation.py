@@ -1,4 +1,4 @@
-"""Generates text with a treatment in left-padded batches, for measurements and calibration text.
+"""Generates text with a treatment in batches, for measurements and calibration text.
 
 What all prompts of a batch begin with is computed once, and a row that has ended leaves the batch.
 
@@ -8,21 +8,20 @@ The engine serves requests; this module runs where there is no engine, and with 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from masquerade.evaluate.dataset import Encoded
+from masquerade.evaluate.decoder import Decoder, NotNative, make_decoders
 from masquerade.evaluate.metrics import Items
-from masquerade.evaluate.prefix import count_shared, extend, of_prompt
 from masquerade.evaluate.treatment import UNTREATED, Treatment
-from masquerade.model import Base, Span, make_route
+from masquerade.model import Base
 
 TOKENS = 4096  # most padded prompt tokens of a batch; a longer prompt is alone
-PASS_TOKENS = 512  # most padded prompt tokens of a pass
 
 # the number of a prompt and what its text begins with -> whether no more of it is needed
 Suffices = Callable[[int, str], bool]
@@ -56,7 +55,7 @@ def generate(
     first = 0
     for rows in _group([treatment.rewrite(prompt).prompt for prompt in prompts], params.rows):
         enough = None if suffices is None else partial(_suffice, base, suffices, first)
-        generated = yield from _generate(base, rows, treatment, params, random, enough)
+        generated = yield from _Batch(base, rows, treatment, params, random, enough).run()
         yield [_decode(base, ids) for ids in generated]
         first += len(rows)
 
@@ -98,80 +97,53 @@ def _suffice(base: Base, suffices: Suffices, first: int, row: int, ids: Sequence
     return suffices(first + row, _decode(base, ids))
 
 
-def _read_prompts(
-    base: Base, prompts: Sequence[tuple[int, ...]], treatment: Treatment
-) -> Generator[list[str], None, tuple[DynamicCache, Tensor, Tensor]]:
-    """The keys and values of all prompts but their last tokens, those tokens, and where there are tokens."""
-    shared, longest = count_shared(prompts), max(map(len, prompts))
-    cache = DynamicCache(config=base.model.config)
-    for start in range(0, shared, PASS_TOKENS):
-        extend(base, cache, prompts[0][start : min(start + PASS_TOKENS, shared)], treatment)
-        yield []
-    if shared:
-        cache.batch_repeat_interleave(len(prompts))
-    ids = torch.zeros(len(prompts), longest - shared, dtype=torch.long)
-    attention_mask = torch.ones(len(prompts), longest, dtype=torch.long)  # 0 at padding, after the shared tokens
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt[shared:])
-        attention_mask[row, shared : shared + longest - len(prompt)] = 0
-    ids, attention_mask = ids.to(base.device), attention_mask.to(base.device)
-    width = max(1, PASS_TOKENS // len(prompts))
-    for start in range(0, longest - shared - 1, width):
-        stop = min(start + width, longest - shared - 1)
-        with treatment.around():
-            _step(base, ids[:, start:stop], attention_mask[:, : shared + stop], cache, of_prompt(treatment))
-        yield []
-    return cache, ids[:, -1:], attention_mask
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that are continued together."""
 
+    base: Base
+    prompts: Sequence[tuple[int, ...]]
+    treatment: Treatment
+    params: GenerationParams
+    random: torch.Generator
+    enough: Callable[[int, list[int]], bool] | None  # a row and its tokens -> whether no more are needed
 
-def _generate(
-    base: Base,
-    prompts: Sequence[tuple[int, ...]],
-    treatment: Treatment,
-    params: GenerationParams,
-    random: torch.Generator,
-    enough: Callable[[int, list[int]], bool] | None,
-) -> Generator[list[str], None, list[list[int]]]:
-    cache, ids, attention_mask = yield from _read_prompts(base, prompts, treatment)
-    generated: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # that go on
-    for _ in range(min(params.tokens, base.context - attention_mask.shape[1])):
-        with treatment.around():
-            logits = _step(base, ids, attention_mask, cache, treatment)
-        noise = None if params.temperature == 0 else _draw(len(prompts), logits.shape[-1], random)[rows]
-        tokens = _choose(treatment.shift(logits) if treatment.shift else logits, params.temperature, noise)
-        going = [place for place, token in enumerate(tokens.tolist()) if token not in base.ends]
-        for place in going:
-            generated[rows[place]].append(int(tokens[place]))
-        if enough is not None:
-            going = [place for place in going if not enough(rows[place], generated[rows[place]])]
-        if not going:
-            break
-        if len(going) < len(rows):
-            index = torch.tensor(going, device=base.device)
-            cache.batch_select_indices(index)
-            attention_mask, tokens, rows = attention_mask[index], tokens[going], [rows[place] for place in going]
-        ids = tokens.to(base.device).unsqueeze(1)
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
-        yield []
-    return generated
+    def run(self) -> Generator[list[str], None, list[list[int]]]:
+        """The tokens generated after each prompt."""
+        tokens = min(self.params.tokens, self.base.context - max(map(len, self.prompts)))
+        *native, last = make_decoders(self.base, self.prompts, self.treatment, tokens)
+        for decoder in native:
+            with suppress(NotNative):
+                return (yield from self._decode(decoder, tokens))
+        return (yield from self._decode(last, tokens))
 
+    def _decode(self, decoder: Decoder, tokens: int) -> Generator[list[str], None, list[list[int]]]:
+        for _ in decoder.read_prompts():
+            yield []
+        generated: list[list[int]] = [[] for _ in self.prompts]
+        rows, ids = list(range(len(self.prompts))), [prompt[-1] for prompt in self.prompts]  # of rows that go on
+        for _ in range(tokens):
+            chosen = self._choose(decoder.step(ids), rows)
+            going = [place for place, token in enumerate(chosen) if token not in self.base.ends]
+            for place in going:
+                generated[rows[place]].append(chosen[place])
+            if self.enough is not None:
+                going = [place for place in going if not self.enough(rows[place], generated[rows[place]])]
+            if not going:
+                break
+            if len(going) < len(rows):
+                decoder.keep(going)
+            rows, ids = [rows[place] for place in going], [chosen[place] for place in going]
+            yield []
+        return generated
 
-def _step(base: Base, ids: Tensor, attention_mask: Tensor, cache: DynamicCache, treatment: Treatment) -> Tensor:
-    """Logits after the last of `ids` [rows, new]; `attention_mask` [rows, past + new] is 0 at padding."""
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    spans = [Span(treatment.applied, 0, ids.numel())] if treatment.applied else []
-    output = base.model(
-        input_ids=ids,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        route=make_route(spans, base.device),
-    )
-    logits: Tensor = output.logits[:, -1]
-    return logits
+    def _choose(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
+        shifted = self.treatment.shift(logits) if self.treatment.shift else logits
+        noise = None
+        if self.params.temperature:
+            noise = _draw(len(self.prompts), logits.shape[-1], self.random)[rows]
+        found: list[int] = _choose(shifted, self.params.temperature, noise).tolist()
+        return found
 
 
 def _draw(rows: int, vocabulary: int, random: torch.Generator) -> Tensor:

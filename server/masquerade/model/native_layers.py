@@ -65,7 +65,8 @@ class LayerRun:
 
     def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], current: CurrentRoute) -> None:
         first: Any = layers[0]
-        self._layers, self._native, self._current = layers, NativeLayers(first.self_attn.layer_idx, parts), current
+        self.parts, self._layers, self._current = parts, layers, current
+        self._native = NativeLayers(first.self_attn.layer_idx, parts)
         modules = [module for layer in layers for module in layer.modules()]
         self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         self._computed: ReferenceType[PagedStep] | None = None  # the last step, whose cache must not live for it
@@ -95,19 +96,49 @@ class NativeForward:
     """
 
     def __init__(self, layer: nn.Module, run: LayerRun, *, is_first: bool) -> None:
-        self._layer, self._run, self._is_first = layer, run, is_first
+        self._layer, self.run, self._is_first = layer, run, is_first
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See the layer's forward."""
         plan: StepPlan | None = kwargs.get("plan")
         if plan is not None and (step := plan.paged) is not None:
             if not self._is_first:
-                output = hidden if self._run.has_computed(step) else None
+                output = hidden if self.run.has_computed(step) else None
             else:
-                output = self._run.compute(hidden, step, kwargs["position_embeddings"])
+                output = self.run.compute(hidden, step, kwargs["position_embeddings"])
             if output is not None:
                 return output
         return type(self._layer).forward(self._layer, hidden, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class NativeStack:
+    """All decoder layers of a model, which one call can compute."""
+
+    run: LayerRun
+    kv_heads: int
+    head_size: int
+
+    @property
+    def layers(self) -> int:
+        """Their number."""
+        return len(self.run.parts)
+
+    def has_computed(self, step: PagedStep) -> bool:
+        """Whether the model's last call, with a plan that has this step, was computed so."""
+        return self.run.has_computed(step)
+
+
+def find_stack(model: nn.Module) -> NativeStack | None:
+    """The decoder layers of a model with its masks attached; None if transformers computes any of them."""
+    config: Any = model.config
+    forwards = [module.forward for module in model.modules() if isinstance(module.forward, NativeForward)]
+    runs = {forward.run for forward in forwards}
+    if len(runs) != 1 or len(forwards) != config.num_hidden_layers:
+        return None
+    (run,) = runs
+    shapes = {(part.linears[1].out_features // part.head_size, part.head_size) for part in run.parts}
+    return NativeStack(run, *shapes.pop()) if len(shapes) == 1 else None
 
 
 def find_forwards(

@@ -1,0 +1,121 @@
+"""Decoders agree with each other and with whole passes, and a row's logits do not depend on the others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from masquerade.evaluate import decoder as decoders
+from masquerade.evaluate.dataset import Encoded
+from masquerade.evaluate.decoder import CachedDecoder, Decoder, NotNative, PagedDecoder, make_decoders
+from masquerade.evaluate.generation import GenerationParams, write_answers
+from masquerade.evaluate.metrics import finish
+from masquerade.evaluate.treatment import UNTREATED, Phase, Treatment
+from masquerade.model import AppliedMask, Base, MaskManager, Span, make_route
+from tests import world
+
+Prompt = tuple[int, ...]
+TOKENS = 6
+
+
+def make_prompts(shared: int, longest: int = 30) -> list[Prompt]:
+    rng = random.Random(shared)
+    words = lambda count: tuple(rng.randrange(3, 90) for _ in range(count))  # noqa: E731
+    beginning = (1, *words(shared))
+    return [(*beginning, *words(count)) for count in (0, 1, 2, 11, longest)]
+
+
+@pytest.fixture(params=[None, "all", "decode"])
+def treatment(request: pytest.FixtureRequest, tiny: Base, manager: MaskManager) -> Treatment:
+    phase: Phase | None = request.param
+    if phase is None:
+        return UNTREATED
+    return Treatment(AppliedMask(manager.fit(world.make_mask(tiny, 0.05, seed=1)), 0.3), phase)
+
+
+@pytest.fixture(params=[5, 512])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in many passes, or in one."""
+    monkeypatch.setattr(decoders, "PASS_TOKENS", request.param)
+
+
+def decode(decoder: Decoder, prompts: list[Prompt], followed: list[Prompt]) -> list[Tensor]:
+    """The logits of each row after its prompt and each of the tokens that follow; rows leave when they have none."""
+    found: list[list[Tensor]] = [[] for _ in prompts]
+    list(decoder.read_prompts())
+    rows = list(range(len(prompts)))
+    for step in range(1 + max(map(len, followed))):
+        ids = [(prompts[row][-1], *followed[row])[step] for row in rows]
+        for row, logits in zip(rows, decoder.step(ids), strict=True):
+            found[row].append(logits)
+        going = [place for place, row in enumerate(rows) if len(followed[row]) > step]
+        if not going:
+            break
+        if len(going) < len(rows):
+            decoder.keep(going)
+        rows = [rows[place] for place in going]
+    return [torch.stack(of_row) for of_row in found]
+
+
+@torch.no_grad()
+def compute_whole(base: Base, treatment: Treatment, prompt: Prompt, following: Prompt) -> Tensor:
+    """The same for one row by transformers in two passes: the prompt but its last token, and the rest."""
+    cache = DynamicCache(config=base.model.config)
+    for ids, is_masked in ((prompt[:-1], treatment.phase == "all"), ((prompt[-1], *following), True)):
+        applied = treatment.applied if is_masked else None
+        route = make_route([Span(applied, 0, len(ids))] if applied else [], base.device)
+        if ids:
+            output = base.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, route=route)
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("shared", [0, 20])  # too few to be computed once, and enough
+@pytest.mark.parametrize("native", [True, False])
+def test_logits_are_those_of_each_row_alone(tiny: Base, treatment: Treatment, shared: int, native: bool) -> None:
+    prompts, rng = make_prompts(shared), random.Random(7)
+    followed = [tuple(rng.randrange(3, 90) for _ in range(count)) for count in (TOKENS, 0, 2, TOKENS, 1)]
+    *fast, last = make_decoders(tiny, prompts, treatment, TOKENS)
+    assert [type(one) for one in (*fast, last)] == [PagedDecoder, CachedDecoder]
+    found = decode(fast[0] if native else last, prompts, followed)
+    for logits, prompt, following in zip(found, prompts, followed, strict=True):
+        torch.testing.assert_close(logits, compute_whole(tiny, treatment, prompt, following), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_rows_do_not_change_each_other(tiny: Base, treatment: Treatment) -> None:
+    """To the bit, also where one of them reads what all begin with and another one is alone."""
+    prompts, followed = make_prompts(20), [(5, 6, 7), (), (8,), (9, 10), (11,)]
+    together = decode(next(make_decoders(tiny, prompts, treatment, TOKENS)), prompts, followed)
+    for row, prompt in enumerate(prompts):
+        (alone,) = decode(next(make_decoders(tiny, [prompt], treatment, TOKENS)), [prompt], [followed[row]])
+        assert torch.equal(alone, together[row])
+
+
+def test_what_the_native_layers_do_not_compute_is_left_to_transformers(tiny: Base, manager: MaskManager) -> None:
+    """A mask of another backend, hooks of a treatment, and a hook that nobody knows of."""
+    prompts = make_prompts(20)
+    mask = manager.fit(world.make_mask(tiny, 0.05, seed=1), backend="reference")
+    treatment, params = Treatment(AppliedMask(mask, 0.3), "decode"), GenerationParams(TOKENS)
+    fast = next(make_decoders(tiny, prompts, treatment, TOKENS))
+    list(fast.read_prompts())
+    with pytest.raises(NotNative):
+        fast.step([prompt[-1] for prompt in prompts])
+    native = Treatment(AppliedMask(manager.fit(world.make_mask(tiny, 0.05, seed=1)), 0.3), "decode")
+    asked = [Encoded(prompt, ()) for prompt in prompts]
+    assert finish(write_answers(tiny, asked, treatment, params)) == finish(write_answers(tiny, asked, native, params))
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        yield
+
+    (last,) = make_decoders(tiny, prompts, Treatment(around=around), TOKENS)
+    assert isinstance(last, CachedDecoder)
+    with tiny.model.model.layers[1].mlp.register_forward_hook(lambda *_: None), pytest.raises(NotNative):
+        list(next(make_decoders(tiny, prompts, UNTREATED, TOKENS)).read_prompts())
