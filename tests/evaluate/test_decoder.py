@@ -119,3 +119,12 @@ def test_what_the_native_layers_do_not_compute_is_left_to_transformers(tiny: Bas
     assert isinstance(last, CachedDecoder)
     with tiny.model.model.layers[1].mlp.register_forward_hook(lambda *_: None), pytest.raises(NotNative):
         list(next(make_decoders(tiny, prompts, UNTREATED, TOKENS)).read_prompts())
+
+
+@pytest.mark.parametrize("more", [-1, 0, 20])
+def test_a_prompt_that_fills_the_context_has_no_answer(tiny: Base, more: int) -> None:
+    """A control may have made it longer than that."""
+    asked = [Encoded((1,) * length, ()) for length in (tiny.context + more, 3)]
+    texts = finish(write_answers(tiny, asked, params=GenerationParams(TOKENS, rows=1)))
+    assert (texts[0] == "") == (more >= 0)
+    assert texts[1]

@@ -110,7 +110,7 @@ class _Batch:
 
     def run(self) -> Generator[list[str], None, list[list[int]]]:
         """The tokens generated after each prompt."""
-        tokens = min(self.params.tokens, self.base.context - max(map(len, self.prompts)))
+        tokens = max(0, min(self.params.tokens, self.base.context - max(map(len, self.prompts))))
         *native, last = make_decoders(self.base, self.prompts, self.treatment, tokens)
         for decoder in native:
             with suppress(NotNative):
