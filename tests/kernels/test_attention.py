@@ -116,6 +116,22 @@ def test_what_lies_beyond_a_context_never_counts(dtype: torch.dtype, isa: str) -
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [16, 48, 64, 80])
+def test_what_earlier_calls_left_never_counts(
+    dtype: torch.dtype, isa: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even times zero: here it is NaN."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # memory is a thread's own
+    earlier, paged = Paged([(70, 200)], 3, 8, 128, dtype, 0), Paged([(5, 151), (70, 8), (1, 20)], 3, 3, size, dtype, 1)
+    for part in (earlier.q, earlier.keys, earlier.values):
+        part.fill_(float("nan"))
+    assert earlier.attend(isa=isa).isnan().all()
+    expected = paged.expect()
+    assert ((paged.attend(isa=isa).double() - expected).abs() <= TOLERANCE[dtype] * (1 + expected.abs())).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_large_scores_do_not_overflow_and_a_nan_stays(dtype: torch.dtype, isa: str) -> None:
     paged = Paged([(1, 200), (1, 100)], 1, 2, 64, dtype, 0)
     paged.q *= 100

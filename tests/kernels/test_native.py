@@ -122,6 +122,23 @@ def test_products_equal_the_formula_and_no_row_depends_on_another(
             assert torch.equal(batch.alone(row, isa), y[row])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("columns", [48, 331])
+def test_what_earlier_calls_left_never_counts(
+    dtype: torch.dtype, isa: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even times zero: here it is NaN."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # memory is a thread's own
+    parts = [Part("list", 0.01, (0.0,) * 5), Part("bits", 0.5, (0.0, 0.3)), Part("bits", 0.5, (0.0,) * 9)]
+    for base_rows in (1, 3, 40):
+        earlier, batch = Batch(517, 1100, dtype, parts, 40), Batch(517, columns, dtype, parts, base_rows)
+        earlier.x.fill_(float("nan"))
+        assert earlier.multiply(isa).isnan().all()
+        y = batch.multiply(isa)
+        assert ((y.double() - batch.expected).abs() <= TOLERANCE[dtype] * (batch.scale + 1e-3)).all()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     parts = [Part("list", 0.01, (0.0,) * 5), Part("bits", 0.5, (0.0, 0.3)), Part("bits", 0.5, (0.0,) * 9)]

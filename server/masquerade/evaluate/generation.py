@@ -8,7 +8,6 @@ The engine serves requests; this module runs where there is no engine, and with 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -113,8 +112,10 @@ class _Batch:
         tokens = max(0, min(self.params.tokens, self.base.context - max(map(len, self.prompts))))
         *native, last = make_decoders(self.base, self.prompts, self.treatment, tokens)
         for decoder in native:
-            with suppress(NotNative):
+            try:
                 return (yield from self._decode(decoder, tokens))
+            except NotNative:
+                yield []  # a pass in vain is a work item, too
         return (yield from self._decode(last, tokens))
 
     def _decode(self, decoder: Decoder, tokens: int) -> Generator[list[str], None, list[list[int]]]:

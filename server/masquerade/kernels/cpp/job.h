@@ -141,11 +141,12 @@ void lay_out(const T* from, int64_t in, int64_t stride, Input<T>* to) {
     return;
   }
   constexpr int step = kStep<T>, width = Lanes::width;
-  for (int64_t k = 0; k < in; k += step)  // whole steps: more than that is never read
+  for (int64_t k = 0; k < in; k += step)
     for (int i = 0; i < step; i++) {
       const int at = i % 2 * width + i / 2;
       to[k + at] = k + i < in ? widen(from[k + i]) : 0.0f;
     }
+  std::fill(to + round_up(in, step), to + stride, 0.0f);  // a step of fp32 may be longer, and zeros times NaN are NaN
 }
 
 // Where an output's input 0 is, or would be, and how far outputs are apart.
