@@ -316,8 +316,8 @@ class MaskSearch:
         return gains.clamp(min=0).square_().mul_(worth)
 
     def _mask(self, linear: nn.Linear, pruned: Tensor) -> Tensor:
-        weight = torch.empty_like(dense_weight(linear), dtype=self._base.dtype, memory_format=torch.contiguous_format)
-        weight.copy_(dense_weight(linear))  # int8 is dequantised to fp32
+        weight = dense_weight(linear)  # int8 is dequantised to fp32
+        weight = weight.to(self._base.dtype, copy=True, memory_format=torch.contiguous_format)
         weight.view(-1)[pruned] *= self._settings.gamma
         return weight
 
