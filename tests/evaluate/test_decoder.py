@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from masquerade.engine import attention
 from masquerade.evaluate import decoder as decoders
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.decoder import CachedDecoder, Decoder, NotNative, PagedDecoder, make_decoders
+from masquerade.evaluate.decoder import CachedDecoder, Decoder, PagedDecoder, make_decoders
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import UNTREATED, Phase, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager, Span, make_route
+from masquerade.model import AppliedMask, Base, MaskManager, NotNative, Span, make_route
 from tests import world
 
 Prompt = tuple[int, ...]
@@ -119,6 +120,19 @@ def test_what_the_native_layers_do_not_compute_is_left_to_transformers(tiny: Bas
     assert isinstance(last, CachedDecoder)
     with tiny.model.model.layers[1].mlp.register_forward_hook(lambda *_: None), pytest.raises(NotNative):
         list(next(make_decoders(tiny, prompts, UNTREATED, TOKENS)).read_prompts())
+
+
+def test_a_mask_that_is_not_native_is_decoded_beside_an_engine_too(tiny: Base, manager: MaskManager) -> None:
+    """A server builds with the attention of its engine."""
+    mask = manager.fit(world.make_mask(tiny, 0.05, seed=1), backend="reference")
+    treatment, params = Treatment(AppliedMask(mask, 0.3), "decode"), GenerationParams(TOKENS)
+    asked, before = [Encoded(prompt, ()) for prompt in make_prompts(20)], tiny.model.config._attn_implementation
+    expected = finish(write_answers(tiny, asked, treatment, params))
+    try:
+        tiny.model.set_attn_implementation(attention.NAME)
+        assert finish(write_answers(tiny, asked, treatment, params)) == expected
+    finally:
+        tiny.model.set_attn_implementation(before)
 
 
 @pytest.mark.parametrize("more", [-1, 0, 20])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,15 +15,11 @@ from transformers import DynamicCache
 from masquerade.evaluate.prefix import count_shared, extend, of_prompt
 from masquerade.evaluate.treatment import Treatment
 from masquerade.kernels import PagedChunks, PagedStep, attends
-from masquerade.model import Base, NativeStack, Span, find_stack, make_route
+from masquerade.model import Base, NativePlan, NativeStack, Span, find_stack, make_route
 
 PASS_TOKENS = 512  # most tokens of prompts in a pass
 
 Prompt = tuple[int, ...]
-
-
-class NotNative(Exception):
-    """The native layers did not compute a pass, as of a mask that the kernels do not apply."""
 
 
 class Decoder(Protocol):
@@ -48,13 +43,6 @@ def make_decoders(base: Base, prompts: Sequence[Prompt], treatment: Treatment, t
     if stack is not None and attends(torch.empty(0, stack.head_size, dtype=base.dtype, device=base.device)):
         yield PagedDecoder(base, prompts, treatment, tokens, stack)
     yield CachedDecoder(base, prompts, treatment)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the native layers read of a call's `plan`."""
-
-    paged: PagedStep
 
 
 class PagedDecoder:
@@ -130,10 +118,8 @@ class PagedDecoder:
             use_cache=False,
             logits_to_keep=torch.from_numpy(counts.cumsum() - 1),
             route=make_route(spans, self._base.device),
-            plan=_Plan(step),
+            plan=NativePlan(step),
         ).logits[0]
-        if not self._stack.has_computed(step):
-            raise NotNative
         self._lengths[rows] += counts
         return logits
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.decoder import Decoder, NotNative, make_decoders
+from masquerade.evaluate.decoder import Decoder, make_decoders
 from masquerade.evaluate.metrics import Items
 from masquerade.evaluate.treatment import UNTREATED, Treatment
-from masquerade.model import Base
+from masquerade.model import Base, NotNative
 
 TOKENS = 4096  # most padded prompt tokens of a batch; a longer prompt is alone
 

@@ -57,6 +57,17 @@ class StepPlan(Protocol):
         """Where the native kernels find keys and values; None if they do not attend."""
 
 
+class NotNative(Exception):
+    """Transformers would have to compute a layer of a `NativePlan`."""
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """A `StepPlan` of which only the native layers know: a layer that they do not compute raises `NotNative`."""
+
+    paged: PagedStep
+
+
 class LayerRun:
     """Consecutive layers, which one call computes.
 
@@ -108,6 +119,8 @@ class NativeForward:
                 output = self.run.compute(hidden, step, kwargs["position_embeddings"])
             if output is not None:
                 return output
+            if isinstance(plan, NativePlan):
+                raise NotNative
         return type(self._layer).forward(self._layer, hidden, *args, **kwargs)
 
 
@@ -115,18 +128,9 @@ class NativeForward:
 class NativeStack:
     """All decoder layers of a model, which one call can compute."""
 
-    run: LayerRun
+    layers: int
     kv_heads: int
     head_size: int
-
-    @property
-    def layers(self) -> int:
-        """Their number."""
-        return len(self.run.parts)
-
-    def has_computed(self, step: PagedStep) -> bool:
-        """Whether the model's last call, with a plan that has this step, was computed so."""
-        return self.run.has_computed(step)
 
 
 def find_stack(model: nn.Module) -> NativeStack | None:
@@ -138,7 +142,7 @@ def find_stack(model: nn.Module) -> NativeStack | None:
         return None
     (run,) = runs
     shapes = {(part.linears[1].out_features // part.head_size, part.head_size) for part in run.parts}
-    return NativeStack(run, *shapes.pop()) if len(shapes) == 1 else None
+    return NativeStack(len(forwards), *shapes.pop()) if len(shapes) == 1 else None
 
 
 def find_forwards(
