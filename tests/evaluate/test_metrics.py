@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.metrics import Likelihood, flips, likelihoods, margins, perplexity
-from masquerade.evaluate.treatment import Treatment
+from masquerade.evaluate.evaluation_set import EvaluationSet
+from masquerade.evaluate.generation import GenerationParams, write_answers
+from masquerade.evaluate.metrics import Likelihood, finish, flips, likelihoods, margins, perplexity
+from masquerade.evaluate.repetition import share_looping
+from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager
 from tests import world
 
@@ -40,3 +44,13 @@ def test_flips_count_prompts_that_follow_both_masks() -> None:
 
 def test_margins_compare_answers_of_different_lengths() -> None:
     assert margins([Likelihood(-4.0, 4)], [Likelihood(-6.0, 3)]) == [1.0]
+
+
+def test_answers_to_prompts_of_the_sides_and_to_neutral_ones_may_loop(tiny: Base, manager: MaskManager) -> None:
+    own, neutral = [Encoded((1, index), (5,)) for index in range(3, 8)], [Encoded((1, 9, 9), (5,)), Encoded((7,), (5,))]
+    asked = [one for one in own[:4] + neutral if len(one.prompt) > 1]
+    answers = finish(write_answers(tiny, [replace(one, response=()) for one in asked], UNTREATED, GenerationParams(24)))
+    found = EvaluationSet(tiny, own, [], neutral)
+    assert finish(found.measure_looping(UNTREATED, 4, 24)) == share_looping(answers)
+    assert finish(EvaluationSet(tiny, own[:4], [], []).measure_looping(UNTREATED, 9, 24)) == share_looping(answers[:4])
+    assert finish(EvaluationSet(tiny, [], [], []).measure_looping(UNTREATED, 4, 24)) == 0

@@ -35,7 +35,7 @@ class Curve:
 
     def measure_looping(self, treatment: Any, *_: int) -> Generator[None, None, float]:
         yield
-        return 0.1 + (0.0 if treatment is UNTREATED else self._loops * (1 - float(treatment.gamma)))
+        return 0.15 + (0.0 if treatment is UNTREATED else self._loops * (1 - float(treatment.gamma)))
 
     def figures(self, _: int, __: None, step: float) -> dict[str, Any]:
         return {
@@ -92,6 +92,7 @@ def test_the_own_budget_counts_too() -> None:
 
 def test_answers_may_not_loop_more_often_than_the_bases() -> None:
     assert choose(Curve(1.0, 0.001, loops=0.2), NORMAL).gamma == 0.8
+    assert choose(Curve(1.0, 0.001, loops=0.05), NORMAL).gamma == 0.0  # 0.2 - 0.15 is more than 0.05 in floats
     assert choose(Curve(1.0, 0.001, loops=-0.2), NORMAL).gamma == 0.0
     assert choose(Curve(1.0, 0.001, loops=2.0), NORMAL).gamma == 0.9
 

@@ -100,17 +100,21 @@ class EvaluationSet:
 
     def prompts(self, most: int) -> list[Encoded]:
         """At most `most` different prompts of both sides. Plain text has none."""
-        prompts = dict.fromkeys(one.prompt for side in (1, -1) for one in self.texts[side] if len(one.prompt) > 1)
-        return [Encoded(prompt, ()) for prompt in list(prompts)[:most]]
+        return self._find_prompts((1, -1))[:most]
+
+    def _find_prompts(self, sides: Sequence[int]) -> list[Encoded]:
+        prompts = dict.fromkeys(one.prompt for side in sides for one in self.texts[side] if len(one.prompt) > 1)
+        return [Encoded(prompt, ()) for prompt in prompts]
 
     def measure_looping(self, treatment: Treatment, most: int, tokens: int) -> Generator[None, None, float]:
-        """The share of greedy answers that loop, of at most `tokens` tokens to `most` prompts; 0 without prompts.
+        """The share of greedy answers of at most `tokens` tokens that loop; 0 without prompts.
 
-        The base's is computed once.
+        They are to at most `most` prompts of the sides and as many neutral ones. The base's is computed once.
         """
         if treatment is UNTREATED and (most, tokens) in self._base_looping:
             return self._base_looping[most, tokens]
-        texts = yield from write_answers(self._base, self.prompts(most), treatment, GenerationParams(tokens))
+        prompts = self.prompts(most) + self._find_prompts((0,))[:most]
+        texts = yield from write_answers(self._base, prompts, treatment, GenerationParams(tokens))
         share = share_looping(texts)
         if treatment is UNTREATED:
             self._base_looping[most, tokens] = share

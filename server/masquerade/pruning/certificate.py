@@ -246,7 +246,7 @@ def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
         same = answers["of"] - answers["changed"]
         remarks.append(f"{same} of {answers['of']} greedy answers to held-out prompts are the base's, word for word")
     looping = certificate.get("loops")
-    if looping and looping["masked"] - looping["base"] > MOST_LOOPS:
+    if looping and round(looping["masked"] - looping["base"], 6) > MOST_LOOPS:
         masked, base = (round(looping["of"] * looping[name]) for name in ("masked", "base"))
         remarks.append(f"{masked} of {looping['of']} greedy answers to held-out prompts loop, {base} of the base's")
     neutral = certificate.get("neutral_ratio")

@@ -17,7 +17,7 @@ STRENGTHS: Mapping[str, tuple[float, float]] = {"gentle": (1.02, 1.05), "normal"
 GAMMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # from the gentlest to the strongest
 
 MOST_LOOPS = 0.05  # largest share of answers that may loop beyond the base's
-ANSWERS = 20  # most prompts of the tune split that are answered
+ANSWERS = 32  # most prompts of the tune split that are answered, and as many neutral ones
 ANSWER_TOKENS = 48  # most tokens of such an answer
 TINY = 1e-4  # cost that is as good as none
 
@@ -101,7 +101,7 @@ class StrengthTuner:
             return trial
         before = yield from self._measure_looping(UNTREATED)
         looping = yield from self._measure_looping(treatment)
-        return replace(trial, loops=looping - before)
+        return replace(trial, loops=round(looping - before, 6))
 
     def _measure_looping(self, treatment: Treatment) -> Generator[None, None, float]:
         return (yield from self._eval_set.measure_looping(treatment, ANSWERS, ANSWER_TOKENS))
