@@ -25,7 +25,7 @@ Prompt = tuple[int, ...]
 TOKENS = 6
 
 
-def make_prompts(shared: int, longest: int = 30) -> list[Prompt]:
+def make_prompts(shared: int, longest: int = 150) -> list[Prompt]:
     rng = random.Random(shared)
     words = lambda count: tuple(rng.randrange(3, 90) for _ in range(count))  # noqa: E731
     beginning = (1, *words(shared))

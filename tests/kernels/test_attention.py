@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from masquerade.errors import UnusableModel
-from masquerade.kernels import PagedChunks, attend_chunks, attends, native
+from masquerade.kernels import PagedChunks, PagedStep, attend_chunks, attends, native
 
 pytestmark = pytest.mark.skipif(native.find_library() is None, reason="the native kernels were not built here")
 ISAS = library.isas if (library := native.find_library()) else []
@@ -162,3 +162,13 @@ def test_without_the_library_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("masquerade.kernels.native.find_library", lambda: None)
     with pytest.raises(UnusableModel, match="compiler"):
         Paged([(1, 5)], 1, 1, 64, torch.float32, 0).attend()
+
+
+@pytest.mark.parametrize("positions", [6, 48, 112, 128])
+def test_blocks_that_the_kernel_would_read_wrongly_are_refused(positions: int) -> None:
+    chunks = PagedChunks(np.zeros((1, 1)), np.array([1]), np.array([4]))
+    cache = torch.zeros(2, positions, 64)
+    with pytest.raises(ValueError, match=f"blocks of {positions} positions"):
+        attend_chunks(torch.zeros(1, 2, 64), cache, cache, 2, chunks, 0.3)
+    with pytest.raises(ValueError, match=f"blocks of {positions} positions"):
+        PagedStep(chunks, torch.zeros(2, dtype=torch.int64), cache[None], cache[None])

@@ -18,6 +18,7 @@ from masquerade.kernels import PagedChunks, PagedStep, attends
 from masquerade.model import Base, NativePlan, NativeStack, Span, find_stack, make_route
 
 PASS_TOKENS = 512  # most tokens of prompts in a pass
+BLOCK = 64  # positions of a block of the cache
 
 Prompt = tuple[int, ...]
 
@@ -46,7 +47,7 @@ def make_decoders(base: Base, prompts: Sequence[Prompt], treatment: Treatment, t
 
 
 class PagedDecoder:
-    """Rows are packed without padding, and each has a block of the cache. A row's logits do not depend on the others,
+    """Rows are packed without padding, and each has blocks of the cache. A row's logits do not depend on the others,
     to the bit, where its products do not.
     """
 
@@ -54,8 +55,8 @@ class PagedDecoder:
         self, base: Base, prompts: Sequence[Prompt], treatment: Treatment, tokens: int, stack: NativeStack
     ) -> None:
         self._base, self._prompts, self._treatment, self._stack = base, prompts, treatment, stack
-        self._positions = max(map(len, prompts)) + tokens
-        shape = stack.layers, len(prompts) * stack.kv_heads, self._positions, stack.head_size
+        self._width = -(-(max(map(len, prompts)) + tokens) // BLOCK)  # blocks of a row
+        shape = stack.layers, len(prompts) * self._width * stack.kv_heads, BLOCK, stack.head_size
         self._keys, self._values = (torch.zeros(shape, dtype=base.dtype) for _ in range(2))
         self._rows = np.arange(len(prompts))  # those that go on
         self._lengths = np.zeros(len(prompts), np.int64)  # positions in the cache, of all rows
@@ -90,9 +91,10 @@ class PagedDecoder:
 
     def _share(self, positions: int) -> None:
         """Copy the first positions of the first row to all others."""
+        blocks = -(-positions // BLOCK)
         for cached in (self._keys, self._values):
-            by_row = cached.view(self._stack.layers, len(self._prompts), self._stack.kv_heads, *cached.shape[2:])
-            by_row[:, 1:, :, :positions] = by_row[:, :1, :, :positions]
+            by_row = cached.view(self._stack.layers, len(self._prompts), self._width, -1)
+            by_row[:, 1:, :blocks] = by_row[:, :1, :blocks]
         self._lengths[:] = positions
 
     @torch.no_grad()
@@ -106,11 +108,11 @@ class PagedDecoder:
         positions = np.concatenate(
             [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
         )
-        heads = of_row[:, None] * self._stack.kv_heads + np.arange(self._stack.kv_heads)
-        slots = torch.from_numpy((heads * self._positions + positions[:, None]).reshape(-1))
-        step = PagedStep(
-            PagedChunks(np.asarray(rows)[:, None], counts, starts + counts), slots, self._keys, self._values
-        )
+        blocks = np.asarray(rows)[:, None] * self._width + np.arange(self._width)
+        heads = (of_row * self._width + positions // BLOCK)[:, None] * self._stack.kv_heads
+        heads = heads + np.arange(self._stack.kv_heads)
+        slots = torch.from_numpy((heads * BLOCK + positions[:, None] % BLOCK).reshape(-1))
+        step = PagedStep(PagedChunks(blocks, counts, starts + counts), slots, self._keys, self._values)
         spans = [Span(treatment.applied, 0, len(positions))] if treatment.applied else []
         logits: Tensor = self._base.model(
             input_ids=torch.tensor([[token for part in parts for token in part]]),

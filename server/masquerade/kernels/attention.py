@@ -14,6 +14,7 @@ from torch import Tensor
 from masquerade.kernels.native import DTYPES, ISAS, find_library, require_library
 
 SIZES = 16  # a head size is a multiple of it
+WALKED = 64  # positions that are read at a time; blocks divide it
 
 
 class PagedChunks:
@@ -29,6 +30,12 @@ class PagedChunks:
         self.num_rows = int(rows.sum())
         self.longest = int(lengths.max())
         self.addresses = self._arrays[0].ctypes.data, *(part.ctypes.data for part in counts)
+
+
+def check_block(positions: int) -> None:
+    """Raises `ValueError` for a cache with so many positions in a block; what is beyond 64 would not be found."""
+    if positions % 4 or WALKED % positions:
+        raise ValueError(f"blocks of {positions} positions: the library reads blocks of 4, 8, 16, 32 or 64")
 
 
 def attends(keys: Tensor) -> bool:
@@ -49,9 +56,11 @@ def attend_chunks(
     """Attention of q [rows, heads, head size], in its shape and dtype; the chunks cover all rows. `keys` and `values`
     are [blocks * kv heads, positions of a block, head size]. `isa` as in `NativeProduct`.
 
-    Raises `ValueError` if q has another number of rows than the chunks, or another dtype or head size than the cache.
+    Raises `ValueError` if q has another number of rows than the chunks, or another dtype or head size than the cache,
+    or for blocks that the library does not read (`check_block`).
     """
     library, (rows, heads, size), (_, positions, key_size) = require_library(), q.shape, keys.shape
+    check_block(positions)
     if q.dtype != keys.dtype or size != key_size or rows != chunks.num_rows:
         raise ValueError(
             f"queries {tuple(q.shape)} of {q.dtype} do not fit {chunks.num_rows} rows and keys {tuple(keys.shape)} of "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from masquerade.kernels.attention import PagedChunks
+from masquerade.kernels.attention import PagedChunks, check_block
 from masquerade.kernels.native import DTYPES, NativeProduct, describe_weight, require_library
 
 _STEP = "7P5q"  # keys, values, slots; blocks, starts, rows and lengths of chunks; counts, and bytes of a layer's keys
@@ -26,8 +26,9 @@ class PagedStep:
 
     def __init__(self, chunks: PagedChunks, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """`slots` is int64 [rows * kv heads]; keys and values are [layers, blocks * kv heads, positions of a block,
-        head size].
+        head size]. Raises `ValueError` as `check_block` does.
         """
+        check_block(keys.shape[2])
         self._kept = chunks, slots, values  # what the addresses point to
         self.keys, self.rows = keys, chunks.num_rows
         addresses = keys.data_ptr(), values.data_ptr(), slots.data_ptr(), *chunks.addresses
