@@ -35,6 +35,7 @@ if platform.machine() == "x86_64":
     UNITS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     UNITS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
     UNITS["avx512bf16"] = [*UNITS["avx512"], "-mavx512bf16", "-mavx512vnni", "-mf16c"]
+    UNITS["amx"] = [*UNITS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 
 class KernelsBuildHook(BuildHookInterface[Any]):

@@ -30,8 +30,8 @@ from masquerade.kernels.correction import accumulator, bitmap_footprint
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
-INTERFACE = 9  # of product.h
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # slowest first, numbered as in product.h
+INTERFACE = 10  # of product.h
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # slowest first, numbered as in product.h
 ROUNDS = 16  # added to a form
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIST, _WIDE_LIST, _BITMAP = range(1, 4)
@@ -115,7 +115,7 @@ def require_library() -> Library:
 def has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 and the kernels use it."""
     library = find_library()
-    return library is not None and ISAS[library.fastest] == "avx512bf16"
+    return library is not None and ISAS[library.fastest] in ("avx512bf16", "amx")
 
 
 def is_quantised(weight: Tensor) -> bool:

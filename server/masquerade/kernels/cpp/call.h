@@ -40,6 +40,7 @@ void multiply_portable(const Call&);
 void multiply_avx2(const Call&);
 void multiply_avx512(const Call&);
 void multiply_avx512bf16(const Call&);  // of bf16 only
+void multiply_amx(const Call&);         // of bf16 only
 void attend_portable(const AttentionCall&);
 void attend_avx2(const AttentionCall&);
 void attend_avx512(const AttentionCall&);

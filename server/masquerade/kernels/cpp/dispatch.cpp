@@ -1,5 +1,11 @@
 // Sorts the rows of a call, and chooses among the instruction sets that were compiled in. Built without any special
 // instructions.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <vector>
 
@@ -50,6 +56,20 @@ class Arrangement {
   std::vector<char> masked_;
 };
 
+#if defined(__x86_64__)
+// Whether the processor has AMX for bf16, and the system lets this process use its registers (Linux asks to be asked).
+bool may_use_matrices() {
+  static const bool may = [] {
+    constexpr long kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool has = d >> 22 & 1 && d >> 24 & 1;  // AMX-BF16, AMX-TILE
+    return has && syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
+  }();
+  return may;
+}
+#endif
+
 }  // namespace
 
 extern "C" int32_t masquerade_interface() { return kInterface; }
@@ -64,6 +84,7 @@ extern "C" int32_t masquerade_isas() {
     isas |= 1 << kAvx512;
   if (isas >> kAvx512 & 1 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
     isas |= 1 << kAvx512Bf16;
+  if (isas >> kAvx512Bf16 & 1 && may_use_matrices()) isas |= 1 << kAmx;
 #endif
   return isas;
 }
@@ -85,6 +106,7 @@ extern "C" int32_t masquerade_product(const Span* spans, int64_t count, int64_t 
   }
   switch (isa) {
 #if defined(__x86_64__)
+    case kAmx: dtype == kBfloat16 ? multiply_amx(call) : multiply_avx512(call); break;
     case kAvx512Bf16: dtype == kBfloat16 ? multiply_avx512bf16(call) : multiply_avx512(call); break;
     case kAvx512: multiply_avx512(call); break;
     case kAvx2: multiply_avx2(call); break;
@@ -104,6 +126,7 @@ extern "C" int32_t masquerade_attention(const void* q, const void* keys, const v
                            heads, kv_heads, size,   width, positions, scale,  dtype, threads};
   switch (isa) {
 #if defined(__x86_64__)
+    case kAmx:
     case kAvx512Bf16: dtype == kBfloat16 ? attend_avx512bf16(call) : attend_avx512(call); break;
     case kAvx512: attend_avx512(call); break;
     case kAvx2: attend_avx2(call); break;

@@ -61,6 +61,8 @@ constexpr int kVector = kStep<T> / Lanes::parts<T>;  // inputs in a vector
 template <class T>
 constexpr int64_t kPad = kCacheLine / sizeof(Input<T>);  // inputs in a cache line
 template <class T>
+constexpr bool kMatrices = Lanes::matrix && std::is_same_v<T, T16>;  // products are those of matrix registers
+template <class T>
 constexpr bool kScales = std::is_same_v<Input<T>, float>;  // weights, in registers; else two products are blended
 
 // Memory that a thread keeps from call to call, handed out piece by piece, each on a cache line of its own.
@@ -162,8 +164,10 @@ struct Job {
   Inputs<T> inputs;
   Many<Pass> passes;        // rows that few share weights with
   Many<Piece> panels;       // and those that many do
+  Many<Piece> products;     // all of them, where registers are matrices (amx.h)
   Many<Piece> blends;       // rows whose product is made of two
   Many<Listed<T>> listed;
+  T* turned;                // inputs of products with few rows
 
   // Weights of the outputs of a tile, or of its rest, for some inputs; `room` takes those of a tile that is quantised.
   Weights<T> weights(int64_t output, int64_t start, int64_t stop, T* room, int64_t stride) const {

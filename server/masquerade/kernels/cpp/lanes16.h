@@ -33,6 +33,24 @@ struct Lanes {
 #endif
   template <class T>
   static constexpr int step = sizeof(T) == 4 ? 16 : 32;
+#if defined(__AMX_BF16__)
+  static constexpr int matrix = 16;  // lines of a register of AMX, see amx.h
+  // The registers of a thread, all of 16 full lines, while this lives.
+  struct Registers {
+    Registers() {
+      struct alignas(64) {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } shapes;
+      _tile_loadconfig(&shapes);
+    }
+    ~Registers() { _tile_release(); }
+  };
+#else
+  static constexpr int matrix = 0;
+  struct Registers {};
+#endif
   static constexpr int rows = 6;  // 4 x 6 accumulators of 32 registers
   static constexpr int each = 4;  // rows with a mask each
 

@@ -31,6 +31,8 @@ struct Lanes {
   using Input = float;
   template <class T>
   static constexpr int64_t in_order = sizeof(T) == 4 ? 2048 : 1024;  // inputs, see direct.h
+  static constexpr int matrix = 0;  // lines of a register that is one
+  struct Registers {};
   static constexpr int rows = 3;  // 4 x 3 accumulators, 3 inputs and a weight fill sixteen registers
   static constexpr int each = 2;  // rows with a mask each
 

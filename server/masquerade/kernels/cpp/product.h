@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 9;  // changes whenever anything here does
+constexpr int32_t kInterface = 10;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum Form : int32_t {  // of a weight: of dtype, or quantised as GGUF has it
@@ -15,7 +15,7 @@ enum Form : int32_t {  // of a weight: of dtype, or quantised as GGUF has it
 };
 constexpr int32_t kRounds = 16;  // added to the form of a quantised weight: rows without a bitmap are rounded to 8 bits
 enum Kind : int64_t { kNothing = 0, kList16 = 1, kList32 = 2, kBitmap = 3 };
-enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2 };  // no route: spans overlap or end beyond the batch
 
 // What a mask prunes of one Linear.

@@ -6,6 +6,9 @@
 // its lanes in one fixed tree. What a list prunes has an order of its own (lists.h). Threads split the outputs.
 // `-ffp-contract=off`: only the FMAs written here are fused.
 #pragma once
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 #include "direct.h"
 #include "lists.h"
 #include "panel.h"
@@ -27,7 +30,7 @@ void finish(const Job<T>& job, const Stage& stage) {
 }
 
 // What a thread works with: a block on its way, a tile that is dequantised, accumulators between two reaches, unpacked
-// weights, sums of lists.
+// weights, sums of lists; effective weights of matrix registers, and sums on their way.
 template <class T>
 struct Bench {
   Stage stage;
@@ -35,6 +38,9 @@ struct Bench {
   float* totals;
   Input<T>* panel;
   float* lists;
+  T* matrices;
+  float* corner;
+  Lanes::Registers registers;
 
   Bench(Scratch& scratch, const Job<T>& job, int64_t start) {
     const int64_t rows = job.call.rows, staged = rows * kRow, blended = job.blends.size() ? staged : 0;
@@ -42,12 +48,17 @@ struct Bench {
     const int64_t kept = std::max(panels * kBand, 2 * rows * kTile) * Lanes::width;
     const int64_t floats = staged + blended + kept + summed;
     const int64_t dequantised = job.call.form == kPlain ? 0 : kTile * kApart<T>;
-    scratch.reserve(floats * sizeof(float) + panels * kDepth<T> * sizeof(Input<T>) + dequantised * sizeof(T), 6);
+    const int64_t unpacked = job.products.size() ? kBlock * round_up(job.call.in, kStep<T>) : 0;
+    const int64_t sums = unpacked ? 4 * Lanes::matrix * Lanes::matrix : 0;
+    scratch.reserve((floats + sums) * sizeof(float) + panels * kDepth<T> * sizeof(Input<T>) +
+                        (dequantised + unpacked) * sizeof(T), 8);
     stage = {scratch.take<float>(staged), scratch.take<float>(blended), start, start};
     totals = scratch.take<float>(kept);
     panel = scratch.take<Input<T>>(panels * kDepth<T>);
     lists = scratch.take<float>(summed);
     room = scratch.take<T>(dequantised);
+    matrices = scratch.take<T>(unpacked);
+    corner = scratch.take<float>(sums);
   }
 };
 
@@ -68,6 +79,7 @@ void run(const Job<T>& job, const Rounded& rounded, int64_t start, int64_t stop)
         if constexpr (Lanes::rounds)
           if (rounded.rows) rounded_tile<Lanes>(job, rounded, output, stage.of(false, 0, output));
       }
+    if constexpr (kMatrices<T>) multiply_matrices(job, stage, bench.matrices, bench.corner);
     for (const Piece& piece : job.panels)
       for (int64_t first = stage.first; first < stage.last; first += kPanel)
         panel_piece(job, piece, first, std::min(first + kPanel, stage.last), bench.room, bench.panel, bench.totals,
@@ -113,23 +125,31 @@ void multiply_as(const Call& call) {
     lists += (group->rows + kLine<T> - 1) / kLine<T>;
     lined += (group->rows + kLine<T> - kFew) / kLine<T>;
   }
-  Job<T> job{call, {nullptr, round_up(call.in, kStep<T>) + kPad<T>}, {}, {}, {}, {}};
+  Job<T> job{call, {nullptr, round_up(call.in, kStep<T>) + kPad<T>}, {}, {}, {}, {}, {}, nullptr};
   const int64_t pieces = 2 * groups + 1, passes = 2 * call.rows, line = call.in * kLine<T>;
   const int64_t codes = call.rounds ? call.rows * call.in : 0;
-  scratch.reserve(call.rows * job.inputs.stride * sizeof(Input<T>) + lined * line * sizeof(T) + 2 * pieces * sizeof(Piece) +
-                      passes * sizeof(Pass) + lists * sizeof(Listed<T>) + codes + 2 * codes / kInputs * sizeof(float),
-                  9);
-  job.inputs.x = scratch.take<Input<T>>(call.rows * job.inputs.stride);
+  const bool matrices = kMatrices<T> && call.form == kPlain;
+  const int64_t rows = matrices ? round_up(call.rows, Lanes::matrix) : call.rows;
+  const int64_t turned = matrices ? rows * round_up(call.in, kStep<T>) : 0;
+  scratch.reserve(rows * job.inputs.stride * sizeof(Input<T>) + (lined * line + turned) * sizeof(T) +
+                      3 * pieces * sizeof(Piece) + passes * sizeof(Pass) + lists * sizeof(Listed<T>) + codes +
+                      2 * codes / kInputs * sizeof(float),
+                  11);
+  job.inputs.x = scratch.take<Input<T>>(rows * job.inputs.stride);
+  job.turned = scratch.take<T>(turned);
   T* lines = scratch.take<T>(lined * line);
   const auto room = [](auto* at) { return Many<std::remove_pointer_t<decltype(at)>>{at, at}; };
   job.panels = room(scratch.take<Piece>(pieces));
   job.blends = room(scratch.take<Piece>(pieces));
+  job.products = room(scratch.take<Piece>(pieces));
   job.passes = room(scratch.take<Pass>(passes));
   job.listed = room(scratch.take<Listed<T>>(lists));
 
   const auto add = [&](const Piece& piece) {
     const int64_t rows = piece.stop - piece.start;
-    if (rows >= (piece.mode == Mode::dense ? kManyDense : kMany))
+    if (matrices && rows)
+      job.products.push(piece);
+    else if (rows >= (piece.mode == Mode::dense ? kManyDense : kMany))
       job.panels.push(piece);
     else if (rows)
       pass_over(piece, job.passes);
@@ -161,6 +181,7 @@ void multiply_as(const Call& call) {
     add({Mode::dense, 1.0f, nullptr, piece.start, piece.stop, true});
   }
 
+  if constexpr (kMatrices<T>) turn_inputs(job);
   const int64_t blocks = (call.out + kBlock - 1) / kBlock, worth = call.out * call.in / kWorthAThread;
   const int64_t shares = std::min({int64_t{call.threads}, std::max(int64_t{1}, worth), blocks});
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(shares)) if (shares > 1)
