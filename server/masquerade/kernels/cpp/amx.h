@@ -30,13 +30,15 @@ struct Operand {
   int64_t apart;  // elements between the two
 };
 
-// sums [16 left, 16 right] = left rightᵀ, where `right` has its inputs in pairs: of a line, those of 16 of its columns.
-template <int left, int right>
+// sums [16 left, 16 right] = a bᵀ, or are added to, where the lines of b have its inputs in pairs: those of 16 columns.
+template <int left, int right, bool adds = false>
 void multiply_registers(const Operand& a, const Operand& b, int64_t steps,
                                                               Ahead& ahead_, float* sums, int64_t stride) {
   Ahead ahead = ahead_;
   asm volatile("" ::: "memory");  // the operands have been written
-  _tile_zero(0);
+  static_assert(!adds || (left == 1 && right == 1));
+  if constexpr (adds) _tile_loadd(0, sums, stride * sizeof(float));
+  else _tile_zero(0);
   if constexpr (right > 1) _tile_zero(1);
   if constexpr (left > 1) _tile_zero(2);
   if constexpr (left > 1 && right > 1) _tile_zero(3);
@@ -135,21 +137,23 @@ void unpack_registers(const Job<T16>& job, const Piece& piece, int64_t first, in
       job, piece, first, last, ahead, to);
 }
 
+// 16 rows as registers [steps], in pairs.
+inline void turn_rows(const T16* rows, int64_t stride, int64_t steps, T16* to) {
+  for (int64_t step = 0; step < steps; step++, rows += kDeep, to += kRegister)
+    turn([&](int64_t i) { return _mm512_loadu_si512(rows + i * stride); },
+         [&](int64_t i, __m512i pairs) { _mm512_store_si512(to + i * kDeep, pairs); });
+}
+
 inline bool has_few_rows(const Piece& piece) { return piece.stop - piece.start < kTurned; }
 
-// Inputs of pieces with few rows as registers [rows / 16, step], in pairs. Lines beyond the last row are anything.
+// Inputs of pieces with few rows as registers [rows / 16, step]. Lines beyond the last row are anything.
 inline void turn_inputs(const Job<T16>& job) {
   const int64_t steps = count_steps(job.call.in);
   int64_t row = 0;
   for (const Piece& piece : job.products)
     if (has_few_rows(piece))
       for (row = std::max(row, piece.start / kEdge * kEdge); row < piece.stop; row += kEdge)
-        for (int64_t step = 0; step < steps; step++) {
-          const T16* from = job.inputs.x + row * job.inputs.stride + step * kDeep;
-          T16* to = job.turned + (row / kEdge * steps + step) * kRegister;
-          turn([&](int64_t i) { return _mm512_loadu_si512(from + i * job.inputs.stride); },
-               [&](int64_t i, __m512i pairs) { _mm512_store_si512(to + i * kDeep, pairs); });
-        }
+        turn_rows(job.inputs.x + row * job.inputs.stride, job.inputs.stride, steps, job.turned + row / kEdge * steps * kRegister);
 }
 
 // Copies the sums of some rows, [kStrip, kStrip] output by output, to their stage.

@@ -11,7 +11,8 @@
 namespace {
 
 constexpr int kSlices = 4;  // vectors of a value that are summed at once
-constexpr int64_t kQueries = 8 * Lanes::rows;  // that walk together, so that they read the context once
+constexpr int kTogether = Lanes::matrix ? Lanes::matrix : Lanes::rows;  // queries whose scores are computed at once
+constexpr int64_t kQueries = (Lanes::matrix ? 6 : 8) * kTogether;       // that walk together, so that they read the context once
 constexpr int64_t kScoresAThread = 1 << 13;
 
 // e^x for x <= 0, within 2e-7; NaN stays. Below -87 it is as good as 0, and the smallest normal number.
@@ -50,14 +51,14 @@ void widen_block(const T* keys, const T* values, int64_t count, float* wide_keys
     });
 }
 
-// Query heads of a chunk's rows that share keys and values, up to Lanes::rows of them, and what softmax has come to.
+// Query heads of a chunk's rows that share keys and values, up to kTogether of them, and what softmax has come to.
 template <class T>
 struct Queries {
   Inputs<T> inputs;
   int count;
   float* sums;                  // [count, size]
-  int64_t length[Lanes::rows];  // positions that a query attends to: the first ones
-  float largest[Lanes::rows], mass[Lanes::rows];
+  int64_t length[kTogether];  // positions that a query attends to: the first ones
+  float largest[kTogether], mass[kTogether];
 
   int64_t longest() const { return length[count - 1]; }
 };
@@ -189,7 +190,7 @@ class Attention {
     for (int64_t part = 0; part < parts; part++) finish(passes[part], share_.start + queries * part / parts);
   }
 
- private:
+ protected:
   // Where a query, counted row by row, is in q and y.
   int64_t place(int64_t query) const {
     const int64_t row = call_.starts[share_.chunk] + query / shared_;
@@ -265,7 +266,7 @@ class Attention {
   const int64_t shared_, rows_;  // query heads of a head of the cache, rows of the chunk
 };
 
-template <class T>
+template <class T, class Walk = Attention<T>>
 void attend_as(const AttentionCall& call) {
   static thread_local std::vector<Share> shares;
   shares.clear();
@@ -281,7 +282,7 @@ void attend_as(const AttentionCall& call) {
   const Share* const all = shares.data();  // of this thread
   const int64_t threads = std::min({int64_t{call.threads}, worth, count});
 #pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads)) if (threads > 1)
-  for (int64_t share = 0; share < count; share++) Attention<T>(call, all[share], share + 1 < count ? all + share + 1 : nullptr).run();
+  for (int64_t share = 0; share < count; share++) Walk(call, all[share], share + 1 < count ? all + share + 1 : nullptr).run();
 }
 
 [[maybe_unused]] void attend(const AttentionCall& call) {

@@ -45,6 +45,7 @@ void attend_portable(const AttentionCall&);
 void attend_avx2(const AttentionCall&);
 void attend_avx512(const AttentionCall&);
 void attend_avx512bf16(const AttentionCall&);  // of bf16 only
+void attend_amx(const AttentionCall&);         // of bf16 only
 RowKernels rows_portable(int32_t dtype);
 RowKernels rows_avx2(int32_t dtype);
 RowKernels rows_avx512(int32_t dtype);

@@ -126,7 +126,7 @@ extern "C" int32_t masquerade_attention(const void* q, const void* keys, const v
                            heads, kv_heads, size,   width, positions, scale,  dtype, threads};
   switch (isa) {
 #if defined(__x86_64__)
-    case kAmx:
+    case kAmx: dtype == kBfloat16 ? attend_amx(call) : attend_avx512(call); break;
     case kAvx512Bf16: dtype == kBfloat16 ? attend_avx512bf16(call) : attend_avx512(call); break;
     case kAvx512: attend_avx512(call); break;
     case kAvx2: attend_avx2(call); break;
