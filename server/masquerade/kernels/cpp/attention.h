@@ -21,12 +21,12 @@ inline float exponential(float x) {
   const float bounded = x < -87.0f ? -87.0f : x, shifted = bounded * 1.44269504f + rounder, power = shifted - rounder;
   const float rest = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;  // of powers of 2, in two parts
   float sum = 1.9875691500e-4f;  // Cephes
-  sum = sum * rest + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f;
-  sum = sum * rest + 4.1665795894e-2f;
-  sum = sum * rest + 1.6666665459e-1f;
-  sum = sum * rest + 5.0000001201e-1f;
-  sum = sum * (rest * rest) + rest + 1.0f;
+  sum = Lanes::fma(sum, rest, 1.3981999507e-3f);
+  sum = Lanes::fma(sum, rest, 8.3334519073e-3f);
+  sum = Lanes::fma(sum, rest, 4.1665795894e-2f);
+  sum = Lanes::fma(sum, rest, 1.6666665459e-1f);
+  sum = Lanes::fma(sum, rest, 5.0000001201e-1f);
+  sum = Lanes::fma(sum, rest * rest, rest) + 1.0f;
   int32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   const uint32_t raised = static_cast<uint32_t>(bits - 0x4b400000 + 127) << 23;
@@ -78,16 +78,6 @@ void score(const Queries<T>& queries, const K* keys, const K* values, int64_t si
   }
 }
 
-// What an operation makes of all lanes, always in the same tree.
-template <class Operation>
-inline float fold(F vector, const Operation& operation) {
-  float lanes[Lanes::width];
-  Lanes::store(lanes, vector);
-  for (int half = Lanes::width / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] = operation(lanes[i], lanes[i + half]);
-  return lanes[0];
-}
-
 // Turns the scores of the positions from `first` on into weights, relative to the largest score so far, to which the sums
 // are brought, too. Positions beyond a query's length have no weight.
 template <class T>
@@ -99,12 +89,12 @@ void weigh(Queries<T>& queries, float scale, int64_t first, int64_t size, float*
     for (int64_t i = 0; i < kBlock; i++) weights[i] *= scale;
     F most = Lanes::fill(largest), total = Lanes::fill(0.0f);
     for (int64_t i = 0; i < kBlock; i += Lanes::width) most = Lanes::larger(Lanes::load(weights + i), most);
-    largest = fold(most, [](float a, float b) { return a > b ? a : b; });
+    largest = Lanes::largest(most);
     for (int64_t i = 0; i < kBlock; i++) weights[i] = exponential(weights[i] - largest);
     std::fill(weights + own, weights + kBlock, 0.0f);
     for (int64_t i = 0; i < kBlock; i += Lanes::width) total = total + Lanes::load(weights + i);
     const float before = exponential(queries.largest[r] - largest);
-    queries.mass[r] = queries.mass[r] * before + fold(total, [](float a, float b) { return a + b; });
+    queries.mass[r] = queries.mass[r] * before + Lanes::sum(total);
     queries.largest[r] = largest;
     for (int64_t i = 0; i < size; i++) sums[i] *= before;
   }

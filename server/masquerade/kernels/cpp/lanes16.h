@@ -58,6 +58,8 @@ struct Lanes {
   static inline void store(float* to, F value) { _mm512_storeu_ps(to, value); }
   static inline F fill(float value) { return _mm512_set1_ps(value); }
   static inline F larger(F a, F b) { return _mm512_max_ps(a, b); }
+  static inline float largest(F lanes) { return _mm512_reduce_max_ps(lanes); }
+  static inline float sum(F lanes) { return _mm512_reduce_add_ps(lanes); }
   static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 

@@ -46,6 +46,12 @@ struct Lanes {
   static inline void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
   static inline F fill(float value) { return F{value, value, value, value, value, value, value, value}; }
   static inline F larger(F a, F b) { return a > b ? a : b; }  // b where either is NaN
+  static inline float largest(F lanes) {
+    return combine(lanes, [](float a, float b) { return a > b ? a : b; });
+  }
+  static inline float sum(F lanes) {
+    return combine(lanes, [](float a, float b) { return a + b; });
+  }
 
 #if defined(__FMA__)
   static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -224,6 +230,14 @@ struct Lanes {
   static inline F line(const uint16_t* from) { return widen<part % 2>(copy<S>(from + part / 2 * 16)); }
 
  private:
+  template <class Operation>
+  static inline float combine(F vector, const Operation& operation) {  // always in the same tree
+    float lanes[width];
+    store(lanes, vector);
+    for (int half = width / 2; half; half /= 2)
+      for (int i = 0; i < half; i++) lanes[i] = operation(lanes[i], lanes[i + half]);
+    return lanes[0];
+  }
   static inline F widen(H value) { return (F)(__builtin_convertvector(value, I) << 16); }
   template <int part>
   static inline F widen(S value) {
