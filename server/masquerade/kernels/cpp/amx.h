@@ -17,34 +17,47 @@ constexpr int64_t kEdge = 16;              // lines of a register, and fp32 of a
 constexpr int64_t kDeep = 32;              // inputs of a register
 constexpr int64_t kRegister = kEdge * kDeep;
 constexpr int64_t kStrip = 2 * kEdge;      // outputs of a strip, and rows: what two registers have
-constexpr int64_t kTurned = 48;            // from so many rows of a mask on, weights are turned
+constexpr int64_t kUnpacked = 8;           // steps whose effective weights are unpacked at once
+constexpr int64_t kTurned = 128;            // from so many rows of a mask on, weights are turned
 constexpr int64_t kBandRows = 512;         // rows whose inputs stay in the second cache
 
 inline int64_t count_steps(int64_t in) { return (in + kDeep - 1) / kDeep; }
 
-// Registers in memory, two of them beside each other.
+// Registers in memory, two of them beside each other, of one step of inputs after the other.
 struct Operand {
   const T16* at;
   int64_t line;   // bytes from a line to the next
   int64_t step;   // elements from a register to that of the next inputs
   int64_t apart;  // elements between the two
+
+  const T16* operator()(int64_t number) const { return at + number * step; }
+};
+
+// The same, while something comes nearer.
+struct Fetching : Operand {
+  Ahead& ahead;
+
+  Fetching(const Operand& operand, Ahead& ahead) : Operand(operand), ahead(ahead) {}
+  const T16* operator()(int64_t number) const {
+    ahead.fetch();
+    return Operand::operator()(number);
+  }
 };
 
 // sums [16 left, 16 right] = a bᵀ, or are added to, where the lines of b have its inputs in pairs: those of 16 columns.
-template <int left, int right, bool adds = false>
-void multiply_registers(const Operand& a, const Operand& b, int64_t steps,
-                                                              Ahead& ahead_, float* sums, int64_t stride) {
-  Ahead ahead = ahead_;
-  asm volatile("" ::: "memory");  // the operands have been written
+template <int left, int right, bool adds = false, class A>
+inline __attribute__((always_inline)) void multiply_registers(const A& a, const Operand& b, int64_t steps, float* sums,
+                                                              int64_t stride) {
   static_assert(!adds || (left == 1 && right == 1));
+  asm volatile("" ::: "memory");  // the operands have been written
   if constexpr (adds) _tile_loadd(0, sums, stride * sizeof(float));
   else _tile_zero(0);
   if constexpr (right > 1) _tile_zero(1);
   if constexpr (left > 1) _tile_zero(2);
   if constexpr (left > 1 && right > 1) _tile_zero(3);
-  const T16 *first = a.at, *second = b.at;
-  for (int64_t step = 0; step < steps; step++, first += a.step, second += b.step) {
-    ahead.fetch();
+  const T16* second = b.at;
+  for (int64_t step = 0; step < steps; step++, second += b.step) {
+    const T16* first = a(step);
     _tile_loadd(4, first, a.line);
     _tile_loadd(6, second, b.line);
     _tile_dpbf16ps(0, 4, 6);
@@ -63,7 +76,6 @@ void multiply_registers(const Operand& a, const Operand& b, int64_t steps,
   if constexpr (left > 1) _tile_stored(2, sums + kEdge * stride, stride * sizeof(float));
   if constexpr (left > 1 && right > 1) _tile_stored(3, sums + kEdge * stride + kEdge, stride * sizeof(float));
   asm volatile("" ::: "memory");
-  ahead_ = ahead;
 }
 
 // Turns a matrix of 16 x 16 elements of 32 bits: `line(i)` is a line of it, `take(i, line)` gets one of the result.
@@ -100,41 +112,57 @@ inline __attribute__((always_inline)) void turn(const Line& line, const Take& ta
     }
 }
 
-// 32 inputs of an output as a mask has them; beyond the last input zeros.
+// 32 inputs of an output as a mask has them, of which `rest` are left; beyond them zeros.
 template <Mode mode>
-inline __attribute__((always_inline)) __m512i effective(const Job<T16>& job, const uint8_t* keep, int64_t output, int64_t k) {
-  const int64_t rest = job.call.in - k;
+inline __attribute__((always_inline)) __m512i effective(const T16* weights, const uint8_t* keep, int64_t rest) {
   const __mmask32 within = rest < kDeep ? (1u << rest) - 1 : ~0u;
-  const __m512i raw = _mm512_maskz_loadu_epi16(within, job.weight(output) + k);
-  const uint8_t* bits = mode == Mode::dense ? nullptr : keep + output * job.keep_stride() + k / 8;
-  return Lanes::effective<mode, 0>(raw, bits, F{});
+  return Lanes::effective<mode, 0>(_mm512_maskz_loadu_epi16(within, weights), keep, F{});
 }
 
-// Effective weights of outputs `first` to `last` as registers [register, step], turned or not; lines beyond the last
-// output are that output's.
-template <Mode mode, bool turned>
-void unpack_registers(const Job<T16>& job, const Piece& piece, int64_t first, int64_t last, Ahead& ahead, T16* to) {
-  const int64_t steps = count_steps(job.call.in);
-  for (; first < last; first += kEdge)
-    for (int64_t step = 0; step < steps; step++, to += kRegister) {
-      ahead.fetch();
-      const auto line = [&](int64_t i) __attribute__((always_inline)) {
-        return effective<mode>(job, piece.keep, std::min(first + i, last - 1), step * kDeep);
-      };
-      const auto take = [&](int64_t i, __m512i values) __attribute__((always_inline)) {
-        _mm512_store_si512(to + i * kDeep, values);
-      };
-      if constexpr (turned)
-        turn(line, take);
-      else
-        for (int64_t i = 0; i < kEdge; i++) take(i, line(i));
+// Effective weights of a strip, kUnpacked steps at a time, which stay in the first cache. Lines beyond the last output are
+// that output's.
+template <Mode mode>
+struct Unpacked {
+  const Job<T16>& job;
+  const uint8_t* keep;
+  int64_t first, last;
+  T16* room;
+  Ahead& ahead;
+  static constexpr int64_t line = kCacheLine, apart = kUnpacked * kRegister;
+
+  const T16* operator()(int64_t step) const {
+    if (step % kUnpacked == 0) unpack(step * kDeep, std::min((step + kUnpacked) * kDeep, job.call.in));
+    ahead.fetch();
+    return room + step % kUnpacked * kRegister;
+  }
+
+  void unpack(int64_t start, int64_t stop) const {
+    for (int64_t i = 0; i < kStrip; i++) {
+      const int64_t output = std::min(first + i, last - 1);
+      const T16* from = job.weight(output);
+      const uint8_t* bits = mode == Mode::dense ? nullptr : keep + output * job.keep_stride();
+      T16* to = room + (i / kEdge * kUnpacked * kEdge + i % kEdge) * kDeep;
+      int64_t k = start;
+      for (; k + kDeep <= stop; k += kDeep, to += kRegister) _mm512_store_si512(to, effective<mode>(from + k, bits + k / 8, kDeep));
+      if (k < stop) _mm512_store_si512(to, effective<mode>(from + k, bits + k / 8, stop - k));
     }
-}
+    asm volatile("" ::: "memory");  // what reads it is not known to the compiler
+  }
+};
 
-template <bool turned>
-void unpack_registers(const Job<T16>& job, const Piece& piece, int64_t first, int64_t last, Ahead& ahead, T16* to) {
-  (piece.mode == Mode::dense ? unpack_registers<Mode::dense, turned> : unpack_registers<Mode::hard, turned>)(
-      job, piece, first, last, ahead, to);
+// Effective weights of outputs `first` to `last` as registers [register, step], turned.
+template <Mode mode>
+void unpack_turned(const Job<T16>& job, const uint8_t* keep, int64_t first, int64_t last, T16* to) {
+  const int64_t in = job.call.in;
+  for (; first < last; first += kEdge)
+    for (int64_t k = 0; k < in; k += kDeep, to += kRegister)
+      turn(
+          [&](int64_t i) __attribute__((always_inline)) {
+            const int64_t output = std::min(first + i, last - 1);
+            const uint8_t* bits = mode == Mode::dense ? nullptr : keep + output * job.keep_stride() + k / 8;
+            return effective<mode>(job.weight(output) + k, bits, in - k);
+          },
+          [&](int64_t i, __m512i pairs) __attribute__((always_inline)) { _mm512_store_si512(to + i * kDeep, pairs); });
 }
 
 // 16 rows as registers [steps], in pairs.
@@ -172,44 +200,61 @@ inline void turn_sums(const float* corner, int64_t row, int64_t count, bool whol
   }
 }
 
-// The strip that begins at an output, for the few rows of a piece; its weights come from memory, and `ahead` fetches.
-inline void multiply_strip(const Job<T16>& job, const Piece& piece, int64_t first, const Stage& stage, Ahead& ahead,
-                           T16* room, float* corner) {
-  const int64_t in = job.call.in, steps = count_steps(in), last = std::min(first + kStrip, stage.last);
-  const bool direct = piece.mode == Mode::dense && last - first == kStrip && in % kDeep == 0;
-  Operand weights{room, kCacheLine, kRegister, last - first > kEdge ? steps * kRegister : 0};
-  if (direct)
-    weights = {job.weight(first), in * static_cast<int64_t>(sizeof(T16)), kDeep, kEdge * in};
-  else
-    unpack_registers<false>(job, piece, first, last, ahead, room);
+// A strip of weights that begins at an output, and the few rows of a piece.
+template <class Weights>
+void multiply_strip(const Job<T16>& job, const Weights& weights, const Piece& piece, int64_t first, const Stage& stage,
+                    float* corner) {
+  const int64_t steps = count_steps(job.call.in);
   for (int64_t row = piece.start, end; row < piece.stop; row = end) {
     const int64_t group = row / kEdge, beyond = (group + 1) * kEdge;
     end = std::min(piece.stop, beyond + kEdge);
     const Operand inputs{job.turned + group * steps * kRegister, kCacheLine, kRegister, steps * kRegister};
-    (end > beyond ? multiply_registers<2, 2> : multiply_registers<2, 1>)(weights, inputs, steps, ahead, corner, kStrip);
+    if (end > beyond)
+      multiply_registers<2, 2>(weights, inputs, steps, corner, kStrip);
+    else
+      multiply_registers<2, 1>(weights, inputs, steps, corner, kStrip);
     const int64_t own = std::min(end, beyond);
     turn_sums(corner + row % kEdge, row, own - row, piece.whole, first, stage);
     if (end > own) turn_sums(corner + kEdge, own, end - own, piece.whole, first, stage);
   }
 }
 
+// The same; weights come from memory, and `ahead` fetches.
+inline void multiply_strip(const Job<T16>& job, const Piece& piece, int64_t first, const Stage& stage, Ahead& ahead,
+                           T16* room, float* corner) {
+  const int64_t in = job.call.in, last = std::min(first + kStrip, stage.last);
+  const Operand direct{job.weight(first), in * static_cast<int64_t>(sizeof(T16)), kDeep, kEdge * in};
+  if (piece.mode != Mode::dense)
+    multiply_strip(job, Unpacked<Mode::hard>{job, piece.keep, first, last, room, ahead}, piece, first, stage, corner);
+  else if (last - first < kStrip || in % kDeep)
+    multiply_strip(job, Unpacked<Mode::dense>{job, nullptr, first, last, room, ahead}, piece, first, stage, corner);
+  else
+    multiply_strip(job, Fetching(direct, ahead), piece, first, stage, corner);
+}
+
 // A stage's outputs for the many rows of a piece.
 inline void multiply_turned(const Job<T16>& job, const Piece& piece, const Stage& stage, T16* room, float* corner) {
   const int64_t steps = count_steps(job.call.in), stride = job.inputs.stride, rows = piece.stop - piece.start;
   const int64_t registers = (stage.last - stage.first + kEdge - 1) / kEdge;
-  Ahead nothing(nullptr, 0, 1), ahead(job.memory(stage.last), kBlock / kTile * job.tile_bytes(), std::max(int64_t{1}, rows / kStrip * registers / 2) * steps);
-  unpack_registers<true>(job, piece, stage.first, stage.last, nothing, room);
+  Ahead ahead(job.memory(stage.last), kBlock / kTile * job.tile_bytes(), std::max(int64_t{1}, rows / kStrip * registers / 2) * steps);
+  (piece.mode == Mode::dense ? unpack_turned<Mode::dense> : unpack_turned<Mode::hard>)(job, piece.keep, stage.first, stage.last, room);
   for (int64_t row = 0; row < rows; row += kStrip) {
     const int64_t count = std::min(kStrip, rows - row), line = stride * static_cast<int64_t>(sizeof(T16));
-    const Operand inputs{job.inputs.x + (piece.start + row) * stride, line, kDeep, kEdge * stride};
+    const Fetching inputs({job.inputs.x + (piece.start + row) * stride, line, kDeep, kEdge * stride}, ahead);
     for (int64_t at = 0; at < registers; at += 2) {
       const Operand weights{room + at * steps * kRegister, kCacheLine, kRegister, steps * kRegister};
       float* const to = stage.of(piece.whole, piece.start + row, stage.first + at * kEdge);
       float* const sums = count < kStrip ? corner : to;
       const bool tall = count > kEdge, wide = at + 1 < registers;
-      (tall ? wide ? multiply_registers<2, 2> : multiply_registers<2, 1>
-            : wide ? multiply_registers<1, 2> : multiply_registers<1, 1>)(inputs, weights, steps, ahead, sums,
-                                                                          count < kStrip ? kStrip : kRow);
+      const int64_t apart = count < kStrip ? kStrip : kRow;
+      if (tall && wide)
+        multiply_registers<2, 2>(inputs, weights, steps, sums, apart);
+      else if (tall)
+        multiply_registers<2, 1>(inputs, weights, steps, sums, apart);
+      else if (wide)
+        multiply_registers<1, 2>(inputs, weights, steps, sums, apart);
+      else
+        multiply_registers<1, 1>(inputs, weights, steps, sums, apart);
       if (count < kStrip)
         for (int64_t r = 0; r < count; r++)
           std::memcpy(to + r * kRow, sums + r * kStrip, (wide ? kStrip : kEdge) * sizeof(float));

@@ -86,12 +86,11 @@ class MatrixAttention : Attention<T16> {
 
   void pass_over(Queries<T16>& queries, const T16* turned, int64_t first) const {
     const int64_t size = call_.size, steps = count_steps(size), stop = std::min(queries.longest(), first + kBlock);
-    Ahead nothing(nullptr, 0, 1);
     const Operand inputs{turned, kCacheLine, kRegister, 0};
     for (int64_t at = first; at < stop; at += kStrip) {
       int64_t line;
       const T16 *keys = keys_of(at, &line), *more = at + kEdge < stop ? keys_of(at + kEdge, &line) : keys;
-      multiply_registers<2, 1>({keys, line, kDeep, more - keys}, inputs, steps, nothing, corner_, kEdge);
+      multiply_registers<2, 1>(Operand{keys, line, kDeep, more - keys}, inputs, steps, corner_, kEdge);
       for (int64_t half = 0; half < kStrip; half += kEdge)
         turn([&](int64_t i) { return _mm512_load_si512(corner_ + (half + i) * kEdge); },
              [&](int64_t i, __m512i scores) { _mm512_storeu_si512(scores_ + i * kRow + at - first + half, scores); });
@@ -103,9 +102,10 @@ class MatrixAttention : Attention<T16> {
         const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_load_ps(from + kEdge), _mm512_load_ps(from));
         _mm512_store_si512(weights_ + r * kBlock + i, r < queries.count ? reinterpret_cast<__m512i>(rounded) : __m512i{});
       }
+    const Operand weights{weights_, kBlock * sizeof(T16), kDeep, 0};
     for (int64_t k = 0; k < size; k += kEdge) {
       const Operand values{values_ + k * kBlock, kCacheLine, kRegister, 0};
-      multiply_registers<1, 1, true>({weights_, kBlock * sizeof(T16), kDeep, 0}, values, kWeights, nothing, queries.sums + k, size);
+      multiply_registers<1, 1, true>(weights, values, kWeights, queries.sums + k, size);
     }
   }
 
