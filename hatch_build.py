@@ -36,6 +36,7 @@ if platform.machine() == "x86_64":
     UNITS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
     UNITS["avx512bf16"] = [*UNITS["avx512"], "-mavx512bf16", "-mavx512vnni", "-mf16c"]
     UNITS["amx"] = [*UNITS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+OPTIONAL = ["amx"]  # what the library does without where the compiler is too old (GCC before 11)
 
 
 class KernelsBuildHook(BuildHookInterface[Any]):
@@ -50,17 +51,21 @@ class KernelsBuildHook(BuildHookInterface[Any]):
             self.app.display_warning("no native kernels: they need Linux and a C++ compiler")
             LIBRARY.unlink(missing_ok=True)
             return
+        folder = Path(self.directory).parent / "build" / "kernels"
         try:
-            _compile(compiler, Path(self.directory).parent / "build" / "kernels")
+            left_out = _compile(compiler, folder)
         except subprocess.CalledProcessError as error:
             self.app.display_warning(f"no native kernels: {error}\n{error.stderr}")
             LIBRARY.unlink(missing_ok=True)
             return
+        for unit in left_out:
+            self.app.display_warning(f"no native kernels for {unit}: the compiler is too old ({compiler})")
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
-def _compile(compiler: str, folder: Path) -> None:
+def _compile(compiler: str, folder: Path) -> list[str]:
+    """Compile and link; the units that were left out."""
     folder.mkdir(parents=True, exist_ok=True)
     objects = {unit: folder / f"{unit}.o" for unit in UNITS}
 
@@ -68,11 +73,15 @@ def _compile(compiler: str, folder: Path) -> None:
         subprocess.run([compiler, *arguments], check=True, capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [
-            pool.submit(run, *FLAGS, *UNITS[unit], "-c", KERNELS / "cpp" / f"{unit}.cpp", "-o", target)
+        compiled = {
+            unit: pool.submit(run, *FLAGS, *UNITS[unit], "-c", KERNELS / "cpp" / f"{unit}.cpp", "-o", target)
             for unit, target in objects.items()
-        ]:
-            done.result()
-    run("-shared", "-fopenmp", *objects.values(), "-o", folder / LIBRARY.name)
+        }
+    left_out = [unit for unit in OPTIONAL if unit in UNITS and compiled[unit].exception()]
+    for unit in UNITS.keys() - left_out:
+        compiled[unit].result()
+    built = [target for unit, target in objects.items() if unit not in left_out]
+    run("-shared", "-fopenmp", *built, "-o", folder / LIBRARY.name)
     shutil.copy2(folder / LIBRARY.name, LIBRARY.with_suffix(".new"))
     LIBRARY.with_suffix(".new").replace(LIBRARY)  # a server that has the old one mapped goes on with it
+    return left_out

@@ -283,7 +283,7 @@ int main() {
       {{kList16, 0.7, 30}, {kBitmap, 0.3, 25}},
   };
   if (!check_refusals()) return 1;
-  for (int32_t isa = 0; isa < 4; isa++) {
+  for (int32_t isa = 0; isa <= kAmx; isa++) {
 #if !defined(WITH_AVX512)
     if (isa >= kAvx512) continue;
 #endif

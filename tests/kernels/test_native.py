@@ -107,7 +107,7 @@ class Batch:
     st.one_of(st.integers(1, 200), st.sampled_from([64, 1024, 1100, 2050])),
     st.sampled_from(list(TOLERANCE)),
     st.lists(parts, max_size=5),
-    st.sampled_from([0, 1, 2, 7, 26, 260]),
+    st.sampled_from([0, 1, 2, 7, 26, 260, 530]),
     st.booleans(),
     st.integers(0, 2**32 - 1),
 )

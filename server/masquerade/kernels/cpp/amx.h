@@ -18,6 +18,7 @@ constexpr int64_t kDeep = 32;              // inputs of a register
 constexpr int64_t kRegister = kEdge * kDeep;
 constexpr int64_t kStrip = 2 * kEdge;      // outputs of a strip, and rows: what two registers have
 constexpr int64_t kUnpacked = 8;           // steps whose effective weights are unpacked at once
+constexpr int64_t kRoom = 2 * kUnpacked * kRegister;  // elements of a strip that is unpacked
 constexpr int64_t kTurned = 128;            // from so many rows of a mask on, weights are turned
 constexpr int64_t kBandRows = 512;         // rows whose inputs stay in the second cache
 
@@ -120,7 +121,7 @@ inline __attribute__((always_inline)) __m512i effective(const T16* weights, cons
 }
 
 // Effective weights of a strip, kUnpacked steps at a time, which stay in the first cache. Lines beyond the last output are
-// that output's.
+// anything, or that output's.
 template <Mode mode>
 struct Unpacked {
   const Job<T16>& job;
@@ -136,33 +137,55 @@ struct Unpacked {
     return room + step % kUnpacked * kRegister;
   }
 
+ private:
   void unpack(int64_t start, int64_t stop) const {
-    for (int64_t i = 0; i < kStrip; i++) {
-      const int64_t output = std::min(first + i, last - 1);
-      const T16* from = job.weight(output);
-      const uint8_t* bits = mode == Mode::dense ? nullptr : keep + output * job.keep_stride();
-      T16* to = room + (i / kEdge * kUnpacked * kEdge + i % kEdge) * kDeep;
-      int64_t k = start;
-      for (; k + kDeep <= stop; k += kDeep, to += kRegister) _mm512_store_si512(to, effective<mode>(from + k, bits + k / 8, kDeep));
-      if (k < stop) _mm512_store_si512(to, effective<mode>(from + k, bits + k / 8, stop - k));
-    }
+    if (job.call.form == kPlain)
+      for (int64_t i = 0; i < kStrip; i++) unpack_line(i, start, stop);
+    else
+      with_form(job.call.form, [&](auto form) { dequantise_tiles<form.value>(start, stop); });
     asm volatile("" ::: "memory");  // what reads it is not known to the compiler
   }
+  void unpack_line(int64_t i, int64_t start, int64_t stop) const {
+    const T16* from = job.weight(std::min(first + i, last - 1));
+    const uint8_t* bits = kept(i);
+    if constexpr (mode != Mode::dense) __builtin_prefetch(bits + kStrip * job.keep_stride() + start / 8, 0, 2);  // of the next strip
+    T16* to = place(i);
+    for (int64_t k = start; k < stop; k += kDeep, to += kRegister)
+      _mm512_store_si512(to, effective<mode>(from + k, bits + k / 8, stop - k));
+  }
+  template <int32_t form>
+  void dequantise_tiles(int64_t start, int64_t stop) const {
+    for (int64_t tile = 0; first + tile < last; tile += kTile)
+      dequantise<form>(job.tile(first + tile), start, stop, [](int64_t) {}, [&](int m, int64_t k, __m512i values) {
+        const uint8_t* bits = kept(tile + m);
+        _mm512_store_si512(place(tile + m) + (k - start) * kEdge, Lanes::effective<mode, 0>(values, bits + k / 8, F{}));
+      });
+  }
+  const uint8_t* kept(int64_t i) const { return mode == Mode::dense ? nullptr : keep + std::min(first + i, last - 1) * job.keep_stride(); }
+  T16* place(int64_t i) const { return room + i / kEdge * apart + i % kEdge * kDeep; }
 };
 
 // Effective weights of outputs `first` to `last` as registers [register, step], turned.
 template <Mode mode>
-void unpack_turned(const Job<T16>& job, const uint8_t* keep, int64_t first, int64_t last, T16* to) {
-  const int64_t in = job.call.in;
-  for (; first < last; first += kEdge)
-    for (int64_t k = 0; k < in; k += kDeep, to += kRegister)
-      turn(
-          [&](int64_t i) __attribute__((always_inline)) {
-            const int64_t output = std::min(first + i, last - 1);
-            const uint8_t* bits = mode == Mode::dense ? nullptr : keep + output * job.keep_stride() + k / 8;
-            return effective<mode>(job.weight(output) + k, bits, in - k);
-          },
-          [&](int64_t i, __m512i pairs) __attribute__((always_inline)) { _mm512_store_si512(to + i * kDeep, pairs); });
+void unpack_turned(const Job<T16>& job, const uint8_t* keep, int64_t first, int64_t last, T16* room, T16* to) {
+  const int64_t in = job.call.in, steps = count_steps(in);
+  Ahead nothing(nullptr, 0, 1);
+  for (; first < last; first += kStrip, to += 2 * steps * kRegister) {
+    const Unpacked<mode> strip{job, keep, first, std::min(first + kStrip, last), room, nothing};
+    for (int64_t step = 0; step < steps; step++) {
+      const T16* from = strip(step);
+      for (int64_t half = 0; half < 2; half++)
+        turn([&](int64_t i) __attribute__((always_inline)) { return _mm512_load_si512(from + half * strip.apart + i * kDeep); },
+             [&](int64_t i, __m512i pairs) __attribute__((always_inline)) {
+               _mm512_store_si512(to + (half * steps + step) * kRegister + i * kDeep, pairs);
+             });
+    }
+  }
+}
+
+// Weights of a strip as they lie in memory, if they are what is multiplied.
+inline bool is_direct(const Job<T16>& job, const Piece& piece) {
+  return piece.mode == Mode::dense && job.call.form == kPlain && job.call.in % kDeep == 0;
 }
 
 // 16 rows as registers [steps], in pairs.
@@ -172,14 +195,17 @@ inline void turn_rows(const T16* rows, int64_t stride, int64_t steps, T16* to) {
          [&](int64_t i, __m512i pairs) { _mm512_store_si512(to + i * kDeep, pairs); });
 }
 
-inline bool has_few_rows(const Piece& piece) { return piece.stop - piece.start < kTurned; }
+// What has to be unpacked is unpacked once for all rows.
+inline bool has_few_rows(const Job<T16>& job, const Piece& piece) {
+  return piece.stop - piece.start <= (is_direct(job, piece) ? kTurned : kStrip);
+}
 
 // Inputs of pieces with few rows as registers [rows / 16, step]. Lines beyond the last row are anything.
 inline void turn_inputs(const Job<T16>& job) {
   const int64_t steps = count_steps(job.call.in);
   int64_t row = 0;
   for (const Piece& piece : job.products)
-    if (has_few_rows(piece))
+    if (has_few_rows(job, piece))
       for (row = std::max(row, piece.start / kEdge * kEdge); row < piece.stop; row += kEdge)
         turn_rows(job.inputs.x + row * job.inputs.stride, job.inputs.stride, steps, job.turned + row / kEdge * steps * kRegister);
 }
@@ -226,7 +252,7 @@ inline void multiply_strip(const Job<T16>& job, const Piece& piece, int64_t firs
   const Operand direct{job.weight(first), in * static_cast<int64_t>(sizeof(T16)), kDeep, kEdge * in};
   if (piece.mode != Mode::dense)
     multiply_strip(job, Unpacked<Mode::hard>{job, piece.keep, first, last, room, ahead}, piece, first, stage, corner);
-  else if (last - first < kStrip || in % kDeep)
+  else if (last - first < kStrip || !is_direct(job, piece))
     multiply_strip(job, Unpacked<Mode::dense>{job, nullptr, first, last, room, ahead}, piece, first, stage, corner);
   else
     multiply_strip(job, Fetching(direct, ahead), piece, first, stage, corner);
@@ -237,12 +263,13 @@ inline void multiply_turned(const Job<T16>& job, const Piece& piece, const Stage
   const int64_t steps = count_steps(job.call.in), stride = job.inputs.stride, rows = piece.stop - piece.start;
   const int64_t registers = (stage.last - stage.first + kEdge - 1) / kEdge;
   Ahead ahead(job.memory(stage.last), kBlock / kTile * job.tile_bytes(), std::max(int64_t{1}, rows / kStrip * registers / 2) * steps);
-  (piece.mode == Mode::dense ? unpack_turned<Mode::dense> : unpack_turned<Mode::hard>)(job, piece.keep, stage.first, stage.last, room);
+  T16* const turned = room + kRoom;
+  (piece.mode == Mode::dense ? unpack_turned<Mode::dense> : unpack_turned<Mode::hard>)(job, piece.keep, stage.first, stage.last, room, turned);
   for (int64_t row = 0; row < rows; row += kStrip) {
     const int64_t count = std::min(kStrip, rows - row), line = stride * static_cast<int64_t>(sizeof(T16));
     const Fetching inputs({job.inputs.x + (piece.start + row) * stride, line, kDeep, kEdge * stride}, ahead);
     for (int64_t at = 0; at < registers; at += 2) {
-      const Operand weights{room + at * steps * kRegister, kCacheLine, kRegister, steps * kRegister};
+      const Operand weights{turned + at * steps * kRegister, kCacheLine, kRegister, steps * kRegister};
       float* const to = stage.of(piece.whole, piece.start + row, stage.first + at * kEdge);
       float* const sums = count < kStrip ? corner : to;
       const bool tall = count > kEdge, wide = at + 1 < registers;
@@ -262,7 +289,8 @@ inline void multiply_turned(const Job<T16>& job, const Piece& piece, const Stage
   }
 }
 
-// A stage's outputs for all pieces; `room` is for the weights of a block, and `corner` for [kStrip, kStrip] sums.
+// A stage's outputs for all pieces. `room` is for a strip's weights as they are unpacked, and for those of a block, and
+// `corner` for [kStrip, kStrip] sums.
 inline void multiply_matrices(const Job<T16>& job, const Stage& stage, T16* room, float* corner) {
   const Listed<T16>* const lists = job.listed.begin();
   const int64_t steps = count_steps(job.call.in), count = job.listed.size(), strips = kBlock / kStrip;
@@ -271,10 +299,10 @@ inline void multiply_matrices(const Job<T16>& job, const Stage& stage, T16* room
     fetch_lists<false>(job, stage, lists + count * strip / strips, lists + count * (strip + 1) / strips);
     Ahead ahead(job.memory(first + kStrip), kStrip / kTile * job.tile_bytes(), steps);
     for (const Piece& piece : job.products)
-      if (has_few_rows(piece) && first < stage.last) multiply_strip(job, piece, first, stage, ahead, room, corner);
+      if (has_few_rows(job, piece) && first < stage.last) multiply_strip(job, piece, first, stage, ahead, room, corner);
   }
   for (const Piece& piece : job.products)
-    if (!has_few_rows(piece)) multiply_turned(job, piece, stage, room, corner);
+    if (!has_few_rows(job, piece)) multiply_turned(job, piece, stage, room, corner);
 }
 
 // Calls `multiply` for so many rows at a time that their inputs stay in the second cache.
@@ -283,7 +311,7 @@ void in_bands(const Call& call, const Multiply& multiply) {
   static thread_local std::vector<Group> groups;
   const int64_t bands = (call.rows + kBandRows - 1) / kBandRows;
   const Group* const last = call.groups + call.group_count;
-  if (bands == 1 || call.form != kPlain) return multiply(call);
+  if (bands == 1) return multiply(call);
   int64_t base_rows = call.rows;
   for (const Group* group = call.groups; group < last; group++) base_rows -= group->rows;
   for (int64_t band = 0; band < bands; band++) {

@@ -40,12 +40,12 @@ void multiply_portable(const Call&);
 void multiply_avx2(const Call&);
 void multiply_avx512(const Call&);
 void multiply_avx512bf16(const Call&);  // of bf16 only
-void multiply_amx(const Call&);         // of bf16 only
+[[gnu::weak]] void multiply_amx(const Call&);  // of bf16 only; null if the compiler could not build it
 void attend_portable(const AttentionCall&);
 void attend_avx2(const AttentionCall&);
 void attend_avx512(const AttentionCall&);
 void attend_avx512bf16(const AttentionCall&);  // of bf16 only
-void attend_amx(const AttentionCall&);         // of bf16 only
+[[gnu::weak]] void attend_amx(const AttentionCall&);  // as `multiply_amx`
 RowKernels rows_portable(int32_t dtype);
 RowKernels rows_avx2(int32_t dtype);
 RowKernels rows_avx512(int32_t dtype);

@@ -57,12 +57,13 @@ class Arrangement {
 };
 
 #if defined(__x86_64__)
-// Whether the processor has AMX for bf16, and the system lets this process use its registers (Linux asks to be asked).
+// Whether AMX for bf16 was built, the processor has it, and the system lets this process use its registers, which Linux
+// does for those that ask.
 bool may_use_matrices() {
   static const bool may = [] {
     constexpr long kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!multiply_amx || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     const bool has = d >> 22 & 1 && d >> 24 & 1;  // AMX-BF16, AMX-TILE
     return has && syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
   }();

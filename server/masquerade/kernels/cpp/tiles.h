@@ -48,7 +48,7 @@ struct Bench {
     const int64_t kept = std::max(panels * kBand, 2 * rows * kTile) * Lanes::width;
     const int64_t floats = staged + blended + kept + summed;
     const int64_t dequantised = job.call.form == kPlain ? 0 : kTile * kApart<T>;
-    const int64_t unpacked = job.products.size() ? kBlock * round_up(job.call.in, kStep<T>) : 0;
+    const int64_t unpacked = job.products.size() ? kBlock * (round_up(job.call.in, kStep<T>) + 8 * kStep<T>) : 0;
     const int64_t sums = unpacked ? 4 * Lanes::matrix * Lanes::matrix : 0;
     scratch.reserve((floats + sums) * sizeof(float) + panels * kDepth<T> * sizeof(Input<T>) +
                         (dequantised + unpacked) * sizeof(T), 8);
@@ -128,9 +128,8 @@ void multiply_as(const Call& call) {
   Job<T> job{call, {nullptr, round_up(call.in, kStep<T>) + kPad<T>}, {}, {}, {}, {}, {}, nullptr};
   const int64_t pieces = 2 * groups + 1, passes = 2 * call.rows, line = call.in * kLine<T>;
   const int64_t codes = call.rounds ? call.rows * call.in : 0;
-  const bool matrices = kMatrices<T> && call.form == kPlain;
-  const int64_t rows = matrices ? round_up(call.rows, Lanes::matrix) : call.rows;
-  const int64_t turned = matrices ? rows * round_up(call.in, kStep<T>) : 0;
+  const int64_t rows = kMatrices<T> ? round_up(call.rows, Lanes::matrix) : call.rows;
+  const int64_t turned = kMatrices<T> ? rows * round_up(call.in, kStep<T>) : 0;
   scratch.reserve(rows * job.inputs.stride * sizeof(Input<T>) + (lined * line + turned) * sizeof(T) +
                       3 * pieces * sizeof(Piece) + passes * sizeof(Pass) + lists * sizeof(Listed<T>) + codes +
                       2 * codes / kInputs * sizeof(float),
@@ -147,7 +146,7 @@ void multiply_as(const Call& call) {
 
   const auto add = [&](const Piece& piece) {
     const int64_t rows = piece.stop - piece.start;
-    if (matrices && rows)
+    if (kMatrices<T> && rows)
       job.products.push(piece);
     else if (rows >= (piece.mode == Mode::dense ? kManyDense : kMany))
       job.panels.push(piece);
