@@ -13,14 +13,14 @@
 
 namespace {
 
-constexpr int64_t kEdge = 16;              // lines of a register, and fp32 of a line
-constexpr int64_t kDeep = 32;              // inputs of a register
+constexpr int64_t kEdge = 16;  // lines of a register, and fp32 of a line
+constexpr int64_t kDeep = 32;  // inputs of a register: a step
 constexpr int64_t kRegister = kEdge * kDeep;
-constexpr int64_t kStrip = 2 * kEdge;      // outputs of a strip, and rows: what two registers have
-constexpr int64_t kUnpacked = 8;           // steps whose effective weights are unpacked at once
+constexpr int64_t kStrip = 2 * kEdge;  // outputs, or rows, that two registers have
+constexpr int64_t kUnpacked = 8;       // steps whose effective weights are unpacked at once
 constexpr int64_t kRoom = 2 * kUnpacked * kRegister;  // elements of a strip that is unpacked
-constexpr int64_t kTurned = 128;            // from so many rows of a mask on, weights are turned
-constexpr int64_t kBandRows = 512;         // rows whose inputs stay in the second cache
+constexpr int64_t kFewRows = 128;   // of a piece: up to so many multiply weights as they lie in memory
+constexpr int64_t kBandRows = 512;  // rows whose inputs stay in the second cache
 
 inline int64_t count_steps(int64_t in) { return (in + kDeep - 1) / kDeep; }
 
@@ -148,7 +148,8 @@ struct Unpacked {
   void unpack_line(int64_t i, int64_t start, int64_t stop) const {
     const T16* from = job.weight(std::min(first + i, last - 1));
     const uint8_t* bits = kept(i);
-    if constexpr (mode != Mode::dense) __builtin_prefetch(bits + kStrip * job.keep_stride() + start / 8, 0, 2);  // of the next strip
+    if constexpr (mode != Mode::dense)  // those of the next strip
+      __builtin_prefetch(bits + kStrip * job.keep_stride() + start / 8, 0, 2);
     T16* to = place(i);
     for (int64_t k = start; k < stop; k += kDeep, to += kRegister)
       _mm512_store_si512(to, effective<mode>(from + k, bits + k / 8, stop - k));
@@ -161,7 +162,9 @@ struct Unpacked {
         _mm512_store_si512(place(tile + m) + (k - start) * kEdge, Lanes::effective<mode, 0>(values, bits + k / 8, F{}));
       });
   }
-  const uint8_t* kept(int64_t i) const { return mode == Mode::dense ? nullptr : keep + std::min(first + i, last - 1) * job.keep_stride(); }
+  const uint8_t* kept(int64_t i) const {
+    return mode == Mode::dense ? nullptr : keep + std::min(first + i, last - 1) * job.keep_stride();
+  }
   T16* place(int64_t i) const { return room + i / kEdge * apart + i % kEdge * kDeep; }
 };
 
@@ -174,11 +177,11 @@ void unpack_turned(const Job<T16>& job, const uint8_t* keep, int64_t first, int6
     const Unpacked<mode> strip{job, keep, first, std::min(first + kStrip, last), room, nothing};
     for (int64_t step = 0; step < steps; step++) {
       const T16* from = strip(step);
-      for (int64_t half = 0; half < 2; half++)
-        turn([&](int64_t i) __attribute__((always_inline)) { return _mm512_load_si512(from + half * strip.apart + i * kDeep); },
-             [&](int64_t i, __m512i pairs) __attribute__((always_inline)) {
-               _mm512_store_si512(to + (half * steps + step) * kRegister + i * kDeep, pairs);
-             });
+      for (int64_t half = 0; half < 2; half++, from += strip.apart) {
+        T16* at = to + (half * steps + step) * kRegister;
+        turn([&](int64_t i) { return _mm512_load_si512(from + i * kDeep); },
+             [&](int64_t i, __m512i pairs) { _mm512_store_si512(at + i * kDeep, pairs); });
+      }
     }
   }
 }
@@ -197,7 +200,7 @@ inline void turn_rows(const T16* rows, int64_t stride, int64_t steps, T16* to) {
 
 // What has to be unpacked is unpacked once for all rows.
 inline bool has_few_rows(const Job<T16>& job, const Piece& piece) {
-  return piece.stop - piece.start <= (is_direct(job, piece) ? kTurned : kStrip);
+  return piece.stop - piece.start <= (is_direct(job, piece) ? kFewRows : kStrip);
 }
 
 // Inputs of pieces with few rows as registers [rows / 16, step]. Lines beyond the last row are anything.
@@ -207,7 +210,8 @@ inline void turn_inputs(const Job<T16>& job) {
   for (const Piece& piece : job.products)
     if (has_few_rows(job, piece))
       for (row = std::max(row, piece.start / kEdge * kEdge); row < piece.stop; row += kEdge)
-        turn_rows(job.inputs.x + row * job.inputs.stride, job.inputs.stride, steps, job.turned + row / kEdge * steps * kRegister);
+        turn_rows(job.inputs.x + row * job.inputs.stride, job.inputs.stride, steps,
+                  job.turned + row / kEdge * steps * kRegister);
 }
 
 // Copies the sums of some rows, [kStrip, kStrip] output by output, to their stage.
@@ -258,33 +262,26 @@ inline void multiply_strip(const Job<T16>& job, const Piece& piece, int64_t firs
     multiply_strip(job, Fetching(direct, ahead), piece, first, stage, corner);
 }
 
-// A stage's outputs for the many rows of a piece.
+// A stage's outputs for the many rows of a piece. What lies beyond the last row or output is multiplied, too.
 inline void multiply_turned(const Job<T16>& job, const Piece& piece, const Stage& stage, T16* room, float* corner) {
   const int64_t steps = count_steps(job.call.in), stride = job.inputs.stride, rows = piece.stop - piece.start;
-  const int64_t registers = (stage.last - stage.first + kEdge - 1) / kEdge;
-  Ahead ahead(job.memory(stage.last), kBlock / kTile * job.tile_bytes(), std::max(int64_t{1}, rows / kStrip * registers / 2) * steps);
+  const int64_t strips = (stage.last - stage.first + kStrip - 1) / kStrip;
   T16* const turned = room + kRoom;
-  (piece.mode == Mode::dense ? unpack_turned<Mode::dense> : unpack_turned<Mode::hard>)(job, piece.keep, stage.first, stage.last, room, turned);
+  const auto unpack = piece.mode == Mode::dense ? unpack_turned<Mode::dense> : unpack_turned<Mode::hard>;
+  unpack(job, piece.keep, stage.first, stage.last, room, turned);
+  Ahead ahead(job.memory(stage.last), kBlock / kTile * job.tile_bytes(), (rows + kStrip - 1) / kStrip * strips * steps);
   for (int64_t row = 0; row < rows; row += kStrip) {
     const int64_t count = std::min(kStrip, rows - row), line = stride * static_cast<int64_t>(sizeof(T16));
     const Fetching inputs({job.inputs.x + (piece.start + row) * stride, line, kDeep, kEdge * stride}, ahead);
-    for (int64_t at = 0; at < registers; at += 2) {
-      const Operand weights{turned + at * steps * kRegister, kCacheLine, kRegister, steps * kRegister};
-      float* const to = stage.of(piece.whole, piece.start + row, stage.first + at * kEdge);
-      float* const sums = count < kStrip ? corner : to;
-      const bool tall = count > kEdge, wide = at + 1 < registers;
-      const int64_t apart = count < kStrip ? kStrip : kRow;
-      if (tall && wide)
-        multiply_registers<2, 2>(inputs, weights, steps, sums, apart);
-      else if (tall)
-        multiply_registers<2, 1>(inputs, weights, steps, sums, apart);
-      else if (wide)
-        multiply_registers<1, 2>(inputs, weights, steps, sums, apart);
-      else
-        multiply_registers<1, 1>(inputs, weights, steps, sums, apart);
-      if (count < kStrip)
-        for (int64_t r = 0; r < count; r++)
-          std::memcpy(to + r * kRow, sums + r * kStrip, (wide ? kStrip : kEdge) * sizeof(float));
+    for (int64_t strip = 0; strip < strips; strip++) {
+      const Operand weights{turned + 2 * strip * steps * kRegister, kCacheLine, kRegister, steps * kRegister};
+      float* const sums = stage.of(piece.whole, piece.start + row, stage.first + strip * kStrip);
+      if (count == kStrip) {
+        multiply_registers<2, 2>(inputs, weights, steps, sums, kRow);
+        continue;
+      }
+      multiply_registers<2, 2>(inputs, weights, steps, corner, kStrip);
+      for (int64_t r = 0; r < count; r++) std::memcpy(sums + r * kRow, corner + r * kStrip, kStrip * sizeof(float));
     }
   }
 }

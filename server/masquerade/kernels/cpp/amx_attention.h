@@ -19,9 +19,9 @@ class MatrixAttention : Attention<T16> {
     const Lanes::Registers registers;
     const int64_t size = call_.size, queries = share_.stop - share_.start, parts = (queries + kEdge - 1) / kEdge;
     const int64_t inputs = count_steps(size) * kRegister, stride = round_up(size, kDeep) + kPad<T16>;
-    scratch.reserve((parts * (kEdge * stride + inputs) + kBlock * stride + kBlock * size + kEdge * kBlock) * sizeof(T16) +
-                        (parts * kEdge * size + kEdge * kRow + kStrip * kEdge) * sizeof(float) + parts * sizeof(Queries<T16>),
-                    9);
+    const int64_t elements = parts * (kEdge * stride + inputs) + kBlock * (stride + size + kEdge);
+    const int64_t floats = kEdge * (parts * size + kRow + kStrip);
+    scratch.reserve(elements * sizeof(T16) + floats * sizeof(float) + parts * sizeof(Queries<T16>), 9);
     T16 *x = scratch.take<T16>(parts * kEdge * stride), *turned = scratch.take<T16>(parts * inputs);
     keys_ = scratch.take<T16>(kBlock * stride);
     values_ = scratch.take<T16>(kBlock * size);
@@ -51,7 +51,8 @@ class MatrixAttention : Attention<T16> {
   const T16* keys_of(int64_t position, int64_t* line) const {
     const int64_t size = call_.size, whole = round_up(size, kDeep);
     *line = size * sizeof(T16);
-    if (size == whole && call_.positions % kEdge == 0) return block(call_.keys, position) + position % call_.positions * size;
+    if (size == whole && call_.positions % kEdge == 0)
+      return block(call_.keys, position) + position % call_.positions * size;
     *line = whole * sizeof(T16);
     T16* copy = keys_ + position % kBlock * whole;
     const int64_t last = call_.lengths[share_.chunk] - 1;
@@ -65,8 +66,8 @@ class MatrixAttention : Attention<T16> {
 
   // Values of some positions as registers [16 of a value, 32 positions], in pairs of positions; zeros beyond the last.
   void pair_values(int64_t first, int64_t stop) const {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
-                                         4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i pairs = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const int64_t size = call_.size;
     for (int64_t pair = 0; pair < kBlock; pair += 2) {
       const T16* values[2];
@@ -76,10 +77,11 @@ class MatrixAttention : Attention<T16> {
       }
       for (int64_t k = 0; k < size; k += kEdge) {
         const auto half = [&](const T16* from) {
-          return from ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k))) : _mm512_setzero_si512();
+          const __m256i some = from ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k)) : __m256i{};
+          return _mm512_castsi256_si512(some);
         };
         T16* to = values_ + (k / kEdge * kWeights + pair / kDeep) * kRegister + pair / 2 % kEdge * kDeep;
-        _mm512_store_si512(to, _mm512_permutex2var_epi16(half(values[0]), low, half(values[1])));
+        _mm512_store_si512(to, _mm512_permutex2var_epi16(half(values[0]), pairs, half(values[1])));
       }
     }
   }

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kSlices = 4;  // vectors of a value that are summed at once
 constexpr int kTogether = Lanes::matrix ? Lanes::matrix : Lanes::rows;  // queries whose scores are computed at once
-constexpr int64_t kQueries = (Lanes::matrix ? 6 : 8) * kTogether;       // that walk together, so that they read the context once
+constexpr int64_t kQueries = (Lanes::matrix ? 6 : 8) * kTogether;  // that walk together, and read the context once
 constexpr int64_t kScoresAThread = 1 << 13;
 
 // e^x for x <= 0, within 2e-7; NaN stays. Below -87 it is as good as 0, and the smallest normal number.

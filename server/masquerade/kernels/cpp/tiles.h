@@ -128,7 +128,7 @@ void multiply_as(const Call& call) {
   Job<T> job{call, {nullptr, round_up(call.in, kStep<T>) + kPad<T>}, {}, {}, {}, {}, {}, nullptr};
   const int64_t pieces = 2 * groups + 1, passes = 2 * call.rows, line = call.in * kLine<T>;
   const int64_t codes = call.rounds ? call.rows * call.in : 0;
-  const int64_t rows = kMatrices<T> ? round_up(call.rows, Lanes::matrix) : call.rows;
+  const int64_t rows = call.rows + 2 * (kMatrices<T> ? Lanes::matrix : 0);  // with those beyond the last
   const int64_t turned = kMatrices<T> ? rows * round_up(call.in, kStep<T>) : 0;
   scratch.reserve(rows * job.inputs.stride * sizeof(Input<T>) + (lined * line + turned) * sizeof(T) +
                       3 * pieces * sizeof(Piece) + passes * sizeof(Pass) + lists * sizeof(Listed<T>) + codes +
