@@ -1,10 +1,11 @@
 """A real model: tokens per CPU-second with and without personas, and the statistics of a build.
 
-`python -m benchmarks.real --json [--quick]`. The model is `smollm2` (SmolLM2-135M-Instruct in bf16, fetched once). All
-times are CPU time of the whole process, on one thread. `generate` of transformers runs on a second copy of the model
-whose Linears are torch's; it gets all prompts of a case as one static, left-padded batch. Runs are interleaved; rates
-are medians, ratios are medians of the ratios of each round. Answers are greedy and have no end token, so that the work
-is equal. Masks are random, of the size of masks that are built for this model: 55 000 weights of o_proj and down_proj.
+`python -m benchmarks.real --json [--quick] [--only PART]`. The model is `smollm2` (SmolLM2-135M-Instruct in bf16,
+fetched once). All times are CPU time of the whole process, on one thread. `generate` of transformers runs on a second
+copy of the model whose Linears are torch's; it gets all prompts of a case as one static, left-padded batch. Runs are
+interleaved; rates are medians, ratios are medians of the ratios of each round. Answers are greedy and have no end
+token, so that the work is equal. Masks are random, of the size of masks that are built for this model: 55 000 weights
+of o_proj and down_proj.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ PRUNED = 55_000
 GAMMA = 0.5
 REQUESTS = (1, 4, 16)
 PERSONAS = (0, 1, 8)
+LONG = 2000  # tokens of a long prompt
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,15 @@ QUICK = Scale(2, 24, 16)
 
 
 def main() -> None:
-    options = arguments(__doc__, "fewer rounds, tokens and pairs; within three CPU minutes").parse_args()
+    parser = arguments(__doc__, "fewer rounds, tokens and pairs; within three CPU minutes")
+    parser.add_argument("--only", choices=PARTS, help="one part of it")
+    options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     scale = QUICK if options.quick else FULL
     try:
-        figures = [*measure_throughput(scale), *measure_build(scale), *measure_precision(scale)]
+        figures = [figure for part in ([options.only] if options.only else PARTS) for figure in PARTS[part](scale)]
     except UnusableModel as error:
         sys.exit(f"{error}")
     report("real", figures, options.json)
@@ -82,17 +86,38 @@ def measure_throughput(scale: Scale) -> Iterator[Figure]:
                 applied: list[AppliedMask | None] = [*masks[:personas]] or [None]
                 name = f"{personas} personas"
                 cases[name] = partial(run_engine, base, prompts, applied, scale.new, PROMPTS_FIRST)
-        seconds: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(scale.rounds):
-            for name, run in cases.items():
-                seconds[name].append(run())
-        for name, spent in seconds.items():
-            rate = count * scale.new / float(np.median(spent))
-            yield Figure(f"{name}, {count} requests", rate, "tokens/CPU-s")
-        for name in list(cases)[1:]:
-            ratio = float(np.median(np.array(seconds["generate"]) / np.array(seconds[name])))
-            yield Figure(f"{name} / generate, {count} requests", ratio, "x")
+        yield from compare(cases, scale.rounds, count * scale.new, f"{count} requests")
     manager.detach()
+
+
+def measure_prefill(scale: Scale) -> Iterator[Figure]:
+    """A long prompt and one token, on the base and with a persona."""
+    peer, base = load(MODEL, device="cpu"), load(MODEL, device="cpu")
+    manager, prompts = MaskManager.attach(base.model), make_prompts(1, (LONG, LONG))
+    masked = AppliedMask(manager.fit(make_mask(base, 0)), GAMMA)
+    cases: dict[str, Callable[[], float]] = {
+        "generate": partial(run_generate, peer, prompts, 1),
+        "0 personas": partial(run_engine, base, prompts, [None], 1, PROMPTS_FIRST),
+        "1 personas": partial(run_engine, base, prompts, [masked], 1, PROMPTS_FIRST),
+    }
+    yield from compare(cases, scale.rounds, LONG, f"a prompt of {LONG} tokens", ">= 1.0")
+    manager.detach()
+
+
+def compare(
+    cases: Mapping[str, Callable[[], float]], rounds: int, tokens: int, label: str, bound: str | None = None
+) -> Iterator[Figure]:
+    """Run the cases, of so many tokens each, in turn: their rates, and those over the first one's."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, run in cases.items():
+            seconds[name].append(run())
+    for name, spent in seconds.items():
+        yield Figure(f"{name}, {label}", tokens / float(np.median(spent)), "tokens/CPU-s")
+    first, *others = cases
+    for name in others:
+        ratio = float(np.median(np.array(seconds[first]) / np.array(seconds[name])))
+        yield Figure(f"{name} / {first}, {label}", ratio, "x", bound)
 
 
 def make_mask(base: Base, seed: int) -> Mask:
@@ -168,6 +193,13 @@ def rank_weights(base: Base, pairs: int) -> dict[str, Tensor]:
         pass
     return found
 
+
+PARTS: Mapping[str, Callable[[Scale], Iterator[Figure]]] = {
+    "decoding": measure_throughput,
+    "prefill": measure_prefill,
+    "build": measure_build,
+    "precision": measure_precision,
+}
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from masquerade.evaluate import stored_prompts
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.generation import GenerationParams, _choose, _draw, write_answers
+from masquerade.evaluate.generation import GenerationParams, _draw, write_answers
 from masquerade.evaluate.metrics import divergence, finish, likelihoods, read_divergence, read_likelihoods
 from masquerade.evaluate.prefix import WORTH, count_shared
 from masquerade.evaluate.stored_prompts import StoredPrompts
@@ -66,14 +66,14 @@ def test_answers_are_those_of_each_prompt_alone(tiny: Base, treatment: Treatment
     assert len({len(text) for text in together}) > 3
 
 
-def test_tokens_are_drawn_as_torch_draws_them() -> None:
-    mine, its = (torch.Generator().manual_seed(3) for _ in range(2))
-    for _ in range(5):
-        logits = 3 * torch.randn(7, 500)
-        drawn = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=its).squeeze(1)
-        noise = _draw(7, 500, mine)
-        assert torch.equal(_choose(logits, 0.7, noise), drawn)
-        assert torch.equal(_choose(logits[[1, 4]], 0.7, noise[[1, 4]]), drawn[[1, 4]])  # after others have ended
+def test_tokens_are_drawn_by_their_probabilities() -> None:
+    probabilities = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
+    draws = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    found = _draw(probabilities.expand(len(draws), -1), draws)
+    shares = torch.bincount(found, minlength=len(probabilities)) / len(draws)
+    assert ((shares - probabilities).abs() < 0.015).all()
+    least_and_most = _draw(probabilities.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    assert least_and_most.tolist() == [1, 4]  # never one without probability
 
 
 def test_stored_prompts_change_no_likelihood(tiny: Base, treatment: Treatment) -> None:

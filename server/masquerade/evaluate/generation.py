@@ -140,20 +140,22 @@ class _Batch:
 
     def _choose(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
         shifted = self.treatment.shift(logits) if self.treatment.shift else logits
-        noise = None
-        if self.params.temperature:
-            noise = _draw(len(self.prompts), logits.shape[-1], self.random)[rows]
-        found: list[int] = _choose(shifted, self.params.temperature, noise).tolist()
+        if not self.params.temperature:
+            chosen = shifted.float().argmax(-1)  # that of bfloat16 takes five times as long on a CPU
+        else:
+            draws = torch.rand(len(self.prompts), generator=self.random)[rows]  # a row's, whichever others go on
+            chosen = _draw((shifted.float().cpu() / self.params.temperature).softmax(-1), draws)
+        found: list[int] = chosen.tolist()
         return found
 
 
-def _draw(rows: int, vocabulary: int, random: torch.Generator) -> Tensor:
-    """The noise of one token of each row, fp32 [rows, vocabulary]; the same for a row whichever rows go on."""
-    return torch.empty(rows, vocabulary).exponential_(generator=random)
-
-
-def _choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
-    """The likeliest token of each row; with noise, one that is drawn as `torch.multinomial` does."""
-    if noise is None:
-        return logits.float().argmax(-1).cpu()  # argmax of bfloat16 takes five times as long on a CPU
-    return ((logits.float().cpu() / temperature).softmax(-1) / noise).argmax(-1)
+def _draw(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """A token of each row, int64 [rows]: where the running sum of its probabilities [rows, vocabulary] exceeds its draw
+    from [0, 1).
+    """
+    sums = probabilities.cumsum(-1)
+    whole = sums[:, -1]
+    below = torch.minimum(
+        draws * whole, whole.nextafter(whole.new_zeros(()))
+    )  # the product may be rounded up to the sum
+    return torch.searchsorted(sums, below[:, None], right=True).squeeze(1)
