@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from masquerade.errors import BuildFailed
@@ -91,9 +92,14 @@ class GradientAccumulator:
             if "gradient" in self._needs:
                 _add_product(self._sums.gradients, name, above, rows)
             if "squared_gradient" in self._needs:
-                _add_product(self._sums.squared_gradients, name, above.float().square(), rows.float().square())
+                _add_product(self._sums.squared_gradients, name, _square(above), _square(rows))
 
         output.register_hook(add_products)  # type: ignore[no-untyped-call]
+
+
+def _square(values: Tensor) -> Tensor:
+    """In bfloat16, which has fp32's exponents, as it is; all else in fp32."""
+    return values.square() if values.dtype is torch.bfloat16 else values.float().square()
 
 
 def _add_product(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
