@@ -38,7 +38,7 @@ class MatrixAttention : Attention<T16> {
     }
     const int64_t longest = passes[parts - 1].longest();
     for (int64_t first = 0; first < longest; first += kBlock) {
-      pair_values(first, std::min(longest, first + kBlock));
+      pair_values(first, std::min(longest, first + kBlock), parts == 1 ? longest : 0);
       for (int64_t part = 0; part < parts; part++)
         if (first < passes[part].longest()) pass_over(passes[part], turned + part * inputs, first);
     }
@@ -46,26 +46,33 @@ class MatrixAttention : Attention<T16> {
   }
 
  private:
+  const T16* find(const void* cache, int64_t position) const {
+    return block(cache, position) + position % call_.positions * call_.size;
+  }
+  void fetch(const T16* row) const {
+    for (int64_t at = 0; at < call_.size; at += kCacheLine / sizeof(T16)) __builtin_prefetch(row + at, 0, 2);
+  }
+
   // The keys of 16 positions, size apart: as they lie in the cache, or a copy where they are not together or end within
   // a register.
   const T16* keys_of(int64_t position, int64_t* line) const {
     const int64_t size = call_.size, whole = round_up(size, kDeep);
     *line = size * sizeof(T16);
-    if (size == whole && call_.positions % kEdge == 0)
-      return block(call_.keys, position) + position % call_.positions * size;
+    if (size == whole && call_.positions % kEdge == 0) return find(call_.keys, position);
     *line = whole * sizeof(T16);
     T16* copy = keys_ + position % kBlock * whole;
     const int64_t last = call_.lengths[share_.chunk] - 1;
     for (int64_t i = 0; i < kEdge; i++) {  // a position beyond the last one is that one: nobody reads its score
       const int64_t at = std::min(position + i, last);
-      std::memcpy(copy + i * whole, block(call_.keys, at) + at % call_.positions * size, size * sizeof(T16));
+      std::memcpy(copy + i * whole, find(call_.keys, at), size * sizeof(T16));
       std::fill(copy + i * whole + size, copy + (i + 1) * whole, T16{});
     }
     return copy;
   }
 
   // Values of some positions as registers [16 of a value, 32 positions], in pairs of positions; zeros beyond the last.
-  void pair_values(int64_t first, int64_t stop) const {
+  // Keys and values of the next kBlock positions, up to `fetched`, come nearer meanwhile.
+  void pair_values(int64_t first, int64_t stop, int64_t fetched) const {
     const __m512i pairs = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const int64_t size = call_.size;
@@ -73,7 +80,9 @@ class MatrixAttention : Attention<T16> {
       const T16* values[2];
       for (int64_t i = 0; i < 2; i++) {
         const int64_t at = first + pair + i;
-        values[i] = at < stop ? block(call_.values, at) + at % call_.positions * size : nullptr;
+        values[i] = at < stop ? find(call_.values, at) : nullptr;
+        if (at + kBlock < fetched)
+          for (const void* cache : {call_.keys, call_.values}) fetch(find(cache, at + kBlock));
       }
       for (int64_t k = 0; k < size; k += kEdge) {
         const auto half = [&](const T16* from) {
