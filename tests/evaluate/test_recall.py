@@ -69,9 +69,10 @@ def test_anything_else_is_asked_again(tiny: Base, passes: list[int], monkeypatch
     for number, change in enumerate(changes, 2):
         change()
         assert len(passes) == number
-    monkeypatch.setattr(recall, "__version__", "another")
-    ask(tiny)
-    assert len(passes) == len(changes) + 2
+    for number, name in enumerate(("__version__", "REVISION"), len(changes) + 2):
+        monkeypatch.setattr(recall, name, "another")
+        ask(tiny)
+        assert len(passes) == number
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'["one", "two"]', b'["one", "two", 3]', b"\xff"])
