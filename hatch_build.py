@@ -53,19 +53,19 @@ class KernelsBuildHook(BuildHookInterface[Any]):
             return
         folder = Path(self.directory).parent / "build" / "kernels"
         try:
-            left_out = _compile(compiler, folder)
+            failed = _compile(compiler, folder)
         except subprocess.CalledProcessError as error:
             self.app.display_warning(f"no native kernels: {error}\n{error.stderr}")
             LIBRARY.unlink(missing_ok=True)
             return
-        for unit in left_out:
-            self.app.display_warning(f"no native kernels for {unit}: the compiler is too old ({compiler})")
+        for unit, why in failed.items():
+            self.app.display_warning(f"no native kernels for {unit}: {why}\n{why.stderr}")
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
-def _compile(compiler: str, folder: Path) -> list[str]:
-    """Compile and link; the units that were left out."""
+def _compile(compiler: str, folder: Path) -> dict[str, subprocess.CalledProcessError]:
+    """Compile and link; the optional units that failed, and why, are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     objects = {unit: folder / f"{unit}.o" for unit in UNITS}
 
@@ -77,11 +77,16 @@ def _compile(compiler: str, folder: Path) -> list[str]:
             unit: pool.submit(run, *FLAGS, *UNITS[unit], "-c", KERNELS / "cpp" / f"{unit}.cpp", "-o", target)
             for unit, target in objects.items()
         }
-    left_out = [unit for unit in OPTIONAL if unit in UNITS and compiled[unit].exception()]
-    for unit in UNITS.keys() - left_out:
-        compiled[unit].result()
-    built = [target for unit, target in objects.items() if unit not in left_out]
+    failed: dict[str, subprocess.CalledProcessError] = {}
+    for unit, one in compiled.items():
+        try:
+            one.result()
+        except subprocess.CalledProcessError as error:
+            if unit not in OPTIONAL:
+                raise
+            failed[unit] = error
+    built = [target for unit, target in objects.items() if unit not in failed]
     run("-shared", "-fopenmp", *built, "-o", folder / LIBRARY.name)
     shutil.copy2(folder / LIBRARY.name, LIBRARY.with_suffix(".new"))
     LIBRARY.with_suffix(".new").replace(LIBRARY)  # a server that has the old one mapped goes on with it
-    return left_out
+    return failed

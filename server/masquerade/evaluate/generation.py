@@ -155,7 +155,6 @@ def _draw(probabilities: Tensor, draws: Tensor) -> Tensor:
     """
     sums = probabilities.cumsum(-1)
     whole = sums[:, -1]
-    below = torch.minimum(
-        draws * whole, whole.nextafter(whole.new_zeros(()))
-    )  # the product may be rounded up to the sum
+    # The product may be rounded up to the whole sum, beyond which there is no token.
+    below = torch.minimum(draws * whole, whole.nextafter(whole.new_zeros(())))
     return torch.searchsorted(sums, below[:, None], right=True).squeeze(1)
