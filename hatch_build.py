@@ -30,7 +30,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-Wno-psabi",
 ]
-UNITS: dict[str, list[str]] = {"dispatch": [], "layers": [], "list": [], "portable": [], "quantised": []}
+UNITS: dict[str, list[str]] = {name: [] for name in ("dispatch", "layers", "list", "portable", "quantised", "rows")}
 if platform.machine() == "x86_64":
     UNITS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     UNITS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]

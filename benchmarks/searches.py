@@ -79,6 +79,10 @@ class PropagationSearch(MaskSearch):
     As in RelP (Jafari et al. 2025), but for the attention weights, whose gradients the queries and keys need.
     """
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._model._replacements = [((), ()) for _ in self._model.layers]  # they would take the place of these
+
     def _backpropagate(self, batch: ResponseBatch, state: _State, loss: Callable[[Tensor], Tensor]) -> Items:
         norms = [module for module in self._base.model.modules() if type(module).__name__.endswith("RMSNorm")]
         blocks = [module for name, module in self._base.model.named_modules() if name.endswith(".mlp")]

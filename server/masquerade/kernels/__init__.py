@@ -34,6 +34,7 @@ from masquerade.kernels.native import (
 )
 from masquerade.kernels.quantised import QuantisedEmbedding, QuantisedLinear, QuantisedWeight
 from masquerade.kernels.reference import ReferenceCorrection
+from masquerade.kernels.rows import add_gains, attend, multiply_gate, normalize, rotate, serves_rows
 from masquerade.kernels.sparse import RowwiseCorrection, SparseCorrection
 from masquerade.kernels.weights import dense_tiles, dense_weight
 
@@ -107,6 +108,8 @@ __all__ = [
     "QuantisedWeight",
     "RowwiseCorrection",
     "SparseCorrection",
+    "add_gains",
+    "attend",
     "attend_chunks",
     "attends",
     "choose",
@@ -120,7 +123,11 @@ __all__ = [
     "log_probabilities",
     "multiply_back",
     "multiply_base",
+    "multiply_gate",
     "multiply_transposed",
+    "normalize",
+    "rotate",
     "serves",
+    "serves_rows",
     "widen",
 ]

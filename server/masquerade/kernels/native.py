@@ -11,7 +11,7 @@ import ctypes
 import logging
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from masquerade.kernels.correction import accumulator, bitmap_footprint
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
-INTERFACE = 10  # of product.h
+INTERFACE = 11  # of product.h
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # slowest first, numbered as in product.h
 ROUNDS = 16  # added to a form
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -69,6 +69,20 @@ class Library:
             *(ctypes.c_int32,) * 2,  # isa, threads
         )
         kind_and_dtype, address, size = (ctypes.c_int64, ctypes.c_int32), ctypes.c_void_p, ctypes.c_int64
+        settings, scale = (ctypes.c_int32,) * 3, ctypes.c_float  # dtype, isa, threads
+        self.rows: dict[str, Callable[..., None]] = {}  # what `rows.py` calls
+        for name, addresses, sizes in (
+            ("normalize", 3, (size, size, scale)),  # x, weight, y; rows, size, epsilon
+            ("normalize_back", 4, (size, size, scale)),  # x, weight, gradients of y and x
+            ("rotate", 3, (size, size, size)),  # x, cosines, sines; rows, heads, size
+            ("gate", 3, (size,)),  # gate, up, y
+            ("gate_back", 5, (size,)),  # gate, up, gradients of y, gate and up
+            ("softmax", 2, (size, size, size, size, scale)),  # scores, seen; rows, heads, queries, positions
+            ("softmax_back", 2, (size, size, scale)),  # shares, their gradient; rows, positions
+            ("add_products", 3, (size,)),  # a, b, sums
+        ):
+            self.rows[name] = function = getattr(library, f"masquerade_{name}")
+            function.argtypes, function.restype = ((address,) * addresses + sizes + settings), None
         self.measure_list = library.masquerade_list_size
         self.measure_list.argtypes = (*kind_and_dtype, size, size)  # out, pruned
         self.measure_list.restype = ctypes.c_int64

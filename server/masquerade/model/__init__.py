@@ -10,7 +10,7 @@ from masquerade.model.host_cache import HostCache
 from masquerade.model.load import Base, load
 from masquerade.model.manager import MaskManager
 from masquerade.model.memory import trim_heap
-from masquerade.model.native_layers import NativePlan, NativeStack, NotNative, find_stack
+from masquerade.model.native_layers import NativePlan, NativeStack, NotNative, find_parts, find_stack
 from masquerade.model.residency import Residency
 from masquerade.model.route import AppliedMask, ResidentMask, Route, Span
 from masquerade.model.routing import make_route
@@ -60,6 +60,7 @@ __all__ = [
     "export_adapter",
     "find_dialect",
     "find_entries",
+    "find_parts",
     "find_stack",
     "find_targets",
     "find_thought_start",

@@ -106,8 +106,9 @@ class NativeForward:
     lack what models and builds read of it.
     """
 
-    def __init__(self, layer: nn.Module, run: LayerRun, *, is_first: bool) -> None:
-        self._layer, self.run, self._is_first = layer, run, is_first
+    def __init__(self, layer: nn.Module, parts: LayerParts, run: LayerRun, *, is_first: bool) -> None:
+        self.parts, self.run = parts, run
+        self._layer, self._is_first = layer, is_first
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See the layer's forward."""
@@ -145,6 +146,11 @@ def find_stack(model: nn.Module) -> NativeStack | None:
     return NativeStack(len(forwards), *shapes.pop()) if len(shapes) == 1 else None
 
 
+def find_parts(layer: nn.Module) -> LayerParts | None:
+    """The parts of a decoder layer with its masks attached; None if its structure is not known."""
+    return layer.forward.parts if isinstance(layer.forward, NativeForward) else None
+
+
 def find_forwards(
     model: nn.Module, indices: Mapping[str, int], current: CurrentRoute
 ) -> dict[nn.Module, NativeForward]:
@@ -154,7 +160,8 @@ def find_forwards(
     for _, numbered in groupby(enumerate(sorted(found)), lambda pair: pair[1] - pair[0]):  # without a gap
         layers, parts = zip(*(found[number] for _, number in numbered), strict=True)
         run = LayerRun(layers, parts, current)
-        forwards |= {layer: NativeForward(layer, run, is_first=layer is layers[0]) for layer in layers}
+        for layer, of_layer in zip(layers, parts, strict=True):
+            forwards[layer] = NativeForward(layer, of_layer, run, is_first=layer is layers[0])
     return forwards
 
 

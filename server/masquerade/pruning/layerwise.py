@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from masquerade.evaluate.layers import find_layers
 from masquerade.model import Base
+from masquerade.pruning.differentiable import find_replacements
 from masquerade.pruning.hooks import replaced
 
 Arguments = dict[str, Any]  # what a layer is called with beside its input
@@ -22,6 +23,7 @@ class LayerwiseModel:
     def __init__(self, base: Base) -> None:
         self._model = base.model
         self.layers: Sequence[nn.Module] = find_layers(base.model)
+        self._replacements = [find_replacements(layer) for layer in self.layers]
 
     @torch.no_grad()
     def enter(self, **inputs: Any) -> tuple[Tensor, list[Arguments]]:
@@ -42,7 +44,8 @@ class LayerwiseModel:
 
     def run(self, layer: int, hidden: Tensor, arguments: Arguments) -> Tensor:
         """The output of a layer, in the shape of its input `hidden`."""
-        output = self.layers[layer](hidden, **arguments)
+        with replaced(*self._replacements[layer]):
+            output = self.layers[layer](hidden, **arguments)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 

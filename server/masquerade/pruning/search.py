@@ -17,7 +17,7 @@ from maskstore import Target
 from maskstore import encode as encode_target
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded
-from masquerade.kernels import dense_weight, differentiate, divergences, log_probabilities, multiply_transposed
+from masquerade.kernels import add_gains, dense_weight, differentiate, divergences, log_probabilities
 from masquerade.model import Base, trim_heap
 from masquerade.pruning.hooks import replaced
 from masquerade.pruning.layerwise import LayerwiseModel, group_by_layer
@@ -263,11 +263,11 @@ class MaskSearch:
         """The masked product, whose backward pass adds each weight's product with its gradient to the gains."""
         y = differentiate(x, state.weights[name], linear.bias)
 
-        def add_gains(gradient: Tensor) -> None:
-            product = multiply_transposed(gradient.flatten(0, -2), x.detach().flatten(0, -2))
-            state.gains[name].addcmul_(product, dense_weight(linear).float())
+        def keep(gradient: Tensor) -> None:
+            rows = x.detach().flatten(0, -2)
+            add_gains(state.gains[name], gradient.flatten(0, -2), rows, dense_weight(linear))
 
-        y.register_hook(add_gains)  # type: ignore[no-untyped-call]
+        y.register_hook(keep)  # type: ignore[no-untyped-call]
         return y
 
     def _contrast(self, side: int, index: int, logits: Tensor) -> Tensor:

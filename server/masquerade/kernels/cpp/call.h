@@ -28,12 +28,18 @@ struct AttentionCall {
   int32_t dtype, threads;
 };
 
-// What is done to rows between products (rows.h), all in one dtype.
+// What is done to rows between products, and its gradients (rows.h), all in one dtype.
 struct RowKernels {
   void (*normalize)(const void* x, const void* weight, void* y, int64_t rows, int64_t size, float eps);
+  void (*normalize_back)(const void* x, const void* weight, const void* above, void* dx, int64_t rows, int64_t size,
+                         float eps);
   void (*rotate)(void* x, const void* cos, const void* sin, int64_t rows, int64_t heads, int64_t size);
-  void (*multiply_gate)(void* gate, const void* up, int64_t count);
+  void (*multiply_gate)(const void* gate, const void* up, void* y, int64_t count);
+  void (*multiply_gate_back)(const void* gate, const void* up, const void* above, void* dgate, void* dup, int64_t count);
   void (*add)(const void* x, const void* added, void* y, float scale, int64_t count);
+  void (*softmax)(void* scores, const uint8_t* seen, int64_t queries, int64_t positions, float scale);
+  void (*softmax_back)(const void* shares, void* above, int64_t rows, int64_t positions, float scale);
+  void (*add_products)(const void* a, const void* b, float* sums, int64_t count);
 };
 
 void multiply_portable(const Call&);

@@ -8,21 +8,11 @@
 
 namespace {
 
-constexpr int64_t kWorthAThread = 1 << 15;  // elements
-
-RowKernels find_rows(int32_t isa, int32_t dtype) {
-#if defined(__x86_64__)
-  if (isa >= kAvx512) return rows_avx512(dtype);
-  if (isa == kAvx2) return rows_avx2(dtype);
-#endif
-  return rows_portable(dtype);
-}
-
 class LayerCall {
  public:
   LayerCall(const Layer& layer, const Step& step, const Span* spans, int64_t count, int32_t isa, int32_t threads)
       : layer_(layer), step_(step), spans_(spans), count_(count), isa_(isa), threads_(threads),
-        dtype_(static_cast<int32_t>(layer.dtype)), bytes_(dtype_ == kFloat32 ? 4 : 2), kernels_(find_rows(isa, dtype_)) {}
+        dtype_(static_cast<int32_t>(layer.dtype)), bytes_(dtype_ == kFloat32 ? 4 : 2) {}
 
   // `number` is of the layer in the cache; x and y may be the same.
   int32_t run(int64_t number, const char* cos, const char* sin, const char* x, char* y) {
@@ -41,13 +31,13 @@ class LayerCall {
                          step_.lengths, step_.chunks, layer_.heads, layer_.kv_heads, layer_.size, step_.width,
                          step_.positions, static_cast<float>(layer_.scale), dtype_, isa_, threads_);
     multiply(layer_.o, attended, added);
-    add(x, added.data(), y);
+    add(x, added, y);
     normalize(y, layer_.mlp_norm, layer_.gate.in, normal.data());
     multiply(layer_.gate, normal, gate);
     multiply(layer_.up, normal, up);
-    multiply_gate(gate.data(), up.data());
+    masquerade_gate(gate.data(), up.data(), gate.data(), step_.rows * layer_.gate.out, dtype_, isa_, threads_);
     multiply(layer_.down, gate, added);
-    add(y, added.data(), y);
+    add(y, added, y);
     return outcome_;
   }
 
@@ -67,37 +57,15 @@ class LayerCall {
     if (outcome != kDone) outcome_ = outcome;
   }
 
-  // Calls `work(first row, rows)`, on several threads if so many rows of a width are worth it.
-  template <class Work>
-  void share(int64_t width, const Work& work) const {
-    const int64_t rows = step_.rows, worth = std::max(int64_t{1}, rows * width / kWorthAThread);
-    const int64_t shares = std::min({int64_t{threads_}, worth, rows});
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(shares)) if (shares > 1)
-    for (int64_t part = 0; part < shares; part++) {
-      const int64_t start = rows * part / shares;
-      work(start, rows * (part + 1) / shares - start);
-    }
-  }
-
-  void normalize(const char* x, const void* weight, int64_t width, char* y) const {
-    share(width, [&](int64_t at, int64_t rows) {
-      const int64_t start = at * width * bytes_;
-      kernels_.normalize(x + start, weight, y + start, rows, width, static_cast<float>(layer_.eps));
-    });
+  void normalize(const char* x, const void* weight, int64_t width, char* y, int64_t vectors = 1) const {
+    masquerade_normalize(x, weight, y, step_.rows * vectors, width, static_cast<float>(layer_.eps), dtype_, isa_, threads_);
   }
 
   // Norms and rotary positions of heads, in place.
   void place(char* heads, int64_t count, const void* norm, const char* cos, const char* sin) const {
-    share(count * layer_.size, [&](int64_t at, int64_t rows) {
-      const int64_t size = layer_.size, angles = at * size * bytes_;
-      char* x = heads + angles * count;
-      const auto normalize = [&] {
-        if (norm) kernels_.normalize(x, norm, x, rows * count, size, static_cast<float>(layer_.eps));
-      };
-      if (!layer_.norms_rotated) normalize();
-      if (layer_.rotates) kernels_.rotate(x, cos + angles, sin + angles, rows, count, size);
-      if (layer_.norms_rotated) normalize();
-    });
+    if (norm && !layer_.norms_rotated) normalize(heads, norm, layer_.size, heads, count);
+    if (layer_.rotates) masquerade_rotate(heads, cos, sin, step_.rows, count, layer_.size, dtype_, isa_, threads_);
+    if (norm && layer_.norms_rotated) normalize(heads, norm, layer_.size, heads, count);
   }
 
   void write(const char* heads, char* cache) const {
@@ -106,20 +74,8 @@ class LayerCall {
       std::memcpy(cache + step_.slots[i] * bytes, heads + i * bytes, bytes);
   }
 
-  void multiply_gate(char* gate, const char* up) const {
-    const int64_t width = layer_.gate.out;
-    share(width, [&](int64_t at, int64_t rows) {
-      const int64_t start = at * width * bytes_;
-      kernels_.multiply_gate(gate + start, up + start, rows * width);
-    });
-  }
-
-  void add(const char* x, const char* added, char* y) const {
-    const int64_t width = layer_.q.in;
-    share(width, [&](int64_t at, int64_t rows) {
-      const int64_t start = at * width * bytes_;
-      kernels_.add(x + start, added + start, y + start, static_cast<float>(layer_.residual), rows * width);
-    });
+  void add(const char* x, const std::vector<char>& added, char* y) const {
+    masquerade_add(x, added.data(), y, static_cast<float>(layer_.residual), step_.rows * layer_.q.in, dtype_, isa_, threads_);
   }
 
   const Layer& layer_;
@@ -128,7 +84,6 @@ class LayerCall {
   const int64_t count_;
   const int32_t isa_, threads_, dtype_;
   const int64_t bytes_;
-  const RowKernels kernels_;
   int32_t outcome_ = kDone;
 };
 

@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 10;  // changes whenever anything here does
+constexpr int32_t kInterface = 11;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum Form : int32_t {  // of a weight: of dtype, or quantised as GGUF has it
@@ -111,4 +111,34 @@ int32_t masquerade_layers(const Layer* layers, int64_t first, int64_t number, co
                           const void* x,    // [rows, hidden], of dtype
                           void* y,          // the same
                           int32_t isa, int32_t threads);
+
+// What layers do between products, and the gradients of that (rows.h). All elements are of dtype.
+void masquerade_normalize(const void* x,       // [rows, size]
+                          const void* weight,  // [size]
+                          void* y,             // as x, or x itself
+                          int64_t rows, int64_t size, float eps, int32_t dtype, int32_t isa, int32_t threads);
+void masquerade_normalize_back(const void* x, const void* weight,
+                               const void* above,  // the gradient of y
+                               void* dx, int64_t rows, int64_t size, float eps, int32_t dtype, int32_t isa,
+                               int32_t threads);
+void masquerade_rotate(void* x,          // [rows, heads, size], in place
+                       const void* cos,  // [rows, size]
+                       const void* sin, int64_t rows, int64_t heads, int64_t size, int32_t dtype, int32_t isa,
+                       int32_t threads);
+void masquerade_gate(const void* gate, const void* up, void* y, int64_t count, int32_t dtype, int32_t isa,
+                     int32_t threads);
+void masquerade_gate_back(const void* gate, const void* up, const void* above, void* dgate, void* dup, int64_t count,
+                          int32_t dtype, int32_t isa, int32_t threads);
+void masquerade_add(const void* x, const void* added, void* y, float scale, int64_t count, int32_t dtype, int32_t isa,
+                    int32_t threads);
+// Of scores times `scale`, where `seen` is not 0; the others get 0.
+void masquerade_softmax(void* scores,         // [rows, heads, queries, positions], in place
+                        const uint8_t* seen,  // [rows, queries, positions]
+                        int64_t rows, int64_t heads, int64_t queries, int64_t positions, float scale, int32_t dtype,
+                        int32_t isa, int32_t threads);
+void masquerade_softmax_back(const void* shares,  // [rows, positions], what `masquerade_softmax` made
+                             void* above,         // their gradient; that of the scores takes its place
+                             int64_t rows, int64_t positions, float scale, int32_t dtype, int32_t isa, int32_t threads);
+void masquerade_add_products(const void* a, const void* b, float* sums, int64_t count, int32_t dtype, int32_t isa,
+                             int32_t threads);
 }
