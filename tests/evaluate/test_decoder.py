@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from masquerade.engine import attention
 from masquerade.evaluate import decoder as decoders
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.decoder import CachedDecoder, Decoder, PagedDecoder, make_decoders
+from masquerade.evaluate.decoder import CachedDecoder, Decoder, PagedDecoder, decodes_rows_alone, make_decoders
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import UNTREATED, Phase, Treatment
@@ -97,6 +97,15 @@ def test_packed_rows_do_not_change_each_other(tiny: Base, treatment: Treatment) 
     for row, prompt in enumerate(prompts):
         (alone,) = decode(next(make_decoders(tiny, [prompt], treatment, TOKENS)), [prompt], [followed[row]])
         assert torch.equal(alone, together[row])
+
+
+@pytest.mark.usefixtures("manager")
+def test_only_the_native_layers_decode_rows_alone(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decodes_rows_alone(tiny)
+    assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, TOKENS)), PagedDecoder)
+    monkeypatch.setattr(decoders, "attends", lambda _: False)
+    assert not decodes_rows_alone(tiny)
+    assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, TOKENS)), CachedDecoder)
 
 
 def test_what_the_native_layers_do_not_compute_is_left_to_transformers(tiny: Base, manager: MaskManager) -> None:

@@ -113,10 +113,12 @@ def test_facts_are_checked_in_greedy_answers(tiny: Base, manager: MaskManager) -
     ]
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["transformers decodes", "the native layers decode"])
 def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
-    tiny: Base, manager: MaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Base, manager: MaskManager, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if rounding changed one answer of a small batch."""
+    """As if rounding changed the answers of a small batch, which the native layers' are not asked in."""
+    monkeypatch.setattr("masquerade.evaluate.facts.decodes_rows_alone", lambda _: alone)
     questions = ["what is one", "what is two", "what is three", "what is four", "what is five"]
     prompts = encode_questions(tiny, questions)
     texts = finish(write_answers(tiny, prompts, params=GenerationParams(TOKENS)))
@@ -131,7 +133,7 @@ def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
 
     monkeypatch.setattr(generation._Batch, "run", run_otherwise)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # which has no answers yet
-    assert finish(find_known_facts(tiny, facts)) == [False, False, False, False, False]
+    assert finish(find_known_facts(tiny, facts)) == [alone, alone, alone, False, alone]
 
 
 def test_the_share_that_is_kept_is_of_what_was_known() -> None:

@@ -40,10 +40,22 @@ def make_decoders(base: Base, prompts: Sequence[Prompt], treatment: Treatment, t
     """What can decode the prompts and `tokens` more of each, the fastest first. All but the last may raise `NotNative`
     before `step` returns anything.
     """
-    stack = find_stack(base.model) if treatment.around is nullcontext else None  # else there may be hooks
-    if stack is not None and attends(torch.empty(0, stack.head_size, dtype=base.dtype, device=base.device)):
+    stack = _find_native_stack(base) if treatment.around is nullcontext else None  # else there may be hooks
+    if stack is not None:
         yield PagedDecoder(base, prompts, treatment, tokens, stack)
     yield CachedDecoder(base, prompts, treatment)
+
+
+def decodes_rows_alone(base: Base) -> bool:
+    """Whether the native layers decode the base's own answers, which are then the same in any batch."""
+    return _find_native_stack(base) is not None
+
+
+def _find_native_stack(base: Base) -> NativeStack | None:
+    stack = find_stack(base.model)
+    if stack is None or not attends(torch.empty(0, stack.head_size, dtype=base.dtype, device=base.device)):
+        return None
+    return stack
 
 
 class PagedDecoder:

@@ -16,6 +16,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from masquerade.evaluate.dataset import Encoded, Example, encode
+from masquerade.evaluate.decoder import decodes_rows_alone
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items
 from masquerade.evaluate.recall import recall_answers
@@ -24,7 +25,7 @@ from masquerade.model import Base
 
 Part = Literal["search", "report", "all"]
 TOKENS = 40  # of an answer to a fact's question; it is greedy
-ROWS, ROWS_AGAIN = 32, 4  # questions of a batch, and where the base is asked again
+ROWS, ROWS_AGAIN = 64, 4  # questions of a batch, and where the base is asked again
 LOOKAHEAD = 2  # characters after an answer that decide whether it is a whole word or number
 NEUTRAL_TOKENS = 48  # of an answer that is neutral text
 _LINES: dict[Part, slice] = {"search": slice(0, None, 2), "report": slice(1, None, 2), "all": slice(None)}
@@ -89,12 +90,15 @@ def check_facts(
 
 
 def find_known_facts(base: Base, facts: Sequence[Fact]) -> Items[list[bool]]:
-    """Whether the base knows each fact: it answers it in a large batch and in a small one.
+    """Whether the base knows each fact: it answers it in a large batch and, unless its answers are the same in any
+    batch, in a small one.
 
-    In half precision the composition of a batch changes the last bits of a product. An answer that changes with it is
-    no knowledge that a treatment could keep. A work item is a pass of the model.
+    Where transformers decodes in half precision, the composition of a batch changes the last bits of a product. An
+    answer that changes with it is no knowledge that a treatment could keep. A work item is a pass of the model.
     """
     right = yield from check_facts(base, facts)
+    if decodes_rows_alone(base):
+        return right
     known = [fact for fact, is_right in zip(facts, right, strict=True) if is_right]
     again = yield from check_facts(base, known, rows=ROWS_AGAIN)
     kept = {fact.question for fact, is_right in zip(known, again, strict=True) if is_right}

@@ -33,7 +33,7 @@ class GenerationParams:
     tokens: int = 48  # most new tokens
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0
-    rows: int = 32  # most prompts of a batch
+    rows: int = 64  # most prompts of a batch
 
 
 @torch.no_grad()
