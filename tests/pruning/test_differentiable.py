@@ -12,6 +12,7 @@ from torch import Tensor
 from masquerade.evaluate.dataset import Encoded
 from masquerade.kernels.native import find_library
 from masquerade.model import MaskManager, load
+from masquerade.pruning import differentiable
 from masquerade.pruning.differentiable import find_replacements
 from masquerade.pruning.layerwise import LayerwiseModel
 from masquerade.pruning.responses import ResponseBatch
@@ -54,6 +55,22 @@ def test_outputs_and_gradients_are_those_of_transformers(tmp_path: Path, family:
     model = LayerwiseModel(base)
     assert all(model._replacements[layer][0] for layer in range(len(model.layers)))
     for found, wanted in zip(run(base, model, through), expected, strict=True):
+        assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("why", ["long", "masks are added to the scores"])
+def test_attention_of_other_kinds_is_left_to_transformers(
+    tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(str(families.make_family(tmp_path, "Llama 3")), dtype="float32")
+    if why == "long":
+        monkeypatch.setattr(differentiable, "MOST_PRODUCTS", 1)
+    else:
+        base.model.set_attn_implementation("eager")
+    expected = run(base, LayerwiseModel(base), "responses")
+    MaskManager.attach(base.model)
+    monkeypatch.setattr(differentiable, "attend", None)  # it would fail
+    for found, wanted in zip(run(base, LayerwiseModel(base), "responses"), expected, strict=True):
         assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 

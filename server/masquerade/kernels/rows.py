@@ -28,7 +28,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [rows, length, heads, size] at its rotary positions, with its gradient; cos and sin are [rows or 1, length, size]."""
+    """x [rows, length, heads, size] at its rotary positions, with its gradient; cos, sin: [rows or 1, length, size]."""
     rows = (*x.shape[:2], x.shape[3])
     found: Tensor = _Rotate.apply(x, *(one.expand(rows).contiguous() for one in (cos, sin)))  # type: ignore[no-untyped-call]
     return found
@@ -50,7 +50,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) 
 
 
 def add_gains(sums: Tensor, above: Tensor, x: Tensor, weight: Tensor) -> None:
-    """sums += weight * gradient, fp32 [out, in]; the gradient is aboveᵀ x of [rows, out] and [rows, in], in their dtype."""
+    """sums += weight * aboveᵀ x, fp32 [out, in]; above is [rows, out] and x [rows, in], the weight of any dtype."""
     gradient = widen(above).T @ widen(x)
     if serves_rows(gradient) and gradient.dtype == weight.dtype:
         _run("add_products", (gradient, weight.contiguous(), sums), sums.numel())

@@ -40,6 +40,12 @@ def _run_mlp(mlp: Any, x: Tensor) -> Tensor:
     return found
 
 
+def _supports(length: int, mask: Tensor | None) -> bool:
+    """Whether `_attend` attends with a mask of so many queries; transformers has none where all is seen that may be."""
+    positions = length if mask is None else mask.shape[-1]
+    return length * positions <= MOST_PRODUCTS and (mask is None or mask.dtype is torch.bool)
+
+
 def _attend(
     attention: Any,
     parts: LayerParts,
@@ -51,14 +57,14 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """The attention module's forward, of transformers."""
     rows, length, _ = hidden_states.shape
-    if length * (length if attention_mask is None else attention_mask.shape[-1]) > MOST_PRODUCTS:
+    if not _supports(length, attention_mask):
         arguments = hidden_states, position_embeddings, attention_mask, past_key_values
         found: tuple[Tensor, None] = type(attention).forward(attention, *arguments, **kwargs)
         return found
     size, norms = parts.head_size, parts.norms[2:]
 
     def place(linear: nn.Linear, norm: Any) -> Tensor:
-        heads = linear(hidden_states).view(rows, length, -1, size)
+        heads: Tensor = linear(hidden_states).view(rows, length, -1, size)
         if norm is not None and not parts.norms_rotated:
             heads = _normalize(norm, parts, heads)
         if parts.rotates:
