@@ -80,7 +80,7 @@ def measure(
 def guess(base: Base, mask: AppliedMask, text: Encoded, temperature: float) -> Tensor:
     """With which probability the base guesses each token of a response, fp32 [tokens]."""
     masked, plain = (
-        next(predict(base, [text], treatment))[1].float()
+        next(predict(base, [text], treatment)).logits.float()
         for treatment in (Treatment(applied=mask, phase="decode"), UNTREATED)
     )
     if not temperature:

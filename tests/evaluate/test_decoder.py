@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from masquerade.engine import attention
 from masquerade.evaluate import decoder as decoders
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.decoder import CachedDecoder, Decoder, PagedDecoder, decodes_rows_alone, make_decoders
+from masquerade.evaluate.decoder import CachedDecoder, Decoder, PagedDecoder, find_native_stack, make_decoders
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.treatment import UNTREATED, Phase, Treatment
@@ -101,10 +101,10 @@ def test_packed_rows_do_not_change_each_other(tiny: Base, treatment: Treatment) 
 
 @pytest.mark.usefixtures("manager")
 def test_only_the_native_layers_decode_rows_alone(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decodes_rows_alone(tiny)
+    assert find_native_stack(tiny) is not None
     assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, TOKENS)), PagedDecoder)
     monkeypatch.setattr(decoders, "attends", lambda _: False)
-    assert not decodes_rows_alone(tiny)
+    assert find_native_stack(tiny) is None
     assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, TOKENS)), CachedDecoder)
 
 
@@ -113,10 +113,8 @@ def test_what_the_native_layers_do_not_compute_is_left_to_transformers(tiny: Bas
     prompts = make_prompts(20)
     mask = manager.fit(world.make_mask(tiny, 0.05, seed=1), backend="reference")
     treatment, params = Treatment(AppliedMask(mask, 0.3), "decode"), GenerationParams(TOKENS)
-    fast = next(make_decoders(tiny, prompts, treatment, TOKENS))
-    list(fast.read_prompts())
-    with pytest.raises(NotNative):
-        fast.step([prompt[-1] for prompt in prompts])
+    (only,) = make_decoders(tiny, prompts, treatment, TOKENS)
+    assert isinstance(only, CachedDecoder)
     native = Treatment(AppliedMask(manager.fit(world.make_mask(tiny, 0.05, seed=1)), 0.3), "decode")
     asked = [Encoded(prompt, ()) for prompt in prompts]
     assert finish(write_answers(tiny, asked, treatment, params)) == finish(write_answers(tiny, asked, native, params))

@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from masquerade.evaluate.dataset import Encoded, Example, encode
-from masquerade.evaluate.decoder import decodes_rows_alone
+from masquerade.evaluate.decoder import find_native_stack
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items
 from masquerade.evaluate.recall import recall_answers
@@ -97,7 +97,7 @@ def find_known_facts(base: Base, facts: Sequence[Fact]) -> Items[list[bool]]:
     answer that changes with it is no knowledge that a treatment could keep. A work item is a pass of the model.
     """
     right = yield from check_facts(base, facts)
-    if decodes_rows_alone(base):
+    if find_native_stack(base) is not None:
         return right
     known = [fact for fact, is_right in zip(facts, right, strict=True) if is_right]
     again = yield from check_facts(base, known, rows=ROWS_AGAIN)

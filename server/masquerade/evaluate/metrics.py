@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, MicroBatch, batches
+from masquerade.evaluate.decoder import PagedScorer, Predictions, find_native_stack
 from masquerade.evaluate.prefix import count_shared, extend, repeat
 from masquerade.evaluate.stored_prompts import StoredPrompts
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.kernels import divergences, log_probabilities
-from masquerade.model import Base, Span, make_route
+from masquerade.model import Base, NativeStack, NotNative, Span, make_route
 
+SCORED_TOKENS = 4 * BATCH_TOKENS  # most padded tokens of prompts that are read together
 T = TypeVar("T")
 Items = Generator[None, None, T]  # yields after each work item, returns the result
 
@@ -64,13 +66,11 @@ def read_likelihoods(
     The base must have its masks attached. `stored` is as in `predict`.
     """
     found: dict[int, Likelihood] = {}
-    for batch, logits in predict(base, [treatment.rewrite(example) for example in examples], treatment, stored):
-        chosen = log_probabilities(logits, batch.ids.roll(-1, 1)[batch.predicts]).double()
-        rows, tokens = batch.predicts.nonzero()[:, 0], batch.predicts.sum(1).tolist()
-        sums = chosen.new_zeros(len(tokens)).index_add(0, rows, chosen).tolist()
-        found |= {
-            index: Likelihood(*pair) for index, pair in zip(batch.index, zip(sums, tokens, strict=True), strict=True)
-        }
+    for part in predict(base, [treatment.rewrite(example) for example in examples], treatment, stored):
+        chosen = log_probabilities(part.logits, part.following).double()
+        sums = [float(one.sum()) for one in torch.split(chosen, list(part.counts))]
+        for index, log, tokens in zip(part.index, sums, part.counts, strict=True):
+            found[index] = Likelihood(log, tokens)
         yield
     return [found[index] for index in range(len(examples))]
 
@@ -92,10 +92,11 @@ def read_divergence(
     total, tokens = 0.0, 0
     if not treatment.leaves_prompts:
         stored = None  # both must have the same micro-batches
-    treated = predict(base, examples, treatment, stored)
-    for _, untreated in predict(base, examples, UNTREATED, stored):
+    predicts = predict if find_native_stack(base, treatment) is not None else _predict_padded
+    treated = predicts(base, examples, treatment, stored)
+    for untreated in predicts(base, examples, UNTREATED, stored):
         yield
-        found = divergences(untreated, next(treated)[1])
+        found = divergences(untreated.logits, next(treated).logits)
         total += float(found.double().sum())
         tokens += len(found)
         yield
@@ -133,19 +134,56 @@ def preferred(margins: Sequence[float]) -> float:
 
 def predict(
     base: Base, examples: Sequence[Encoded], treatment: Treatment, stored: StoredPrompts | None = None
-) -> Iterator[tuple[MicroBatch, Tensor]]:
-    """Micro-batches with the logits [counted, vocabulary] of the positions that predict their responses.
+) -> Iterator[Predictions]:
+    """Predictions of all responses in micro-batches, natively where possible.
 
-    They are without the tokens that all prompts begin with, or without all but the last of each prompt, if `stored` has
-    them and the treatment leaves them to the base. The base must have its masks attached.
+    Prompts are not computed again if `stored` has them and the treatment leaves them to the base. The base must have
+    its masks attached.
     """
+    if (stack := find_native_stack(base, treatment)) is not None:
+        with suppress(NotNative):  # which the first pass raises, if any
+            yield from _predict_natively(base, examples, treatment, stored, stack)
+            return
+    yield from _predict_padded(base, examples, treatment, stored)
+
+
+def _predict_natively(
+    base: Base, examples: Sequence[Encoded], treatment: Treatment, stored: StoredPrompts | None, stack: NativeStack
+) -> Iterator[Predictions]:
+    """Rows are packed, and a row's predictions are the same in any composition."""
+    scorers = stored.find_scorers(examples) if stored is not None and treatment.leaves_prompts else []
+    for scorer, index in scorers or _make_scorers(base, examples, treatment, stack):
+        for part in scorer.predict([examples[at] for at in index], treatment):
+            logits = treatment.shift(part.logits) if treatment.shift else part.logits
+            yield replace(part, index=[index[at] for at in part.index], logits=logits)
+
+
+def _make_scorers(
+    base: Base, examples: Sequence[Encoded], treatment: Treatment, stack: NativeStack
+) -> Iterator[tuple[PagedScorer, list[int]]]:
+    """What has read the prompts of some examples under a treatment, and which these are."""
+    for batch in batches(examples, torch.device("cpu"), SCORED_TOKENS):
+        some = [examples[at] for at in batch.index]
+        prompts, longest = list(dict.fromkeys(one.prompt for one in some)), max(len(one.response) for one in some)
+        scorer = PagedScorer(base, prompts, treatment, longest, stack)
+        for _ in scorer.read_prompts():
+            pass
+        yield scorer, list(batch.index)
+
+
+def _predict_padded(
+    base: Base, examples: Sequence[Encoded], treatment: Treatment, stored: StoredPrompts | None = None
+) -> Iterator[Predictions]:
+    """Micro-batches are padded, and transformers computes them."""
     held = stored is not None and treatment.leaves_prompts and stored.hold(examples)
     past: _Past = _StoredPast(stored, examples) if stored and held else _SharedPast(base, examples, treatment)
     for batch in batches(past.rest, base.device, past.most):
         route = make_route(_spans(batch, past.rest, treatment), base.device)
         with treatment.around(), _head_at(base, batch.predicts):
             logits = base.model(input_ids=batch.ids, **past.attach(batch), route=route).logits[0]
-        yield batch, treatment.shift(logits) if treatment.shift else logits
+        shifted = treatment.shift(logits) if treatment.shift else logits
+        counts = batch.predicts.sum(1).tolist()
+        yield Predictions(batch.index, shifted, batch.ids.roll(-1, 1)[batch.predicts], counts)
 
 
 class _Past(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, batches
+from masquerade.evaluate.decoder import PagedScorer, find_native_stack
 from masquerade.evaluate.prefix import count_shared, extend, repeat
 from masquerade.evaluate.treatment import UNTREATED
-from masquerade.model import Base
+from masquerade.model import Base, NotNative
 
 Prompt = tuple[int, ...]
 MOST_BYTES = 256 << 20  # of keys and values
@@ -22,26 +24,41 @@ MOST_BYTES = 256 << 20  # of keys and values
 class StoredPrompts:
     """The base's keys and values of prompts of two tokens or more, without those of their last tokens.
 
-    There are none of a model with sliding windows, whose caches drop positions, and no more after the first set of
-    prompts that would take more than `MOST_BYTES`.
+    They are for the native layers, if these compute the base. There are none of a model with sliding windows, whose
+    caches drop positions, and no more after the first set of prompts that would take more than `MOST_BYTES`.
     """
 
     def __init__(self, base: Base) -> None:
-        self._base = base
+        self._base, self._stack = base, find_native_stack(base)
+        self._scorers: list[PagedScorer] = []  # of the native layers; the states are for transformers'
         self._states: dict[Prompt, list[tuple[Tensor, Tensor]]] = {}  # of each layer, [heads, positions, size]
         self._closed = any(type(layer) is not DynamicLayer for layer in DynamicCache(config=base.model.config).layers)
 
     def hold(self, examples: Iterable[Encoded]) -> bool:
-        """Whether the prompts of all examples are stored."""
+        """Whether the prompts of all examples are stored for transformers."""
         return all(one.prompt in self._states for one in examples)
+
+    def find_scorers(self, examples: Sequence[Encoded]) -> list[tuple[PagedScorer, list[int]]]:
+        """What predicts the examples natively, and which of them; empty if it does not have all of them."""
+        found = [
+            (scorer, [index for index, one in enumerate(examples) if scorer.holds(one)]) for scorer in self._scorers
+        ]
+        return found if sum(len(index) for _, index in found) == len(examples) else []
 
     @torch.no_grad()
     def store(self, examples: Iterable[Encoded]) -> Generator[None, None, None]:
         """Store the prompts of examples; a work item is a micro-batch."""
+        examples = list(examples)
+        known = {*self._states, *(prompt for scorer in self._scorers for prompt in scorer.prompts)}
         asked = dict.fromkeys(one.prompt for one in examples if len(one.prompt) > 1)
-        prompts = [prompt for prompt in asked if prompt not in self._states]
+        prompts = [prompt for prompt in asked if prompt not in known]
         if self._closed or not prompts:
             return
+        if self._stack is not None:
+            with suppress(NotNative):
+                yield from self._store_natively(prompts, max(len(one.response) for one in examples))
+                return
+            self._stack = None
         shared = min(count_shared(prompts), min(map(len, prompts)) - 2)  # a token at least is left
         prefix = DynamicCache(config=self._base.model.config)
         if shared:
@@ -60,6 +77,16 @@ class StoredPrompts:
                 kept = [part[row, :, :stop].clone() for part in _parts(cache)]
                 self._states[prompts[index]] = list(zip(kept[::2], kept[1::2], strict=True))
             yield
+
+    def _store_natively(self, prompts: Sequence[Prompt], longest: int) -> Generator[None, None, None]:
+        assert self._stack is not None
+        taken = sum(scorer.nbytes for scorer in self._scorers)
+        if taken + PagedScorer.measure(self._base, prompts, longest, self._stack) > MOST_BYTES:
+            self._closed = True
+            return
+        scorer = PagedScorer(self._base, prompts, UNTREATED, longest, self._stack)
+        yield from scorer.read_prompts()
+        self._scorers.append(scorer)
 
     def attach(self, examples: Sequence[Encoded], length: int) -> dict[str, Any]:
         """What the model is called with beside `length` positions that follow the stored ones, a row an example."""
