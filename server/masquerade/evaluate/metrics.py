@@ -20,7 +20,6 @@ from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.kernels import divergences, log_probabilities
 from masquerade.model import Base, NativeStack, NotNative, Span, make_route
 
-SCORED_TOKENS = 4 * BATCH_TOKENS  # most padded tokens of prompts that are read together
 T = TypeVar("T")
 Items = Generator[None, None, T]  # yields after each work item, returns the result
 
@@ -162,7 +161,7 @@ def _make_scorers(
     base: Base, examples: Sequence[Encoded], treatment: Treatment, stack: NativeStack
 ) -> Iterator[tuple[PagedScorer, list[int]]]:
     """What has read the prompts of some examples under a treatment, and which these are."""
-    for batch in batches(examples, torch.device("cpu"), SCORED_TOKENS):
+    for batch in batches(examples, torch.device("cpu")):
         some = [examples[at] for at in batch.index]
         prompts, longest = list(dict.fromkeys(one.prompt for one in some)), max(len(one.response) for one in some)
         scorer = PagedScorer(base, prompts, treatment, longest, stack)
