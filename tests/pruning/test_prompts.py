@@ -64,7 +64,8 @@ def test_both_sides_answer_the_same_questions_and_the_prompt_is_gone(tiny: Base,
 def test_an_item_of_writing_is_one_pass_and_a_killed_writer_goes_on(
     tiny: Base, manager: MaskManager, tmp_path: Path
 ) -> None:
-    script, passes = CalibrationPrompts("Be a cat.", QUESTIONS, tokens=6), [0]
+    questions = [({"role": "user", "content": f"question {number}"},) for number in range(80)]  # two batches
+    script, passes = CalibrationPrompts("Be a cat.", questions, tokens=6), [0]
     tiny.model.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
     whole = finish(generate_examples(tiny, script))
     total, passes[0] = passes[0], 0
@@ -74,10 +75,10 @@ def test_an_item_of_writing_is_one_pass_and_a_killed_writer_goes_on(
         assert passes[0] <= 1
         done += passes[0]
         passes[0] = 0
-        if step.stage == "write" and step.done > len(QUESTIONS):  # the first answers of the second side
+        if step.stage == "write" and step.done > len(questions):  # the first answers of the second side
             break
     work.close()
-    assert len(QUESTIONS) < step.done < 2 * len(QUESTIONS)
+    assert len(questions) < step.done < 2 * len(questions)
     assert finish(generate_examples(tiny, script, Scratch(tmp_path))) == whole
     assert 0 < passes[0] == total - done
 
