@@ -271,6 +271,39 @@ bool check_layers(int32_t isa, int64_t rows, int64_t hidden, int64_t wide, int64
   return done && !std::memcmp(y, twice, rows * hidden * sizeof(T)) && std::isfinite(decode(y[0]));
 }
 
+// What is between products and has gradients stays within its rows, and two threads write what one does.
+template <class T>
+bool check_rows(int32_t isa, int64_t rows, int64_t size) {
+  const int32_t dtype = sizeof(T) == 4 ? kFloat32 : kBfloat16;
+  const int64_t count = rows * size;
+  const auto make = [&](int64_t elements) {
+    std::vector<T> made(elements);
+    for (T& value : made) value = encode<T>(uniform() - 0.5);
+    return made;
+  };
+  const std::vector<T> x = make(count), up = make(count), above = make(count), weight = make(size);
+  std::vector<uint8_t> seen(count);
+  for (uint8_t& one : seen) one = uniform() < 0.7;
+  std::vector<std::vector<T>> found[2];
+  std::vector<float> sums[2];
+  for (const int32_t threads : {1, 2}) {
+    std::vector<T> y(count), dx(count), gate(count), dgate(count), dup(count), shares = x, scores = above;
+    masquerade_normalize(x.data(), weight.data(), y.data(), rows, size, 1e-6f, dtype, isa, threads);
+    masquerade_normalize_back(x.data(), weight.data(), above.data(), dx.data(), rows, size, 1e-6f, dtype, isa, threads);
+    masquerade_gate(x.data(), up.data(), gate.data(), count, dtype, isa, threads);
+    masquerade_gate_back(x.data(), up.data(), above.data(), dgate.data(), dup.data(), count, dtype, isa, threads);
+    masquerade_softmax(shares.data(), seen.data(), rows, 1, 1, size, 0.5f, dtype, isa, threads);
+    masquerade_softmax_back(shares.data(), scores.data(), rows, size, 0.5f, dtype, isa, threads);
+    sums[threads - 1].assign(count, 1.0f);
+    masquerade_add_products(x.data(), up.data(), sums[threads - 1].data(), count, dtype, isa, threads);
+    found[threads - 1] = {y, dx, gate, dgate, dup, shares, scores};
+  }
+  for (const auto& values : found[0])
+    for (const T value : values)
+      if (!std::isfinite(decode(value))) return false;
+  return found[0] == found[1] && sums[0] == sums[1];
+}
+
 }  // namespace
 
 int main() {
@@ -301,6 +334,8 @@ int main() {
       if (!check_layers<float>(isa, 5, 33, 17, 3, 1, norms) || !check_layers<float>(isa, 260, 32, 256, 2, 2, norms)) return 1;
       if (!check_layers<uint16_t>(isa, 260, 32, 256, 2, 2, norms)) return 1;
     }
+    for (const int64_t size : {1, 15, 16, 37, 576})
+      if (!check_rows<float>(isa, 130, size) || !check_rows<uint16_t>(isa, 130, size)) return 1;
     for (int32_t form = kQ4_0; form <= kQ6_K; form++)
       for (const int64_t rows : {1, 7, 26})
         if (!check_quantised(isa, form, 67, 96, rows) || !check_quantised(isa, form, 3, 2080, rows)) return 1;
