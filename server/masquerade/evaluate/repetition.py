@@ -30,6 +30,11 @@ def share_looping(texts: Sequence[str]) -> float:
     return sum(map(loops, texts)) / len(texts) if texts else 0.0
 
 
+def count_excess(masked: float, base: float) -> float:
+    """By how much one share of looping answers exceeds another, exactly: 0.2 - 0.15 is more than 0.05 in floats."""
+    return round(masked - base, 6)
+
+
 def measure_distinct(texts: Sequence[str], words: int) -> float | None:
     """Distinct n-grams of `words` words over all n-grams of the texts, in (0, 1]; None without any.
 

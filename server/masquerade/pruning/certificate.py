@@ -19,7 +19,7 @@ from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, ro
 from masquerade.evaluate.facts import Fact, check_facts, find_known_facts, read_facts
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items
-from masquerade.evaluate.repetition import share_looping
+from masquerade.evaluate.repetition import count_excess, share_looping
 from masquerade.evaluate.treatment import PHASES, Phase, Treatment
 from masquerade.model import Base
 from masquerade.pruning.executor import Executor, SequentialExecutor
@@ -246,7 +246,7 @@ def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
         same = answers["of"] - answers["changed"]
         remarks.append(f"{same} of {answers['of']} greedy answers to held-out prompts are the base's, word for word")
     looping = certificate.get("loops")
-    if looping and round(looping["masked"] - looping["base"], 6) > MOST_LOOPS:
+    if looping and count_excess(looping["masked"], looping["base"]) > MOST_LOOPS:
         masked, base = (round(looping["of"] * looping[name]) for name in ("masked", "base"))
         remarks.append(f"{masked} of {looping['of']} greedy answers to held-out prompts loop, {base} of the base's")
     neutral = certificate.get("neutral_ratio")

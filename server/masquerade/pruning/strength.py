@@ -9,6 +9,7 @@ from typing import Protocol
 
 from maskstore import Target
 from masquerade.evaluate.evaluation_set import EvaluationSet
+from masquerade.evaluate.repetition import count_excess
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.pruning.tuning import Budgets, TuningTrial
 
@@ -101,7 +102,7 @@ class StrengthTuner:
             return trial
         before = yield from self._measure_looping(UNTREATED)
         looping = yield from self._measure_looping(treatment)
-        return replace(trial, loops=round(looping - before, 6))
+        return replace(trial, loops=count_excess(looping, before))
 
     def _measure_looping(self, treatment: Treatment) -> Generator[None, None, float]:
         return (yield from self._eval_set.measure_looping(treatment, ANSWERS, ANSWER_TOKENS))
