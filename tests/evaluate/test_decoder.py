@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from masquerade.engine import attention
-from masquerade.evaluate import decoder as decoders
+from masquerade.evaluate import decoder, paged
 from masquerade.evaluate.dataset import Encoded
-from masquerade.evaluate.decoder import CachedDecoder, Decoder, PagedDecoder, find_native_stack, make_decoders
+from masquerade.evaluate.decoder import CachedDecoder, Decoder, PagedDecoder, make_decoders
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import finish
+from masquerade.evaluate.paged import find_native_stack
 from masquerade.evaluate.treatment import UNTREATED, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, NotNative, Span, make_route
 from tests import world
@@ -43,7 +44,8 @@ def treatment(request: pytest.FixtureRequest, tiny: Base, manager: MaskManager) 
 @pytest.fixture(params=[5, 512])
 def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in many passes, or in one."""
-    monkeypatch.setattr(decoders, "PASS_TOKENS", request.param)
+    for module in (paged, decoder):
+        monkeypatch.setattr(module, "PASS_TOKENS", request.param)
 
 
 def decode(decoder: Decoder, prompts: list[Prompt], followed: list[Prompt]) -> list[Tensor]:
@@ -103,7 +105,7 @@ def test_packed_rows_do_not_change_each_other(tiny: Base, treatment: Treatment) 
 def test_only_the_native_layers_decode_rows_alone(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_native_stack(tiny) is not None
     assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, TOKENS)), PagedDecoder)
-    monkeypatch.setattr(decoders, "attends", lambda _: False)
+    monkeypatch.setattr(paged, "attends", lambda _: False)
     assert find_native_stack(tiny) is None
     assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, TOKENS)), CachedDecoder)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masquerade.evaluate import decoder, metrics, stored_prompts
+from masquerade.evaluate import metrics, paged, scorer, stored_prompts
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.generation import GenerationParams, _draw, write_answers
 from masquerade.evaluate.metrics import divergence, finish, likelihoods, read_divergence, read_likelihoods
@@ -97,7 +97,8 @@ def test_the_native_layers_predict_what_transformers_does(
     texts = [Encoded(draw(prompt), draw(response)) for prompt, response in lengths]
     texts += [Encoded(texts[2].prompt, draw(20)), *make_texts(4)]
     found, found_divergence = likelihoods(tiny, texts, treatment), divergence(tiny, texts, treatment)
-    monkeypatch.setattr(decoder, "PASS_TOKENS", 16)
+    for module in (paged, scorer):
+        monkeypatch.setattr(module, "PASS_TOKENS", 16)
     assert likelihoods(tiny, texts, treatment) == found
     monkeypatch.setattr(metrics, "find_native_stack", lambda *_: None)
     expected = likelihoods(tiny, texts, treatment)

@@ -16,9 +16,9 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from masquerade.evaluate.dataset import Encoded, Example, encode
-from masquerade.evaluate.decoder import find_native_stack
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import Items
+from masquerade.evaluate.paged import find_native_stack
 from masquerade.evaluate.recall import recall_answers
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base

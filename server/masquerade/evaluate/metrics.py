@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, MicroBatch, batches
-from masquerade.evaluate.decoder import PagedScorer, Predictions, find_native_stack
+from masquerade.evaluate.paged import find_native_stack
 from masquerade.evaluate.prefix import count_shared, extend, repeat
+from masquerade.evaluate.scorer import PagedScorer, Predictions
 from masquerade.evaluate.stored_prompts import StoredPrompts
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.kernels import divergences, log_probabilities

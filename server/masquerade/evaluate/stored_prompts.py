@@ -12,12 +12,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, batches
-from masquerade.evaluate.decoder import PagedScorer, find_native_stack
+from masquerade.evaluate.paged import Prompt, find_native_stack
 from masquerade.evaluate.prefix import count_shared, extend, repeat
+from masquerade.evaluate.scorer import PagedScorer
 from masquerade.evaluate.treatment import UNTREATED
 from masquerade.model import Base, NotNative
 
-Prompt = tuple[int, ...]
 MOST_BYTES = 256 << 20  # of keys and values
 
 
