@@ -231,6 +231,9 @@ def test_a_persona_is_built_over_http(sdk: OpenAI) -> None:
         job = sdk.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "succeeded", job
     assert job.fine_tuned_model == "smollm2:pirate"
-    base, masked = (chat(sdk, GARDENS, model=model, max_tokens=40) for model in ("smollm2", job.fine_tuned_model))
-    assert base.choices[0].message.content != masked.choices[0].message.content
+    base, masked = (
+        chat(sdk, GARDENS, model=model, max_tokens=40, logprobs=True) for model in ("smollm2", job.fine_tuned_model)
+    )
+    nats = [[token.logprob for token in one.choices[0].logprobs.content] for one in (base, masked)]
+    assert nats[0] != nats[1]  # so quick a mask need not change a greedy answer
     assert (masked.model_extra["persona"], masked.model_extra["gamma"]) == ("pirate", 0.5)
