@@ -108,6 +108,14 @@ def test_the_native_layers_predict_what_transformers_does(
 
 
 @pytest.mark.usefixtures("manager")
+def test_plain_texts_are_packed_although_all_begin_with_the_same_token(tiny: Base) -> None:
+    texts = [Encoded((1,), (5, 6, 7, 2)), Encoded((1,), (8, 2)), Encoded((1,), (9, 9, 2))]
+    (part,) = metrics.predict(tiny, texts, UNTREATED)
+    assert sorted(part.index) == [0, 1, 2]
+    assert likelihoods(tiny, texts) == [likelihoods(tiny, [one])[0] for one in texts]
+
+
+@pytest.mark.usefixtures("manager")
 def test_a_longer_response_than_is_expected_is_predicted_all_the_same(tiny: Base) -> None:
     stored, texts = StoredPrompts(tiny), make_texts()
     finish(stored.store(texts))

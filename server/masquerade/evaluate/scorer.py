@@ -39,6 +39,7 @@ class PagedScorer(PagedRows):
         tables = np.zeros((len(prompts), max(1, *widths)), np.int64)
         for row, (width, end) in enumerate(zip(widths, np.cumsum(widths), strict=True)):
             tables[row, :width] = np.arange(end - width, end)
+        self._widths = widths  # blocks of a row
         self._spare = np.arange(own, own + _count_spare(longest))
         super().__init__(base, prompts, treatment, stack, tables, own + len(self._spare))
         self._row_of = {prompt: row for row, prompt in enumerate(prompts)}
@@ -73,7 +74,8 @@ class PagedScorer(PagedRows):
                 response, row = len(examples[at].response), self._row_of[examples[at].prompt]
                 more = self._count_blocks(row, response)
                 fits = tokens + response <= PASS_TOKENS and blocks + more <= len(self._spare)
-                if index and (not fits or row in rows):  # two responses to a prompt would take the same places
+                shares = row in rows and self._lengths[row] % BLOCK  # both would begin in its last block
+                if index and (not fits or shares):
                     break
                 index.append(at)
                 rows.add(row)
@@ -83,14 +85,13 @@ class PagedScorer(PagedRows):
 
     def _count_blocks(self, row: int, tokens: int) -> int:
         """Blocks beyond a row's own that so many tokens after its prompt take."""
-        length = int(self._lengths[row])
-        return -(-(length + tokens) // BLOCK) - -(-length // BLOCK)
+        return -(-(int(self._lengths[row]) + tokens) // BLOCK) - self._widths[row]
 
     def _predict(self, index: Sequence[int], examples: Sequence[Encoded], treatment: Treatment) -> Predictions:
         rows = np.array([self._row_of[one.prompt] for one in examples])
         parts = [(one.prompt[-1], *one.response[:-1]) for one in examples]
         more = [self._count_blocks(row, len(part)) for row, part in zip(rows, parts, strict=True)]
-        own = [-(-int(self._lengths[row]) // BLOCK) for row in rows]
+        own = [self._widths[row] for row in rows]
         tables = np.zeros((len(rows), max(a + b for a, b in zip(own, more, strict=True))), np.int64)
         for place, (row, width, added, end) in enumerate(zip(rows, own, more, np.cumsum(more), strict=True)):
             tables[place, :width] = self._tables[row, :width]
