@@ -1,31 +1,40 @@
 """Variants of the search for a mask, each alone, at equal cost on neutral text.
 
 `python -m benchmarks.searches --json [--quick] [--model NAME] [--device cpu] [--data FOLDER] [--axes EI,PJ,POW,STYLE]
-[--seeds 0,1,2] [--variants NAMES]`. A seed draws the 256 training and the 64 validation pairs of an
-axis, and searches for one of its sides: the first for an even seed, else the second. All variants of a seed start from
-the same statistics and neutral text. The figures are those of up to 60 test pairs, the same for all seeds, and of the
-neutral text of the report, which no search reads: the median shift at a neutral ratio of 1.05, interpolated over
-gammas, and the own ratio and the share of facts that are kept there.
+[--seeds 0,1,2] [--variants NAMES] [--steps N] [--earlier LOGS]`. A seed draws the 256 training and the 64 validation
+pairs of an axis, and searches for one of its sides: the first for an even seed, else the second. All variants of a seed
+start from the same statistics and neutral text. The figures are those of up to 60 test pairs, the same for all seeds,
+and of the neutral text of the report, which no search reads: the median shift at a neutral ratio of 1.05, interpolated
+over gammas, and the own ratio and the share of facts that are kept there. Progress is on stderr.
+
+Last come the differences of each variant to the product's search on the same sides, with 95 % intervals: of shifts, in
+shares of the product's mean shift on the axis, of own ratios, and of facts kept. `--earlier` names files with what
+other runs wrote on stderr, separated by commas; their sides count too. With `--seeds ""` nothing else does.
 """
 
+import argparse
 import math
 import random
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks._pairs import Sizes, pair_arguments, split_pairs
+from benchmarks._pairs import Pair, Sizes, pair_arguments, split_pairs
 from benchmarks._report import Figure, report
 from maskstore import MaskInfo, Target
+from masquerade.evaluate.bootstrap import mean_interval
 from masquerade.evaluate.dataset import encode
 from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.facts import check_facts, find_known_facts, read_facts, share_kept
@@ -44,8 +53,11 @@ from masquerade.pruning.statistics import LinearStatistics
 from masquerade.pruning.strength import StrengthTuner
 
 NEUTRAL_RATIO = 1.05
-GAMMAS = (0.75, 0.5, 0.25, 0.0)
+GAMMAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 TOKENS = 64  # most of a measured response
+NAME = re.compile(r"(\w+ seed \d+), (.+): (.+)")  # side, variant, figure
+LINE = re.compile(r"(\w+ seed .+): (\S+) (.+)")  # of progress
+COMPARED = {"shift": "of the product's", "own": "x", "facts kept": "share"}  # figure -> unit of its differences
 PREPARED = "_pairs", "_neutral", "_likelihoods", "_answers"  # what `MaskSearch.prepare` computes
 
 
@@ -192,30 +204,72 @@ VARIANTS: Mapping[str, tuple[type[MaskSearch], Mapping[str, Any]]] = {
 def main() -> None:
     parser = pair_arguments(__doc__, "one axis, one seed, 6 steps, few pairs")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of these, separated by commas")
+    parser.add_argument("--steps", type=int, help="of every search, instead of the product's or the variant's")
+    parser.add_argument("--earlier", default="", help="files of other runs' progress, separated by commas")
     options = parser.parse_args()
     if not options.data.is_dir():
         print(f"no data in {options.data}: nothing to measure", file=sys.stderr)
         report("searches", [], options.json)
         return
+    figures = list(_read_progress(map(Path, filter(None, options.earlier.split(",")))))
+    for figure in _measure(options):
+        print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
+        figures.append(figure)
+    report("searches", [*figures, *compare(figures)], options.json)
+
+
+def _measure(options: argparse.Namespace) -> Iterator[Figure]:
+    axes, seeds = (list(filter(None, names.split(","))) for names in (options.axes, options.seeds))
+    if not seeds:
+        return
     torch.set_num_threads(1)
     base = load(options.model, device=options.device, dtype=options.dtype)
-    manager, figures = MaskManager.attach(base.model), list[Figure]()
-    for axis in options.axes.split(",")[: 1 if options.quick else None]:
-        for seed in map(int, options.seeds.split(",")[: 1 if options.quick else None]):
-            bench = Bench(base, manager, options.data, axis, seed, options.quick)
+    manager, most = MaskManager.attach(base.model), 1 if options.quick else None
+    sizes, steps = (Sizes(training=48), 6) if options.quick else (Sizes(), options.steps)
+    for axis in axes[:most]:
+        for seed in map(int, seeds[:most]):
+            bench = Bench(base, manager, split_pairs(options.data, axis, seed, sizes), axis, seed, steps)
             for variant in options.variants.split(","):
-                for figure in bench.measure(variant):
-                    print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
-                    figures.append(figure)
-    report("searches", figures, options.json)
+                yield from bench.measure(variant)
+
+
+def _read_progress(logs: Iterable[Path]) -> Iterator[Figure]:
+    for log in logs:
+        for name, value, unit in LINE.findall(log.read_text()):
+            yield Figure(name, float(value), unit)
+
+
+def compare(figures: Iterable[Figure]) -> Iterator[Figure]:
+    """The mean differences of each variant to the product's search, on the sides that both were measured on."""
+    found: dict[tuple[str, str], dict[str, float]] = {}  # (figure, variant) -> side -> value
+    for figure in figures:
+        if name := NAME.fullmatch(figure.name):
+            found.setdefault((name[3], name[2]), {})[name[1]] = figure.value
+    for (kind, variant), values in found.items():
+        product = found.get((kind, "product"), {})
+        sides = [side for side in values if side in product]
+        if kind in COMPARED and variant != "product" and sides:
+            scales = [_find_mean(product, side.split()[0]) if kind == "shift" else 1.0 for side in sides]
+            differences = np.array([values[side] - product[side] for side in sides]) / scales
+            low, high = mean_interval(differences)
+            label, unit = f"{variant}: {kind}, difference on {len(sides)} sides", COMPARED[kind]
+            yield Figure(label, float(differences.mean()), unit)
+            yield Figure(f"{label}, low", low, unit)
+            yield Figure(f"{label}, high", high, unit)
+
+
+def _find_mean(values: Mapping[str, float], axis: str) -> float:
+    return float(np.mean([value for side, value in values.items() if side.split()[0] == axis]))
 
 
 class Bench:
     """An axis and a seed: the side's examples, statistics, neutral text and test pairs."""
 
-    def __init__(self, base: Base, manager: MaskManager, data: Path, axis: str, seed: int, quick: bool) -> None:
-        self._base, self._name, self._steps = base, f"{axis} seed {seed}", {"steps": 6} if quick else {}
-        train, validation, test = split_pairs(data, axis, seed, Sizes(training=48) if quick else Sizes())
+    def __init__(
+        self, base: Base, manager: MaskManager, splits: Sequence[list[Pair]], axis: str, seed: int, steps: int | None
+    ) -> None:
+        self._base, self._name, self._steps = base, f"{axis} seed {seed}", {"steps": steps} if steps else {}
+        train, validation, test = splits
         order = (1, 0) if seed % 2 else (0, 1)  # the side that is searched for comes first
         own, contrast = (
             PersonaExamples(name, [pair[at] for pair in train], [pair[at] for pair in validation])
@@ -277,26 +331,27 @@ class Bench:
 
     def _measure_at_cost(self, name: str, draft: Callable[..., Treatment]) -> Iterator[Figure]:
         """The figures where neutral text costs `NEUTRAL_RATIO`, or at gamma 0 if it costs less there."""
-        base = finish(self._test_set.measure_base())
-        points = [(0.0, 0.0, 0.0)]  # nats of neutral text, of own text, shift
-        for gamma in GAMMAS:
-            masked = finish(self._test_set.measure(draft(gamma=gamma)))
-            found = self._test_set.figures(1, base, masked)
-            costs = (math.log(found[key] or math.inf) for key in ("neutral_ratio", "own_ratio"))
-            points.append((*costs, found["margin_shift_median"]))
-            if points[-1][0] > math.log(NEUTRAL_RATIO):
-                break
-        low, high = points[-2:]
+        measure = cache(partial(self._measure, draft))
+        # the cost rises as gamma falls, so two or three of the gammas say where it meets the ratio
+        at = bisect(GAMMAS, math.log(NEUTRAL_RATIO), lo=1, hi=len(GAMMAS) - 1, key=lambda gamma: measure(gamma)[0])
+        low, high = ((*measure(gamma), gamma) for gamma in GAMMAS[at - 1 : at + 1])
         part = min(1.0, (math.log(NEUTRAL_RATIO) - low[0]) / max(high[0] - low[0], 1e-9))
-        neutral, own, shift = (a + part * (b - a) for a, b in zip(low, high, strict=True))
-        gammas = (1.0, *GAMMAS)[len(points) - 2 : len(points)]
-        gamma = gammas[0] + part * (gammas[1] - gammas[0])
+        neutral, own, shift, gamma = (a + part * (b - a) for a, b in zip(low, high, strict=True))
         known = finish(check_facts(self._base, self._facts, draft(gamma=gamma)))
         yield Figure(f"{name}: gamma", gamma, "gamma")
         yield Figure(f"{name}: neutral", math.exp(neutral), "x")
         yield Figure(f"{name}: shift", shift, "nats a token")
         yield Figure(f"{name}: own", math.exp(own), "x")
         yield Figure(f"{name}: facts kept", share_kept(self._known, known) or 0.0, "share")
+
+    def _measure(self, draft: Callable[..., Treatment], gamma: float) -> tuple[float, float, float]:
+        """Nats that neutral text and own text cost, and the median shift; all are 0 at gamma 1, which is the base."""
+        if gamma == 1:
+            return 0.0, 0.0, 0.0
+        masked = finish(self._test_set.measure(draft(gamma=gamma)))
+        found = self._test_set.figures(1, finish(self._test_set.measure_base()), masked)
+        neutral, own = (math.log(found[key] or math.inf) for key in ("neutral_ratio", "own_ratio"))
+        return neutral, own, found["margin_shift_median"]
 
 
 if __name__ == "__main__":
