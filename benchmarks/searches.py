@@ -85,6 +85,15 @@ class PathSearch(MaskSearch):
         return weight
 
 
+class DecayingSearch(MaskSearch):
+    """Lets gains of earlier steps, taken at other masks, count less: each step multiplies them by 0.9."""
+
+    def _accumulate(self, side: int, state: _State) -> Items:
+        for gains in state.gains.values():
+            gains.mul_(0.9)
+        yield from super()._accumulate(side, state)
+
+
 class PropagationSearch(MaskSearch):
     """Takes gradients with the rules of relevance propagation: norms and gates are constants, products are halved.
 
@@ -193,7 +202,9 @@ VARIANTS: Mapping[str, tuple[type[MaskSearch], Mapping[str, Any]]] = {
     "gain / cost": (LinearSearch, {}),
     "no cost cap": (MaskSearch, {"protected": 0.0}),
     "cost cap of 10 %": (MaskSearch, {"protected": 0.1}),
+    "more weights": (MaskSearch, {"rho": 0.0012}),
     "path-averaged": (PathSearch, {}),
+    "decaying gains": (DecayingSearch, {}),
     "relevance propagation": (PropagationSearch, {}),
     "gradients at gamma 0.25": (MaskSearch, {"gamma": 0.25}),
     "two-bit strengths": (StrengthSearch, {}),

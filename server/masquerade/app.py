@@ -114,6 +114,7 @@ def create_app(
     metrics = Metrics(serving, find_jobs, gateway=policy.gateway_metrics)
     middleware = [  # outermost first
         Middleware(RequestLogMiddleware, metrics, Audit(serving.store.root)),
+        Middleware(errors.FailureMiddleware),
         Middleware(LimitsMiddleware, policy),
         Middleware(AuthMiddleware, keyring, Rates(clock), policy),
     ]

@@ -52,6 +52,11 @@ def test_other_unicode_is_read(encoding: str) -> None:
         (b"[" + b"[]," * MOST_CONTAINERS + b"1]", f"arrays and objects; the limit is {MOST_CONTAINERS}"),
         (b"{" + b'"":1,' * MOST_NAMES + b'"":1}', f"names; the limit is {MOST_NAMES}"),
         (b'["' + b'","' * MOST_VALUES + b'"]', f"values; the limit is {MOST_VALUES}"),
+        (b'{"a": "\xed\xa0\xbd"}', "the body is not UTF-8: byte 7 is 0xed"),
+        (b'{"a": ["x", {"b": "\\ud83d!"}]}', "half of a surrogate pair, in 'a.1.b'"),
+        (b'{"a": {"\\uDE00": 1}}', r"half of a surrogate pair, in 'a.\?'"),
+        (b'{"a": -1e999}', "-inf, which is not a finite number, in 'a'"),
+        (b'{"a": [NaN]}', "nan, which is not a finite number, in 'a.0'"),
         (b"[" * 20_000, f"nested deeper than {MOST_DEPTH} levels, which is the limit, at byte {MOST_DEPTH}"),
     ],
     ids=lambda value: str(value)[:40],
@@ -60,6 +65,10 @@ def test_what_is_wrong_is_told(content: bytes, words: str) -> None:
     with pytest.raises(InvalidValue, match=words) as refusal:
         parse(content)
     assert len(str(refusal.value)) < 300
+
+
+def test_pairs_of_surrogates_and_backslashes_are_text() -> None:
+    assert parse(b'{"a": "\\ud83d\\ude00", "b": "\\\\ud83d"}') == {"a": "\U0001f600", "b": "\\ud83d"}
 
 
 @pytest.mark.parametrize("text", [",[{:" * 400_000, '\\",{:[' * 200_000, "\\\\" * 300_000 + ",", '"'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import openai
@@ -188,6 +189,34 @@ def test_text_that_is_no_unicode_is_refused_by_its_place(api: Api) -> None:
     response = api.http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
     error = error_of(response)
     assert (response.status_code, error["param"]) == (400, "messages.0.content")
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "param"),
+    [
+        (CHAT, {"user": "\ud83d"}, "user"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"\ud83d": 1}}}]}, "tools.0."),
+        ("/v1/messages", {"tools": [{"name": "f", "input_schema": {"title": "\ud83d"}}]}, "tools.0.input_schema."),
+        ("/v1/responses", {"tools": [{"type": "function", "name": "f", "parameters": {"maximum": 1e999}}]}, "tools.0."),
+    ],
+)
+def test_so_is_what_no_schema_describes(api: Api, route: str, fields: Json, param: str) -> None:
+    """Half of a surrogate pair, or a number beyond all, could be neither rendered nor sent back."""
+    response = api.http.post(route, content=json.dumps(fields), headers={"Content-Type": "application/json"})
+    error = error_of(response) if route != "/v1/messages" else response.json()["error"]["details"]
+    assert response.status_code == 400
+    assert error["param"].startswith(param)
+
+
+def test_arguments_with_half_a_pair_stay_in_the_history(api: Api) -> None:
+    """A model that is cut off in the middle of a character writes such."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"mood": "\\ud83d"}'}}
+    assert api.post(messages=[USER, {"role": "assistant", "tool_calls": [call]}, USER]).status_code == 200
+
+
+def test_a_name_that_looks_like_a_number_is_none(api: Api) -> None:
+    response = api.http.post("/v1/responses", json={"model": "demo", "input": "Hi.", "metadata": {"²": 1}})
+    assert response.status_code == 400
 
 
 def test_a_deeply_nested_body_is_refused(api: Api) -> None:

@@ -146,6 +146,11 @@ def test_past_thoughts_are_accepted(qwen: Api) -> None:
     assert message_of(qwen, messages=said)["content"]
 
 
+def test_an_answer_of_thoughts_alone_may_be_sent_back(r1: Api) -> None:
+    """As clients do: without a text, if the limit cut the thoughts."""
+    assert message_of(r1, messages=[*ASKED, message_of(r1), *ASKED])["reasoning_content"]
+
+
 USER_LAST: Json = {"continue_final_message": True}
 ASSISTANT_LAST: Json = {"messages": [*ASKED, {"role": "assistant", "content": "I"}]}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -149,6 +149,19 @@ class TestText:
         streamed = [one for event in events if event["type"].endswith("text.delta") for one in event["logprobs"]]
         assert [one["token"] for one in streamed] == [token["token"] for token in chat]
 
+    def test_none_is_lost_of_text_that_might_have_begun_a_call(self, api: Api) -> None:
+        """The parser holds `<` back until more is there."""
+        (angle,) = api.http.post("/tokenize", json={"prompt": "<", "add_special_tokens": False}).json()["tokens"]
+        clock = {"type": "function", "name": "f", "strict": False}
+        fields: Json = {"tools": [clock], "logit_bias": {str(angle): 100}, "max_output_tokens": 5}
+        fields |= {"include": [LOGPROBS], "presence_penalty": 0}
+        part = post(api, **fields).json()["output"][0]["content"][0]
+        assert part["text"] == "<<<<<"
+        assert [one["token"] for one in part["logprobs"]] == list(part["text"])
+        events = stream(api, **fields)
+        streamed = [one for event in events if event["type"].endswith("text.delta") for one in event["logprobs"]]
+        assert [one["token"] for one in streamed] == list(part["text"])
+
 
 class TestFormats:
     def test_text_format_is_a_schema(self, sdk: OpenAI) -> None:

@@ -12,6 +12,8 @@ from tests import world
 from tests.model import templates
 
 NAMES = ("f", "g")
+TURNED = '<tool_call>{"arguments": {"a": "?"}, "name": "f"}</tool_call>'
+DEEP = '<tool_call>{"x":' + "[" * 1100 + "]" * 1100 + "}</tool_call>"
 ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "}\\"{"}}\n</tool_call>'
 TWO = ONE.replace('"f"', '"g"')
 BARE = '{"name": "f", "parameters": {"a": 1}}'
@@ -59,6 +61,9 @@ def read(
         (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1', [("f", '{"a": 1')]),
         (HERMES, '<tool_call>{"name": "f"', ['<tool_call>{"name": "f"']),
         (HERMES, "<tool_call> What?", ["<tool_call> What?"]),
+        (HERMES, TURNED.replace("?", "\\ud83d"), [("f", '{"a": "\\ud83d"}')]),
+        (HERMES, TURNED.replace("?", "\\ud83d\\ude00"), [("f", '{"a": "\U0001f600"}')]),
+        (HERMES, DEEP, [DEEP]),
         (LLAMA, BARE, [("f", '{"a": 1}')]),
         (LLAMA, f"\n{BARE}; {BARE}", [("f", '{"a": 1}'), ("f", '{"a": 1}')]),
         (LLAMA, f"<|python_tag|>{BARE}", [("f", '{"a": 1}')]),

@@ -167,6 +167,7 @@ GOOD = png(chara=code(CARD))
         (b'{"data": {"name": 3}}', "no character card"),
         (b'{"name": "x"}', "'x' has no system prompt, description or personality"),
         (b'{"name": "x", "description": ["a"]}', "`description` of the card is a list"),
+        (b'{"name": "x", "description": "\\ud83d"}', "`description` of the card has half a surrogate pair"),
         (png(), "a PNG without a character card"),
         (png(chara=b"%%%"), "is not base64"),
         (GOOD[:-20], "ends in the middle of a PNG chunk"),

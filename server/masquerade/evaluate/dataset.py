@@ -308,11 +308,16 @@ def _text(fields: Mapping[str, Any], key: str, where: str) -> str:
     value = fields.get(key)
     if not isinstance(value, str) or not value.strip():
         raise BadDataset(f"{where}: `{key}` must be text, and not empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadDataset(f"{where}: `{key}` has half a surrogate pair at character {error.start}") from error
+    check_unicode(value, f"{where}: `{key}`")
     return value
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raises `BadDataset` for a text with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadDataset(f"{where} has half a surrogate pair at character {error.start}") from error
 
 
 def _user(content: str) -> tuple[Message, ...]:

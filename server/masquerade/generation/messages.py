@@ -103,7 +103,7 @@ def record_call(call_id: str, name: str, arguments: str) -> ToolCall:
 
 
 class Message(RequestBody):
-    """One message of a chat. `content` may be null in an assistant's message with `tool_calls` only."""
+    """One message of a chat. `content` may be null in an assistant's message with `tool_calls` or thoughts only."""
 
     refused = unsupported.MESSAGE
 
@@ -136,7 +136,8 @@ class Message(RequestBody):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        says_otherwise = bool(self.tool_calls) or self.reasoning_content is not None
+        if self.content is None and not (self.role == "assistant" and says_otherwise):
             raise Refusal(InvalidValue("a message needs `content`, a string or a list of parts", param="content"))
         if self.tool_calls and self.role != "assistant":
             raise Refusal(InvalidValue("only an assistant's message has `tool_calls`", param="tool_calls"))

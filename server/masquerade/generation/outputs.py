@@ -45,6 +45,7 @@ class OutputCollector:
         self._queue: deque[tuple[int, Event, float]] = deque()  # (index of the answer, event, time of arrival)
         self._changed = asyncio.Event()
         self._ping_due = False
+        self._timer: asyncio.TimerHandle | None = None
         self.disconnected = False
         self._parsers = [ThoughtParser(thoughts) for _ in requests] if thoughts else []
         self._requests = [make(emit=partial(self._receive, index)) for index, make in enumerate(requests)]
@@ -85,7 +86,8 @@ class OutputCollector:
 
     def cancel(self) -> None:
         """Cancel what the engine still runs. Has no effect after the end."""
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         for request in self._requests:
             if not request.finished:
                 self._engine.cancel(request)

@@ -208,7 +208,7 @@ class AuthMiddleware:
             raise OriginForbidden(f"the server is local and has no keys, but the header Host says {host!r:.80}")
         if origin is None or origin in self._policy.cors_origins or "*" in self._policy.cors_origins:
             return
-        if urlsplit(origin).netloc != host:
+        if _host(origin) != host:
             raise OriginForbidden(
                 f"pages of {origin!r:.80} may not use this server; `--cors-origin` allows it, and so do keys"
             )
@@ -221,6 +221,14 @@ def _read_tokens(headers: Headers) -> Iterator[str]:
         if scheme.lower() == "bearer" and token.strip():
             yield token.strip()
     yield from (token.strip() for token in headers.getlist("x-api-key") if token.strip())
+
+
+def _host(origin: str) -> str:
+    """The name and the port in an Origin header; empty if it has none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _hostname(host: str) -> str:

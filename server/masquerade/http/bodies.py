@@ -1,11 +1,11 @@
-"""JSON bodies, parsed within limits, so that none blocks the event loop for more than 0.1 s."""
+"""JSON bodies, parsed within limits, so that none blocks the event loop for more than 0.2 s."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from email.message import Message
 from typing import Any, NamedTuple
 
@@ -21,11 +21,13 @@ MOST_DEPTH = 128  # levels of nested arrays and objects
 LARGE = 2**18  # bytes; larger bodies are parsed one at a time
 
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{},:]', re.DOTALL)
-_PATH_PARTS = 4  # of the path in the error for deep nesting
+_SUSPECT = re.compile(r"\\u[dD][89a-fA-F]|NaN|Infinity|[eE]\+?\d{3}|\d{300}")  # in every text that may have a fault
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_PATH_PARTS = 4  # of the path in an error
 
 
 class NotJson(InvalidValue):
-    """A text is not JSON."""
+    """A text is not JSON of Unicode text and finite numbers (I-JSON, RFC 7493 sections 2.1 and 2.2)."""
 
 
 class ParsedRequest(Request):
@@ -50,7 +52,7 @@ async def read_body(http: Request) -> Request:
     Large bodies are throttled: Python parses JSON without releasing the interpreter lock, so several at once would
     stall every stream.
     """
-    if not _is_json(http.headers.get("content-type", "")):
+    if not is_json(http.headers.get("content-type", "")):
         return http
     content = await http.body()
     if not content:
@@ -65,9 +67,9 @@ async def read_body(http: Request) -> Request:
 def parse(content: bytes | str, what: str = "the body", param: str | None = None) -> Any:
     """The value of a JSON text.
 
-    Raises `InvalidValue` with the position of an error in the syntax, or with the limit on values, names, containers or
-    depth that the text exceeds. `what` and `param` say where the text came from. For a body that is nested too deeply,
-    `param` is the field.
+    Raises `InvalidValue` with the position of an error in the syntax, with the number that is not finite or the field
+    that is not Unicode, or with the limit on values, names, containers or depth that the text exceeds. `what` and
+    `param` say where the text came from. For a body with an error in a field, `param` is the field.
     """
     text = content if isinstance(content, str) else _decode(content, what)
     check_size(count(text), what, param)
@@ -82,6 +84,8 @@ def parse(content: bytes | str, what: str = "the body", param: str | None = None
         raise InvalidValue(f"{what} has a number of more than {limit} digits", param=param) from None
     if _is_deep(value):
         raise _too_deep(text, what, param)
+    if _SUSPECT.search(text) and not _is_sound(value):
+        raise _unsound(value, what, param)
     return value
 
 
@@ -126,8 +130,8 @@ def _count(text: str) -> Size:
     return Size(text.count(",") + containers, text.count(":"), containers)
 
 
-def _is_json(content_type: str) -> bool:
-    """The framework's own rule."""
+def is_json(content_type: str) -> bool:
+    """Whether a body is parsed as JSON, by the framework's own rule."""
     header = Message()
     header["content-type"] = content_type
     subtype = header.get_content_subtype()
@@ -137,12 +141,45 @@ def _is_json(content_type: str) -> bool:
 def _decode(content: bytes, what: str) -> str:
     encoding = json.detect_encoding(content)
     try:
-        return content.decode(encoding, "surrogatepass")
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
         name = encoding.upper().removesuffix("-SIG")
         raise InvalidValue(
             f"{what} is not {name}: byte {error.start} is 0x{content[error.start]:02x}; send JSON in UTF-8"
         ) from None
+
+
+def _unsound(value: Any, what: str, param: str | None) -> NotJson:
+    """The error for a text with half of a surrogate pair, or with a number that is not finite; with its path."""
+    path, inner = list[str | int](), value
+    for name in _find_unsound(value):
+        path.append(name)
+        inner = inner[name]
+    fault = f"{inner}, which is not a finite number" if isinstance(inner, float) else "half of a surrogate pair"
+    where = _join(path)
+    return NotJson(f"{what} has {fault}, in {where!r}", param=param or where)
+
+
+def _find_unsound(value: Any) -> Sequence[str | int]:
+    """The path to the first name or value that is not sound; empty if there is none."""
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(name, str) and not name.isascii() and not _is_sound(name):
+            return [name]
+        if isinstance(inner, dict | list):
+            if path := _find_unsound(inner):
+                return [name, *path]
+        elif not (isinstance(inner, str) and inner.isascii()) and not _is_sound(inner):
+            return [name]
+    return []
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether a value can be written as JSON in UTF-8."""
+    try:
+        _encode(value).encode()
+    except ValueError:
+        return False
+    return True
 
 
 def _is_deep(value: Any) -> bool:
@@ -169,11 +206,10 @@ def _too_deep(text: str, what: str, param: str | None) -> InvalidValue:
             case "[" | "{" as opening:
                 path.append(0 if opening == "[" else "")
                 if len(path) > MOST_DEPTH:
-                    where = ".".join(str(part) for part in path[:_PATH_PARTS])
                     return InvalidValue(
                         f"{what} is nested deeper than {MOST_DEPTH} levels, which is the limit, at byte "
                         f"{_byte(text, token.start())}",
-                        param=param or where,
+                        param=param or _join(path),
                     )
             case "]" | "}" if path:
                 path.pop()
@@ -186,6 +222,10 @@ def _too_deep(text: str, what: str, param: str | None) -> InvalidValue:
     return InvalidValue(f"{what} is nested too deeply; the limit is {MOST_DEPTH} levels", param=param)
 
 
+def _join(path: Sequence[str | int]) -> str:
+    return ".".join(map(str, path[:_PATH_PARTS])).encode(errors="replace").decode()
+
+
 def _byte(text: str, position: int) -> int:
     """The position of a character, in bytes."""
-    return len(text[:position].encode(errors="surrogatepass"))
+    return len(text[:position].encode(errors="replace"))

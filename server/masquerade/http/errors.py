@@ -17,7 +17,7 @@ from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import maskstore
 from maskstore import MaskError
@@ -149,6 +149,31 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, _respond_failure)
 
 
+class FailureMiddleware:
+    """Responds to exceptions without a handler. The framework would do it outside of all other middleware, whose
+    headers a page needs to read the error.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        started = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise
+            await _respond_failure(Request(scope), error)(scope, receive, send)
+
+
 def body(error: MasqueradeError) -> dict[str, Any]:
     """OpenAI's body of an error, with a message of at most `MESSAGE_LIMIT` characters."""
     return {"error": {"message": _message(error), "type": error.type, "param": error.param, "code": error.code}}
@@ -269,7 +294,7 @@ def _choose(faults: Sequence[Mapping[str, Any]], body: Any) -> Mapping[str, Any]
 def _find_place(path: str) -> tuple[int, list[int]]:
     """How far a path leads into the body: deeper, or to a later item of a list, is further."""
     names = path.split(".")
-    return len(names), [int(name) for name in names if name.isdigit()]
+    return len(names), [int(name) for name in names if name.isdecimal()]
 
 
 def _explain(fault: Mapping[str, Any]) -> str:
@@ -331,7 +356,7 @@ def _path(location: Sequence[int | str], body: Any) -> str:
         elif isinstance(value, list) and place:
             value = value[name] if isinstance(name, int) and name < len(value) else value
         names.append(str(name)[:GIVEN])
-    return ".".join(name for name in names if name != "body" and (name.isdigit() or _is_field(name)))
+    return ".".join(name for name in names if name != "body" and (name.isdecimal() or _is_field(name)))
 
 
 def _is_field(name: str) -> bool:

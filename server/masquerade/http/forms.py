@@ -38,7 +38,7 @@ def read_form(http: Request, limit: int) -> AbstractAsyncContextManager[FormData
     if encoding != "identity":
         raise UnsupportedParameter(f"the body is {encoding!r:.40}; send it uncompressed", param="Content-Encoding")
     content_type = http.headers.get("content-type", "")
-    if not content_type.startswith("multipart/form-data"):
+    if not content_type.lower().startswith("multipart/form-data"):
         raise InvalidValue(
             f"the body must be multipart/form-data; the header Content-Type says {content_type!r:.80}", param="file"
         )

@@ -20,9 +20,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from masquerade.errors import BadRequest, HeadersTooLarge, MasqueradeError, OriginForbidden, TimedOut, TooLarge
 from masquerade.http import errors
+from masquerade.http.bodies import is_json
 
-# Routes that take files; each has a limit of its own.
-_UPLOADS = re.compile(r"/v1/(files|personas|personas/[^/]+/content)")
+# Requests with files; their routes have limits of their own. JSON has the limit of all others.
+_UPLOADS = re.compile(r"POST /v1/(files|personas)|PUT /v1/personas/[^/]+/content")
 _KINDS = ("requests", "tokens")
 _WHOLE_BODY = 10  # times `body_seconds` is the limit for a whole body; uploads get more by their size
 LINGER_SECONDS, LINGER_BYTES = 5.0, 2**26  # limits for discarding the rest of a refused body
@@ -71,7 +72,7 @@ class LimitsMiddleware:
             return
         connection = _LingeringConnection(receive, send)
         receive, send = connection.receive, connection.send
-        limit = None if _UPLOADS.fullmatch(scope["path"]) else self._policy.body_bytes
+        limit = None if _is_upload(scope) else self._policy.body_bytes
         try:
             self._check(scope, limit)
         except MasqueradeError as error:
@@ -241,6 +242,11 @@ class Protocol(H11Protocol):
         ):
             self.transport.write(self.conn.send(event))
         self.transport.close()
+
+
+def _is_upload(scope: Scope) -> bool:
+    uploads = _UPLOADS.fullmatch(f"{scope['method']} {scope['path']}") is not None
+    return uploads and not is_json(Headers(scope=scope).get("content-type", ""))
 
 
 def _too_large(limit: int) -> TooLarge:

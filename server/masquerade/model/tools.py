@@ -228,9 +228,14 @@ def _parse_call(text: str, names: Collection[str]) -> list[ResponsePart]:
         arguments = call.get("arguments", call.get("parameters", {}))
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     name = call.get("name")
     if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
         return []
-    return [CallStart(name), ArgumentsDelta(json.dumps(arguments, ensure_ascii=False))]
+    written = json.dumps(arguments, ensure_ascii=False)
+    try:
+        written.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+        written = json.dumps(arguments)
+    return [CallStart(name), ArgumentsDelta(written)]

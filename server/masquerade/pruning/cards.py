@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from masquerade.errors import BadDataset
-from masquerade.evaluate.dataset import Example, check_json
+from masquerade.evaluate.dataset import Example, check_json, check_unicode
 
 LIMIT = 32 * 2**20  # most bytes of a card, including its picture
 TURNS = 256  # most turns of an example dialogue; every answer becomes an example with all turns before it
@@ -63,11 +63,13 @@ def read_card(path: Path) -> Card:
 
 def _parse(path: Path, fields: dict[str, Any]) -> Card:
     name = fields["name"].strip()
+    check_unicode(name, f"{path}: `name` of the card")
 
     def text(key: str) -> str:
         value = fields.get(key) or ""
         if not isinstance(value, str):
             raise BadDataset(f"{path}: `{key}` of the card is a {type(value).__name__}; it must be text")
+        check_unicode(value, f"{path}: `{key}` of the card")
         return value
 
     parts = [_fill(text(key), name).strip() for key in ("system_prompt", "description", "personality")]

@@ -90,7 +90,7 @@ def parse_line(content: bytes, endpoint: str, limit: int) -> BatchLine:
         if fields.get(name) is None:
             raise LineFault("missing_required_parameter", f"the line has no `{name}`", name)
     custom_id, body = fields["custom_id"], fields["body"]
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID or not _is_unicode(custom_id):
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID:
         raise LineFault("invalid_custom_id", f"`custom_id` must be a text of 1 to {MAX_ID} characters", "custom_id")
     if fields["method"] != "POST":
         raise LineFault("invalid_method", f"`method` is {quote(fields['method'])}; it must be 'POST'", "method")
@@ -113,11 +113,3 @@ def _split(path: Path, limit: int) -> Iterator[tuple[int, bytes]]:
                 rest = file.readline(limit + 1)
             if content := line.strip():
                 yield number, content if len(content) <= limit else line
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

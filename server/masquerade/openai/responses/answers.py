@@ -44,6 +44,7 @@ class ResponseAnswer(Answer):
         self._is_open = False  # whether the last item of the output is being written
         self._pieces: list[str] = []  # of the text or the arguments of that item
         self._tokens: list[Token] = []  # of that text, if log probabilities were requested
+        self._held: list[Token] = []  # those whose text the parser holds back, as it may begin a call
         self._finish_reason: str | None = None
         self._number = -1  # of the last event
         self._response = {
@@ -95,7 +96,7 @@ class ResponseAnswer(Answer):
     def _add(self, delta: OutputDelta) -> Iterator[tuple[str, Json]]:
         """Add a delta to the output; the events that tell of it, by type and fields."""
         parts = self._parser.parse(delta) if self._parser else [delta.text] if delta.text else []
-        tokens = delta.tokens if delta.tokens and delta.tokens[0].logprob is not None else []
+        self._held += delta.tokens if delta.tokens and delta.tokens[0].logprob is not None else []
         if delta.thought:
             yield from self._open_text(_reasoning())
             yield self._extend("response.reasoning_text.delta", delta.thought)
@@ -105,10 +106,12 @@ class ResponseAnswer(Answer):
                 yield from self._open(_call(part.name))
             elif isinstance(part, str):
                 yield from self._open_text(_message())
-                yield self._extend("response.output_text.delta", part, tokens)
-                tokens = []  # those of the delta are those of its first text
+                yield self._extend("response.output_text.delta", part, self._held)
+                self._held = []
             else:
                 yield self._extend("response.function_call_arguments.delta", part.text)
+        if delta.thought or any(not isinstance(part, str) for part in parts):
+            self._held = []  # those of thoughts and calls are not told
         if delta.finish_reason:
             self._finish_reason = delta.finish_reason
             if not self._output:
