@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -72,3 +73,11 @@ def test_stop_tokens_that_do_not_exist_are_refused(api: Api, fields: Json) -> No
     response = api.post(**fields)
     assert response.status_code == 400
     assert error_of(response)["param"].startswith("stop_token_ids")
+
+
+def test_json_ends_where_ends_are_ignored(api: Api) -> None:
+    """The end token is no part of it, and more tokens would not be JSON."""
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
+    fields: Json = {"response_format": schema, "ignore_eos": True, "skip_special_tokens": False}
+    (end,) = api.http.post("/tokenize", json={"prompt": "<|end|>", "add_special_tokens": False}).json()["tokens"]
+    assert isinstance(json.loads(api.text(**fields, logit_bias={str(end): 100})), int)

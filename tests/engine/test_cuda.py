@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -156,6 +158,26 @@ def test_steps_on_tensors_that_stay_put_equal_the_oracle(
     scratch = slice(engine._cache.scratch_block * engine._cache.kv_heads, None)
     assert engine._cache.keys[:, scratch].any()  # padding went there
     assert not engine._cache.keys[:, : engine._cache.kv_heads].any()  # and not into the block that padding reads
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_an_idle_engine_keeps_no_mask(tiny: Base, manager: MaskManager, captures: bool) -> None:
+    """A load that needs the room of a mask would wait for it for ever."""
+
+    def capture(run: graphs.Run) -> graphs.Run:
+        if not captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return run
+
+    engine = Engine(tiny, EngineConfig(max_running=2))
+    engine._graphs = graphs.DecodeGraphs(tiny, engine._cache, 2, capture)
+    mask = manager.fit(world.make_mask(tiny, 0.02, seed=1))
+    gone = weakref.ref(mask)
+    engine.generate([Request([7, 8, 9], 4, lambda _: None, AppliedMask(mask, 0.0), "all")])
+    del mask
+    gc.collect()
+    assert gone() is None
+    engine.stop()
 
 
 def test_only_decodes_of_known_masks_are_graphs(tiny: Base, manager: MaskManager) -> None:

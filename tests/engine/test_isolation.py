@@ -57,6 +57,7 @@ DEADLY: dict[str, dict[str, Any]] = {
     "a temperature next to infinity": {"sampling": SamplingParams(temperature=1e38)},
     "a nucleus of nothing": {"sampling": SamplingParams(top_p=5e-324)},
     "min_p of everything": {"sampling": SamplingParams(min_p=1.0)},
+    "a top_k beyond all numbers": {"sampling": SamplingParams(temperature=1, top_k=2**63 - 1)},
     "a bias outside of the vocabulary": {"sampling": SamplingParams(bias={10**6: 1.0})},
     "everything forbidden by bias": {"sampling": SamplingParams(bias=dict.fromkeys(range(262), -100.0))},
     "penalties at their limits": {
@@ -153,6 +154,31 @@ class TestForwardPass:
         engine.submit(later)
         assert other.ended.wait(30)
         assert engine.ready
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_an_engine_that_serves_some_is_ready(
+        self, make_engine: Make, fail: Callable[..., None], order: int
+    ) -> None:
+        engine = make_engine()
+        engine.start()
+        fail(lambda ids: 99 in ids)
+        asked = [ask(prompt, 1) for prompt in ([5, 6, 7], [99, 98, 97])[::order]]
+        engine.submit(*(request for request, _ in asked))
+        assert all(heard.ended.wait(30) for _, heard in asked)
+        assert engine.ready
+
+    def test_blocks_that_nothing_looked_at_are_not_shared(
+        self, make_engine: Make, tiny: Base, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a prompt without an answer nobody sees that it is not finite."""
+        engine, prompt = make_engine(), list(range(5, 45))
+        embed = tiny.model.model.embed_tokens.forward
+        monkeypatch.setattr(tiny.model.model.embed_tokens, "forward", lambda ids: embed(ids) * torch.nan)
+        engine.generate([ask(prompt, 0)[0]])
+        monkeypatch.undo()
+        request, heard = ask(prompt)
+        engine.generate([request])
+        assert heard.end.reason == "length"
 
 
 class Injector:

@@ -178,6 +178,21 @@ def test_a_pass_that_fails_with_a_draft_is_repeated_without_it(shared: fuzz.Worl
     assert engine.counts.failures
 
 
+def test_drafts_leave_prompts_their_share_of_small_batches(shared: fuzz.World) -> None:
+    engine = Engine(shared.base, EngineConfig(max_running=4, max_batch_tokens=8, speculate=True))
+    talker, _ = ask([80, 81, 82, 83] * 5, 200)
+    talker.lookup.draft = lambda _, most: tuple([80] * most)  # type: ignore[method-assign]
+    engine.submit(talker)
+    while not talker.num_output_tokens:
+        engine.step()
+    newcomer, heard = ask(list(range(80, 100)), 1)
+    engine.submit(newcomer)
+    for _ in range(20):
+        engine.step()
+    assert heard.ended.is_set()
+    engine.stop()
+
+
 def test_large_batches_have_no_drafts(shared: fuzz.World) -> None:
     counts = []
     for running in (1, 32):

@@ -205,6 +205,29 @@ def test_a_stop_before_the_least_length_does_not_count() -> None:
     assert text.stopped
 
 
+@pytest.mark.parametrize("least", range(4))
+def test_a_stop_in_a_run_of_bytes_ends_the_answer_at_once(least: int) -> None:
+    """The tokens of Llama 2 for line ends: their text may change as long as bytes follow, but none will."""
+    tokenizer = make_sentencepiece()
+    word, line = tokenizer.convert_tokens_to_ids(["\u2581ab", "<0x0A>"])
+    text = AnswerText(tokenizer, ["\n"])
+    given = []
+    for place, token in enumerate([word, line, line, line, line, word]):
+        given.append(text.push(token, stoppable=place >= least))
+        if text.stopped:
+            break
+    assert len(given) == max(2, least + 1)
+    assert "".join([*given, text.flush()]) == "ab" + "\n" * (len(given) - 2)
+
+
+def test_a_stop_before_a_character_that_breaks_off_is_no_stop_of_a_broken_run() -> None:
+    """A run with half of a character is replaced as a whole, so it has no line end."""
+    tokenizer = make_sentencepiece()
+    text, given, stop = cut(tokenizer, tokenizer.convert_tokens_to_ids(["a", "<0xC3>", "<0x0A>", "b"]), ["\n"])
+    assert (text, stop) == ("a\ufffd\ufffdb", None)
+    assert given[:3] == ["a", "", ""]
+
+
 def test_a_token_is_spelled_in_bytes() -> None:
     tokenizer = world.make_tokenizer()
     ids = tokenizer.encode("a 🎭", add_special_tokens=False)

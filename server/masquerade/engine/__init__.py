@@ -4,6 +4,7 @@ from masquerade.engine.embedding import Embedding, Pooling, Vector
 from masquerade.engine.engine import Engine, EngineConfig
 from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.request import (
+    INT64,
     MAX_LOGPROBS,
     Event,
     Finished,
@@ -20,6 +21,7 @@ from masquerade.engine.text import AnswerText, Detokenizer, token_bytes
 
 __all__ = [
     "BLOCK_SIZE",
+    "INT64",
     "MAX_LOGPROBS",
     "AnswerFormat",
     "AnswerText",

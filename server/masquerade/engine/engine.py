@@ -89,6 +89,7 @@ class Engine:
         self._stopping = self._draining = False
         self._step_started: float | None = None
         self._broken = False  # the last step failed for all of its requests
+        self._succeeded = False  # a forward pass of the step did
         self._arrivals = 0
         self._unfinished: set[Request] = set()  # taken from the inbox
         self._background = BackgroundTasks()
@@ -237,12 +238,14 @@ class Engine:
         for source, target, count in self._scheduler.copies:
             self._cache.copy(source, target, count)
         if chunks:
+            self._succeeded = False
             sampled = self._attempt(chunks)
+            self._broken = not self._succeeded
             self._process_output(chunks, sampled)
         for request in [request for request in self._unfinished if request.finished]:
             self._unfinished.discard(request)
         if not self._unfinished:
-            self._find_route([])  # releases the masks of the last one
+            self._release_masks()
         return bool(chunks)
 
     def _take_inbox(self) -> None:
@@ -256,7 +259,7 @@ class Engine:
         """Run the chunks, and retire those that fail alone. The tokens of each chunk, one for each sampled position."""
         try:
             tokens = self._forward(chunks)
-            self._broken = False
+            self._succeeded = True
         except Exception as error:
             self.counts.failures += 1
             if len(chunks) > 1:
@@ -267,7 +270,6 @@ class Engine:
                 _log.exception("a forward pass of one request with a draft failed; trying without the draft")
                 return self._attempt([chunks[0]._replace(stop=chunks[0].stop - len(draft), draft=())])
             _log.exception("a forward pass of one request failed; it ends with an error")
-            self._broken = True
             self._fail(chunks[0].request, f"the forward pass failed: {error}")
             return [[]]
         sampled = iter(tokens)
@@ -278,6 +280,8 @@ class Engine:
         logits = self._graphs.run(chunks, self._scheduler.block_table) if self._graphs else None
         if logits is None:
             logits = self._run_model(chunks)
+        else:
+            self._find_route([])  # it would keep the masks of the last step without a graph
         self.counts.steps += 1
         self.counts.computed += sum(chunk.stop - chunk.start for chunk in chunks)
         if any(chunk.request.unscored for chunk in chunks):
@@ -321,6 +325,12 @@ class Engine:
         if spans != self._spans:
             self._spans, self._route = spans, make_route(spans, self.base.device)
         return self._route
+
+    def _release_masks(self) -> None:
+        """Drop the references to the masks of the last step, which a load may need the room of."""
+        self._find_route([])
+        if self._graphs:
+            self._graphs.release()
 
     def _process_output(self, chunks: Sequence[Chunk], sampled: Sequence[list[SampledToken]]) -> None:
         """Record the computed chunks and append the sampled tokens."""

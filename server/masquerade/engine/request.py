@@ -25,6 +25,7 @@ Phase = Literal["all", "decode"]
 Reason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
+INT64 = 2**63 - 1  # largest number of a request
 DRAFTED_BIASES = 64  # biases of a request that has drafts
 
 
@@ -72,7 +73,7 @@ _TINY, _HUGE = math.ulp(0.0), math.nextafter(math.inf, 0)  # the smallest positi
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("temperature", 0, _HUGE, "at least 0"),
     ("top_p", _TINY, 1, "above 0 and at most 1"),
-    ("top_k", 0, math.inf, "at least 0 (0 is off)"),
+    ("top_k", 0, INT64, "at least 0 (0 is off), and below 2**63"),
     ("min_p", 0, 1, "between 0 and 1"),
     ("repetition_penalty", _TINY, _HUGE, "above 0"),
     ("presence_penalty", -2, 2, "between -2 and 2"),
@@ -224,9 +225,10 @@ class Request:
     @property
     def shares_blocks(self) -> bool:
         """Whether blocks are found and kept by their hashes. An embedding needs the hidden states of all positions, a
-        scored prompt their logits: they compute them all, and take no room from the prefixes of chats.
+        scored prompt their logits: they compute them all, and take no room from the prefixes of chats. Without an
+        answer, nothing would show that blocks are not finite.
         """
-        return self.embedding is None and self.prompt_logprobs is None
+        return self.embedding is None and self.prompt_logprobs is None and self.max_tokens > 0
 
     def block_hashes(self, count: int) -> list[bytes]:
         """The hashes of the first blocks, all of whose tokens are known; none if the request does not share blocks."""
@@ -298,7 +300,7 @@ class Request:
         """Emit the last event, once."""
         if not self.finished:
             rest, stop = self._flush() if reason in ("stop", "length") else ("", None)
-            self._emit(Finished(reason, error, rest, stop))
+            self._emit(Finished("stop" if stop is not None else reason, error, rest, stop))
             self.finished = True
             self.applied = None  # releases the mask, however long the request is kept
 

@@ -161,21 +161,25 @@ class Scheduler:
         return budget
 
     def _draft(self, chunks: dict[Request, Chunk]) -> int:
-        """Add drafts to running answers, as far as there are free blocks; returns the number of their tokens.
+        """Add drafts to running answers, as far as there are free blocks that no prompt needs; returns the number of
+        their tokens.
 
         Background requests have none while others wait or run, whose steps drafts would lengthen.
         """
-        rows = min(self._config.draft_rows, self._config.max_batch_tokens)
+        rows = min(self._config.draft_rows, self._config.max_batch_tokens // 2)  # prompts get the other half
         most = rows // len(chunks) - 1 if chunks else 0
+        free = self._block_manager.num_free - sum(map(_missing_blocks, self.running))
         drafted = 0
         for request, chunk in chunks.items() if most > 0 else ():
             if request.is_background and self._has_foreground:
                 continue
-            room = (len(request.blocks) + self._block_manager.num_free) * BLOCK_SIZE - chunk.stop
+            room = (len(request.blocks) + max(0, free)) * BLOCK_SIZE - chunk.stop
             draft = request.draft(min(most, room))
             if draft:
                 stop = chunk.stop + len(draft)
-                self._allocate(request, max(0, -(-stop // BLOCK_SIZE) - len(request.blocks)))
+                missing = max(0, -(-stop // BLOCK_SIZE) - len(request.blocks))
+                self._allocate(request, missing)
+                free -= missing
                 chunks[request] = chunk._replace(stop=stop, draft=draft)
                 drafted += len(draft)
         return drafted
@@ -340,6 +344,11 @@ class Scheduler:
             self.waiting.remove(request)
             self.waiting.forget(request)
             request.finish("cancelled")
+
+
+def _missing_blocks(request: Request) -> int:
+    """How many blocks a running request needs for the tokens that it has."""
+    return max(0, -(-len(request.ids) // BLOCK_SIZE) - len(request.blocks))
 
 
 def _batch_order(chunk: Chunk) -> tuple[int, int, int]:

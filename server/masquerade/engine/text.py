@@ -45,6 +45,11 @@ class Detokenizer:
             self._returned = len(self._decode())
         return piece
 
+    def peek(self) -> str:
+        """The remaining text if no token followed; empty in the middle of a character."""
+        text = self._decode()
+        return "" if text.endswith(REPLACEMENT) else text[self._returned :]
+
     def flush(self) -> str:
         """The remaining text, with replacement characters for incomplete ones."""
         text = self._decode()
@@ -74,6 +79,7 @@ class AnswerText:
         self._detokenizer = Detokenizer(tokenizer, skips_special=skips_special)
         self._stops = [stop for stop in stops if stop]
         self._withheld = ""
+        self._passed = 0  # characters after it, still without a piece, that were complete when no stop counted
         self.stop: str | None = None  # the one that ended the answer
 
     @property
@@ -85,7 +91,14 @@ class AnswerText:
         """Add a token; returns the text that is certain to be part of the answer. Stop strings that are complete by now
         count only if `stoppable`.
         """
-        return self._find_stop(self._detokenizer.push(token), stoppable)
+        piece = self._detokenizer.push(token)
+        if not piece and self._stops:
+            pending = self._detokenizer.peek()
+            if not stoppable:
+                self._passed = len(pending)
+            elif self._search(pending):  # later tokens could change it, but the answer ends here
+                piece = self._detokenizer.flush()
+        return self._find_stop(piece, stoppable)
 
     def flush(self) -> str:
         """The withheld text of an answer that ended otherwise; empty if a stop string ended it."""
@@ -99,16 +112,23 @@ class AnswerText:
         if not self._stops:
             return piece
         text = self._withheld + piece
-        if stoppable:
-            # The withheld text has no stop that counts, but perhaps one that was complete when none counted.
-            starts = [(stop, max(0, len(self._withheld) + 1 - len(stop))) for stop in self._stops]
-            found = [(at + len(stop), at, stop) for stop, start in starts if (at := text.find(stop, start)) >= 0]
-            if found:
-                end, start, self.stop = min(found)
-                self._withheld = ""
-                return text[: end if self.includes_stop else start]
+        if stoppable and (found := self._search(piece)):
+            end, start, self.stop = found
+            self._withheld = ""
+            return text[: end if self.includes_stop else start]
+        if piece:
+            self._passed = 0
         self._withheld = text[len(text) - max(_overlap(text, stop) for stop in self._stops) :]
         return text[: len(text) - len(self._withheld)]
+
+    def _search(self, piece: str) -> tuple[int, int, str] | None:
+        """The end, the start and the stop string of the first one that counts, in the withheld text and the piece."""
+        text = self._withheld + piece
+        # the text so far has no stop that counts, but perhaps one that was complete when none counted
+        known = len(self._withheld) + self._passed
+        starts = [(stop, max(0, known + 1 - len(stop))) for stop in self._stops]
+        found = [(at + len(stop), at, stop) for stop, start in starts if (at := text.find(stop, start)) >= 0]
+        return min(found, default=None)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -116,7 +116,7 @@ async def respond(
             applied=resolved.applied,
             phase=resolved.phase,
             sampling=request.sampling(choice),
-            ends=request.ends(base.ends),
+            ends=request.ends(base.ends) | (base.ends if grammars else frozenset()),  # JSON ends, whatever is ignored
             reports_end=request.reports_end,
             prompt_logprobs=request.num_prompt_logprobs,
             min_tokens=request.min_tokens or 0,

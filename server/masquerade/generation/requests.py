@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from masquerade.engine import MAX_LOGPROBS, JsonFormat, Phase, SamplingParams
+from masquerade.engine import INT64, MAX_LOGPROBS, JsonFormat, Phase, SamplingParams
 from masquerade.errors import InvalidValue, quote
 from masquerade.generation import unsupported
 from masquerade.generation.messages import Message, Messages, NamedTool, Tools
@@ -28,6 +28,8 @@ _CHAT: dict[str, Any] = {
 
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON has no other keys than strings
 Id = Annotated[int, Field(ge=0, lt=10**9)]
+SamplingSeed = Annotated[int, Field(ge=-INT64, le=INT64)]
+Count = Annotated[int, Field(ge=1, le=INT64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -93,21 +95,21 @@ class GenerationRequest(PersonaFields):
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 0 is greedy
-    top_k: Annotated[int, Field(ge=-1)] | None = None  # 0 and -1 are off
+    top_k: Annotated[int, Field(ge=-1, le=INT64)] | None = None  # 0 and -1 are off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[TokenId, Bias], at_most(MAX_BIASES)] | None = None
-    seed: int | None = None
+    seed: SamplingSeed | None = None
     stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[Id], Field(fail_fast=True, max_length=MAX_STOP_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None  # true unless given
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    max_tokens: Count | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -231,7 +233,7 @@ class ChatRequest(TemplateFields, GenerationRequest):
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Count | None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:

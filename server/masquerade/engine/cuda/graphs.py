@@ -127,6 +127,14 @@ class DecodeGraphs:
             graph.run = self._make(graph.slots, self._inputs[size])
         return None if graph.run is None else graph.run()[: len(chunks)]
 
+    def release(self) -> None:
+        """Drop the references to the masks of the last step. What the graphs have of them stays until they are written
+        again.
+        """
+        if self._spans:
+            self._spans, self._slot_map = [], SlotMap.of([], 0)
+            self._version += 1
+
     def _map_slots(self, chunks: Sequence[Chunk]) -> SlotMap:
         """The slot map of a step; the last one if the masks of its rows are the same."""
         spans = [
@@ -168,6 +176,7 @@ class DecodeGraphs:
         except RuntimeError as error:
             _log.warning("decode steps run without CUDA graphs, which is slower: %s", error)
             self._sizes, self._graphs = [], OrderedDict()
+            self.release()
             return None
 
 

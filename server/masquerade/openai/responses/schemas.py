@@ -22,7 +22,7 @@ from masquerade.generation.messages import (
     define_tool,
     record_call,
 )
-from masquerade.generation.requests import ChatRequest, GenerationRequest, JsonSchema, PlainFormat, SchemaFormat
+from masquerade.generation.requests import ChatRequest, Count, GenerationRequest, JsonSchema, PlainFormat, SchemaFormat
 from masquerade.http.wire import Refusal, Schema, Text
 from masquerade.openai import unsupported
 from masquerade.openai.schemas import Metadata
@@ -308,7 +308,7 @@ class ResponseRequest(GenerationRequest):
     instructions: Text | None = None
     previous_response_id: Text | None = None
     store: bool | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Count | None = None
     include: Annotated[list[Text], Field(fail_fast=True, max_length=MAX_INCLUDE)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     text: TextConfig | None = None
