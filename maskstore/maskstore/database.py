@@ -57,6 +57,17 @@ MIGRATIONS = (
     insert into measurement select digest, '', certificate, gamma, phase, data, measured_at from old_measurement;
     drop table old_measurement;
     """,
+    """
+    alter table measurement rename to old_measurement;
+    create table measurement (
+        digest text not null, quantization text not null, certificate text not null, gamma real not null,
+        phase text not null, data text not null, measured_at text not null,
+        primary key (digest, quantization, gamma, phase)
+    ) strict, without rowid;
+    insert into measurement
+    select digest, quantization, certificate, gamma, phase, data, measured_at from old_measurement;
+    drop table old_measurement;
+    """,
 )
 SCHEMA = len(MIGRATIONS)  # the newest, as the file's `user_version` counts them
 

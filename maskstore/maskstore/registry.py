@@ -96,7 +96,7 @@ class Registry:
             return False
 
     def record(self, measurement: Measurement) -> None:
-        """Record a measurement of a digest; it replaces an earlier one with the same quantisation."""
+        """Record a measurement of a digest; it replaces an earlier one of the same quantisation, gamma and phase."""
         check_digest(measurement.digest)
         texts = {name: strictjson.dump(getattr(measurement, name)) for name in ("certificate", "data")}
         row = vars(measurement) | texts | {"quantization": measurement.quantization or ""}
@@ -104,18 +104,38 @@ class Registry:
         with self.database.write() as db:
             db.execute(f"insert or replace into measurement ({', '.join(_MEASURED)}) values ({names})", row)
 
-    def measurements(self, digest: str) -> dict[str | None, Measurement]:
-        """What was measured here of a digest, by the quantisation of the base."""
+    def measurements(self, digest: str) -> list[Measurement]:
+        """What was measured here of a digest, by the quantisation of the base and then by time."""
         with self.database.read() as db:
-            query = f"select {', '.join(_MEASURED)} from measurement where digest = ? order by quantization"
-            rows = db.execute(query, (check_digest(digest),))
-            return {one.quantization: one for one in map(_read_measurement, rows)}
+            query = (
+                f"select {', '.join(_MEASURED)} from measurement where digest = ? order by quantization, measured_at"
+            )
+            return [_read_measurement(row) for row in db.execute(query, (check_digest(digest),))]
 
-    def certificate(self, digest: str, info: MaskInfo, quantization: str | None = None) -> Certificate:
+    def find_measurement(
+        self, revision: Revision, info: MaskInfo | None, quantization: str | None = None
+    ) -> Measurement | None:
+        """What was measured here of a revision on a base of this quantisation: at the gamma that its persona has, else
+        at the one that it was published with, else last. Personas with equal masks may have different gammas. `info` is
+        the file's, None if that cannot be read.
+        """
+        gamma, phase = revision.defaults(info) if info else (revision.gamma, revision.phase)
+        with self.database.read() as db:
+            row = db.execute("select gamma from persona where name = ?", (revision.name,)).fetchone()
+        served = row[0] if row and row[0] is not None else gamma
+
+        def rank(one: Measurement) -> tuple[bool, bool, str]:
+            at = one.gamma, one.phase
+            return at == (served, phase), at == (gamma, phase), one.measured_at
+
+        found = (one for one in self.measurements(revision.digest) if one.quantization == quantization)
+        return max(found, key=rank, default=None)
+
+    def certificate(self, revision: Revision, info: MaskInfo, quantization: str | None = None) -> Certificate:
         """The certificate measured here on a base of this quantisation, or else the one that the file claims, of
         whatever quantisation; `info` is the file's.
         """
-        if measured := self.measurements(digest).get(quantization):
+        if measured := self.find_measurement(revision, info, quantization):
             return Certificate(measured.certificate, "measured", measured)
         if not info.certificate:
             return Certificate({}, None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskstore import Measurement, Registry, Store, export_mask, import_mask
+from maskstore import Measurement, Registry, Revision, Store, export_mask, import_mask
 from maskstore.mask import now
 from tests.maskstore import world
 
@@ -15,8 +15,10 @@ def registry(tmp_path):
     return Registry(tmp_path / "store")
 
 
-def told(registry: Registry, digest: str):
-    return registry.certificate(digest, registry.store.summary(digest).info)
+def told(registry: Registry, digest: str, name: str = "pirate", quantization: str | None = None):
+    revision = Revision(name, digest, 1, now())
+    revision = next((one for one in registry.names() if one.name == name), revision)
+    return registry.certificate(revision, registry.store.summary(digest).info, quantization)
 
 
 def bring(registry: Registry, tmp_path, **said) -> str:
@@ -83,31 +85,40 @@ def test_a_measurement_stands_beside_a_signed_file(registry, tmp_path):
 
 def test_the_last_measurement_counts(registry):
     digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
-    later = Measurement(digest, {"passed": False}, 0.5, "decode", {"own": {"examples": 3}}, now())
+    later = Measurement(digest, {"passed": False}, 0.0, "all", {"own": {"examples": 3}}, now())
     registry.record(later)
     found = told(Registry(registry.store.root), digest)
     assert (found.figures, found.measurement) == ({"passed": False}, later)
 
 
+def test_equal_masks_of_different_gammas_have_their_own_certificates(registry):
+    """The gamma of a build is no part of the digest."""
+    digest = registry.publish_built(world.mixed(certificate=FALSE)).digest
+    assert registry.publish_built(world.mixed(persona="monk", gamma=0.5, certificate=TRUE)).digest == digest
+    assert (told(registry, digest).figures, told(registry, digest, "monk").figures) == (FALSE, TRUE)
+    registry.set_gamma("pirate", 0.5)
+    assert told(registry, digest).figures == TRUE
+    registry.set_gamma("pirate", 0.75)  # at which nothing was measured
+    assert told(registry, digest).figures == FALSE
+
+
 def test_each_quantisation_of_the_base_has_a_measurement_of_its_own(registry):
     digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
-    info = registry.store.summary(digest).info
     quantised = Measurement(digest, {"passed": False}, 0.0, "all", {}, now(), "nf4")
     registry.record(quantised)
-    assert registry.certificate(digest, info, "nf4").measurement == quantised
-    assert registry.certificate(digest, info).figures == TRUE
-    assert registry.certificate(digest, info, "int8").source == "claimed"
-    assert {how: one.certificate["passed"] for how, one in registry.measurements(digest).items()} == {
+    assert told(registry, digest, quantization="nf4").measurement == quantised
+    assert told(registry, digest).figures == TRUE
+    assert told(registry, digest, quantization="int8").source == "claimed"
+    assert {one.quantization: one.certificate["passed"] for one in registry.measurements(digest)} == {
         None: True,
         "nf4": False,
     }
     registry.record(Measurement(digest, {"passed": True}, 0.0, "all", {}, now(), "nf4"))
-    assert registry.certificate(digest, info, "nf4").figures == {"passed": True}
+    assert told(registry, digest, quantization="nf4").figures == {"passed": True}
 
 
 def test_a_build_on_a_quantised_base_is_measured_there(registry):
     digest = registry.publish_built(world.mixed(certificate=TRUE | {"quantization": "int8"})).digest
-    info = registry.store.summary(digest).info
-    assert info.quantization == "int8"
-    assert [*registry.measurements(digest)] == ["int8"]
-    assert registry.certificate(digest, info).source == "claimed"
+    assert registry.store.summary(digest).info.quantization == "int8"
+    assert [one.quantization for one in registry.measurements(digest)] == ["int8"]
+    assert told(registry, digest).source == "claimed"

@@ -68,6 +68,18 @@ MEASURED = """
 insert into measurement values
     ('{first}', '{{"passed":false}}', 0.5, 'decode', '{{"own":{{}}}}', '2026-01-04T00:00:00Z');
 """
+QUANTISED = """
+create table measurement (
+        digest text not null, quantization text not null, certificate text not null, gamma real not null,
+        phase text not null, data text not null, measured_at text not null,
+        primary key (digest, quantization)
+    ) strict, without rowid;
+"""
+QUANTISED_ROWS = """
+insert into measurement values
+    ('{first}', '', '{{"passed":false}}', 0.5, 'decode', '{{"own":{{}}}}', '2026-01-04T00:00:00Z'),
+    ('{first}', 'nf4', '{{"passed":true}}', 0.5, 'decode', '{{"own":{{}}}}', '2026-01-04T00:00:00Z');
+"""
 BUILT = "create table built (digest text primary key, copy text not null) strict, without rowid;"
 _THIRD = SECOND + GENERATION + ALIAS + TAG + DEFAULTS
 RECORDED = {
@@ -76,6 +88,7 @@ RECORDED = {
     3: (_THIRD, ROWS + MORE + LATER),
     4: (_THIRD + MEASUREMENT, ROWS + MORE + LATER + MEASURED),
     5: (_THIRD + MEASUREMENT + BUILT, ROWS + MORE + LATER + MEASURED),
+    6: (_THIRD + QUANTISED + BUILT, ROWS + MORE + LATER + QUANTISED_ROWS),
 }
 
 
@@ -122,10 +135,11 @@ def test_what_it_said_is_there_afterwards(tmp_path: Path, version: int) -> None:
     assert (told.current.gamma, told.current.phase) == (None, None)
     other = registry.resolve("other")
     assert (other.gamma, other.phase) == ((0.75, "decode") if version > 2 else (None, None))
-    found = registry.certificate(first, world.info(certificate={"passed": True}))
+    found = registry.certificate(other, world.info(certificate={"passed": True}))
     assert found.source == ("measured" if version > 3 else "claimed")  # before, measured and claimed are not told apart
     assert found.figures["passed"] is (False if version > 3 else None)
-    assert [*registry.measurements(first)] == ([None] if version > 3 else [])
+    measured = [one.quantization for one in registry.measurements(first)]
+    assert measured == ([] if version <= 3 else [None] if version <= 5 else [None, "nf4"])
     assert {one.name for one in registry.personas()} == {"old", "other"}
     assert database.Database(tmp_path / "store" / FILE).faults() == []
 

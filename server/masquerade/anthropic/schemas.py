@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from masquerade.engine import INT64, JsonFormat, Phase
+from masquerade.engine import JsonFormat, Phase
 from masquerade.errors import InvalidValue, UnsupportedParameter, quote
 from masquerade.generation import unsupported
 from masquerade.generation.messages import (
@@ -23,7 +23,7 @@ from masquerade.generation.messages import (
     define_tool,
     record_call,
 )
-from masquerade.generation.requests import ChatRequest, Count, JsonSchema, SamplingSeed, SchemaFormat
+from masquerade.generation.requests import WITHIN_64_BITS, ChatRequest, Count, JsonSchema, SamplingSeed, SchemaFormat
 from masquerade.http.wire import Refusal, RequestBody, Schema, Text, check_unicode, encode, show
 
 MAX_SEQUENCES = 64  # stop sequences
@@ -260,7 +260,7 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 0 is greedy
-    top_k: Annotated[int, Field(ge=0, le=INT64)] | None = None  # 0 is off
+    top_k: Annotated[int, Field(ge=0), WITHIN_64_BITS] | None = None  # 0 is off
     output_config: OutputConfig | None = None
     gamma: Annotated[float, Field(ge=0, le=1)] | None = None
     persona_phase: Phase | None = None

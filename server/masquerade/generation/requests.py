@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from masquerade.engine import INT64, MAX_LOGPROBS, JsonFormat, Phase, SamplingParams
 from masquerade.errors import InvalidValue, quote
@@ -26,10 +26,18 @@ _CHAT: dict[str, Any] = {
     "temperature": 0,
 }
 
+
+def _check_bits(number: int) -> int:
+    if abs(number) > INT64:
+        raise ValueError("it has more than 64 bits")
+    return number
+
+
+WITHIN_64_BITS = AfterValidator(_check_bits)
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON has no other keys than strings
 Id = Annotated[int, Field(ge=0, lt=10**9)]
-SamplingSeed = Annotated[int, Field(ge=-INT64, le=INT64)]
-Count = Annotated[int, Field(ge=1, le=INT64)]
+SamplingSeed = Annotated[int, WITHIN_64_BITS]
+Count = Annotated[int, Field(ge=1), WITHIN_64_BITS]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -95,7 +103,7 @@ class GenerationRequest(PersonaFields):
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 0 is greedy
-    top_k: Annotated[int, Field(ge=-1, le=INT64)] | None = None  # 0 and -1 are off
+    top_k: Annotated[int, Field(ge=-1), WITHIN_64_BITS] | None = None  # 0 and -1 are off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -108,7 +116,7 @@ class GenerationRequest(PersonaFields):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None  # true unless given
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WITHIN_64_BITS] | None = None
     max_tokens: Count | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream: bool | None = None

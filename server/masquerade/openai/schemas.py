@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from masquerade.engine import INT64, MAX_LOGPROBS, Phase, Pooling
+from masquerade.engine import MAX_LOGPROBS, Phase, Pooling
 from masquerade.errors import InvalidValue, UnsupportedParameter
-from masquerade.generation.requests import GenerationRequest, Id, PersonaFields, at_most
+from masquerade.generation.requests import WITHIN_64_BITS, GenerationRequest, Id, PersonaFields, at_most
 from masquerade.http.builds import MaskMethod, Method, Seed, make_build_request
 from masquerade.http.wire import Refusal, RequestBody, Text, show
 from masquerade.openai import unsupported
@@ -42,7 +42,7 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    max_tokens: Annotated[int, Field(ge=0), WITHIN_64_BITS] | None = None
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:

@@ -231,7 +231,7 @@ def _show(serving: Serving, caller: Caller, name: str, status: int = 200) -> Res
     history = serving.registry.history(persona.name)
     summary = serving.store.summary(persona.current.digest)
     quantization = serving.base.quantization
-    certificate = serving.registry.certificate(persona.current.digest, summary.info, quantization)
+    certificate = serving.registry.certificate(persona.current, summary.info, quantization)
     signature = examine(summary, serving.store.keys.trusted())
     info = asdict(summary.info)
     _hide(caller, info)

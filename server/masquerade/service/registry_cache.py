@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from maskstore import Measurement, Registry, Revision
+from maskstore import MaskInfo, Measurement, Registry, Revision
 
 
 class RegistryCache:
@@ -17,7 +17,7 @@ class RegistryCache:
         self._watch = registry.watch()
         self._state: tuple[int, ...] | None = None
         self._resolved: dict[str, tuple[Revision, float | None]] = {}  # in this state
-        self._measured: dict[str, Measurement] = {}
+        self._measured: dict[Revision, Measurement] = {}
 
     async def resolve(self, reference: str) -> tuple[Revision, float | None]:
         """The revision, and the persona's gamma, which overrides the revision's unless it is None.
@@ -30,16 +30,18 @@ class RegistryCache:
             resolved[reference] = await asyncio.to_thread(self._read, reference)
         return resolved[reference]
 
-    async def measurement(self, digest: str, quantization: str | None) -> Measurement | None:
-        """What was measured here of a digest on a base of this quantisation, which is the same in every call."""
+    async def find_measurement(
+        self, revision: Revision, info: MaskInfo | None, quantization: str | None
+    ) -> Measurement | None:
+        """See `Registry.find_measurement`; the quantisation is the same in every call."""
         self._look()
         measured = self._measured
-        if digest not in measured:
-            found = (await asyncio.to_thread(self._registry.measurements, digest)).get(quantization)
+        if revision not in measured:
+            found = await asyncio.to_thread(self._registry.find_measurement, revision, info, quantization)
             if found is None:
                 return None
-            measured[digest] = found
-        return measured[digest]
+            measured[revision] = found
+        return measured[revision]
 
     def _look(self) -> None:
         """Forget what was read if the registry has changed."""

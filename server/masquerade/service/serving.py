@@ -131,7 +131,8 @@ class Serving:
         """
         if not self._is_elsewhere(revision):
             return None
-        return self._warn(revision, self.registry.measurements(revision.digest).get(self.base.quantization))
+        info = self._read_info(revision.digest)
+        return self._warn(revision, self.registry.find_measurement(revision, info, self.base.quantization))
 
     def _is_elsewhere(self, revision: Revision) -> bool:
         info = self._read_info(revision.digest)
@@ -225,7 +226,8 @@ class Serving:
         """Raise `MaskMismatch` for a mask with a warning, or log the warning once if such masks are accepted."""
         if not self._is_elsewhere(revision):
             return
-        measured = await self.registry_cache.measurement(revision.digest, self.base.quantization)
+        info = self._read_info(revision.digest)
+        measured = await self.registry_cache.find_measurement(revision, info, self.base.quantization)
         if (warning := self._warn(revision, measured)) is None:
             return
         if not self.accept_uncertified:

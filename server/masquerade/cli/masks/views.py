@@ -59,19 +59,18 @@ def _list_row(registry: Registry, persona: PersonaRecord) -> dict[str, Any]:
 def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None, as_json: AsJson = False) -> None:
     """Show the metadata of a persona's mask, its history, and the curve of its certificate as a table.
 
-    `measurements` has what was measured here, for each quantisation of the base.
+    `measurements` has all that was measured here, for each quantisation of the base, gamma and phase.
     """
     registry = open_registry(model, store)
     revision = registry.resolve(persona)
     mask = registry.store.open(revision.digest)
     known = registry.describe(revision.name)
-    measurements = registry.measurements(mask.digest)
-    certificate = registry.certificate(mask.digest, mask.info, mask.info.quantization)
+    certificate = registry.certificate(revision, mask.info, mask.info.quantization)
     info = asdict(mask.info) | {
         "certificate": dict(certificate.figures),
         "certificate_source": certificate.source,
         "measurement": certificate.measurement and asdict(certificate.measurement),
-        "measurements": [asdict(one) for one in measurements.values()],
+        "measurements": [asdict(one) for one in registry.measurements(mask.digest)],
     }
     details = (
         _measure(mask, registry.store.keys.trusted()) | info | identify(revision) | {"made_at": info["created_at"]}
