@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
@@ -30,6 +31,49 @@ def test_what_is_held_out_is_held_out_by_prompt_on_both_sides() -> None:
         assert len(prompts(parts[0])) == 16
         assert remarks[side].leaks == 0
     assert prompts(splits[1].tune) == prompts(splits[-1].tune)
+
+
+@pytest.mark.parametrize(("own", "contrast"), [(64, 60), (100, 60), (12, 10), (40, 41)])
+def test_a_prompt_is_in_one_part_though_not_all_are_on_both_sides(own: int, contrast: int) -> None:
+    sides = {1: talk(5, own, own), -1: talk(6, contrast, contrast)}
+    for seed in range(5):
+        splits, _ = divide(sides, {}, seed)
+        parts = [
+            {prompt for split in splits.values() for prompt in prompts(getattr(split, part))}
+            for part in ("calibration", "tune", "report")
+        ]
+        assert not any(one & other for one, other in combinations(parts, 2))
+        assert all(abs(len(split.tune) - len(split.report)) <= 2 for split in splits.values())
+
+
+def test_what_one_side_validates_the_other_holds_out() -> None:
+    """It could not be compared otherwise, and the mask would be found in it."""
+    fresh = [Encoded((1, 10 + index), (9, index)) for index in range(10)]
+    splits, _ = divide({1: talk(5), -1: talk(6, prompts=40)[20:]}, {-1: fresh}, seed=0)
+    assert not prompts(splits[1].calibration) & prompts(fresh)
+    for part in ("tune", "report"):
+        assert prompts(getattr(splits[1], part)) == prompts(getattr(splits[-1], part))
+
+
+def test_answers_to_a_single_prompt_do_one_job_each() -> None:
+    held = {side: [Encoded((1, 99), (side % 7, index)) for index in range(9)] for side in (1, -1)}
+    splits, _ = divide({1: talk(5), -1: talk(6)}, held, seed=0)
+    for side, split in splits.items():
+        assert [*split.tune, *split.report] == held[side]
+        assert (len(split.tune), len(split.report)) == (5, 4)
+    lone, _ = divide({1: talk(5)}, {1: held[1][:1]}, seed=0)
+    assert lone[1].tune == lone[1].report == held[1][:1]
+
+
+def test_pairs_come_first_in_whatever_order_the_sides_are() -> None:
+    own = [Encoded((1, 200 + index), (5, index)) for index in range(30)]
+    contrast = [Encoded((1, 200 + index), (6, index)) for index in range(40)]
+    random.Random(0).shuffle(contrast)
+    splits, _ = divide({1: talk(5), -1: talk(6)}, {1: own, -1: contrast}, seed=0)
+    for part in ("tune", "report"):
+        first, second = (getattr(splits[side], part) for side in (1, -1))
+        assert 13 <= len(first) <= 17
+        assert [one.prompt for one in first] == [one.prompt for one in second[: len(first)]]
 
 
 def test_the_seed_and_nothing_else_decides() -> None:
@@ -100,6 +144,12 @@ def test_neutral_text_takes_turns(calibrates: bool, chooses: bool, sizes: tuple[
     assert len({*split.calibration, *split.tune, *split.report}) == 10
     with pytest.raises(BadDataset, match="neutral texts are too few"):
         divide_neutral(texts[: int(calibrates) + int(chooses)], calibrates, chooses)
+
+
+def test_neutral_text_that_repeats_is_in_one_part() -> None:
+    texts = [Encoded((1,), (index % 5,)) for index in range(30)]
+    split = divide_neutral(texts, True, True)
+    assert sorted(one.response for part in vars(split).values() for one in part) == [(index,) for index in range(5)]
 
 
 def test_only_so_many_tokens_are_taken() -> None:

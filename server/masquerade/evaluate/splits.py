@@ -61,41 +61,85 @@ def divide(
 ) -> tuple[dict[int, Split], dict[int, DatasetNotes]]:
     """Split every side; a prompt that several sides answer is in the same part on all of them.
 
-    If a side has no validation examples, one prompt in `HELD_OUT` is held out. Held-out examples are halved into tune
-    and report. Validation examples that are calibration examples too are left out. Raises `BadDataset` if a part is
-    empty, if fewer than `LEAST` calibration examples remain, and if two sides have mostly the same examples.
+    A side without validation examples holds out those of its prompts that the other side has validation examples of,
+    or else one prompt in `HELD_OUT`. Held-out examples are halved into tune and report, the answers to prompts of both
+    sides first and in the same order. Validation examples that are calibration examples too are left out. Raises
+    `BadDataset` if a part is empty, if fewer than `LEAST` calibration examples remain, and if two sides have mostly the
+    same examples.
     """
-    held = _choose_held_out([side for key, side in sides.items() if not validation.get(key)], seed)
-    splits, remarks = {}, {}
+    held = _choose_held_out([side for key, side in sides.items() if not validation.get(key)], validation.values(), seed)
+    calibration, judged, notes = {}, {}, {}
     for key, examples in sides.items():
         given = validation.get(key) or [one for one in examples if _key(one) in held]
-        calibration = [one for one in examples if _key(one) not in held] if not validation.get(key) else list(examples)
-        known = set(calibration)
-        judged = [one for one in given if one not in known]
-        _check_sizes(len(examples), len(calibration), len(given), len(judged))
-        tune, report = halve(judged, seed)
-        splits[key] = Split(calibration, tune, report)
-        remarks[key] = DatasetNotes(len(calibration) - len(known), len(given) - len(judged))
-    shared = _count_shared(*(split.calibration for split in splits.values()))
-    return splits, {key: replace(notes, shared=shared) for key, notes in remarks.items()}
+        calibration[key] = list(examples) if validation.get(key) else [one for one in examples if _key(one) not in held]
+        known = set(calibration[key])
+        judged[key] = [one for one in given if one not in known]
+        _check_sizes(len(examples), len(calibration[key]), len(given), len(judged[key]))
+        notes[key] = DatasetNotes(len(calibration[key]) - len(known), len(given) - len(judged[key]))
+    halves = halve(judged, seed)
+    shared = _count_shared(*calibration.values())
+    splits = {key: Split(calibration[key], *(half[key] for half in halves)) for key in sides}
+    return splits, {key: replace(note, shared=shared) for key, note in notes.items()}
 
 
 def divide_neutral(texts: Sequence[Encoded], calibrates: bool, chooses: bool) -> Split:
-    """Deal neutral texts in turn to calibration (if a score reads it), tune (if there is a choice) and report."""
-    parts = 1 + calibrates + chooses
+    """Deal neutral texts in turn to calibration (if a score reads it), tune (if there is a choice) and report. What is
+    there twice is dealt once.
+    """
+    texts, parts = list(dict.fromkeys(texts)), 1 + calibrates + chooses
     if len(texts) < parts:
-        raise BadDataset(f"{len(texts)} neutral texts are too few; give at least {parts}")
+        raise BadDataset(f"{len(texts)} different neutral texts are too few; give at least {parts}")
     turns = [texts[turn::parts] for turn in range(parts)]
     return Split(turns[0] if calibrates else [], turns[-2] if chooses else [], turns[-1])
 
 
-def halve(examples: Sequence[Encoded], seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """Two halves by prompt, in the examples' order; a single prompt is in both halves."""
-    prompts = sorted({_key(one) for one in examples}, key=lambda prompt: _draw(prompt, seed + 1))
-    first = set(prompts[: (len(prompts) + 1) // 2])
-    tune = [one for one in examples if _key(one) in first]
-    report = [one for one in examples if _key(one) not in first]
-    return tune, report or tune
+Sides = dict[int, list[Encoded]]
+
+
+def halve(sides: Mapping[int, Sequence[Encoded]], seed: int) -> tuple[Sides, Sides]:
+    """Two halves of each side's examples. A prompt is in the same half on all sides.
+
+    Answers to a side's only prompt are halved one by one, and a single example is in both halves.
+    """
+    first = _choose_half(sides, seed)
+    halves: tuple[Sides, Sides] = {}, {}
+    for key, examples in sides.items():
+        tune = [one for one in examples if _key(one) in first]
+        report = [one for one in examples if _key(one) not in first]
+        if not (tune and report):
+            middle = (len(examples) + 1) // 2
+            tune, report = list(examples[:middle]), list(examples[middle:]) or list(examples)
+        halves[0][key], halves[1][key] = tune, report
+    return _align(halves[0]), _align(halves[1])
+
+
+def _choose_half(sides: Mapping[int, Sequence[Encoded]], seed: int) -> set[object]:
+    """Half of the prompts of every side. Those of the same sides are halved together."""
+    by_side = {key: {_key(one) for one in side} for key, side in sides.items()}
+    groups: dict[tuple[int, ...], list[object]] = defaultdict(list)
+    for prompt in set().union(*by_side.values()):
+        groups[tuple(key for key, prompts in by_side.items() if prompt in prompts)].append(prompt)
+    chosen: set[object] = set()
+    surplus = Counter[int]()  # by side: prompts of the first half beyond those of the second
+    for keys in sorted(groups, key=lambda keys: (-len(keys), keys)):
+        prompts = sorted(groups[keys], key=lambda prompt: _draw(prompt, seed + 1))
+        size = (len(prompts) + (sum(surplus[key] for key in keys) <= 0)) // 2
+        chosen |= set(prompts[:size])
+        surplus.update(dict.fromkeys(keys, 2 * size - len(prompts)))
+    return chosen
+
+
+def _align(sides: Sides) -> Sides:
+    """Each side with the answers to common prompts first, in the order of the first side."""
+    if len(sides) < 2:
+        return sides
+    (key, own), (other, contrast) = sides.items()
+    pairs = match(own, contrast)
+    places = [i for i, _ in pairs], [j for _, j in pairs]
+    return {
+        at: [side[i] for i in first] + [one for i, one in enumerate(side) if i not in set(first)]
+        for at, side, first in zip((key, other), (own, contrast), places, strict=True)
+    }
 
 
 def count_within(texts: Sequence[Encoded], tokens: int) -> int:
@@ -130,8 +174,13 @@ def check_contrast(own: Sequence[Example], contrast: Sequence[Example]) -> None:
         )
 
 
-def _choose_held_out(sides: Sequence[Sequence[Encoded]], seed: int) -> set[object]:
+def _choose_held_out(
+    sides: Sequence[Sequence[Encoded]], validation: Iterable[Sequence[Encoded]], seed: int
+) -> set[object]:
+    """The prompts that sides without validation examples hold out."""
     prompts = {_key(one) for side in sides for one in side}
+    if validated := prompts & {_key(one) for side in validation for one in side}:
+        return validated
     if len(prompts) < 2:
         return set()
     count = max(1, round(len(prompts) / HELD_OUT))
