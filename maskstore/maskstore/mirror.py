@@ -16,8 +16,9 @@ from urllib.parse import quote, unquote
 from maskstore import files
 from maskstore.bucket import SCHEME, S3Bucket, VersionConflict, make_token
 from maskstore.database import TIMEOUT, Database
-from maskstore.errors import BucketUnreachable, DigestMismatch, MaskNotFound, StoreBusy
+from maskstore.errors import BucketUnreachable, DigestMismatch, MaskCorrupt, MaskNotFound, StoreBusy
 from maskstore.format import read_mask
+from maskstore.signing import Signable
 from maskstore.sqlite import Watch
 from maskstore.store import SUFFIX, Store
 
@@ -74,8 +75,22 @@ class MirrorStore(Store):
     def locate(self, digest: str) -> Path:
         """See `Store`. Raises `BucketUnreachable` if the mask is not here and cannot be fetched."""
         path = self.path(digest)
-        if path.exists():
-            return path
+        if not path.exists():
+            with self._fetched(digest) as draft:
+                os.replace(draft, self._make_path(digest))
+        return path
+
+    def prefers(self, new: Signable, preferred: bool = False) -> bool:
+        """See `Store`. The stored copy is the better of the folder's and the bucket's, which is copied here first."""
+        if self.path(new.digest).exists():
+            with suppress(MaskNotFound, MaskCorrupt), self._fetched(new.digest) as draft:
+                if super().prefers(self._summaries.of(draft)):
+                    os.replace(draft, self.path(new.digest))
+        return super().prefers(new, preferred)
+
+    @contextmanager
+    def _fetched(self, digest: str) -> Iterator[Path]:
+        """The bucket's copy of a mask, verified, in quarantine. Raises `MaskNotFound` and `DigestMismatch`."""
         draft = self.draft_path()
         try:
             if not self._bucket.download(_name(digest), draft):
@@ -83,10 +98,9 @@ class MirrorStore(Store):
             found = read_mask(draft, lenient=True).digest
             if found != digest:
                 raise DigestMismatch(f"holds the mask {found[:16]}, not {digest[:16]}", path=Path(_name(digest)))
-            os.replace(draft, self._make_path(digest))
+            yield draft
         finally:
             draft.unlink(missing_ok=True)
-        return path
 
     def digests(self) -> list[str]:
         """See `Store`."""

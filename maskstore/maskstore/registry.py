@@ -57,25 +57,36 @@ class Registry:
         check_name(name)
         check_digest(digest)
         with self.database.write() as db:
-            self._check_no_alias(db, name)
-            current = self._find(db, name)
-            gamma, phase = (info.gamma, info.phase) if info else (None, None)
-            if (
-                current
-                and current.digest == digest
-                and (info is None or (current.gamma, current.phase) == (gamma, phase))
-            ):
-                return current
-            _compare(name, current, expected)
-            if digest not in self.store:
-                raise MaskNotFound(f"no mask {digest[:16]} in the store to publish as {name}")
-            return self._append(db, name, digest, gamma, phase)
+            return self._publish(db, name, digest, expected, info)
 
-    def publish_built(self, mask: Mask, expected: str | Anything | None = ANY) -> Revision:
-        """Store a mask that this store's server or commands built and measured, and publish it as its persona.
+    def publish_built(self, *masks: Mask, expected: str | Anything | None = ANY) -> list[Revision]:
+        """Store masks that this store's server or commands built and measured, and publish each as its persona.
 
-        Its copy replaces one that is not better signed, unless that one was built here as well.
+        All of them are published, or none. Their copies replace those that are not better signed, unless these were
+        built here as well. Raises as `publish` does.
         """
+        for mask in masks:
+            check_name(mask.info.persona)
+            self._add_built(mask)
+        with self.database.write() as db:
+            return [self._publish(db, mask.info.persona, mask.digest, expected, mask.info) for mask in masks]
+
+    def _publish(
+        self, db: sqlite3.Connection, name: str, digest: str, expected: str | Anything | None, info: MaskInfo | None
+    ) -> Revision:
+        self._check_no_alias(db, name)
+        current = self._find(db, name)
+        gamma, phase = (info.gamma, info.phase) if info else (None, None)
+        unchanged = info is None or (current and (current.gamma, current.phase) == (gamma, phase))
+        if current and current.digest == digest and unchanged:
+            return current
+        _compare(name, current, expected)
+        if digest not in self.store:
+            raise MaskNotFound(f"no mask {digest[:16]} in the store to publish as {name}")
+        return self._append(db, name, digest, gamma, phase)
+
+    def _add_built(self, mask: Mask) -> None:
+        """Store a mask that was built here, and record its certificate."""
         info = mask.info
         built_before = self._built_here(mask.digest)
         digest = self.store.add(mask, preferred=not built_before)
@@ -84,7 +95,6 @@ class Registry:
                 db.execute("insert or replace into built values (?, ?)", (digest, _identify(mask)))
         measured = info.certificate, info.gamma, info.phase, info.calibration, now(), info.quantization
         self.record(Measurement(digest, *measured))
-        return self.publish(info.persona, digest, expected, info)
 
     def _built_here(self, digest: str) -> bool:
         """Whether the stored copy is the one that was built here."""

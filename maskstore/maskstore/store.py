@@ -59,8 +59,8 @@ class Store:
         `preferred` is for a mask that was built here where the stored copy was not.
         """
         with self.lock():
-            if self._prefers(mask, preferred):
-                self._write(mask, lambda: self._prefers(mask, preferred))
+            if self.prefers(mask, preferred):
+                self._write(mask, lambda: self.prefers(mask, preferred))
             else:
                 self._touch(mask.digest)
         return mask.digest
@@ -77,7 +77,7 @@ class Store:
         Either way `path` no longer exists. Return the digest.
         """
         with self.lock():
-            self._place(path, head.digest, lambda: self._prefers(head))
+            self._place(path, head.digest, lambda: self.prefers(head))
         return head.digest
 
     def open(self, digest: str, base: str | None = None, verify: bool = True) -> Mask:
@@ -110,7 +110,7 @@ class Store:
             yield writer
         with self.lock():
             head = Header(base, info, writer.digest, {})
-            self._place(path, head.digest, lambda: self._prefers(head))
+            self._place(path, head.digest, lambda: self.prefers(head))
 
     def quarantine(self) -> Path:
         """The folder for files that are not masks of this store yet; files that stay there are leftovers."""
@@ -138,8 +138,8 @@ class Store:
     def __contains__(self, digest: str) -> bool:
         return self.path(digest).exists()
 
-    def _prefers(self, new: Signable, preferred: bool = False) -> bool:
-        """Whether a copy is better than the stored one, or none is stored."""
+    def prefers(self, new: Signable, preferred: bool = False) -> bool:
+        """Whether a copy is better than the stored one, or none is stored. See `add` for `preferred`."""
         try:
             kept = self.summary(new.digest)
         except (MaskNotFound, MaskCorrupt):

@@ -145,7 +145,7 @@ def _check_files(store: Store, sound: dict[str, tuple[str, str]], repair: bool) 
             yield Finding("damaged", _relative(store, path), f"{type(error).__name__}: {error.message}", action)
             continue
         if path != store.path(reader.digest):
-            action = _put_right(store, path, reader.digest) if repair else ""
+            action = _put_right(store, path, reader) if repair else ""
             yield Finding("misplaced", _relative(store, path), f"is the mask {reader.digest}", action)
             if not action:
                 continue
@@ -164,11 +164,23 @@ def _set_aside(store: Store, path: Path) -> str:
     return f"moved to {_relative(store, target)}"
 
 
-def _put_right(store: Store, path: Path, digest: str) -> str:
-    target = store.path(digest)
+def _put_right(store: Store, path: Path, head: MaskReader) -> str:
+    """Move a mask to the path of its digest, or aside if there is a sound copy that is no worse."""
+    target = store.path(head.digest)
+    if _is_sound(target) and not store.prefers(head):
+        return _set_aside(store, path)
     target.parent.mkdir(exist_ok=True)
     os.replace(path, target)
     return f"moved to {_relative(store, target)}"
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        with MaskReader(path, lenient=True) as reader:
+            reader.check()
+    except MaskError:
+        return False
+    return True
 
 
 def _mend(store: Store, digest: str) -> str:

@@ -47,7 +47,7 @@ def ask(http: httpx.Client, serving: Serving, path: str = "/v1/chat/completions"
 
 
 def test_a_mask_of_the_unquantised_base_waits_for_its_certificate(serving: Serving) -> None:
-    digest = serving.registry.publish_built(make(serving)).digest
+    digest = serving.registry.publish_built(make(serving))[0].digest
     with on(serving, "nf4") as http:
         (listed,) = http.get("/v1/personas").json()["data"]
         assert (listed["served"], listed["warning"]) == (False, REMEDY)
@@ -74,14 +74,14 @@ def test_a_mask_of_the_unquantised_base_waits_for_its_certificate(serving: Servi
 
 @pytest.mark.parametrize(("served_on", "status"), [("int8", 200), ("nf4", 404), (None, 200)])
 def test_a_measurement_counts_on_its_own_quantisation(serving: Serving, served_on: str | None, status: int) -> None:
-    digest = serving.registry.publish_built(make(serving)).digest
+    digest = serving.registry.publish_built(make(serving))[0].digest
     measure(serving, digest, "int8", passed=True)
     with on(serving, served_on) as http:
         assert ask(http, serving, persona="calm").status_code == status
 
 
 def test_a_refusal_there_is_none_of_too_few_pairs(serving: Serving) -> None:
-    digest = serving.registry.publish_built(make(serving)).digest
+    digest = serving.registry.publish_built(make(serving))[0].digest
     measure(serving, digest, "nf4", passed=False, reasons=["too costly: neutral perplexity"])
     with on(serving, "nf4") as http:
         message = ask(http, serving, persona="calm").json()["error"]["message"]
@@ -93,7 +93,7 @@ def test_a_refusal_there_is_none_of_too_few_pairs(serving: Serving) -> None:
 
 
 def test_the_flag_serves_it_with_a_warning(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
-    digest = serving.registry.publish_built(make(serving)).digest
+    digest = serving.registry.publish_built(make(serving))[0].digest
     with on(serving, "nf4", accept=True) as http, caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert ask(http, serving, persona="calm").status_code == 200

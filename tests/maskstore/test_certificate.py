@@ -41,7 +41,7 @@ def test_no_certificate_has_no_source(registry, tmp_path):
 
 def test_a_build_here_replaces_what_was_claimed(registry, tmp_path):
     digest = bring(registry, tmp_path, certificate=FALSE, gamma=0.5)
-    made = registry.publish_built(world.mixed(certificate=TRUE, calibration={"examples": 7}))
+    (made,) = registry.publish_built(world.mixed(certificate=TRUE, calibration={"examples": 7}))
     assert (made.digest, made.name) == (digest, "pirate")
     found = told(registry, digest)
     assert (found.source, found.figures) == ("measured", TRUE)
@@ -52,10 +52,10 @@ def test_a_build_here_replaces_what_was_claimed(registry, tmp_path):
 
 def test_of_two_builds_the_first_file_stays_and_the_last_measurement_counts(registry):
     """The file of a persona is that of the job which made it, also when another job finds the same mask."""
-    digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
+    digest = registry.publish_built(world.mixed(certificate=TRUE))[0].digest
     before = registry.store.path(digest).read_bytes()
     later = TRUE | {"seconds": 7.0}
-    assert registry.publish_built(world.mixed(persona="monk", certificate=later)).name == "monk"
+    assert registry.publish_built(world.mixed(persona="monk", certificate=later))[0].name == "monk"
     assert registry.store.path(digest).read_bytes() == before
     assert told(registry, digest).figures == later
     registry.publish_built(world.mixed(certificate=TRUE))
@@ -65,7 +65,7 @@ def test_of_two_builds_the_first_file_stays_and_the_last_measurement_counts(regi
 
 
 def test_what_comes_later_does_not_replace_what_was_measured(registry, tmp_path):
-    digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
+    digest = registry.publish_built(world.mixed(certificate=TRUE))[0].digest
     assert bring(registry, tmp_path, certificate=FALSE, gamma=0.5) == digest
     assert (told(registry, digest).source, told(registry, digest).figures) == ("measured", TRUE)
     assert registry.store.open(digest).info.gamma == 0
@@ -84,7 +84,7 @@ def test_a_measurement_stands_beside_a_signed_file(registry, tmp_path):
 
 
 def test_the_last_measurement_counts(registry):
-    digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
+    digest = registry.publish_built(world.mixed(certificate=TRUE))[0].digest
     later = Measurement(digest, {"passed": False}, 0.0, "all", {"own": {"examples": 3}}, now())
     registry.record(later)
     found = told(Registry(registry.store.root), digest)
@@ -93,8 +93,8 @@ def test_the_last_measurement_counts(registry):
 
 def test_equal_masks_of_different_gammas_have_their_own_certificates(registry):
     """The gamma of a build is no part of the digest."""
-    digest = registry.publish_built(world.mixed(certificate=FALSE)).digest
-    assert registry.publish_built(world.mixed(persona="monk", gamma=0.5, certificate=TRUE)).digest == digest
+    digest = registry.publish_built(world.mixed(certificate=FALSE))[0].digest
+    assert registry.publish_built(world.mixed(persona="monk", gamma=0.5, certificate=TRUE))[0].digest == digest
     assert (told(registry, digest).figures, told(registry, digest, "monk").figures) == (FALSE, TRUE)
     registry.set_gamma("pirate", 0.5)
     assert told(registry, digest).figures == TRUE
@@ -103,7 +103,7 @@ def test_equal_masks_of_different_gammas_have_their_own_certificates(registry):
 
 
 def test_each_quantisation_of_the_base_has_a_measurement_of_its_own(registry):
-    digest = registry.publish_built(world.mixed(certificate=TRUE)).digest
+    digest = registry.publish_built(world.mixed(certificate=TRUE))[0].digest
     quantised = Measurement(digest, {"passed": False}, 0.0, "all", {}, now(), "nf4")
     registry.record(quantised)
     assert told(registry, digest, quantization="nf4").measurement == quantised
@@ -118,7 +118,7 @@ def test_each_quantisation_of_the_base_has_a_measurement_of_its_own(registry):
 
 
 def test_a_build_on_a_quantised_base_is_measured_there(registry):
-    digest = registry.publish_built(world.mixed(certificate=TRUE | {"quantization": "int8"})).digest
+    digest = registry.publish_built(world.mixed(certificate=TRUE | {"quantization": "int8"}))[0].digest
     assert registry.store.summary(digest).info.quantization == "int8"
     assert [one.quantization for one in registry.measurements(digest)] == ["int8"]
     assert told(registry, digest).source == "claimed"

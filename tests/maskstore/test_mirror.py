@@ -55,7 +55,7 @@ def test_what_a_machine_publishes_every_machine_has(tmp_path: Path, url: str) ->
     mask = world.mask(1, persona="pirate")
     watch, seen = theirs.watch(), theirs.watch().look()
     watch.look()
-    made = ours.publish_built(mask)
+    (made,) = ours.publish_built(mask)
     assert wait_for(lambda: theirs.names() == [made]) < SEEN_SECONDS
     assert watch.look() != seen
     assert [one.quantization for one in theirs.measurements(mask.digest)] == [None]
@@ -64,6 +64,21 @@ def test_what_a_machine_publishes_every_machine_has(tmp_path: Path, url: str) ->
     ours.remove("pirate")
     assert wait_for(lambda: theirs.names() == []) < SEEN_SECONDS
     watch.close()
+
+
+def test_a_machine_with_an_older_copy_does_not_replace_a_signed_one(tmp_path: Path, url: str) -> None:
+    signing = pytest.importorskip("maskstore.signing")
+    pytest.importorskip("cryptography")
+    private, public = signing.generate()
+    ours, theirs = machine(tmp_path, "a", url), machine(tmp_path, "b", url)
+    for registry in (ours, theirs):
+        registry.store.keys.trust(public, "me")
+    digest = theirs.store.add(world.mask(1))
+    ours.store.add(signing.sign(world.mask(1), private))
+    theirs.store.add(world.mask(1))
+    later = machine(tmp_path, "c", url)
+    for registry in (ours, theirs, later):
+        assert registry.store.open(digest).signature
 
 
 def test_a_machine_that_comes_later_has_it_at_once(tmp_path: Path, url: str) -> None:

@@ -292,3 +292,13 @@ def test_a_prefix_that_means_two(registry, digests, monkeypatch):
     with pytest.raises(MaskNotFound, match="means 2 generations, give more digits"):
         registry.resolve("pirate@abababab")
     assert registry.resolve(f"pirate@{twins[0]}").number == 1
+
+
+def test_of_masks_that_were_built_together_all_are_published_or_none(registry):
+    pirate, monk = world.mask(1, persona="pirate"), world.mask(2, persona="monk")
+    registry.publish("monk", registry.store.add(world.mask(3)))
+    with pytest.raises(MaskConflict):
+        registry.publish_built(pirate, monk, expected=None)
+    assert [one.name for one in registry.names()] == ["monk"]
+    made = registry.publish_built(pirate, monk)
+    assert [(one.name, one.digest) for one in made] == [("pirate", pirate.digest), ("monk", monk.digest)]

@@ -116,6 +116,25 @@ def test_fsck_finds_and_sets_aside_damage(registry, digests):
     assert fsck(root).clean
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_fsck_does_not_replace_a_sound_mask_by_a_second_copy(registry, digests, damage):
+    signing = pytest.importorskip("maskstore.signing")
+    pytest.importorskip("cryptography")
+    private, public = signing.generate()
+    store, digest = registry.store, digests[0]
+    store.keys.trust(public, "me")
+    path = store.path(digest)
+    shutil.copyfile(path, path.with_name(f"{path.name}.bak"))
+    store.add(signing.sign(store.open(digest), private))
+    if damage:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    fsck(store.root, repair=True)
+    assert (store.open(digest).signature is None) is damage
+    assert fsck(store.root).clean
+
+
 def test_fsck_puts_misplaced_masks_right(registry, digests):
     root, store = registry.store.root, registry.store
     registry.publish("pirate", digests[0])

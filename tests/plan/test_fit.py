@@ -125,7 +125,9 @@ def test_only_weights_that_cannot_be_loaded_are_refused(outline: Outline) -> Non
 def test_a_build_keeps_copies_and_gains_of_what_it_may_mask(outline: Outline) -> None:
     cost = estimate_build(outline)
     weights = measure_weights(outline, outline.dtype)
-    assert cost.memory == weights + outline.maskable * (4 + 4)
+    assert cost.memory == weights + 2 * outline.maskable * (4 + 4)  # a process for each side
+    gpu = estimate_build(replace(outline, device="cuda"))
+    assert gpu.memory == weights + outline.maskable * (4 + 4)
     assert cost.cpu_seconds
     assert cost.cpu_seconds > 0
     assert estimate_build(replace(outline, device="cuda")).cpu_seconds is None

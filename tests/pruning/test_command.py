@@ -133,6 +133,8 @@ def test_a_mask_that_is_refused_is_not_published_and_says_why(tiny_folder: Path,
         (["--data", "d", "--contrast-prompt", "c"], "--prompts and --contrast-prompt need --system-prompt"),
         (["--data", DATA, "--contrast-name", "q"], "--contrast-name needs --contrast or --contrast-prompt"),
         (["--data", DATA, "--contrast-validation", "v"], "--contrast-validation needs --contrast"),
+        (["--data", DATA, "--contrast-name", "p", "--contrast", DATA], "--name and --contrast-name are both 'p'"),
+        (["--data", "d", "--out", DATA], "cannot be a folder: File exists"),
         (["--data", "d", "--phi", "cube"], "phi 'cube' is unknown"),
     ],
 )
@@ -338,6 +340,17 @@ def test_a_group_is_refused_where_all_linears_are_ranked_together(tiny_folder: P
     for score in ("auto", "refined"):
         said = fail(2, *build, "--score", score, "--group", "row")  # before the model is loaded
         assert "group 'row' has no meaning for the score 'refined', which ranks the weights of all Linears" in said
+
+
+def test_a_name_that_is_taken_is_refused_before_the_build(tiny_folder: Path, tmp_path: Path) -> None:
+    """Not half of a pair after it."""
+    data, other = write_answers(tmp_path / "own.jsonl", "aeiou"), write_answers(tmp_path / "other.jsonl", "bcdfg")
+    at = ("--model", tiny_folder, "--store", tmp_path / "s")
+    build = ("build", *at, "--data", data, "--contrast", other, "--score", "attribution", "--rho", "0.01", "--force")
+    succeed(*build, "--name", "v")
+    succeed("masks", "alias", "w", "v", *at)
+    assert "'w' is an alias of 'v'" in fail(2, *build, "--name", "u", "--contrast-name", "w")
+    assert [one["persona"] for one in succeed("masks", "ls", *at)["personas"]] == ["v"]
 
 
 def test_a_full_disk_is_said_during_the_build_and_nothing_stays(tiny_folder: Path, tmp_path: Path) -> None:

@@ -201,6 +201,13 @@ def test_the_state_that_the_judge_likes_best_is_kept(tiny: Base, manager: MaskMa
     assert draft(tiny, found).digest == draft(tiny, seen[1]).digest
 
 
+def test_what_is_beyond_the_cap_leaves_when_the_mask_shrinks() -> None:
+    """Good as they are, no Linear has more than its share."""
+    values = torch.arange(200.0).flip(0) + 1
+    ranking = Ranking(values[:50], torch.arange(50), values[:100])
+    assert exchange(torch.arange(100), ranking, torch.tensor(1.0), 0.2).tolist() == list(range(50))
+
+
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_one_step_exchanges_a_share_of_the_pruned_weights(data: st.DataObject) -> None:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from maskstore import Mask, Registry, Store, check_name, write_mask
-from masquerade import __version__
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder, require_ray
 from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_store
@@ -163,12 +162,15 @@ def build(
         neutral=neutral,
     )
     _check(sources)
+    if out:
+        _make_folder(out)
     build_input = _read_input(_complete(sources), recipe)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "quantization": quantization}
     sharding = _divide(shards, ray_address, model, options, shard_cpus, shard_gpus) if shards > 1 else None
     with follow_loading() as progress:
         base = load(model, **options, report=progress)
     personas, registry = open_store(store, base.name, base.fingerprint)
+    _check_names(sources, registry)
     folder = (scratch or personas.root / kept_builds.FOLDER) / _identify(base, recipe, build_input)
     found = follow(_find_masks(base, recipe, build_input, folder, sharding))
     report = _publish(found.masks, personas, registry, out)
@@ -216,6 +218,23 @@ def _check(sources: BuildSources) -> None:
         raise InvalidValue("--contrast pool and --pool FILE, once for each other persona, need each other")
     for persona in filter(None, (sources.name, sources.contrast_name)):
         check_name(persona)
+    if sources.name == sources.contrast_name:
+        raise InvalidValue(f"--name and --contrast-name are both {sources.name!r}; they are two personas")
+
+
+def _check_names(sources: BuildSources, registry: Registry) -> None:
+    """Raise `InvalidValue` for names that nothing can be published under."""
+    aliases = registry.aliases()
+    for persona in (sources.name, sources.contrast_name):
+        if persona in aliases:
+            raise InvalidValue(f"{persona!r} is an alias of {aliases[persona]!r}; give another name")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidValue(f"--out: {folder} cannot be a folder: {error.strerror}") from error
 
 
 def _complete(sources: BuildSources) -> BuildSources:
@@ -287,10 +306,12 @@ def _read_script(sources: BuildSources, recipe: Recipe) -> tuple[CalibrationProm
 
 def _identify(base: Base, recipe: Recipe, found: BuildInput) -> str:
     """A name that is equal for equal builds, so that a build can resume after a kill."""
+    from masquerade.evaluate.recall import VERSIONS
+
     unforced = replace(recipe, force=False)  # what is refused at first may be forced then
-    weights = base.fingerprint, base.dtype, base.quantization
+    weights = base.fingerprint, base.dtype, base.quantization, base.device.type
     work = unforced, found.script, found.own, found.contrast, found.neutral
-    return hashlib.sha256(repr((__version__, weights, work)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((VERSIONS, weights, work)).encode()).hexdigest()[:16]
 
 
 def _divide(shards: int, address: str, model: str, options: Mapping[str, Any], cpus: float, gpus: float) -> Sharding:
@@ -345,11 +366,10 @@ def _parse_rho(text: str) -> float | Literal["auto"]:
 def _publish(masks: Sequence[Mask], store: Store, registry: Registry, out: Path | None) -> list[dict[str, Any]]:
     report = []
     try:
-        for mask in masks:
-            revision = registry.publish_built(mask)
+        revisions = registry.publish_built(*masks)
+        for mask, revision in zip(masks, revisions, strict=True):
             path = store.path(mask.digest)
             if out:
-                out.mkdir(parents=True, exist_ok=True)
                 write_mask(mask, out / f"{mask.info.persona}.safetensors")
             written = {"generation": revision.number, "file": str(path), "bytes": path.stat().st_size}
             report.append(_describe(mask) | written)

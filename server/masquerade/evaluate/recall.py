@@ -24,6 +24,7 @@ from masquerade.packaged import find_cache
 
 FOLDER = Path("masquerade", "answers")
 REVISION = 2  # changes with what the same model answers: 2 sees more than 64 positions, and draws tokens otherwise
+VERSIONS = __version__, torch.__version__, transformers.__version__  # what a computed result may depend on
 _log = logging.getLogger("masquerade")
 
 
@@ -44,7 +45,7 @@ def recall_answers(base: Base, prompts: Sequence[Encoded], params: GenerationPar
 
 def _identify(base: Base, prompts: Sequence[Encoded], params: GenerationParams) -> str:
     library = find_library()
-    versions = REVISION, __version__, torch.__version__, transformers.__version__, library and library.isas[-1]
+    versions = REVISION, *VERSIONS, library and library.isas[-1]
     weights = base.fingerprint, str(base.dtype), base.quantization, base.device.type, sorted(base.ends)
     asked = asdict(params), [list(prompt.prompt) for prompt in prompts]
     return hashlib.sha256(json.dumps((versions, weights, asked)).encode()).hexdigest()

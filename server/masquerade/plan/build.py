@@ -18,7 +18,7 @@ BASIS = (
     "extrapolated by parameters from SmolLM2: 17.4 CPU minutes for 135 pairs in bfloat16 on one core of an AMD EPYC, "
     "7.8 us a parameter"
 )
-PEAK = "SmolLM2's build in bfloat16 peaked at 5.3 GB in its three processes, and these lines say 0.9 GB of it"
+PEAK = "SmolLM2's build in bfloat16 peaked at 5.3 GB in its three processes, and these lines say 1.5 GB of it"
 SIDES = 2  # a persona and its opposite
 
 
@@ -38,11 +38,11 @@ class BuildCost:
 
 def estimate_build(outline: Outline, quantization: str | None = None) -> BuildCost:
     """The cost of a build on the outline's device (`pruning/search.py` says what a search keeps)."""
-    weights = outline.maskable
+    weights, sides = outline.maskable, SIDES if outline.device == "cpu" else 1  # a process for each side, or in turn
     lines = [
         Line("weights", measure_weights(outline, outline.dtype, quantization)),
-        Line("masked copies of the maskable weights", weights * outline.dtype.itemsize),
-        Line("their gains, in float32", weights * torch.float32.itemsize),
+        Line("masked copies of the maskable weights", sides * weights * outline.dtype.itemsize),
+        Line("their gains, in float32", sides * weights * torch.float32.itemsize),
     ]
     settings = Recipe().search_settings
     pairs = settings.batches_a_step * 2 * settings.pairs_a_batch

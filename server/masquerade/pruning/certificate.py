@@ -275,7 +275,7 @@ def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     """
     intervals: Mapping[str, Sequence[float]] = certificate["intervals"]
     reasons = []
-    if "margin_shift" in certificate and not intervals["margin_shift"][0] > 0:
+    if "margin_shift" in certificate and not (intervals["margin_shift"][0] or 0) > 0:  # None is not finite
         low, high = intervals["margin_shift"]
         pairs = "1 held-out pair" if certificate["pairs"] == 1 else f"{certificate['pairs']} held-out pairs"
         shift = f"{certificate['margin_shift']} nats a token [{low}, {high}]"

@@ -69,13 +69,15 @@ def generate_neutral_text(base: Base, part: Part) -> Items[list[Encoded]]:
 def generate_more_neutral_text(base: Base, texts: Sequence[Encoded], seed: int) -> Items[list[Encoded]]:
     """More texts beside those of the part `search`, so that a search does not keep these few and harm all others.
 
-    They are the base's greedy answers to short questions, and to questions that it writes itself. There are none if the
-    base answers no everyday requests. A work item is a pass of the model.
+    They are the base's greedy answers to short questions, and to questions that it writes itself, without those that
+    certificates are measured on. There are none if the base answers no everyday requests. A work item is a pass of the
+    model.
     """
     everyday = {*read_everyday_questions("search")}
     if not any(one.messages[-1]["content"] in everyday for one in texts):
         return []
-    questions = yield from write_questions(base, seed)
+    reported = {*read_everyday_questions("report"), *(fact.question for fact in read_facts("report"))}
+    questions = [one for one in (yield from write_questions(base, seed)) if one not in reported]
     return (yield from write_neutral_text(base, [*read_short_questions(), *sorted(questions, key=len)]))  # less padding
 
 

@@ -365,7 +365,7 @@ def exchange(pruned: Tensor, ranking: Ranking, threshold: Tensor, share: float) 
     wanted = ranking.places[ranking.best >= threshold]
     most, growth = max(1, round(share * max(len(pruned), len(wanted)))), len(wanted) - len(pruned)
     entering = wanted[~torch.isin(wanted, pruned)][: most + max(0, growth)]
-    leaving = min(int((ranking.current < threshold).sum()), most + max(0, -growth))
+    leaving = min(int((~torch.isin(pruned, wanted)).sum()), most + max(0, -growth))  # not wanted, or beyond the cap
     staying = pruned[ranking.current.argsort()[leaving:]]
     return torch.cat([staying, entering]).sort().values
 

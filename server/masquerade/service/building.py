@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maskstore import ANY, Mask, MaskConflict, MaskExists, MaskNotFound, Registry, Revision, StoreBusy
+from maskstore import ANY, Mask, MaskConflict, MaskExists, MaskNotFound, Registry, StoreBusy
 from maskstore import sweep as clear_masks
-from masquerade import __version__
 from masquerade.errors import (
     BadDataset,
     BuildFailed,
@@ -30,6 +29,7 @@ from masquerade.errors import (
     QuotaExceeded,
 )
 from masquerade.evaluate.dataset import Example, Polarity, holds_both_sides, read_examples, read_questions
+from masquerade.evaluate.recall import VERSIONS
 from masquerade.evaluate.splits import check_contrast
 from masquerade.jobs import ID, Cancelled, Job, JobService
 from masquerade.jobs.runner import Work
@@ -270,20 +270,19 @@ def _finish(
 
 def _publish(serving: Serving, job_service: JobService, job: Job, masks: Sequence[Mask]) -> dict[str, Any]:
     known = find_published(job_service, job.owner, job.spec)
+    new = [mask for mask in masks if not _is_published(serving.registry, mask, known)]
     published = []
-    for mask in masks:
-        name = mask.info.persona
-        try:
-            revision = _find_current(serving.registry, name, mask.digest) if known.get(name) == mask.digest else None
-            revision = revision or serving.registry.publish_built(mask, ANY if job.spec["replace"] else None)
-            path = serving.store.path(mask.digest)
+    try:
+        serving.registry.publish_built(*new, expected=ANY if job.spec["replace"] else None)
+        for mask in masks:
+            name, path = mask.info.persona, serving.store.path(mask.digest)
             file = job_service.uploads.adopt(job.owner, f"{name}.safetensors", path, mask.digest)
-        except (MaskConflict, MaskExists) as error:
-            raise PersonaExists(f"the name {name!r} was taken during the build: {error.message}") from error
-        except OSError as error:
-            raise BuildFailed(f"the mask was found but cannot be written: {error.strerror}") from error
-        certificate = dict(mask.info.certificate)
-        published.append({"persona": name, "digest": revision.digest, "certificate": certificate, "file": file.id})
+            certificate = dict(mask.info.certificate)
+            published.append({"persona": name, "digest": mask.digest, "certificate": certificate, "file": file.id})
+    except (MaskConflict, MaskExists) as error:
+        raise PersonaExists(f"a name was taken during the build: {error.message}") from error
+    except OSError as error:
+        raise BuildFailed(f"the masks were found but cannot be written: {error.strerror}") from error
     tokens = None
     for mask in masks[:1]:
         calibration = dict(mask.info.calibration)
@@ -291,12 +290,12 @@ def _publish(serving: Serving, job_service: JobService, job: Job, masks: Sequenc
     return {"personas": published, "trained_tokens": tokens}
 
 
-def _find_current(registry: Registry, name: str, digest: str) -> Revision | None:
-    """The current revision of a persona, if it is of this digest."""
+def _is_published(registry: Registry, mask: Mask, known: Mapping[str, str]) -> bool:
+    """Whether an earlier job of the same build published a mask, and it is still current; `known` has the digests."""
+    name = mask.info.persona
     with suppress(MaskNotFound):
-        current = registry.resolve(name)
-        return current if current.digest == digest else None
-    return None
+        return known.get(name) == mask.digest == registry.resolve(name).digest
+    return False
 
 
 def _recipe(spec: Mapping[str, Any]) -> Recipe:
@@ -306,7 +305,8 @@ def _recipe(spec: Mapping[str, Any]) -> Recipe:
 
 def _folder(serving: Serving, owner: str, spec: Mapping[str, Any]) -> Path:
     """Where the work of a build is kept; what was found on other forms of the weights is not of use."""
-    weights = str(serving.base.dtype).removeprefix("torch."), serving.base.quantization
+    base = serving.base
+    weights = base.device.type, str(base.dtype).removeprefix("torch."), base.quantization
     name = "-".join(filter(None, ("job", _identify(owner, spec), *weights)))
     return serving.store.root / kept_builds.FOLDER / name
 
@@ -315,7 +315,7 @@ def _identify(owner: str, spec: Mapping[str, Any]) -> str:
     """A name that is equal for an owner's equal builds, forced or not, so that one can go on from the other."""
     recipe = {field: value for field, value in spec["recipe"].items() if field != "force"}
     fields = ("base", "persona", "opposite", "prompt", "files")
-    work = __version__, owner, recipe, {field: spec[field] for field in fields}
+    work = VERSIONS, owner, recipe, {field: spec[field] for field in fields}
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
 
 
