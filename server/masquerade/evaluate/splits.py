@@ -178,7 +178,7 @@ def _choose_held_out(
     sides: Sequence[Sequence[Encoded]], validation: Iterable[Sequence[Encoded]], seed: int
 ) -> set[object]:
     """The prompts that sides without validation examples hold out."""
-    prompts = {_key(one) for side in sides for one in side}
+    prompts: set[object] = {_key(one) for side in sides for one in side}
     if validated := prompts & {_key(one) for side in validation for one in side}:
         return validated
     if len(prompts) < 2:
