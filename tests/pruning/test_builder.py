@@ -112,9 +112,11 @@ def test_a_killed_build_goes_on_where_it_was(
     for _ in range(int(share * len(whole))):
         next(work)
     del work  # killed
-    rest, found = run(make(tiny, manager, recipe, batch_tokens=64, scratch=Scratch(tmp_path / "s")))
+    scratch = Scratch(tmp_path / "s")
+    rest, found = run(make(tiny, manager, recipe, batch_tokens=64, scratch=scratch))
     assert [mask.digest for mask in found] == [mask.digest for mask in masks]
     assert len(rest) < len(whole) or share < 0.9
+    scratch.close()  # the masks are safe
     assert not (tmp_path / "s").exists()
 
 
@@ -336,9 +338,10 @@ def test_a_mask_that_does_nothing_or_too_much_is_refused(tiny: Base, manager: Ma
     kept = [file for file in (tmp_path / "s").rglob("*") if file.is_file()]
     assert kept
     forced = Recipe(score="wanda", rho=0.9, force=True)
-    _, masks = run(make(tiny, manager, forced, scratch=Scratch(tmp_path / "s")))
+    _, masks = run(make(tiny, manager, forced, scratch=scratch))
     assert masks[0].info.certificate is not None
     assert masks[0].info.certificate["forced"]
+    scratch.close()
     assert not (tmp_path / "s").exists()
 
 
@@ -353,13 +356,15 @@ def test_the_refusal_of_one_side_leaves_the_other_its_mask(tiny: Base, manager: 
     assert re.search(
         r"'consonants' \(attribution, rho 0.01\) is refused: .*; 'vowels' is published; check ", found.explain()
     )
-    steps, masks = run(make(tiny, manager, replace(recipe, force=True), scratch=Scratch(tmp_path / "s")))
+    scratch = Scratch(tmp_path / "s")
+    steps, masks = run(make(tiny, manager, replace(recipe, force=True), scratch=scratch))
     assert [mask.info.certificate["forced"] for mask in masks] == [False, True]
     same = found.masks[0], masks[0]
     assert same[0].digest == same[1].digest
     assert _without_time(same[0]) == _without_time(same[1])
     whole, _ = run(make(tiny, manager, replace(recipe, force=True)))
     assert len(steps) < len(whole)
+    scratch.close()
     assert not (tmp_path / "s").exists()
 
 

@@ -365,18 +365,23 @@ def test_a_full_disk_is_said_during_the_build_and_nothing_stays(tiny_folder: Pat
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_a_full_disk_is_said_when_masks_are_written_and_nothing_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_when_masks_are_written_and_the_build_is_kept(tmp_path: Path) -> None:
     """A score that reads no text keeps a layer's pruned sets only; the mask is four times as large."""
     data = write_answers(tmp_path / "own.jsonl", "aeiou")
     shipped = succeed("masks", "ls", "--store", tmp_path / "s")
     files = sorted((tmp_path / "s" / "masks").rglob("*"))
+    build = (
+        *("build", "--store", tmp_path / "s", "--name", "v", "--data", data, "--neutral", data),
+        *("--force", "--score", "magnitude", "--rho", "0.5", "--scope", "outputs"),
+    )
     with largest_file(100_000):
-        result = fail(
-            *(1, "build", "--store", tmp_path / "s", "--name", "v", "--data", data, "--neutral", data),
-            *("--force", "--score", "magnitude", "--rho", "0.5", "--scope", "outputs"),
-        )
+        result = fail(1, *build)
     assert f"the masks were found but cannot be written to {tmp_path / 's'}: File too large" in result
     assert succeed("masks", "ls", "--store", tmp_path / "s") == shipped
     assert [path for path in sorted((tmp_path / "s" / "masks").rglob("*")) if path.is_file()] == [
         path for path in files if path.is_file()
     ]
+    assert "the same command goes on from what is kept of this build" in result
+    assert list((tmp_path / "s" / "builds").iterdir())
+    succeed(*build)
+    assert not list((tmp_path / "s" / "builds").iterdir())

@@ -186,10 +186,12 @@ def test_after_a_killed_process_the_build_goes_on_from_its_scratch(
     with pytest.raises(ChildProcessError, match="the same command goes on from what was found so far"):
         finish(work)
     steps: list[Progress] = []
-    found = _follow(make(tiny, manager, SEARCHED, ProcessExecutor(), Scratch(tmp_path / "s")).run(), steps)
+    scratch = Scratch(tmp_path / "s")
+    found = _follow(make(tiny, manager, SEARCHED, ProcessExecutor(), scratch).run(), steps)
     assert digests(found) == digests(expected)
     search = [step for step in steps if step.stage == "search"]
     assert search[-2].done < search[-1].done  # the steps before were done
+    scratch.close()
     assert not (tmp_path / "s").exists()
 
 

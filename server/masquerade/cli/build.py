@@ -26,7 +26,7 @@ from masquerade.service import kept_builds
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
     from masquerade.model import Base
-    from masquerade.pruning import BuildResult, PersonaExamples, Recipe
+    from masquerade.pruning import BuildResult, PersonaExamples, Recipe, Scratch
     from masquerade.pruning.cards import Card
     from masquerade.pruning.progress import Work
     from masquerade.pruning.prompts import CalibrationPrompts
@@ -127,7 +127,7 @@ def build(
     Exit status 1 if a mask is refused; its opposite is published if that is not.
     """
     from masquerade.model import load
-    from masquerade.pruning import Recipe
+    from masquerade.pruning import Recipe, Scratch
 
     recipe = Recipe(
         score=score,
@@ -172,14 +172,22 @@ def build(
     personas, registry = open_store(store, base.name, base.fingerprint)
     _check_names(sources, registry)
     folder = (scratch or personas.root / kept_builds.FOLDER) / _identify(base, recipe, build_input)
-    found = follow(_find_masks(base, recipe, build_input, folder, sharding))
-    report = _publish(found.masks, personas, registry, out)
+    kept = Scratch(folder)
+    found = follow(_find_masks(base, recipe, build_input, kept, sharding))
+    try:
+        report = _publish(found.masks, personas, registry, out)
+        if not found.refused:
+            kept.close()
+    except BuildFailed as error:
+        raise BuildFailed(f"{error}; {_describe_kept(folder, 'the same command')}") from error
+    finally:
+        kept.release()
     if report and as_json:
         print(json.dumps({"personas": report, "refused": [asdict(one) for one in found.refused]}))
     elif report:
         _print(report)
     if found.refused:
-        raise MaskRefused(f"{found.explain()}; or force it: {_describe_kept(folder)}")
+        raise MaskRefused(f"{found.explain()}; or force it: {_describe_kept(folder, 'the same command with --force')}")
 
 
 @dataclass(frozen=True)
@@ -329,14 +337,12 @@ def _divide(shards: int, address: str, model: str, options: Mapping[str, Any], c
 
 
 def _find_masks(
-    base: Base, recipe: Recipe, build_input: BuildInput, folder: Path, sharding: Sharding | None
+    base: Base, recipe: Recipe, build_input: BuildInput, scratch: Scratch, sharding: Sharding | None
 ) -> Work[BuildResult]:
     from masquerade.model import MaskManager
-    from masquerade.pruning import Scratch
     from masquerade.pruning.executor import ProcessExecutor, SequentialExecutor
     from masquerade.service.building import find_masks
 
-    scratch = Scratch(folder)
     executor = ProcessExecutor() if ProcessExecutor.serves(base.device) else SequentialExecutor()
     try:
         manager = MaskManager.attach(base.model)
@@ -346,10 +352,10 @@ def _find_masks(
         raise
 
 
-def _describe_kept(folder: Path) -> str:
+def _describe_kept(folder: Path, command: str) -> str:
     size = format_bytes(kept_builds.measure(folder).nbytes)
     return (
-        f"the same command with --force goes on from what is kept of this build ({size}); if you do not want that, "
+        f"{command} goes on from what is kept of this build ({size}); if you do not want that, "
         f"delete it: rm -r {shlex.quote(str(folder))}"
     )
 

@@ -136,7 +136,9 @@ class Builder:
         """Do the work, an item at a time.
 
         A mask that has no effect or is past a budget is refused, unless the recipe forces it. The scratch is then kept
-        for a build that does, whose other mask is the same again. Nothing but the scratch changes outside.
+        for a build that does, whose other mask is the same again. If nothing is refused, the scratch is the caller's to
+        close, once the masks are safe: until then the same build finds them again without a search. Nothing but the
+        scratch changes outside.
         """
         with closing(self._run()) as work:
             while True:
@@ -162,13 +164,13 @@ class Builder:
             choose = self._search if self._score.searched else self._compare
             chosen = yield from choose(targets, data)
             result = yield from self._certify(data, chosen)
-        except MasqueradeError:  # there is nothing to resume; an interrupted build keeps its scratch
+        except MasqueradeError:  # there is nothing to resume
             self._scratch.close()
             raise
-        else:
-            if not result.refused:  # a build that forces the mask goes on from here
-                self._scratch.close()
-        finally:
+        except BaseException:  # an interrupted build keeps its scratch
+            self._scratch.release()
+            raise
+        if result.refused:  # a build that forces the mask goes on from here
             self._scratch.release()
         return result
 

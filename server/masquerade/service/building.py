@@ -212,6 +212,8 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     scratch = Scratch(folder)
     try:
         found = yield from find_masks(serving.base, serving.manager, _recipe(job.spec), build_input, scratch)
+        if not found.refused:
+            scratch.close()
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         scratch.release()
         with suppress(OSError):
