@@ -93,7 +93,8 @@ def test_eval_measures_the_mask_beside_its_controls(tiny_folder: Path, shop: Any
     )
     short = write_answers(folder / "short.jsonl", "xyz", count=7)
     common = ("eval", *store, "--persona", "vowels", "--data", own, "--contrast", contrast)
-    assert "--gammas is '0,half'" in fail(2, *common, "--gammas", "0,half")
+    for gammas in ("0,half", "0,-0.5", "1.5", "nan"):
+        assert f"--gammas is '{gammas}'" in fail(2, *common, f"--gammas={gammas}")
     assert "has 40 examples and" in fail(1, "eval", *store, "--persona", "vowels", "--data", own, "--contrast", short)
     assert "no persona" in fail(1, "eval", *store, "--persona", "nobody", "--data", own, "--contrast", contrast)
 

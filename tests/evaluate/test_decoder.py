@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.paged import find_native_stack
 from masquerade.evaluate.treatment import UNTREATED, Phase, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager, NotNative, Span, make_route
-from tests import world
+from masquerade.model import AppliedMask, Base, MaskManager, NotNative, Span, load, make_route
+from tests import families, world
 
 Prompt = tuple[int, ...]
 TOKENS = 6
@@ -90,6 +91,19 @@ def test_logits_are_those_of_each_row_alone(tiny: Base, treatment: Treatment, sh
     found = decode(fast[0] if native else last, prompts, followed)
     for logits, prompt, following in zip(found, prompts, followed, strict=True):
         torch.testing.assert_close(logits, compute_whole(tiny, treatment, prompt, following), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma 3", "Llama 4"])
+def test_padding_takes_nothing_of_windows(tmp_path: Path, family: str) -> None:
+    """They are counted by place in the cache: what shorter rows share with longer ones has to stay beside the rest."""
+    base, rng = load(str(families.make_family(tmp_path, family))), random.Random(0)
+    MaskManager.attach(base.model)
+    shared = tuple(rng.randrange(4, 250) for _ in range(40))  # more than the windows
+    prompts = [(*shared, *(rng.randrange(4, 250) for _ in range(count))) for count in (3, 12, 30, 9)]
+    together = decode(CachedDecoder(base, prompts, UNTREATED), prompts, [(5, 6)] * 4)
+    for row, prompt in enumerate(prompts):
+        (alone,) = decode(CachedDecoder(base, [prompt], UNTREATED), [prompt], [(5, 6)])
+        torch.testing.assert_close(together[row], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_packed_rows_do_not_change_each_other(tiny: Base, treatment: Treatment) -> None:

@@ -442,6 +442,35 @@ class TestHostile:
         with pytest.raises(UnusableModel, match=rf"m\.gguf: {name}: .*{words}"):
             load(str(path), device="cpu")
 
+    @pytest.mark.parametrize(
+        ("model", "factor", "words"),
+        [("qwen2", None, "is not supported for this architecture"), ("llama", 2.0, "is not supported together with")],
+    )
+    def test_frequencies_that_nothing_reads_are_refused(
+        self, tmp_path: Path, model: str, factor: float | None, words: str
+    ) -> None:
+        def change(writer: GGUFWriter) -> None:
+            writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+            if factor is not None:
+                writer.add_rope_scaling_factor(factor)
+
+        path = ggufs.write(tmp_path / "m.gguf", make(model), change=change).path
+        with pytest.raises(UnusableModel, match=f"rope_freqs.weight: {words}"):
+            load(str(path), device="cpu")
+
+    @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+    def test_a_factor_without_a_type_is_linear(self, tmp_path: Path, key: str) -> None:
+        """As in llama.cpp; the second is an older name."""
+
+        def change(writer: GGUFWriter) -> None:
+            for old in ("type", "factor"):
+                writer.kv_data[0].pop(f"llama.rope.scaling.{old}")
+            writer.add_float32(f"llama.{key}", 2.5)
+
+        path = ggufs.write(tmp_path / "m.gguf", make("llama-linear"), change=change).path
+        rope = load(str(path), device="cpu").model.config.rope_parameters
+        assert (rope["rope_type"], rope["factor"]) == ("linear", 2.5)
+
     def test_integers_are_no_weights(self, tmp_path: Path) -> None:
         def pack(name: str, weights: NDArray[np.float32]) -> tuple[NDArray[Any], Kind]:
             return (weights.astype(np.int8), Kind.I8) if "v_proj" in name else (weights, Kind.F32)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +67,27 @@ def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"vocab_size": 300}),
+        ("config.json", {"intermediate_size": 10}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"dtype": "foo"}),
+        ("config.json", None),
+        ("generation_config.json", {"eos_token_id": "x"}),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused(
+    tiny_folder: Path, tmp_path: Path, name: str, change: dict[str, Any] | None
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "broken")
+    fields = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps([1] if change is None else fields | change))
+    with pytest.raises(UnusableModel):
+        load(str(folder))
+
+
 def test_a_missing_gpu_says_so(tiny_folder: Path) -> None:
     with pytest.raises(UnusableModel, match="no CUDA device"):
         load(str(tiny_folder), device="cuda")

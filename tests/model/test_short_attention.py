@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from masquerade.kernels import gradients
@@ -45,6 +47,15 @@ def test_it_is_attention(dtype, kv_heads, queries, keys, kind):
     ours, exact = (torch.autograd.grad(o.double().square().sum(), (q, k, v)) for o in (out, expected))
     for one, other in zip(ours, exact, strict=True):
         assert (one.double() - other.double()).norm() < 0.02 * other.double().norm()
+
+
+def test_scores_beyond_half_precision_are_finite():
+    """Before they are scaled, those of a head of 128 may be above 65 504."""
+    torch.manual_seed(0)
+    q, k, v = (36 + 20 * torch.randn(1, 2, 4, 128) for _ in range(3))
+    found = attend_short(nn.Module(), q.half(), k.half(), v.half(), None)[0].transpose(1, 2)
+    expected = F.scaled_dot_product_attention(*(one.half().double() for one in (q, k, v)), is_causal=True)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 5e-3
 
 
 def test_a_row_of_padding_is_finite():

@@ -29,6 +29,10 @@ def test_what_is_no_amount_is_refused_by_the_option(text: str) -> None:
         parse_bytes(text, "--memory")
 
 
+def test_more_than_any_machine_has_is_a_number() -> None:
+    assert parse_bytes("9" * 400, "--memory") == int("9" * 400)
+
+
 def test_a_container_has_what_its_limit_allows() -> None:
     assert MachineMemory(100, 50).usable == 100
     assert MachineMemory(100, 50, limit=30).usable == 30

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from masquerade.errors import UnusableModel
 from masquerade.model import find_targets, load
 from masquerade.plan.outline import Outline, read_outline
 from masquerade.sources import find_model
 from tests import world
+from tests.families import make_config
 from tests.model import ggufs
 
 EIGHT_BILLION = {
@@ -82,6 +83,19 @@ def test_the_config_alone_is_enough(tmp_path: Path) -> None:
     assert (outline.parameters, outline.files) == (PARAMETERS, {"index": 16})
 
 
+def test_text_and_images_are_planned_as_they_are_loaded(tmp_path: Path) -> None:
+    """The part for text, and as many positions as a request may have."""
+    text = make_config("Gemma 3")
+    config = Gemma3Config(text_config=text.to_dict(), vision_config={"hidden_size": 32, "num_hidden_layers": 1})
+    config.save_pretrained(tmp_path / "images")
+    text.save_pretrained(tmp_path / "text")
+    both, alone = read(tmp_path / "images"), read(tmp_path / "text")
+    assert (both.parameters, len(both.linears)) == (alone.parameters, len(alone.linears))
+    make_config("Phi-4 mini").save_pretrained(tmp_path / "phi")
+    longrope = read(tmp_path / "phi")
+    assert longrope.context < longrope.model.config.max_position_embeddings
+
+
 def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     folder = world.make_model(tmp_path)
     file = folder / "model.safetensors"
@@ -143,7 +157,7 @@ def test_only_weights_of_the_served_dtype_stay_in_the_file(tiny_folder: Path) ->
 
 def test_what_masks_do_not_apply_to_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path, model_type="gpt2")
-    with pytest.raises(UnusableModel, match="is a 'gpt2' model; masks need"):
+    with pytest.raises(UnusableModel, match="is a 'gpt2' model, which is not supported"):
         read(tmp_path)
 
 

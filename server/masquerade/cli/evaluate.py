@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -164,11 +165,14 @@ def _pair(data: Path, contrast: Path) -> tuple[list[Example], list[Example]]:
 
 
 def _read_gammas(text: str) -> list[float]:
-    """Numbers separated by commas. Raises `InvalidValue`."""
+    """Numbers from 0 to 1 separated by commas. Raises `InvalidValue`."""
     try:
-        return [float(one) for one in text.split(",") if one]
+        gammas = [float(one) for one in text.split(",") if one]
     except ValueError:
-        raise InvalidValue(f"--gammas is {text!r}; it must be numbers with commas between them") from None
+        gammas = [math.nan]
+    if not all(0 <= gamma <= 1 for gamma in gammas):
+        raise InvalidValue(f"--gammas is {text!r}; it must be numbers from 0 to 1 with commas between them")
+    return gammas
 
 
 def _print(report: Mapping[str, Any]) -> None:

@@ -33,9 +33,10 @@ def add_missing(root: Path, files: Sequence[str], database: PostgreSQL | None = 
                 raise InvalidValue(f"the secret in {path} is not random; make one with `openssl rand -hex 24`")
             now = time.time()
             key = Key(key_id, path.name, frozenset({scope}), ("*",), None, None, now, None, None)
-            table.add(key, seal(key_id, secret).hash)
-            Audit(root).write(key=None, action="add_key", target=key_id, outcome="done")
-            continue
+            if table.add(key, seal(key_id, secret).hash):
+                Audit(root).write(key=None, action="add_key", target=key_id, outcome="done")
+                continue
+            known = {key.id: (key, kept) for key, kept in table.all().items()}  # another server was first
         key, kept = known[key_id]
         if not (matches_scrypt if is_scrypt(kept) else matches)(secret, kept):
             raise InvalidValue(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from masquerade.evaluate.paged import BLOCK, PASS_TOKENS, PagedRows, Prompt, find_native_stack
-from masquerade.evaluate.prefix import count_shared, extend, of_prompt
+from masquerade.evaluate.prefix import count_shared, extend, keeps_all, of_prompt
 from masquerade.evaluate.treatment import Treatment
 from masquerade.model import Base, NativeStack, Span, make_route
 
@@ -66,7 +66,7 @@ class CachedDecoder:
         self._cache = DynamicCache(config=base.model.config)
         longest = max(map(len, prompts))
         padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-        self._shared = count_shared(prompts)  # before the padding, not after
+        self._shared = count_shared(prompts) if keeps_all(self._cache) else 0  # before the padding, not after
         places = torch.arange(longest)
         hidden = (places >= self._shared) & (places < self._shared + padding[:, None])
         self._visible = (~hidden).long().to(base.device)  # [rows, positions]

@@ -8,6 +8,7 @@ from itertools import takewhile
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from masquerade.evaluate.treatment import UNTREATED, Treatment
 from masquerade.model import Base, Span, make_route
@@ -23,6 +24,13 @@ def count_shared(prompts: Sequence[tuple[int, ...]]) -> int:
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
     shared = min(same, min(map(len, prompts)) - 1)
     return shared if shared * (len(prompts) - 1) >= WORTH else 0
+
+
+def keeps_all(cache: DynamicCache) -> bool:
+    """Whether every layer of a cache keeps all positions. Windows and chunks are counted by place in the cache, so that
+    padding behind a prefix would take part of them.
+    """
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def of_prompt(treatment: Treatment) -> Treatment:

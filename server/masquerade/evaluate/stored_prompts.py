@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, batches
 from masquerade.evaluate.paged import Prompt, find_native_stack
-from masquerade.evaluate.prefix import count_shared, extend, repeat
+from masquerade.evaluate.prefix import count_shared, extend, keeps_all, repeat
 from masquerade.evaluate.scorer import PagedScorer
 from masquerade.evaluate.treatment import UNTREATED
 from masquerade.model import Base, NotNative
@@ -32,7 +31,7 @@ class StoredPrompts:
         self._base, self._stack = base, find_native_stack(base)
         self._scorers: list[PagedScorer] = []  # of the native layers; the states are for transformers'
         self._states: dict[Prompt, list[tuple[Tensor, Tensor]]] = {}  # of each layer, [heads, positions, size]
-        self._closed = any(type(layer) is not DynamicLayer for layer in DynamicCache(config=base.model.config).layers)
+        self._closed = not keeps_all(DynamicCache(config=base.model.config))
 
     def hold(self, examples: Iterable[Encoded]) -> bool:
         """Whether the prompts of all examples are stored for transformers."""

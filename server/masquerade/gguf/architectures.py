@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from masquerade.gguf.file import GgufFile
 
+FREQUENCIES = "rope_freqs.weight"  # a tensor that is part of the config
+
 Config = dict[str, Any]
 _ORIGINAL_CONTEXT = 8192  # of every Llama 3; the GGUF file does not have it
 
@@ -89,8 +91,10 @@ _LLAMA_BIASES = {
 
 
 def _llama(file: GgufFile, sizes: Sizes, prefix: str) -> Config:
-    rope = _rope(file, prefix)
-    if "rope_freqs.weight" in file.tensors:
+    rope = _scale_rope(file, prefix)
+    if FREQUENCIES in file.tensors:
+        if rope["rope_type"] != "default":
+            file.fail(FREQUENCIES, f"is not supported together with {rope['rope_type']} scaling of positions")
         rope = _llama3(file, sizes, prefix, rope["rope_theta"])
     return {"rope_parameters": rope}
 
@@ -188,16 +192,27 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def _rope(file: GgufFile, prefix: str, base: float = 10_000.0) -> Config:
-    """The RoPE parameters with the file's scaling."""
+    """The RoPE parameters of an architecture without frequencies of its own."""
+    if FREQUENCIES in file.tensors:
+        file.fail(FREQUENCIES, "is not supported for this architecture")
+    return _scale_rope(file, prefix, base)
+
+
+def _scale_rope(file: GgufFile, prefix: str, base: float = 10_000.0) -> Config:
+    """The RoPE parameters with the file's scaling: linear, as in llama.cpp, if there is a factor and no type."""
     common = {"rope_theta": file.number(f"{prefix}.rope.freq_base", base)}
-    kind = file.text(f"{prefix}.rope.scaling.type", "none")
+    factors = (f"{prefix}.rope.scaling.factor", f"{prefix}.rope.scale_linear")
+    usual = "linear" if any(key in file.metadata and file.number(key) for key in factors) else "none"
+    kind = file.text(f"{prefix}.rope.scaling.type", usual)
     if kind not in _SCALINGS:
         file.fail(f"{prefix}.rope.scaling.type", f"is {kind!r:.80}; supported: {', '.join(_SCALINGS)}")
     return common | _SCALINGS[kind](file, f"{prefix}.rope.scaling")
 
 
 def _linear(file: GgufFile, key: str) -> Config:
-    return {"rope_type": "linear", "factor": file.number(f"{key}.factor")}
+    older = f"{key.removesuffix('.scaling')}.scale_linear"
+    used = older if f"{key}.factor" not in file.metadata and older in file.metadata else f"{key}.factor"
+    return {"rope_type": "linear", "factor": file.number(used)}
 
 
 def _yarn(file: GgufFile, key: str) -> Config:
@@ -221,11 +236,11 @@ _SCALINGS: Mapping[str, Callable[[GgufFile, str], Config]] = {
 
 def _llama3(file: GgufFile, sizes: Sizes, prefix: str, theta: float) -> Config:
     """Llama 3's RoPE parameters, from the divisors of the frequencies in the file."""
-    name = "rope_freqs.weight"
-    tensor = file.tensors[name]
+    tensor = file.tensors[FREQUENCIES]
     if tensor.shape != (sizes.head_dim // 2,) or tensor.kind.name != "F32":
         file.fail(
-            name, f"is {tensor.kind.name} of the shape {list(tensor.shape)}; expected F32 [{sizes.head_dim // 2}]"
+            FREQUENCIES,
+            f"is {tensor.kind.name} of the shape {list(tensor.shape)}; expected F32 [{sizes.head_dim // 2}]",
         )
     factors = tensor.map().view("<f4")
     config = {
@@ -239,7 +254,7 @@ def _llama3(file: GgufFile, sizes: Sizes, prefix: str, theta: float) -> Config:
         ),
     }
     if not np.allclose(factors, divide_llama3(config, sizes.head_dim), rtol=1e-4):
-        file.fail(name, "is not the scaling of Llama 3.1 to 3.3, the only one that is supported")
+        file.fail(FREQUENCIES, "is not the scaling of Llama 3.1 to 3.3, the only one that is supported")
     return config
 
 

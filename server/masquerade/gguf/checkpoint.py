@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from masquerade.gguf.architectures import ARCHITECTURES, Architecture, Sizes
+from masquerade.gguf.architectures import ARCHITECTURES, FREQUENCIES, Architecture, Sizes
 from masquerade.gguf.file import GgufFile
 from masquerade.gguf.parts import read_parts
 from masquerade.gguf.weight import Weight, is_readable
 
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"  # without it, the embedding is tied
-_FREQUENCIES = "rope_freqs.weight"  # part of the config
 _VALUES = ("F32", "F16", "BF16")  # types without blocks; vectors are read value by value
 _UNSUPPORTED = (  # they would change the answers; no known model of these architectures has them
     "attention.scale",
@@ -131,7 +130,7 @@ def _find(file: GgufFile, stored: str, name: str, shape: tuple[int, ...]) -> Wei
 
 
 def _check_complete(file: GgufFile, weights: tuple[Weight, ...]) -> None:
-    unknown = sorted(file.tensors.keys() - {weight.tensor.name for weight in weights} - {_FREQUENCIES})
+    unknown = sorted(file.tensors.keys() - {weight.tensor.name for weight in weights} - {FREQUENCIES})
     if unknown:
         experts = " (mixtures of experts are not supported)" if "exps" in unknown[0] else ""
         more = f", nor are {len(unknown) - 1} others" if unknown[1:] else ""

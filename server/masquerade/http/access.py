@@ -34,6 +34,7 @@ from masquerade.keys.ring import Keyring
 from masquerade.service.rights import LOCAL, Rights, find_rights
 from masquerade.service.serving import PersonaReference
 
+TARGET_LIMIT = 128  # characters of a name in the audit log; that of a persona has fewer
 MOST_HASHING = 16  # tokens that may wait for scrypt
 # Routes that need no key: they show nothing of any key and change nothing.
 OPEN = frozenset({"/", "/healthz", "/readyz", "/health", "/ping", "/version", "/docs", "/openapi.json"})
@@ -72,7 +73,7 @@ class Caller(Rights):
     def check_persona(self, reference: str, param: str | None = None) -> None:
         """As `Rights` does; a permitted name becomes a target of the request in the audit log."""
         super().check_persona(reference, param)
-        self.record.targets.append(reference.partition("@")[0])
+        self.record.targets.append(reference.partition("@")[0][:TARGET_LIMIT])
 
     def check_reference(self, reference: PersonaReference | None) -> None:
         """`check_persona` for the persona that a request names; every caller may use the base."""

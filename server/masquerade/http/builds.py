@@ -222,7 +222,7 @@ def describe_job(job_service: JobService, job: Job) -> JobObject:
             "estimated_finish": _estimate_finish(job_service, job),
             "model": spec["base"]["name"],
             "fine_tuned_model": finetuned,
-            "result_files": [persona["file"] for persona in personas],
+            "result_files": [persona["file"] for persona in personas if persona["file"]],
             "status": job.state,
             "training_file": spec["files"]["training"],
             "validation_file": spec["files"].get("validation"),

@@ -144,10 +144,21 @@ class BatchTable:
         with self.group.write() as db:
             db.execute(update(BATCH).where(BATCH.c.worker == self._worker).values(worker=None, lease_until=None))
 
-    def check_lease(self, batch_id: str) -> None:
-        """Raises `LeaseLost` if another server runs a batch."""
+    def claim(self, batch_id: str) -> None:
+        """Make a batch this server's, or renew its lease. Raises `LeaseLost` if another server runs it."""
+        if not self.group.shared:
+            return
+        with self.group.write() as db:
+            free = BATCH.c.id == batch_id, or_(BATCH.c.worker == self._worker, self._lost(db))
+            if not db.execute(update(BATCH).where(*free).values(**self._lease(db))).rowcount:
+                raise LeaseLost(f"another server runs the batch {batch_id} now")
+
+    def find_repeated(
+        self, owner: str, endpoint: str, input_file: str, metadata: Mapping[str, str] | None, repeat: Repeat
+    ) -> BatchRecord | None:
+        """The batch that `add` would return instead of a new one. Raises `InvalidValue` as that does."""
         with self.group.read() as db:
-            self._check_lease(db, batch_id)
+            return self._find_repeated(db, owner, (endpoint, input_file, json.dumps(metadata)), repeat)
 
     def count_batches(self) -> Mapping[str, int]:
         """State -> number of batches."""
@@ -197,7 +208,7 @@ class BatchTable:
 
     def _check_lease(self, db: Connection, batch_id: str) -> None:
         worker = db.execute(select(BATCH.c.worker).where(BATCH.c.id == batch_id)).scalar()
-        if self.group.shared and worker not in (None, self._worker):
+        if self.group.shared and worker != self._worker:
             raise LeaseLost(f"another server runs the batch {batch_id} now")
 
     def _find_repeated(

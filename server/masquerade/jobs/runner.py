@@ -106,7 +106,7 @@ class Runner:
             except Exception:  # a full disk, a locked table: the jobs stay in the table
                 _log.exception("the jobs cannot be run; trying again")
                 self._needs_requeue = True
-                self._woken.wait(IDLE_SECONDS)
+                self._pause()
 
     def _run_next(self) -> None:
         if self._needs_requeue:
@@ -121,6 +121,12 @@ class Runner:
             return
         self._woken.wait(IDLE_SECONDS)
         self._woken.clear()
+
+    def _pause(self) -> None:
+        """Wait before another attempt, unless the runner is stopping. What came before does not end the wait."""
+        self._woken.clear()
+        if not self._stopping:
+            self._woken.wait(IDLE_SECONDS)
 
     def _take_next(self) -> Job | None:
         if not self._table.has_next():
@@ -142,7 +148,7 @@ class Runner:
         except NotReady as error:  # the engine is stopping, or broken; that is not the job's fault
             _log.warning("the job %s goes back to the queue: %s", job.id, error)
             self._table.requeue_running()
-            self._woken.wait(IDLE_SECONDS)
+            self._pause()
         except MasqueradeError as error:
             if isinstance(error, BuildRunning) and self._table.group.shared:
                 # the server that has lost its lease is still within a work item

@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,13 +90,19 @@ class JobTable:
             return _find_file(db, owner, purpose, name, digest)
 
     def claim_file(self, owner: str, purpose: str, name: str, digest: str, *, tentative: bool) -> File | None:
-        """As `find_file`, for an upload of the same file: unless that is tentative, the file is confirmed."""
+        """As `find_file`, for an upload of the same file: it is as new as one of another content. Unless the upload is
+        tentative, the file is confirmed.
+        """
         with self.group.write() as db:
             file = _find_file(db, owner, purpose, name, digest)
-            if file is not None and tentative:
-                db.execute(update(FILE).where(FILE.c.id == file.id, FILE.c.claims > 0).values(claims=FILE.c.claims + 1))
-            elif file is not None:
-                db.execute(update(FILE).where(FILE.c.id == file.id).values(claims=0))
+            if file is None:
+                return None
+            file, same = replace(file, created_at=time.time()), FILE.c.id == file.id
+            db.execute(update(FILE).where(same).values(created_at=file.created_at))
+            if tentative:
+                db.execute(update(FILE).where(same, FILE.c.claims > 0).values(claims=FILE.c.claims + 1))
+            else:
+                db.execute(update(FILE).where(same).values(claims=0))
         return file
 
     def confirm_file(self, file_id: str) -> None:

@@ -33,11 +33,14 @@ class KeyTable:
     def __init__(self, folder: Path, database: PostgreSQL | None = None) -> None:
         self.group: TableGroup = database.group("keys") if database else _open_file(folder / FILE)
 
-    def add(self, key: Key, stored: bytes) -> None:
-        """Add a key with the hash of its secret."""
+    def add(self, key: Key, stored: bytes) -> bool:
+        """Add a key with the hash of its secret; False, and no change, if there is a key with its id."""
         row = vars(key) | {"scopes": json.dumps(sorted(key.scopes)), "personas": json.dumps(key.personas)}
         with self.group.write() as db:
+            if db.execute(select(KEY.c.id).where(KEY.c.id == key.id)).first():
+                return False
             db.execute(insert(KEY).values(**row, hash=stored))
+        return True
 
     def all(self) -> dict[Key, bytes]:
         """Key -> hash, also of revoked keys, the oldest first."""

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils.logging import set_tqdm_hook
 
-from maskstore import MaskError, list_tensors
-from masquerade.errors import UnusableModel, quote
+from maskstore import list_tensors
+from masquerade.errors import MasqueradeError, UnusableModel, quote
 from masquerade.kernels import quantised
 from masquerade.kernels.native import require_library
 from masquerade.model import families
@@ -91,7 +90,9 @@ def load(
                 if files.is_gguf
                 else _load_folder(name, files, dtype, where, report)
             )
-    except (OSError, ValueError, KeyError, MaskError, StrictDataclassError) as error:
+    except MasqueradeError:
+        raise
+    except Exception as error:  # transformers checks a config in parts; a wrong one may raise anything
         raise UnusableModel(f"cannot load a model from {name!r}: {error}") from error
     if name.startswith(PREFIX) and not tokenizer.chat_template:
         raise UnusableModel(
@@ -142,7 +143,7 @@ def _load_folder(
     if dtype == "auto" and device.type == "cpu":
         wanted = torch.float32
     stored = _check_stored(files)
-    config, renamed = _read_config(name, files.path)
+    config, renamed = read_config(name, files.path)
     place: Any = {"device_map": {"": device}} if stored else {}  # 8-bit weights cannot be moved afterwards
     with _follow_weights(report, files) if report else nullcontext():
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -190,7 +191,7 @@ def _check_stored(files: ModelFiles) -> bool:
     return stored is not None
 
 
-def _read_config(name: str, folder: Path) -> tuple[Any, Mapping[str, str] | None]:
+def read_config(name: str, folder: Path) -> tuple[Any, Mapping[str, str] | None]:
     """The config of a folder's language model, and where its weights have other names than the model's.
 
     Of a model of text and images it is the part for text. Raises `UnusableModel` for a family that is not supported.
@@ -237,4 +238,7 @@ def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
     declared = model.generation_config.eos_token_id
     if declared is None:
         declared = tokenizer.eos_token_id
-    return frozenset(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if not all(isinstance(one, int) for one in ends):
+        raise UnusableModel(f"the generation config's eos_token_id is {declared!r:.80}; it must be token ids")
+    return frozenset(ends)

@@ -41,8 +41,9 @@ def attend_short(
     rows, heads, queries, size = q.shape
     groups, keys = rows * k.shape[1], k.shape[2]  # a group is the query heads that share keys and values
     scale = kw.get("scaling")
-    scores = q.reshape(groups, -1, size) @ k.reshape(groups, keys, size).transpose(1, 2)
-    scores = scores.view(rows, heads, queries, keys) * (size**-0.5 if scale is None else scale)
+    scaled = q * (size**-0.5 if scale is None else scale)  # before the product, which half precision might not hold
+    scores = scaled.reshape(groups, -1, size) @ k.reshape(groups, keys, size).transpose(1, 2)
+    scores = scores.view(rows, heads, queries, keys)
     causal = kw.get("is_causal")
     if attention_mask is None and queries > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
         attention_mask = torch.ones(queries, keys, dtype=torch.bool).tril()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from masquerade.errors import InvalidValue
@@ -69,7 +70,7 @@ def parse_bytes(text: str, option: str) -> int:
     nbytes = 0
     if found and unit in _UNITS:
         base = 1000 if unit.endswith("b") and "i" not in unit else 1024
-        nbytes = int(float(found[1]) * base ** _UNITS[unit])
+        nbytes = int(Fraction(found[1]) * base ** _UNITS[unit])
     if nbytes < 1:
         raise InvalidValue(f"{option} is {text!r:.80}; give bytes, such as 24GiB, 24GB or 25769803776", param=option)
     return nbytes

@@ -22,7 +22,8 @@ from masquerade.kernels import quantised
 from masquerade.kernels.native import find_library
 from masquerade.model import find_targets
 from masquerade.model.dequantized import find_kept
-from masquerade.model.load import keeps_blocks
+from masquerade.model.families import find_context
+from masquerade.model.load import keeps_blocks, read_config
 from masquerade.model.quantized import check_stored
 from masquerade.sources import ModelFiles
 
@@ -92,7 +93,7 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
             raise UnusableModel(
                 f"{files.name!r} is a {kind!r} model; masks need Llama-shaped attention and MLP Linears"
             )
-        context = int(model.config.get_text_config().max_position_embeddings)
+        context = find_context(model.config)
     except MasqueradeError:
         raise
     except Exception as error:  # transformers checks a config in parts; a wrong one may raise anything
@@ -129,7 +130,7 @@ def _read_folder(files: ModelFiles) -> tuple[Any, dict[str, int], torch.dtype]:
             f"{files.name!r} is quantised with bitsandbytes in its files; it can be served, but a plan needs its "
             "unquantised original, with the same --quantization"
         )
-    config = AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=False)
+    config, _ = read_config(files.name, files.path)
     stored = next((_DTYPES[kind] for kind in sizes if kind in _DTYPES), torch.float32)
     return config, dict(sizes), config.dtype or stored
 

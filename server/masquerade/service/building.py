@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maskstore import ANY, Mask, MaskConflict, MaskExists, MaskNotFound, Registry, StoreBusy
+from maskstore import ANY, BucketUnreachable, Mask, MaskConflict, MaskExists, MaskNotFound, Registry, StoreBusy
 from maskstore import sweep as clear_masks
 from masquerade.errors import (
     BadDataset,
@@ -25,6 +26,7 @@ from masquerade.errors import (
     InvalidValue,
     MaskRefused,
     MasqueradeError,
+    NotReady,
     PersonaExists,
     QuotaExceeded,
 )
@@ -46,6 +48,7 @@ from masquerade.service import kept_builds
 from masquerade.service.rights import Rights, find_rights
 from masquerade.service.serving import Serving
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 KEPT_HOURS = 24.0  # for which the work of a refused build is kept
 KEPT_BUILDS = 4  # most refused builds whose work is kept, one of each owner
@@ -212,8 +215,6 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     scratch = Scratch(folder)
     try:
         found = yield from find_masks(serving.base, serving.manager, _recipe(job.spec), build_input, scratch)
-        if not found.refused:
-            scratch.close()
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         scratch.release()
         with suppress(OSError):
@@ -256,12 +257,21 @@ def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
 def _finish(
     serving: Serving, keyring: Keyring, job_service: JobService, job: Job, found: BuildResult
 ) -> dict[str, Any]:
-    """Publish the masks, and return the job's result. Raises `MaskRefused` with it if a mask is refused."""
-    _check_owner(serving, keyring, job)
-    result = _publish(serving, job_service, job, found.masks)
+    """Publish the masks, and return the job's result. Raises `MaskRefused` with it if a mask is refused, and `NotReady`
+    if the registry or its bucket cannot be written to now: what was found stays for the next attempt.
+    """
+    folder = _folder(serving, job.owner, job.spec)
+    try:
+        _check_owner(serving, keyring, job)
+        result = _publish(serving, job_service, job, found.masks)
+    except (StoreBusy, BucketUnreachable) as error:
+        raise NotReady(f"the masks cannot be published now: {error.message}") from error
     result["refused"] = [asdict(one) for one in found.refused]
-    if found.refused:
-        size = format_bytes(kept_builds.measure(_folder(serving, job.owner, job.spec)).nbytes)
+    if not found.refused:
+        with suppress(OSError):
+            kept_builds.delete(folder)
+    else:
+        size = format_bytes(kept_builds.measure(folder).nbytes)
         raise MaskRefused(
             f"{found.explain()}; or force it: within {KEPT_HOURS:g} hours the same request with `force` goes on from "
             f"what is kept of this build ({size})",
@@ -276,20 +286,28 @@ def _publish(serving: Serving, job_service: JobService, job: Job, masks: Sequenc
     published = []
     try:
         serving.registry.publish_built(*new, expected=ANY if job.spec["replace"] else None)
-        for mask in masks:
-            name, path = mask.info.persona, serving.store.path(mask.digest)
-            file = job_service.uploads.adopt(job.owner, f"{name}.safetensors", path, mask.digest)
-            certificate = dict(mask.info.certificate)
-            published.append({"persona": name, "digest": mask.digest, "certificate": certificate, "file": file.id})
     except (MaskConflict, MaskExists) as error:
         raise PersonaExists(f"a name was taken during the build: {error.message}") from error
     except OSError as error:
         raise BuildFailed(f"the masks were found but cannot be written: {error.strerror}") from error
+    for mask in masks:
+        name, certificate = mask.info.persona, dict(mask.info.certificate)
+        file = _keep_file(job_service, job, name, serving.store.path(mask.digest), mask.digest)
+        published.append({"persona": name, "digest": mask.digest, "certificate": certificate, "file": file})
     tokens = None
     for mask in masks[:1]:
         calibration = dict(mask.info.calibration)
         tokens = calibration["tokens"] + (calibration["contrast"] or {}).get("tokens", 0)
     return {"personas": published, "trained_tokens": tokens}
+
+
+def _keep_file(job_service: JobService, job: Job, name: str, path: Path, digest: str) -> str | None:
+    """The id of a published mask as a file of the job, or None: the persona is served, whatever becomes of the file."""
+    try:
+        return job_service.uploads.adopt(job.owner, f"{name}.safetensors", path, digest).id
+    except Exception:
+        _log.exception("the persona %s is published, but the job %s cannot keep its file", name, job.id)
+        return None
 
 
 def _is_published(registry: Registry, mask: Mask, known: Mapping[str, str]) -> bool:

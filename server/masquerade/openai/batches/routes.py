@@ -42,9 +42,11 @@ async def create_batch(
     """
 
     def create() -> BatchRecord:
+        fields = caller.owner, request.endpoint, request.input_file_id, request.metadata, repeat
+        if known := job_service.batches.find_repeated(*fields):
+            return known
         _check_file(job_service, caller.owner, request.input_file_id)
-        metadata = request.metadata
-        return job_service.batches.add(caller.owner, request.endpoint, request.input_file_id, metadata, repeat)
+        return job_service.batches.add(*fields)
 
     batch = await asyncio.to_thread(create)
     caller.record.targets.append(batch.id)

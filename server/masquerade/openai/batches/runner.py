@@ -142,7 +142,7 @@ class BatchRunner:
             await asyncio.wait([after])
         while True:
             try:
-                await asyncio.to_thread(self._batches.check_lease, batch_id)
+                await asyncio.to_thread(self._batches.claim, batch_id)
                 batch = await asyncio.to_thread(self._batches.get, batch_id)
                 if batch.state == "validating":
                     batch = await asyncio.to_thread(self._validate, batch)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -149,13 +150,23 @@ async def _save(
     responses: ResponseTable, owner: str, history: Sequence[Json], items: Sequence[ResolvedItem], body: Json
 ) -> bool:
     """Store a response with its input. An error is logged, and the response is sent all the same."""
-    stored = StoredResponse(body, [*history, *(item.render() for item in items)])
+    stored = StoredResponse(body, list(_name_items([*history, *(item.render() for item in items)])))
     try:
         await asyncio.to_thread(responses.add, owner, stored)
     except Exception as failure:
         errors.translate(failure, "storing a response")
         return False
     return True
+
+
+def _name_items(items: Iterable[Json]) -> Iterator[Json]:
+    """The items, each with an id of its own: clients may send one twice, and pages go on after an id."""
+    taken = set[str]()
+    for item in items:
+        while item["id"] in taken:
+            item = {**item, "id": f"{item['id'].rpartition('_')[0] or 'item'}_{uuid.uuid4().hex}"}
+        taken.add(item["id"])
+        yield item
 
 
 def _json(value: Json) -> Response:
