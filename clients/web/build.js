@@ -14,10 +14,10 @@ export async function showBuild(page, signal, job) {
   if (job) return showJob(page, signal, job);
   const { data } = await ask("GET", "v1/fine_tuning/jobs");
   if (signal.aborted) return;
-  page.append(h("h2", {}, "Build a persona"), form(), h("h3", {}, "Builds"), list(data));
+  page.append(h("h2", {}, "Build a persona"), form(signal), h("h3", {}, "Builds"), list(data));
 }
 
-function form() {
+function form(signal) {
   const drops = {
     training: new Drop("Answers in character", "One JSON object a line: a chat, prompt and completion, question with both answers, or text."),
     contrast: new Drop("Answers of the opposite (optional)", "A file whose lines have both answers is its own contrast: drop it here too."),
@@ -55,7 +55,7 @@ function form() {
       go.disabled = true;
       try {
         const job = await order(source.chosen, drops, fields, outcome);
-        location.hash = `#/build/${job.id}`;
+        if (!signal.aborted) location.hash = `#/build/${job.id}`; // who has gone elsewhere stays there
       } catch (error) {
         outcome.replaceChildren(alarm(error));
       }

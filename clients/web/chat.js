@@ -92,7 +92,7 @@ function next(personas, columns) {
 
 function settings() {
   const number = (value, min, max, step) => h("input", { type: "number", value, min, max, step });
-  const temperature = number(0.7, 0, 2, 0.1);
+  const temperature = number(0.7, 0, 2, "any");
   const limit = number("", 1, 100000, 1);
   const seed = number("", 0, 2 ** 31, 1);
   const system = h("textarea", { rows: 2 });
@@ -105,7 +105,8 @@ function settings() {
       return system.value.trim();
     },
     get sampling() {
-      const chosen = { temperature: Number(temperature.value) };
+      const chosen = {};
+      if (temperature.value) chosen.temperature = Number(temperature.value);
       if (limit.value) chosen.max_tokens = Number(limit.value);
       if (seed.value) chosen.seed = Number(seed.value);
       return chosen;
@@ -120,7 +121,7 @@ class Column {
     const pairs = [[BASE, "no persona"], ...personas.map((one) => [one.id, one.id])];
     const defaults = new Map(personas.map((one) => [one.id, one.gamma]));
     this.persona = select(pairs, name, { onchange: () => this.reset(defaults) });
-    this.gamma = h("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: () => this.showGamma() });
+    this.gamma = h("input", { type: "range", min: 0, max: 1, step: 0.01, oninput: () => this.showGamma() });
     this.shown = h("output", {});
     this.curve = new Curve();
     this.log = h("div", { class: "log", "data-empty": "Nothing has been said yet.", role: "log", "aria-label": "Conversation", tabindex: 0 });
@@ -257,11 +258,9 @@ class Column {
   async certify() {
     if (!this.certificate.open) return;
     const summary = this.certificate.firstChild;
-    try {
-      this.certificate.replaceChildren(summary, certificateOf(await details(this.persona.value)));
-    } catch (error) {
-      this.certificate.replaceChildren(summary, alarm(error));
-    }
+    const name = this.persona.value;
+    const shown = await details(name).then(certificateOf).catch(alarm);
+    if (name === this.persona.value) this.certificate.replaceChildren(summary, shown); // not that of one that was chosen before
   }
 
   quote() {

@@ -69,11 +69,15 @@ function askKey(why) {
 dialog.addEventListener("close", () => {
   if (dialog.returnValue !== "use") return;
   key.set(document.getElementById("key-value").value.trim());
-  if (!view.querySelector(".question")) show(); // a conversation stays, with its button "Ask again"
+  if (!view.querySelector(".question, form.build")) show(); // a conversation stays, with its button "Ask again", and so does a form
 });
 document.getElementById("key").addEventListener("click", () => askKey(""));
 document.addEventListener("key-wanted", (event) => askKey(event.detail));
-document.addEventListener("server-back", () => view.querySelector(".error") && !view.querySelector("[data-kept]") && show());
+document.addEventListener("server-back", () => view.querySelector(".error") && !view.querySelector("[data-kept], form.build") && show());
+document.addEventListener("invalid", (event) => { // the browser can say what is wrong with visible fields only
+  const folded = event.target.closest("details");
+  if (folded) folded.open = true;
+}, true);
 document.getElementById("skip").addEventListener("click", () => view.focus());
 addEventListener("hashchange", show);
 for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault()); // a file dropped elsewhere is not opened

@@ -206,6 +206,8 @@ def test_a_conversation_in_a_terminal(server: Server, tmp_path: Path) -> None:
     terminal.wait_for(r"\w+.*\r\nformal> ")
     terminal.type("/compare formal casual\r")
     terminal.wait_for(r"casual(?s:.*)formal> ")
+    terminal.type("/compare formal\r")
+    terminal.wait_for(r"two to 4 personas(?s:.*)formal> ")
     terminal.type("/persona nobody\r")
     terminal.wait_for(r"no persona(?s:.*)formal> ")
     terminal.type("/persona casual\r")

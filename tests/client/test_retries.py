@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from masquerade_client import ApiError, ConnectionFailed, Overloaded, ServerError
-from masquerade_client._calls import Attempts
+from masquerade_client import ApiError, Client, ConnectionFailed, Overloaded, ServerError
+from masquerade_client._calls import Attempts, Patience
 from tests.client.conftest import Async, Driver, Sync
 from tests.client.scripted import COMPLETION, Answer, Handler, Script, answer_in, say, stream
 
@@ -74,6 +74,27 @@ def test_a_lost_answer_is_not_asked_for_twice_where_that_would_do_it_twice(kind:
     with pytest.raises(ConnectionFailed):
         kind(base_url=script.base_url, retries=2).chat("Hello")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("status", "times"), [(502, 1), (503, 2), (504, 1)])
+def test_a_gateway_does_not_know_whether_a_rollback_was_done(script: Script, status: int, times: int) -> None:
+    script.answer, asked = turns(busy(status), busy(404))
+    with pytest.raises(ApiError), Client(script.base_url, retries=2) as client:
+        client.personas.rollback("formal")
+    assert len(asked) == times
+
+
+def test_who_waits_for_a_build_waits_for_a_server_that_is_away() -> None:
+    patience = Patience()
+    away = ConnectionFailed("nobody", reached=False)
+    with pytest.raises(ConnectionFailed):
+        patience.pause(away)  # from the beginning: the address is wrong
+    patience.reset()
+    assert [patience.pause(away) for _ in range(6)] == [0.5, 1, 2, 4, 8, 8]
+    patience.reset()
+    assert patience.pause(Overloaded("busy", passing=True)) == 0.5
+    with pytest.raises(ApiError):
+        patience.pause(ApiError("no such build", status=404))
 
 
 def test_a_lost_list_is_asked_for_again(client: Driver, kind: Kind, script: Script) -> None:

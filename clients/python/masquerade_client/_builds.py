@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Unpack, cast
 
-from ._calls import AsyncRuns, Call, Runs, check, check_options, decoder, http_errors, list_decoder
-from ._errors import BuildFailed, ConnectionFailed
+from ._calls import AsyncRuns, Call, Patience, Runs, check, check_options, decoder, http_errors, list_decoder
+from ._errors import ApiError, BuildFailed, ConnectionFailed
 from ._sse import EventDecoder
 from ._types import Build, BuildEvent, BuildOptions, Data, decoding
 
@@ -120,22 +122,23 @@ class Builds:
         yield from self._follow(build, Events())
 
     def wait(self, build: str, progress: Callable[[BuildEvent], object] | None = None) -> Build:
-        """Wait until a build has succeeded; `progress` gets each event. Survives a restart of the server.
+        """Wait until a build has succeeded; `progress` gets each event. Survives a restart of the server that takes no
+        more than five minutes.
 
         Raises `BuildFailed` if it fails or is cancelled.
         """
-        seen = Events()
+        seen, patience = Events(), Patience()
         while True:
             try:
                 for event in self._follow(build, seen):
+                    patience.reset()
                     if progress:
                         progress(event)
-            except ConnectionFailed as error:
-                if not error.reached:
-                    raise
-            current = self.get(build)
-            if current.ended:
-                return require_success(current)
+                current = self.get(build)
+                if current.ended:
+                    return require_success(current)
+            except (ConnectionFailed, ApiError) as error:
+                time.sleep(patience.pause(error))
 
     def _follow(self, build: str, seen: Events) -> Iterator[BuildEvent]:
         seen.begin()
@@ -178,22 +181,23 @@ class AsyncBuilds:
             yield event
 
     async def wait(self, build: str, progress: Callable[[BuildEvent], object] | None = None) -> Build:
-        """Wait until a build has succeeded; `progress` gets each event. Survives a restart of the server.
+        """Wait until a build has succeeded; `progress` gets each event. Survives a restart of the server that takes no
+        more than five minutes.
 
         Raises `BuildFailed` if it fails or is cancelled.
         """
-        seen = Events()
+        seen, patience = Events(), Patience()
         while True:
             try:
                 async for event in self._follow(build, seen):
+                    patience.reset()
                     if progress:
                         progress(event)
-            except ConnectionFailed as error:
-                if not error.reached:
-                    raise
-            current = await self.get(build)
-            if current.ended:
-                return require_success(current)
+                current = await self.get(build)
+                if current.ended:
+                    return require_success(current)
+            except (ConnectionFailed, ApiError) as error:
+                await asyncio.sleep(patience.pause(error))
 
     async def _follow(self, build: str, seen: Events) -> AsyncIterator[BuildEvent]:
         seen.begin()

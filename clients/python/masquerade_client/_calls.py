@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = httpx.Timeout(300.0, connect=5.0)
 DEFAULT_RETRIES = 2
 LONGEST_WAIT = 60.0  # seconds; a longer Retry-After raises the error
+LONGEST_ABSENCE = 300.0  # seconds without the server in which a build is waited for
+_OF_GATEWAYS = (502, 504)  # the server may have done its work all the same
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds, without Retry-After
 
 Timeout = float | httpx.Timeout | None
@@ -41,6 +45,7 @@ class Call(Generic[T]):
     data: Mapping[str, Any] | None = None  # of a form
     files: Mapping[str, Callable[[], tuple[str, IO[bytes]]]] | None = None  # reopened for each attempt
     again: bool = False
+    changes: bool = False  # a persona, so that to do it twice is something else
 
     @contextmanager
     def request(self) -> Iterator[dict[str, Any]]:
@@ -49,7 +54,7 @@ class Call(Generic[T]):
             parts = {key: open_() for key, open_ in (self.files or {}).items()}
             for _, file in parts.values():
                 opened.enter_context(file)
-            given = {name: value for name, value in vars(self).items() if name not in ("read", "again")}
+            given = {name: value for name, value in vars(self).items() if name not in ("read", "again", "changes")}
             yield given | {"files": parts or None}
 
 
@@ -76,9 +81,9 @@ class AsyncRuns(Protocol):
 class Attempts:
     """The remaining attempts of one call."""
 
-    def __init__(self, retries: int, again: bool) -> None:
+    def __init__(self, retries: int, again: bool, changes: bool = False) -> None:
         self._left = retries
-        self._again = again
+        self._again, self._changes = again, changes
         self._pause = FIRST_PAUSE
 
     def pause(self, error: MasqueradeError) -> float:
@@ -96,8 +101,31 @@ class Attempts:
 
     def _is_retryable(self, error: MasqueradeError) -> bool:
         if isinstance(error, ApiError):
-            return error.passing
+            return error.passing and not (self._changes and error.status in _OF_GATEWAYS)
         return isinstance(error, ConnectionFailed) and (self._again or not error.reached)
+
+
+class Patience:
+    """For how long somebody who waits puts up with a server that is away, such as during a restart."""
+
+    def __init__(self) -> None:
+        self._pause, self._since = FIRST_PAUSE, math.inf
+
+    def reset(self) -> None:
+        """The server is there."""
+        self._pause, self._since = FIRST_PAUSE, time.monotonic()
+
+    def pause(self, error: MasqueradeError) -> float:
+        """Seconds until the next look; raises `error` if it does not pass, lasts too long, or was there at once."""
+        passing = error.passing if isinstance(error, ApiError) else isinstance(error, ConnectionFailed)
+        known = self._since < math.inf or (isinstance(error, ConnectionFailed) and error.reached)
+        if not (passing and known):
+            raise error
+        self._since = min(self._since, time.monotonic())
+        if time.monotonic() - self._since > LONGEST_ABSENCE:
+            raise error
+        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        return pause
 
 
 def settings(base_url: str, api_key: str | None, timeout: Timeout) -> dict[str, Any]:

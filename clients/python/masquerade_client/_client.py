@@ -91,7 +91,7 @@ class Client:
 
     def _send(self, call: Call[Any], *, stream: bool = False) -> httpx.Response:
         """The response to a call, after as many attempts as it takes; with `stream`, its body is still to be read."""
-        attempts = Attempts(self._retries, call.again)
+        attempts = Attempts(self._retries, call.again, call.changes)
         while True:
             try:
                 with call.request() as request, http_errors():

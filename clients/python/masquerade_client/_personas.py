@@ -43,17 +43,17 @@ def update(name: str, changes: Mapping[str, Any]) -> Call[Persona]:
 def compose(name: str, expression: str, expected: str | None, force: bool) -> Call[Persona]:
     """Compose a persona of others."""
     body = {"name": name, "expression": expression, "force": force}
-    return Call("POST", f"{ROOT}/compose", _read, json=body, headers=_if(expected))
+    return Call("POST", f"{ROOT}/compose", _read, json=body, headers=_if(expected), changes=True)
 
 
 def rename(name: str, to: str, expected: str | None) -> Call[Persona]:
     """Rename a persona."""
-    return Call("POST", f"{_at(name)}/rename", _read, json={"name": to}, headers=_if(expected))
+    return Call("POST", f"{_at(name)}/rename", _read, json={"name": to}, headers=_if(expected), changes=True)
 
 
 def rollback(name: str, to: int | str | None, expected: str | None) -> Call[Persona]:
     """Make an older generation current."""
-    return Call("POST", f"{_at(name)}/rollback", _read, json={"to": to}, headers=_if(expected))
+    return Call("POST", f"{_at(name)}/rollback", _read, json={"to": to}, headers=_if(expected), changes=True)
 
 
 def alias(alias: str, persona: str) -> Call[Persona]:
@@ -68,7 +68,7 @@ def pin(name: str, pinned: bool) -> Call[Persona]:
 
 def delete(name: str, expected: str | None) -> Call[None]:
     """Delete a persona with its history."""
-    return Call("DELETE", _at(name), lambda _: None, headers=_if(expected))
+    return Call("DELETE", _at(name), lambda _: None, headers=_if(expected), changes=True)
 
 
 def export(name: str) -> Call[bytes]:

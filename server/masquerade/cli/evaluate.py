@@ -100,6 +100,8 @@ def evaluate(
         raise InvalidValue("--train and --contrast-train need each other")
     if plot and not layers:
         raise InvalidValue("--plot needs --layers: it draws what they show")
+    if plot and not plot.parent.is_dir():
+        raise InvalidValue(f"--plot: there is no folder {plot.parent}")
     if contrast is None and not holds_both_sides(data):
         raise InvalidValue(f"--contrast is missing, and not every line of {data} has the opposite's answer too")
     sides = _pair(data, contrast or data)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from masquerade.keys.table import KeyTable
 
 app = typer.Typer(help="Make, list and revoke the keys of a store.", no_args_is_help=True)
+LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()  # that a key ends; dates have no later years
+MOST = 10**12  # requests or tokens a minute
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _PATTERN = re.compile(r"[a-z0-9._*?\[\]!-]{1,64}")  # characters of names, and the wildcards of fnmatch
 
@@ -42,8 +44,8 @@ def add_key(
         list[str] | None,
         typer.Option(help='Personas that the key can use and build, such as "npc-*"; can be repeated. By default all.'),
     ] = None,
-    rpm: Annotated[int | None, typer.Option(min=1, help="Requests per minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(min=1, help="Tokens per minute, of prompts and answers.")] = None,
+    rpm: Annotated[int | None, typer.Option(min=1, max=MOST, help="Requests per minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens per minute, of prompts and answers.")] = None,
     expires: Annotated[str | None, typer.Option(help="30d, 12h, or a date such as 2027-01-31 (00:00 UTC).")] = None,
     name: Annotated[str, typer.Option(help="Label of the key in `keys ls`.")] = "",
     model: Model = "demo",
@@ -156,7 +158,7 @@ def _describe(key: Key) -> dict[str, Any]:
 
 
 def _moment(at: float | None) -> str | None:
-    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+    return None if at is None else datetime.fromtimestamp(min(at, LATEST), UTC).isoformat(timespec="seconds")
 
 
 def _check_scope(scope: str) -> Scope:
@@ -174,12 +176,17 @@ def _check_pattern(pattern: str) -> str:
 def _parse_end(text: str, now: float) -> float:
     """Unix seconds of a date, or of a number of minutes, hours, days or weeks from `now`."""
     if found := re.fullmatch(r"([1-9][0-9]{0,5})([mhdw])", text):
-        return now + int(found[1]) * _SECONDS[found[2]]
-    try:
-        end = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidValue(f"{text!r:.40} is neither a time such as 30d or 12h nor a date such as 2027-01-31") from None
-    moment = (end if end.tzinfo else end.replace(tzinfo=UTC)).timestamp()
+        moment = now + int(found[1]) * _SECONDS[found[2]]
+    else:
+        try:
+            end = datetime.fromisoformat(text)
+        except ValueError:
+            raise InvalidValue(
+                f"{text!r:.40} is neither a time such as 30d or 12h nor a date such as 2027-01-31"
+            ) from None
+        moment = (end if end.tzinfo else end.replace(tzinfo=UTC)).timestamp()
     if moment <= now:
         raise InvalidValue(f"{text} is in the past")
+    if moment > LATEST:
+        raise InvalidValue(f"{text} is after {_moment(LATEST)}, which is the limit; without --expires a key has no end")
     return moment

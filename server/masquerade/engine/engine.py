@@ -135,6 +135,11 @@ class Engine:
         return self.unready_reason is None
 
     @property
+    def is_draining(self) -> bool:
+        """Whether the engine takes no more requests, as it is to be stopped."""
+        return self._draining
+
+    @property
     def unready_reason(self) -> str | None:
         """Why the engine is not ready; None if it is."""
         if self._draining and self._is_running:

@@ -113,7 +113,7 @@ def _resolve(schema: Any, reference: str) -> Any:
         name = step.replace("~1", "/").replace("~0", "~")
         if isinstance(part, Mapping) and name in part:
             part = part[name]
-        elif isinstance(part, list) and name.isdigit() and int(name) < len(part):
+        elif isinstance(part, list) and name.isdecimal() and int(name) < len(part):
             part = part[int(name)]
         else:
             return True

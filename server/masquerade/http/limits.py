@@ -96,7 +96,7 @@ class LimitsMiddleware:
                 f"{self._policy.header_bytes}"
             )
         declared = Headers(scope=scope).get("content-length", "0")
-        if limit is not None and declared.isdigit() and int(declared) > limit:
+        if limit is not None and declared.isdecimal() and int(declared) > limit:
             raise _too_large(limit)
 
 

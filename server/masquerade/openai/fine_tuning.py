@@ -20,6 +20,7 @@ from masquerade.jobs.records import OPEN
 from masquerade.openai.objects import EVENT, CheckpointObject, EventObject, stream_of
 from masquerade.openai.schemas import JobRequest
 from masquerade.service.build_requests import submit
+from masquerade.service.serving import Serving
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["building"], route_class=ScopedRoute)
 POLL_SECONDS = 0.3  # between two reads of the events of a streamed job
@@ -77,6 +78,7 @@ def cancel_job(job_id: str, job_service: ServedJobs, caller: Building) -> JobObj
 )
 async def list_events(
     job_id: str,
+    serving: Served,
     job_service: ServedJobs,
     caller: Building,
     after: str | None = None,
@@ -88,7 +90,7 @@ async def list_events(
     if stream and after is not None:
         raise InvalidValue("a stream begins with the first event; it takes no `after`", param="after")
     if stream:
-        return respond_events(_stream(job_service, caller, job_id))
+        return respond_events(_stream(serving, job_service, caller, job_id))
     before = None if after is None else _read_event_id(after)
     events, more = await asyncio.to_thread(job_service.table.last_events, job_id, before, limit)
     return Page(data=[_describe_event(event) for event in events], has_more=more)
@@ -104,10 +106,12 @@ def list_checkpoints(job_id: str, job_service: ServedJobs, caller: Building) -> 
     return Page(data=checkpoints, has_more=False, first_id=first, last_id=last)
 
 
-async def _stream(job_service: JobService, caller: Caller, job_id: str) -> AsyncIterator[str]:
-    """Every event from the first on, until the job ends or the key becomes invalid."""
+async def _stream(serving: Serving, job_service: JobService, caller: Caller, job_id: str) -> AsyncIterator[str]:
+    """Every event from the first on, until the job ends or the key becomes invalid. A server that stops ends it without
+    `[DONE]`: the client comes back for the rest.
+    """
     try:
-        async for event in _follow(job_service, caller, job_id):
+        async for event in _follow(serving, job_service, caller, job_id):
             yield event
     except Exception as failure:  # the status has been sent
         error = errors.translate(failure)
@@ -115,9 +119,9 @@ async def _stream(job_service: JobService, caller: Caller, job_id: str) -> Async
         yield sse(errors.body(error))
 
 
-async def _follow(job_service: JobService, caller: Caller, job_id: str) -> AsyncIterator[str]:
+async def _follow(serving: Serving, job_service: JobService, caller: Caller, job_id: str) -> AsyncIterator[str]:
     last_number, last_sent = 0, time.monotonic()
-    while True:
+    while not serving.engine.is_draining:
         if problem := caller.key_error():
             raise problem
         job = await asyncio.to_thread(job_service.table.get_job, job_id)

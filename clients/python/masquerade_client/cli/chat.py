@@ -81,6 +81,7 @@ class Conversation:
     persona: str | None
     gamma: float | None
     messages: list[dict[str, str]] = field(default_factory=list)
+    before: list[dict[str, str]] = field(default_factory=list)  # the messages that the last question followed
     asked: str | None = None
 
     @property
@@ -93,22 +94,26 @@ class Conversation:
         return [*self.messages, {"role": "user", "content": text}]
 
     def ask(self, text: str) -> None:
-        """Send a question, print the answer as it arrives, and keep both. Ctrl-C ends the answer early."""
-        self.asked = text
-        shown = plain if sys.stdout.isatty() else str
-        messages = self.with_question(text)
-        with self.client.stream(messages, **self.options) as stream:
-            with suppress(KeyboardInterrupt):
-                for delta in stream:
-                    print(shown(delta.text), end="", flush=True)
-            print(flush=True)
-            self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+        """Send a question, print the answer as it arrives, and keep both; Ctrl-C ends it early, as it is then."""
+        self._answer(self.messages, text)
 
     def retry(self) -> None:
-        """Answer the last question again."""
+        """Answer the last question again; the answer that there is stays until there is another one."""
         if self.asked is not None:
-            self.messages = self.messages[:-2]
-            self.ask(self.asked)
+            self._answer(self.before, self.asked)
+
+    def _answer(self, before: list[dict[str, str]], text: str) -> None:
+        self.before, self.asked = before, text
+        shown = plain if sys.stdout.isatty() else str
+        messages = [*before, {"role": "user", "content": text}]
+        with self.client.stream(messages, **self.options) as stream:
+            try:
+                for delta in stream:
+                    print(shown(delta.text), end="", flush=True)
+            finally:
+                print(flush=True)
+                if stream.text:
+                    self.messages = [*messages, {"role": "assistant", "content": stream.text}]
 
     def clear(self) -> None:
         """Remove all messages except the system prompt."""
@@ -122,8 +127,10 @@ def _run_conversation(conversation: Conversation) -> None:
         for text in _lines(conversation):
             try:
                 _run_command(conversation, text) if text.startswith("/") else conversation.ask(text)
-            except (MasqueradeError, ValueError) as error:
+            except (MasqueradeError, ValueError, typer.BadParameter) as error:
                 print(f"masq: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
 
 
 def _lines(conversation: Conversation) -> Iterator[str]:
@@ -171,7 +178,7 @@ def _set_gamma(conversation: Conversation, words: list[str]) -> None:
 def _compare(conversation: Conversation, words: list[str]) -> None:
     if conversation.asked is None:
         raise ValueError("there is no question yet to compare answers to")
-    messages = [*conversation.messages[:-2], {"role": "user", "content": conversation.asked}]
+    messages = [*conversation.before, {"role": "user", "content": conversation.asked}]
     show_side_by_side(conversation.client, words, messages, conversation.sampling)
 
 

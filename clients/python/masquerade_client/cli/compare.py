@@ -72,25 +72,31 @@ def show_side_by_side(
     """Stream all answers concurrently. Raises the first error after all have ended."""
     _check(names)
     texts = ["" for _ in names]
-    changed = threading.Event()
+    changed, interrupted = threading.Event(), threading.Event()
 
     def receive(column: int) -> None:
         with client.stream(messages, **_options_for(names[column], gamma, options)) as stream:
             for delta in stream:
+                if interrupted.is_set():
+                    return
                 texts[column] += delta.text
                 changed.set()
 
     with ThreadPoolExecutor(len(names)) as pool:
         tasks = [pool.submit(receive, column) for column in range(len(names))]
-        if sys.stdout.isatty():
-            with Live(_draw(names, texts), console=Console(), refresh_per_second=15) as live:
-                while not all(one.done() for one in tasks):
-                    changed.wait(0.1)
-                    changed.clear()
+        try:
+            if sys.stdout.isatty():
+                with Live(_draw(names, texts), console=Console(), refresh_per_second=15) as live:
+                    while not all(one.done() for one in tasks):
+                        changed.wait(0.1)
+                        changed.clear()
+                        live.update(_draw(names, texts))
                     live.update(_draw(names, texts))
-                live.update(_draw(names, texts))
-        for one in tasks:
-            one.result()
+            for one in tasks:
+                one.result()
+        except KeyboardInterrupt:
+            interrupted.set()  # each answer ends at its next token
+            raise
     if not sys.stdout.isatty():
         for name, text in zip(names, texts, strict=True):
             print(f"{name}: {text}")

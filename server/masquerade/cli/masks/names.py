@@ -51,7 +51,7 @@ def roll_back(
     to: Annotated[str | None, typer.Option(help="Number or digest of a revision; by default the previous one.")] = None,
 ) -> CommandResult:
     """Make an older revision current again."""
-    target = int(to) if to and to.isdigit() and len(to) < 8 else to
+    target = int(to) if to and to.isascii() and to.isdigit() and len(to) < 8 else to
     revision = registry.rollback(persona, target)
     return identify(revision), f"{revision.name}: generation {revision.number} is current"
 
