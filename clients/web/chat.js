@@ -121,7 +121,7 @@ class Column {
     const pairs = [[BASE, "no persona"], ...personas.map((one) => [one.id, one.id])];
     const defaults = new Map(personas.map((one) => [one.id, one.gamma]));
     this.persona = select(pairs, name, { onchange: () => this.reset(defaults) });
-    this.gamma = h("input", { type: "range", min: 0, max: 1, step: 0.01, oninput: () => this.showGamma() });
+    this.gamma = h("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: () => this.move() });
     this.shown = h("output", {});
     this.curve = new Curve();
     this.log = h("div", { class: "log", "data-empty": "Nothing has been said yet.", role: "log", "aria-label": "Conversation", tabindex: 0 });
@@ -150,7 +150,7 @@ class Column {
   reset(defaults) {
     const name = this.persona.value;
     this.gamma.disabled = name === BASE;
-    this.gamma.value = defaults.get(name) ?? 0;
+    this.gamma.value = this.own = defaults.get(name) ?? 0;
     this.certificate.hidden = name === BASE;
     this.certificate.open = this.code.open = false;
     this.element.setAttribute("aria-label", name || "no persona");
@@ -169,8 +169,18 @@ class Column {
     this.showGamma();
   }
 
+  /** The slider's gamma; the persona's own, which may lie between its steps, until it is moved. */
+  get strength() {
+    return this.own ?? Number(this.gamma.value);
+  }
+
+  move() {
+    this.own = null;
+    this.showGamma();
+  }
+
   showGamma() {
-    const gamma = Number(this.gamma.value);
+    const gamma = this.strength;
     this.shown.textContent = this.persona.value === BASE ? "" : gamma.toFixed(2);
     const words = this.curve.mark(gamma);
     words ? this.gamma.setAttribute("aria-valuetext", words) : this.gamma.removeAttribute("aria-valuetext");
@@ -179,7 +189,7 @@ class Column {
 
   bodyFor(history) {
     const system = this.options.system ? [{ role: "system", content: this.options.system }] : [];
-    const persona = this.persona.value === BASE ? {} : { persona: this.persona.value, gamma: Number(this.gamma.value) };
+    const persona = this.persona.value === BASE ? {} : { persona: this.persona.value, gamma: this.strength };
     return { model: this.base, messages: [...system, ...history], ...persona, ...this.options.sampling };
   }
 

@@ -69,6 +69,8 @@ def test_an_end_on_a_date_is_its_start_in_utc(tmp_path: Path) -> None:
         (("--personas", ""), "is not a pattern"),
         (("--expires", "tomorrow"), "2027-01-31"),
         (("--expires", "2001-01-01"), "is in the past"),
+        (("--expires", "999999w"), "is after 9999-12-31"),
+        (("--expires", "9999-12-31T23:59:59-23:00"), "is after 9999-12-31"),
         (("--expires", "0d"), "neither"),
     ],
 )
