@@ -20,7 +20,8 @@ import pytest
 import torch
 from openai import OpenAI
 
-from maskstore import fsck
+from maskstore import StoreBusy, fsck
+from masquerade.jobs.uploads import Uploads
 from masquerade.pruning.collector import StatisticsCollector
 from masquerade.service.serving import Serving
 from tests import world
@@ -303,6 +304,26 @@ def test_a_name_is_taken_by_a_persona_a_job_or_an_alias(http: httpx.Client, serv
     job = finish(http, first["id"])
     assert (job["status"], job["error"]["code"]) == ("failed", "persona_exists")
     assert serving.registry.resolve("new").digest == taken.digest
+
+
+def test_what_was_found_is_published_when_the_registry_is_there_again(
+    http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a file of a published mask that cannot be kept does not make it unpublished."""
+    publish, tries = serving.registry.publish_built, []
+
+    def fail_once(*masks: Any, **expected: Any) -> Any:
+        tries.append(masks)
+        if len(tries) == 1:
+            raise StoreBusy("another process writes to it")
+        return publish(*masks, **expected)
+
+    monkeypatch.setattr(serving.registry, "publish_built", fail_once)
+    monkeypatch.setattr(Uploads, "adopt", lambda *_: 1 / 0)
+    job = finish(http, start(http, order(http, serving, "patient"))["id"])
+    assert (job["status"], len(tries)) == ("succeeded", 2)
+    assert (job["result_files"], job["personas"][0]["file"]) == ([], None)
+    assert serving.registry.resolve("patient").digest == job["personas"][0]["digest"]
 
 
 def test_a_repeat_is_answered_with_the_job_that_there_is(http: httpx.Client, serving: Serving) -> None:

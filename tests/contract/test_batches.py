@@ -246,6 +246,9 @@ class TestLife:
             assert wait_for(sdk, one.id).status == "cancelled"
         assert create(sdk, lines, extra_headers={"Idempotency-Key": "k"}).id == keyed.id
         assert sdk.files.delete(first.input_file_id).deleted
+        repeated = {"input_file_id": keyed.input_file_id, "endpoint": CHAT, "completion_window": "24h"}
+        again: Any = sdk.batches.create(**repeated, extra_headers={"Idempotency-Key": "k"})  # type: ignore[arg-type]
+        assert again.id == keyed.id  # though the file is gone
 
     def test_a_cancelled_batch_keeps_what_is_answered(self, sdk: OpenAI) -> None:
         lines = [line(str(number), body(max_tokens=100, min_tokens=100)) for number in range(300)]

@@ -369,6 +369,21 @@ class TestStored:
             error = response.json()["error"]
             assert (error["code"], error["param"]) == ("response_not_found", f"input.{len(ids)}.id")
 
+    def test_items_that_are_sent_twice_have_ids_of_their_own(self, api: Api) -> None:
+        first = post(api).json()
+        later = post(api, [first["output"][0], {"role": "user", "content": "Why?"}], previous_response_id=first["id"])
+        items, after = [], {}
+        for _ in range(5):
+            page = api.http.get(
+                f"{RESPONSES}/{later.json()['id']}/input_items", params={"limit": 1, "order": "asc"} | after
+            )
+            items += page.json()["data"]
+            after = {"after": page.json()["last_id"]}
+            if not page.json()["has_more"]:
+                break
+        assert [item["role"] for item in items] == ["user", "assistant", "assistant", "user"]
+        assert len({item["id"] for item in items}) == 4
+
     def test_input_items_come_in_pages(self, api: Api, sdk: OpenAI) -> None:
         first = ask(sdk, [{"role": "user", "content": "Hello."}, {"role": "user", "content": PARTY}])
         second = ask(sdk, "Why?", previous_response_id=first.id)

@@ -182,7 +182,7 @@ def test_a_batch_is_its_servers_until_that_dies(shared: Place) -> None:
     assert [one.id for one in first.claim_open()] == [batch.id]
     assert second.claim_open() == []
     with pytest.raises(LeaseLost):
-        second.check_lease(batch.id)
+        second.claim(batch.id)
     assert second.ask_to_cancel(batch.id).state == "cancelling"  # who is asked to may do so
     expire_leases(shared, "batch")
     assert [one.id for one in second.claim_open()] == [batch.id]
@@ -191,6 +191,12 @@ def test_a_batch_is_its_servers_until_that_dies(shared: Place) -> None:
         with pytest.raises(LeaseLost):
             act()
     second.release()
+    first.claim(batch.id)  # as when a client repeats its request there
+    assert second.claim_open() == []
+    for act in (lambda: second.claim(batch.id), lambda: second.set_counts(batch.id, 1, 0)):
+        with pytest.raises(LeaseLost):
+            act()
+    first.release()
     assert [one.id for one in first.claim_open()] == [batch.id]
 
 

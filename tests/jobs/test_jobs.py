@@ -294,6 +294,23 @@ def test_a_job_that_fails_says_why_and_the_next_one_runs(
     assert words in failed.error["message"]
 
 
+def test_a_job_that_cannot_run_now_is_not_tried_without_a_pause(open_desk: Callable[..., JobService]) -> None:
+    """Also if another one was submitted while it ran."""
+    tries = []
+
+    def work(_: Job) -> Work:
+        tries.append(time.monotonic())
+        yield Progress("try", 1, 1)
+        job_service.runner.wake()
+        raise NotReady("no room")
+
+    job_service = open_desk(work)
+    job_service.table.add_job("ann", SPEC)
+    job_service.runner.start()
+    wait_for(lambda: len(tries) > 2)
+    assert min(later - earlier for earlier, later in itertools.pairwise(tries)) > 0.3
+
+
 def test_a_job_that_fails_may_have_made_something(open_desk: Callable[..., JobService]) -> None:
     def work(_: Job) -> Work:
         yield Progress("try", 1, 1)
