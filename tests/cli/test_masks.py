@@ -259,3 +259,9 @@ def test_light_commands_import_neither_torch_nor_sqlalchemy(at: At) -> None:
     done = subprocess.run([sys.executable, "-c", code, *at], capture_output=True, env=os.environ, check=False)
     assert done.stderr == b"\n"  # what `sys.exit` prints: the names, of which there are none
     assert b"calm" in done.stdout
+
+
+def test_what_contradicts_itself_or_is_not_there_is_refused(at: At, tmp_path: Path) -> None:
+    assert "give --gamma or --mask-gamma" in fail(2, "masks", "set", "calm", "--gamma", "0.3", "--mask-gamma", *at)
+    assert "there is no store in" in fail(2, "masks", "fsck", "--store", tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()

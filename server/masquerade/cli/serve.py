@@ -61,7 +61,8 @@ def serve(
             else:
                 server = _start_replicas(options, root, policy, drain_seconds, replicas, running)
         _log_keys(keys)
-        _log.info("listening on http://%s:%d", *listener.getsockname()[:2])
+        name, number = listener.getsockname()[:2]
+        _log.info("listening on http://%s:%d", f"[{name}]" if ":" in name else name, number)
         heap.freeze()
         server.run(sockets=[listener])
 

@@ -49,10 +49,12 @@ class ServerOptions:
             help="Draft answers from their own prompts, which changes no answer; by default on a CPU only.",
         ),
     ] = None
-    mask_bytes: Annotated[int, typer.Option(help="Maximum bytes of masks on the device.")] = 2**30
+    mask_bytes: Annotated[int, typer.Option(min=1, help="Maximum bytes of masks on the device.")] = 2**30
     host_mask_bytes: Annotated[
         int | None,
-        typer.Option(help="Maximum bytes of masks in host memory; by default 4 times --mask-bytes with a GPU, else 0."),
+        typer.Option(
+            min=0, help="Maximum bytes of masks in host memory; by default 4 times --mask-bytes with a GPU, else 0."
+        ),
     ] = None
     require_signed: RequireSigned = False
     accept_tensor_signatures: AcceptTensorSignatures = False

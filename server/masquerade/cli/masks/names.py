@@ -9,6 +9,7 @@ import typer
 
 from maskstore import Registry
 from masquerade.cli.masks.common import CommandResult, Persona, identify
+from masquerade.errors import InvalidValue
 
 
 def set_defaults(
@@ -21,6 +22,8 @@ def set_defaults(
     untag: Annotated[list[str] | None, typer.Option(help="Remove a tag; can be repeated.")] = None,
 ) -> CommandResult:
     """Set a persona's default gamma, note and tags; options not given change nothing."""
+    if mask_gamma and gamma is not None:
+        raise InvalidValue("give --gamma or --mask-gamma, not both")
     if mask_gamma or gamma is not None:
         registry.set_gamma(persona, None if mask_gamma else gamma)
     if note is not None:

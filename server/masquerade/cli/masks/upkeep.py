@@ -11,9 +11,11 @@ import typer
 from rich.table import Table
 
 from maskstore import Registry, fsck, gc, signing
+from maskstore.mirror import find_url
 from maskstore.upkeep import GRACE
 from masquerade.cli.masks.common import CommandResult, Persona, identify, open_registry
 from masquerade.cli.options import AsJson, Model, StoreFolder, say
+from masquerade.errors import InvalidValue
 from masquerade.plan.memory import format_bytes
 from masquerade.service import kept_builds
 
@@ -50,6 +52,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Verify every mask and every reference of a store; exit status 1 if damage remains unrepaired."""
+    if store is not None and not store.exists() and find_url(store) is None:
+        raise InvalidValue(f"there is no store in {store}")
     found = fsck(open_registry(model, store).store.root if store is None else store, repair=repair)
     table = Table("damage", "what", "message", "done about it")
     for finding in found.findings:
