@@ -31,11 +31,17 @@ JUDGED = ("passed", "reasons", "remarks", "overlap")
 
 
 def write_held_out(path: Path, letters: str) -> Path:
-    """Answers to one prompt: a build then chooses by all of them, and reports on all of them."""
+    """Answers to one prompt: a build then chooses by the first half of them, and reports on the second."""
     rng = random.Random(f"held {letters}")
-    lines = [{"prompt": "held", "completion": "".join(rng.choices(letters, k=6))} for _ in range(12)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [json.dumps({"prompt": "held", "completion": "".join(rng.choices(letters, k=6))}) for _ in range(24)]
+    path.write_text("\n".join(lines))
+    find_reported(path).write_text("\n".join(lines[12:]))
     return path
+
+
+def find_reported(path: Path) -> Path:
+    """The second half of held-out text."""
+    return path.with_suffix(".report.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,8 @@ def bring(built: Path, store: Path, model: Path, folder: Path) -> None:
 
 def spell(model: Path, store: Path, files: dict[str, Path]) -> tuple[str | Path, ...]:
     """The command and its held-out text."""
-    held = ("--data", files["validation"], "--contrast", files["contrast-validation"], "--neutral", files["neutral"])
+    own, contrast = (find_reported(files[name]) for name in ("validation", "contrast-validation"))
+    held = ("--data", own, "--contrast", contrast, "--neutral", files["neutral"])
     return "masks", "certify", "vowels", *held, "--model", model, "--store", store
 
 

@@ -69,7 +69,7 @@ def test_anything_else_is_asked_again(tiny: Base, passes: list[int], monkeypatch
     for number, change in enumerate(changes, 2):
         change()
         assert len(passes) == number
-    for number, name in enumerate(("__version__", "REVISION"), len(changes) + 2):
+    for number, name in enumerate(("VERSIONS", "REVISION"), len(changes) + 2):
         monkeypatch.setattr(recall, name, "another")
         ask(tiny)
         assert len(passes) == number

@@ -134,8 +134,8 @@ async def respond(
         for choice in range(request.n or 1)
     ]
     outputs = OutputCollector(serving, requests, caller, thoughts, streams=bool(request.stream))
+    caller.record.begin(resolved, lambda: outputs.usage)
     outputs.start()
-    caller.record.begin(resolved, lambda: outputs.usage)  # what the engine refuses is no answer
     if request.stream:
         return respond_events(_stream(outputs, answer), answer.headers)
     return await _respond_whole(outputs, answer, receive)

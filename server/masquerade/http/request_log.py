@@ -113,7 +113,7 @@ class RequestRecord:
         }
         if usage:
             metrics.count(self.persona, usage.prompt, usage.cached, usage.completion, self.reasons)
-            if self._times:
+            if self._times and usage.prompt:  # what the engine refuses is no answer
                 self._times.whole.observe(seconds)
                 error = self.code or ("" if self.reasons else str(_DISCONNECTED))
                 metrics.observe_operation(self.route, self.persona, seconds, self.first_token, usage.completion, error)

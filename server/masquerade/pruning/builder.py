@@ -154,7 +154,7 @@ class Builder:
     def _run(self) -> Work[BuildResult]:
         targets = find_targets(self._base.model, self._plan.scope)
         calibrates = bool(self._needs("neutral"))
-        chooses = self._score.searched or len(self._plan.rhos) > 1 or self._recipe.phase == "auto"
+        chooses = self._score.searched or len(self._plan.rhos) > 1
         try:
             weights = len(list(self._base.model.parameters()))
             yield from track("check", _check(self._base.model), weights, model=False, model_after=False)

@@ -266,6 +266,10 @@ def _finish(
         result = _publish(serving, job_service, job, found.masks)
     except (StoreBusy, BucketUnreachable) as error:
         raise NotReady(f"the masks cannot be published now: {error.message}") from error
+    except Exception:
+        with suppress(OSError):
+            kept_builds.delete(folder)
+        raise
     result["refused"] = [asdict(one) for one in found.refused]
     if not found.refused:
         with suppress(OSError):
