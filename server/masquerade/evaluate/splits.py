@@ -16,6 +16,7 @@ from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Encoded, Example
 
 T = TypeVar("T")
+Sides = dict[int, list[Encoded]]
 HELD_OUT = 5  # one prompt in so many is held out if there are no validation examples
 LEAST = 4  # fewest calibration examples of a side
 SHARED = 0.5  # more examples than this share that are the same on both sides make no contrast
@@ -93,9 +94,6 @@ def divide_neutral(texts: Sequence[Encoded], calibrates: bool, chooses: bool) ->
     return Split(turns[0] if calibrates else [], turns[-2] if chooses else [], turns[-1])
 
 
-Sides = dict[int, list[Encoded]]
-
-
 def halve(sides: Mapping[int, Sequence[Encoded]], seed: int) -> tuple[Sides, Sides]:
     """Two halves of each side's examples. A prompt is in the same half on all sides.
 
@@ -135,11 +133,13 @@ def _align(sides: Sides) -> Sides:
         return sides
     (key, own), (other, contrast) = sides.items()
     pairs = match(own, contrast)
-    places = [i for i, _ in pairs], [j for _, j in pairs]
-    return {
-        at: [side[i] for i in first] + [one for i, one in enumerate(side) if i not in set(first)]
-        for at, side, first in zip((key, other), (own, contrast), places, strict=True)
-    }
+    return {key: _move_first(own, [i for i, _ in pairs]), other: _move_first(contrast, [j for _, j in pairs])}
+
+
+def _move_first(examples: Sequence[Encoded], places: Sequence[int]) -> list[Encoded]:
+    """The examples of some places, and then the others."""
+    moved = set(places)
+    return [examples[place] for place in places] + [one for place, one in enumerate(examples) if place not in moved]
 
 
 def count_within(texts: Sequence[Encoded], tokens: int) -> int:
