@@ -56,6 +56,8 @@ def test_other_unicode_is_read(encoding: str) -> None:
         (b'{"a": ["x", {"b": "\\ud83d!"}]}', "half of a surrogate pair, in 'a.1.b'"),
         (b'{"a": {"\\uDE00": 1}}', r"half of a surrogate pair, in 'a.\?'"),
         (b'{"a": -1e999}', "-inf, which is not a finite number, in 'a'"),
+        (b"NaN", "the body has nan, which is not a finite number$"),
+        (b'"\\ud800"', "the body has half of a surrogate pair$"),
         (b'{"a": [NaN]}', "nan, which is not a finite number, in 'a.0'"),
         (b"[" * 20_000, f"nested deeper than {MOST_DEPTH} levels, which is the limit, at byte {MOST_DEPTH}"),
     ],

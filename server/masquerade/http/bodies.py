@@ -175,11 +175,13 @@ def _unsound(value: Any, what: str, param: str | None) -> NotJson:
         inner = inner[name]
     fault = f"{inner}, which is not a finite number" if isinstance(inner, float) else "half of a surrogate pair"
     where = _join(path)
-    return NotJson(f"{what} has {fault}, in {where!r}", param=param or where)
+    return NotJson(f"{what} has {fault}" + (f", in {where!r}" if where else ""), param=param or where or None)
 
 
 def _find_unsound(value: Any) -> Sequence[str | int]:
-    """The path to the first name or value that is not sound; empty if there is none."""
+    """The path to the first name or value in a value that is not sound; empty if there is none."""
+    if not isinstance(value, dict | list):
+        return []
     for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(name, str) and not name.isascii() and not _is_sound(name):
             return [name]
