@@ -117,10 +117,7 @@ class Registry:
     def measurements(self, digest: str) -> list[Measurement]:
         """What was measured here of a digest, by the quantisation of the base and then by time."""
         with self.database.read() as db:
-            query = (
-                f"select {', '.join(_MEASURED)} from measurement where digest = ? order by quantization, measured_at"
-            )
-            return [_read_measurement(row) for row in db.execute(query, (check_digest(digest),))]
+            return self._measurements(db, check_digest(digest))
 
     def find_measurement(
         self, revision: Revision, info: MaskInfo | None, quantization: str | None = None
@@ -132,14 +129,18 @@ class Registry:
         gamma, phase = revision.defaults(info) if info else (revision.gamma, revision.phase)
         with self.database.read() as db:
             row = db.execute("select gamma from persona where name = ?", (revision.name,)).fetchone()
+            measured = self._measurements(db, check_digest(revision.digest))
         served = row[0] if row and row[0] is not None else gamma
 
         def rank(one: Measurement) -> tuple[bool, bool, str]:
             at = one.gamma, one.phase
             return at == (served, phase), at == (gamma, phase), one.measured_at
 
-        found = (one for one in self.measurements(revision.digest) if one.quantization == quantization)
-        return max(found, key=rank, default=None)
+        return max((one for one in measured if one.quantization == quantization), key=rank, default=None)
+
+    def _measurements(self, db: sqlite3.Connection, digest: str) -> list[Measurement]:
+        query = f"select {', '.join(_MEASURED)} from measurement where digest = ? order by quantization, measured_at"
+        return [_read_measurement(row) for row in db.execute(query, (digest,))]
 
     def certificate(self, revision: Revision, info: MaskInfo, quantization: str | None = None) -> Certificate:
         """The certificate measured here on a base of this quantisation, or else the one that the file claims, of

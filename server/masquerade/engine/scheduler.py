@@ -168,16 +168,18 @@ class Scheduler:
         """
         rows = min(self._config.draft_rows, self._config.max_batch_tokens // 2)  # prompts get the other half
         most = rows // len(chunks) - 1 if chunks else 0
-        free = self._block_manager.num_free - sum(map(_missing_blocks, self.running))
+        if most <= 0:
+            return 0
+        free = self._block_manager.num_free - sum(_missing_blocks(one, len(one.ids)) for one in self.running)
         drafted = 0
-        for request, chunk in chunks.items() if most > 0 else ():
+        for request, chunk in chunks.items():
             if request.is_background and self._has_foreground:
                 continue
             room = (len(request.blocks) + max(0, free)) * BLOCK_SIZE - chunk.stop
             draft = request.draft(min(most, room))
             if draft:
                 stop = chunk.stop + len(draft)
-                missing = max(0, -(-stop // BLOCK_SIZE) - len(request.blocks))
+                missing = _missing_blocks(request, stop)
                 self._allocate(request, missing)
                 free -= missing
                 chunks[request] = chunk._replace(stop=stop, draft=draft)
@@ -197,7 +199,7 @@ class Scheduler:
         """Allocate blocks up to position `stop`, preempting from the end of the rank; False if that reached the request
         itself.
         """
-        missing = -(-stop // BLOCK_SIZE) - len(request.blocks)
+        missing = _missing_blocks(request, stop)
         while missing > self._block_manager.num_free:
             last = self.running[-1]
             self._preempt(last)
@@ -346,9 +348,9 @@ class Scheduler:
             request.finish("cancelled")
 
 
-def _missing_blocks(request: Request) -> int:
-    """How many blocks a running request needs for the tokens that it has."""
-    return max(0, -(-len(request.ids) // BLOCK_SIZE) - len(request.blocks))
+def _missing_blocks(request: Request, stop: int) -> int:
+    """How many blocks a running request lacks for its positions up to `stop`."""
+    return max(0, -(-stop // BLOCK_SIZE) - len(request.blocks))
 
 
 def _batch_order(chunk: Chunk) -> tuple[int, int, int]:

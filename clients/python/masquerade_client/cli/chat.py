@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,10 +66,15 @@ def chat(
             return _run_conversation(conversation)
         asked = sys.stdin.read() if prompt is None else prompt
         if as_json:
-            print(json.dumps(asdict(client.chat(conversation.with_question(asked), **conversation.options))))
+            print(json.dumps(asdict(client.chat(add_question(messages, asked), **conversation.options))))
         else:
             conversation.ask(asked)
     return None
+
+
+def add_question(messages: Sequence[dict[str, str]], text: str) -> list[dict[str, str]]:
+    """The messages, and then a question of the user."""
+    return [*messages, {"role": "user", "content": text}]
 
 
 @dataclass
@@ -89,10 +94,6 @@ class Conversation:
         """The options of the next answer."""
         return {**self.sampling, "persona": self.persona, "gamma": self.gamma if self.persona else None}
 
-    def with_question(self, text: str) -> list[dict[str, str]]:
-        """The messages so far, with a question."""
-        return [*self.messages, {"role": "user", "content": text}]
-
     def ask(self, text: str) -> None:
         """Send a question, print the answer as it arrives, and keep both; Ctrl-C ends it early, as it is then."""
         self._answer(self.messages, text)
@@ -105,7 +106,7 @@ class Conversation:
     def _answer(self, before: list[dict[str, str]], text: str) -> None:
         self.before, self.asked = before, text
         shown = plain if sys.stdout.isatty() else str
-        messages = [*before, {"role": "user", "content": text}]
+        messages = add_question(before, text)
         with self.client.stream(messages, **self.options) as stream:
             try:
                 for delta in stream:
@@ -178,7 +179,7 @@ def _set_gamma(conversation: Conversation, words: list[str]) -> None:
 def _compare(conversation: Conversation, words: list[str]) -> None:
     if conversation.asked is None:
         raise ValueError("there is no question yet to compare answers to")
-    messages = [*conversation.before, {"role": "user", "content": conversation.asked}]
+    messages = add_question(conversation.before, conversation.asked)
     show_side_by_side(conversation.client, words, messages, conversation.sampling)
 
 
