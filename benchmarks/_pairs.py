@@ -7,7 +7,7 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +46,22 @@ def pair_arguments(doc: str | None, quick: str) -> argparse.ArgumentParser:
 
 
 def split_pairs(data: Path, axis: str, seed: int, sizes: Sizes) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """The training, validation and test pairs; the test pairs are the same for all seeds."""
+    """The training, validation and test pairs, no prompt in two of them; the test pairs are the same for all seeds."""
     train, held = (read_pairs(data, axis, split) for split in ("train", "valid"))
     random.Random(99).shuffle(held)
     count = min(sizes.test, 3 * len(held) // 5)
-    test, rest = held[:count], held[count:]
+    test = held[:count]
+    train, rest = (_leave_out(side, test) for side in (train, held[count:]))
     random.Random(seed).shuffle(train)
     random.Random(seed).shuffle(rest)
-    return train[: sizes.training], rest[: sizes.validation], test
+    train = train[: sizes.training]
+    return train, _leave_out(rest, train)[: sizes.validation], test
+
+
+def _leave_out(pairs: Sequence[Pair], others: Sequence[Pair]) -> list[Pair]:
+    """The pairs whose prompts are none of the others'."""
+    prompts = {own.messages[-1]["content"] for own, _ in others}
+    return [pair for pair in pairs if pair[0].messages[-1]["content"] not in prompts]
 
 
 def read_pairs(data: Path, axis: str, split: str) -> list[Pair]:
