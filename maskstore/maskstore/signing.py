@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Literal, Protocol
 
 from maskstore import files, strictjson
-from maskstore.errors import MaskNotFound, SignatureError
+from maskstore.errors import InvalidName, MaskNotFound, SignatureError
 from maskstore.mask import BaseRef, Mask, MaskInfo
 from maskstore.names import check_digest, check_name
 
@@ -68,8 +68,12 @@ def generate() -> tuple[str, str]:
 
 
 def sign(mask: Mask, private: str) -> Mask:
-    """The same mask with a signature over its tensors and metadata."""
-    key = _cryptography()[0].Ed25519PrivateKey.from_private_bytes(bytes.fromhex(check_digest(private, "private key")))
+    """The same mask with a signature over its tensors and metadata. Raises `InvalidName` if `private` is no key."""
+    try:
+        check_digest(private)
+    except InvalidName:
+        raise InvalidName("this is not a private key: 64 lower-case hex digits") from None  # which may be a secret
+    key = _cryptography()[0].Ed25519PrivateKey.from_private_bytes(bytes.fromhex(private))
     public = key.public_key().public_bytes_raw().hex()
     return replace(mask, signature=f"{_PREFIX}{public}:{key.sign(message(mask, 'everything')).hex()}")
 

@@ -97,6 +97,8 @@ def test_which_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("[serve]\nport = [1]", "[serve] port is [1]; it must be one value"),
         ("[serve]\ncors-origin = 'https://a'", "it must be a list"),
         ("[serve]\nrequire-signed = 1", "it must be true or false"),
+        ("config = 'other.toml'", "there is no option 'config'"),
+        ("[serve]\nconfig = 'other.toml'", "[serve] has no option 'config'"),
         ("[masks]\nls = 1", "write a section [masks.ls]"),
         ("[serve", "is not TOML"),
     ],

@@ -54,6 +54,14 @@ def test_damage_is_found(store: Path) -> None:
     assert "wrong: the store: damaged" in masquerade("doctor").stdout
 
 
+def test_a_value_of_the_environment_that_no_option_accepts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASQUERADE_SERVE_PORT", "many")
+    done = masquerade("doctor", "--json")
+    assert done.status == 1
+    (wrong,) = json.loads(done.stdout)["wrong"]
+    assert wrong.startswith("serve --port of MASQUERADE_SERVE_PORT: ")
+
+
 def test_it_makes_no_store(tiny_folder: Path, tmp_path: Path) -> None:
     report = succeed("doctor", "--model", tiny_folder, "--store", tmp_path / "none")
     assert report["store"]["state"].startswith("none yet")

@@ -83,6 +83,8 @@ def test_files_go_out_whole_or_as_differences_and_come_back_the_same(
     whole, delta = tmp_path / "calm.safetensors", tmp_path / "delta.safetensors"
     assert succeed("masks", "export", "calm", whole, *at)["parent"] is None
     assert succeed("masks", "verify", whole, *at[:2])["digest"] == digests["calm"]
+    assert f"{whole} exists; give another path, or --force" in fail(2, "masks", "export", "loud", whole, *at)
+    assert succeed("masks", "verify", whole, *at[:2])["digest"] == digests["calm"]
     succeed("masks", "compose", "near = calm | loud", *at)
     near = registry.resolve("near").digest
     assert succeed("masks", "export", "near", delta, "--against", "calm", *at)["parent"] in (digests["calm"], None)
@@ -114,6 +116,10 @@ def test_an_adapter_goes_out_as_a_folder(at: At, registry: Registry, tmp_path: P
     assert (done["digest"], done["kind"], done["gamma"], done["phase"]) == (calm.digest, "shira", 0.5, "all")
     assert done["nbytes"] == (folder / "adapter_model.safetensors").stat().st_size
     said = ("masks", "export", "few", "--as", "lora", "--to", folder, "--dtype", "bfloat16", "--gamma", "0.25", *at)
+    before = (folder / "adapter_config.json").read_bytes()
+    assert f"{folder} has files in it; give another path, or --force" in fail(2, *said)
+    assert (folder / "adapter_config.json").read_bytes() == before
+    said = (*said, "--force")
     done = succeed(*said)
     assert (done["persona"], done["rank"], done["gamma"]) == ("few", 2, 0.25)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
@@ -207,6 +213,12 @@ def test_signed_masks_are_known_by_their_keys(at: At, registry: Registry, tmp_pa
     assert key.stat().st_mode & 0o077 == 0
     assert "File exists" in fail(1, "masks", "keygen", key)
     assert "No such file" in fail(1, "masks", "sign", "calm", "--key", tmp_path / "none", *at)
+    (tmp_path / "long").write_text(f"{key.read_text().strip()}0")
+    said = fail(2, "masks", "sign", "calm", "--key", tmp_path / "long", *at)
+    assert f"{tmp_path / 'long'}: this is not a private key" in said
+    assert key.read_text()[:16] not in said
+    (tmp_path / "binary").write_bytes(b"\xff" * 32)
+    assert "is not a private key" in fail(2, "masks", "sign", "calm", "--key", tmp_path / "binary", *at)
     assert succeed("masks", "show", "calm", *at)["signature"] is None
     succeed("masks", "sign", "calm", "--key", key, *at)
     signature = {"key": public, "covers": "everything", "valid": True, "label": None}

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -179,6 +180,7 @@ def test_top(server: Server) -> None:
         (("chat", "Hello", "--max-tokens", "0"), 2, "max_tokens"),
         (("build", "/nowhere.jsonl", "--name", "x"), 2, "does not exist"),
         (("chat", "Hello", "--url", "http://127.0.0.1:9"), 1, "is the server running"),
+        (("chat", "\udcff"), 2, "an argument is not valid UTF-8"),
     ],
 )
 def test_what_fails_says_why(server: Server, words: tuple[str, ...], status: int, said: str) -> None:
@@ -188,10 +190,30 @@ def test_what_fails_says_why(server: Server, words: tuple[str, ...], status: int
     assert "Traceback" not in outcome.stderr
 
 
+@pytest.mark.parametrize("proxy", ["nonsense://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_named(server: Server, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    outcome = run(server, "personas")
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("masq: the proxy that the environment names cannot be used: ")
+
+
+def test_a_closed_stdout_is_no_failure(server: Server) -> None:
+    command = (
+        f"{shlex.quote(sys.executable)} -m masquerade_client.cli chat Hello --max-tokens 3 --url {server.base_url} >&-"
+    )
+    outcome = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+
+
 def test_a_build_in_a_pipe(server: Server) -> None:
     data = str(demo.DATA / "formal.train.jsonl")
     built = read(run(server, "build", data, "--name", "piped", *BUILD, *QUICK, "--json"))
     assert built["status"] == "succeeded"
+    again = run(server, "build", data, "--name", "piped", "--replace", *BUILD, *QUICK)
+    for stage in ("upload: ", "forward: ", "backward: ", "certify: "):
+        assert any(line.startswith(stage) for line in again.stderr.splitlines())
+    assert not set(again.stderr) & set("\r\x1b━")
     taken = run(server, "build", data, "--name", "piped", *BUILD, *QUICK)
     assert (taken.returncode, taken.stdout) == (2, "")
     assert "there is a persona 'piped'" in taken.stderr

@@ -11,7 +11,7 @@ import httpx
 
 from . import _chat
 from ._builds import AsyncBuilds
-from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, http_errors, settings
+from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, connect, http_errors
 from ._errors import MasqueradeError
 from ._personas import AsyncPersonas
 from ._types import ChatOptions, Delta, Model, Prompt, Reply
@@ -35,8 +35,7 @@ class AsyncClient:
         timeout: Timeout = DEFAULT_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
     ) -> None:
-        with http_errors():
-            self._http = httpx.AsyncClient(**settings(base_url, api_key, timeout))
+        self._http = connect(httpx.AsyncClient, base_url, api_key, timeout)
         self._api_key = api_key
         self._retries = retries
         self._model: str | None = None

@@ -16,6 +16,7 @@ from ._errors import ApiError, ConnectionFailed, MasqueradeError, TimedOut, Unex
 from ._types import decoding
 
 T = TypeVar("T")
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = httpx.Timeout(300.0, connect=5.0)
@@ -128,10 +129,18 @@ class Patience:
         return pause
 
 
-def settings(base_url: str, api_key: str | None, timeout: Timeout) -> dict[str, Any]:
-    """The arguments of the httpx client; the base URL may end in `/v1`, as in other clients."""
+def connect(kind: type[H], base_url: str, api_key: str | None, timeout: Timeout) -> H:
+    """A client of httpx; the base URL may end in `/v1`, as in other clients.
+
+    Raises `MasqueradeError` for a proxy of the environment that cannot be used, and `ConnectionFailed` for such an
+    address.
+    """
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    return {"base_url": base_url.rstrip("/").removesuffix("/v1"), "headers": headers, "timeout": timeout}
+    try:
+        with http_errors():
+            return kind(base_url=base_url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=timeout)
+    except (ImportError, ValueError) as error:  # of a proxy
+        raise MasqueradeError(f"the proxy that the environment names cannot be used: {error}") from error
 
 
 @contextmanager

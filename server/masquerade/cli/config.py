@@ -116,8 +116,12 @@ def collect(context: typer.Context) -> Iterator[Setting]:
             scope = typer.Context(command, info_name=part, parent=scope)
         for option in _options(command).values():
             given, source = option.consume_value(scope, {})
-            value = given if given is None else option.process_value(scope, given)
-            yield Setting(" ".join(path), option.opts[0], value, _name_source(option, source.name, scope))
+            origin = _name_source(option, source.name, scope)
+            try:
+                value = given if given is None else option.process_value(scope, given)
+            except typer.BadParameter as error:
+                raise InvalidValue(f"{' '.join(path)} {option.opts[0]} of {origin}: {error.message}") from None
+            yield Setting(" ".join(path), option.opts[0], value, origin)
 
 
 def _name_source(option: TyperOption, source: str, context: Any) -> str:
@@ -135,7 +139,7 @@ def _load(path: Path, root: TyperGroup) -> Tree:
     content = read_toml(path)
     common = {key: value for key, value in content.items() if not isinstance(value, dict)}
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
-    every = {key for _, command in _commands(root) for key in _options(command)}
+    every = {key for _, command in _commands(root) for key in _settable(command)}
     for key in common:
         if _normalise(key) not in every:
             raise InvalidValue(f"{path}: there is no option {key!r}{_suggest(_normalise(key), every)}")
@@ -156,7 +160,7 @@ def _fill(path: Path, group: TyperGroup, sections: Mapping[str, Any], common: Ma
         if isinstance(command, TyperGroup):
             tree[name] = _fill(path, command, own, common, where)
             continue
-        options = _options(command)
+        options = _settable(command)
         given = {key: value for key, value in common.items() if key in options}
         for key, value in own.items():
             if _normalise(key) not in options:
@@ -195,6 +199,11 @@ def _options(command: Any) -> dict[str, TyperOption]:
     """A command's options by their names without leading dashes, except `--help`."""
     found = (parameter for parameter in command.params if isinstance(parameter, TyperOption))
     return {_normalise(option.opts[0].lstrip("-")): option for option in found}
+
+
+def _settable(command: Any) -> dict[str, TyperOption]:
+    """The options that the file may have: all but the file's own."""
+    return {key: option for key, option in _options(command).items() if option.opts[0] != FLAG}
 
 
 def _group(context: Any) -> TyperGroup:

@@ -30,7 +30,7 @@ from masquerade.cli import config
 from masquerade.cli.options import AsJson, Database, Model, StoreFolder
 from masquerade.cli.stores import LEAST_BYTES, SCHEMAS, find_store
 from masquerade.database.url import DatabaseURL
-from masquerade.errors import MasqueradeError
+from masquerade.errors import InvalidValue, MasqueradeError
 from masquerade.plan.memory import format_bytes, read_host_memory
 from masquerade.plan.processors import VARIABLE, read_processors
 
@@ -60,7 +60,7 @@ def examine(
         "packages": {name: version for name in (*PACKAGES, *EXTRAS) if (version := _find_version(name))},
         "hardware": _describe_hardware(),
         "kernels": _describe_kernels(),
-        "configuration": _describe_configuration(context),
+        "configuration": _describe_configuration(context, problems),
         "store": _describe_store(store, model, verify, problems),
         "database": _describe_database(database, problems),
         "space": _describe_space(store, model, problems),
@@ -152,12 +152,16 @@ def _describe_kernels() -> Facts:
     return facts
 
 
-def _describe_configuration(context: typer.Context) -> Facts:
+def _describe_configuration(context: typer.Context, problems: list[str]) -> Facts:
     file = context.find_root().obj
-    settings = [one for one in config.collect(context) if one.source != "default"]
-    return {"file": str(file) if file else "none"} | {
-        f"{one.command} {one.option}": f"{one.value} (from {one.source})" for one in settings
-    }
+    facts: Facts = {"file": str(file) if file else "none"}
+    try:
+        for one in config.collect(context):
+            if one.source != "default":
+                facts[f"{one.command} {one.option}"] = f"{one.value} (from {one.source})"
+    except InvalidValue as error:
+        problems.append(str(error))
+    return facts
 
 
 def _describe_store(store: Path | None, model: str, verify: bool, problems: list[str]) -> Facts:

@@ -34,6 +34,9 @@ def show_version(as_json: AsJson = False) -> None:
 
 def run() -> None:
     """Run the command; an expected failure is one line on stderr."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it is None if the caller closed it
+    if not all(map(_is_text, sys.argv)):
+        _fail("an argument is not valid UTF-8; what goes to the server is text", 2)
     try:
         app()
     except BadRequest as error:
@@ -45,6 +48,14 @@ def run() -> None:
         sys.exit(1)
     except (MasqueradeError, OSError) as error:
         _fail(error, 1)
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:  # a byte that was no text
+        return False
+    return True
 
 
 def _fail(error: object, status: int) -> None:

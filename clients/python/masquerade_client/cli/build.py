@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -26,6 +29,7 @@ from masquerade_client import Build, BuildEvent, BuildOptions, Client
 from masquerade_client.cli.options import DEFAULT_URL, AsJson, Key, Url
 from masquerade_client.cli.personas import describe
 
+LINE_SECONDS = 10.0  # least time between two lines about one stage
 Jsonl = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Examples, one JSON object per line.")]
 
 
@@ -80,12 +84,9 @@ def build(
         "replace": replace or None,
     }
     options = cast(BuildOptions, {option: value for option, value in given.items() if value is not None})
-    with Client(url, key) as client, _bars() as bars:
-        upload = bars.add_task("upload", total=data.stat().st_size)
-        build = client.builds.create(
-            name, data, sent=lambda done, size: bars.update(upload, completed=done, total=size), **options
-        )
-        build = _follow(client, build, bars) if wait else build
+    with Client(url, key) as client, _follow_stages() as stages:
+        build = client.builds.create(name, data, sent=lambda done, size: stages.show("upload", done, size), **options)
+        build = _follow(client, build, stages) if wait else build
         made = [client.personas.get(one.persona) for one in build.made]
     if as_json:
         print(json.dumps(asdict(build)))
@@ -95,27 +96,67 @@ def build(
         Console().print(describe(persona))
 
 
-def _follow(client: Client, build: Build, bars: Progress) -> Build:
-    """Show a bar for each stage until the build ends. Ctrl-C cancels the build."""
-    stages: dict[str, TaskID] = {}
+def _follow(client: Client, build: Build, stages: Bars | Lines) -> Build:
+    """Show the stages of a build until it ends. Ctrl-C cancels the build."""
 
     def show(event: BuildEvent) -> None:
         if event.stage is None:
-            bars.console.print(event.message, markup=False, highlight=False)
-            return
-        if event.stage not in stages:
-            stages[event.stage] = bars.add_task(event.stage, total=event.total)
-        bars.update(stages[event.stage], completed=event.done, total=event.total)
+            stages.say(event.message)
+        else:
+            stages.show(event.stage, event.done or 0, event.total)
 
     try:
         ended = client.builds.wait(build.id, show)
     except KeyboardInterrupt:
         client.builds.cancel(build.id)
-        bars.console.print(f"the build of {build.persona!r} was cancelled", markup=False, highlight=False)
+        stages.say(f"the build of {build.persona!r} was cancelled")
         sys.exit(130)
-    for stage in stages.values():
-        bars.update(stage, total=bars.tasks[stage].completed)
+    stages.end()
     return ended
+
+
+class Bars:
+    """A progress bar for each stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stages: dict[str, TaskID] = {}
+
+    def show(self, stage: str, done: int, total: int | None) -> None:
+        """Move the bar of a stage."""
+        if stage not in self._stages:
+            self._stages[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._stages[stage], completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def end(self) -> None:
+        """Complete the bars of stages whose total was unknown."""
+        for stage in self._stages.values():
+            self._progress.update(stage, total=self._progress.tasks[stage].completed)
+
+
+class Lines:
+    """A line for each new stage, and at most one each `LINE_SECONDS` within it."""
+
+    def __init__(self) -> None:
+        self._stage, self._written = "", 0.0
+
+    def show(self, stage: str, done: int, total: int | None) -> None:
+        """Write a line if the stage is new or the last line is old."""
+        now = time.monotonic()
+        if stage != self._stage or now - self._written >= LINE_SECONDS:
+            self._stage, self._written = stage, now
+            self.say(f"{stage}: {done}" + (f" of {total}" if total else ""))
+
+    def say(self, text: str) -> None:
+        """Write a line on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Nothing is left to write."""
 
 
 class Rate(ProgressColumn):
@@ -126,6 +167,13 @@ class Rate(ProgressColumn):
         return Text(f"{task.speed:,.1f}/s" if task.speed else "", style="dim")
 
 
-def _bars() -> Progress:
+@contextmanager
+def _follow_stages() -> Iterator[Bars | Lines]:
+    """Bars on a terminal, lines elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Lines()
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr))
+    with Progress(*columns, console=console) as progress:
+        yield Bars(progress)

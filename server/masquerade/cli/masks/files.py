@@ -33,6 +33,7 @@ def write_file(
     ] = None,
     to: Annotated[Path | None, typer.Option(help="Folder of the adapter.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Gamma of the adapter; by default the persona's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file, or write into a folder with files.")] = False,
     dtype: Dtype = "auto",
     model: Model = "demo",
     store: StoreFolder = None,
@@ -49,6 +50,8 @@ def write_file(
         raise InvalidValue(f"--as {kind} writes a folder: give --to FOLDER, and neither FILE nor --against")
     registry = open_registry(model, store)
     revision = registry.resolve(persona)
+    if not force:
+        _check_absent(file or to)
     if file is not None:
         done = _write_mask(registry, revision, file, against)
     elif kind is not None and to is not None:
@@ -58,6 +61,13 @@ def write_file(
             base = load(model, device="cpu", dtype=dtype, report=progress)
         done = _write_adapter(base, registry, revision, kind, to, gamma)
     say(as_json, *done)
+
+
+def _check_absent(path: Path | None) -> None:
+    """Raises `InvalidValue` for a file that exists, and for a folder with files."""
+    if path is not None and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        what = "has files in it" if path.is_dir() else "exists"
+        raise InvalidValue(f"{path} {what}; give another path, or --force to replace what is there")
 
 
 def _write_mask(registry: Registry, revision: Revision, file: Path, against: str | None) -> CommandResult:

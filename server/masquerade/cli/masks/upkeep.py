@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from maskstore import Registry, fsck, gc, signing
+from maskstore import InvalidName, Registry, fsck, gc, signing
 from maskstore.mirror import find_url
 from maskstore.upkeep import GRACE
 from masquerade.cli.masks.common import CommandResult, Persona, identify, open_registry
@@ -82,7 +82,12 @@ def sign_mask(
 ) -> CommandResult:
     """Sign a persona's mask: base, tensors and metadata."""
     revision = registry.resolve(persona)
-    registry.store.replace(signing.sign(registry.store.open(revision.digest), key.read_text().strip()))
+    mask, private = registry.store.open(revision.digest), key.read_bytes().decode(errors="replace").strip()
+    try:
+        signed = signing.sign(mask, private)
+    except InvalidName as error:
+        raise InvalidValue(f"{key}: {error}") from None
+    registry.store.replace(signed)
     return identify(revision), f"{revision.digest[:8]} is signed"
 
 
