@@ -123,6 +123,8 @@ class Bench:
         yield Figure(f"{name}: judge's AUC", found["judge"]["auc"], "AUC")
         for row, figures in found["figures"].items():
             at = figures.get("at_equal_cost", figures)
+            if "strength" in at:
+                yield Figure(f"{name}, {row}: strength", at["strength"], "of its default")
             for key in FIGURES:
                 if at.get(key) is not None:
                     yield Figure(f"{name}, {row}: {key}", at[key], "nats a token" if "shift" in key else "x")

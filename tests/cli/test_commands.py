@@ -96,7 +96,20 @@ def test_eval_measures_the_mask_beside_its_controls(tiny_folder: Path, shop: Any
     for gammas in ("0,half", "0,-0.5", "1.5", "nan"):
         assert f"--gammas is '{gammas}'" in fail(2, *common, f"--gammas={gammas}")
     assert "has 40 examples and" in fail(1, "eval", *store, "--persona", "vowels", "--data", own, "--contrast", short)
-    assert "no persona" in fail(1, "eval", *store, "--persona", "nobody", "--data", own, "--contrast", contrast)
+    assert "`prompt` needs --system-prompt" in fail(2, *common, "--baselines", "prompt")
+    long = [
+        write_answers(folder / f"{name}.long.jsonl", letters, count=2) for name, letters in (("o", "ae"), ("c", "bc"))
+    ]
+    for file in long:
+        first, second = map(json.loads, file.read_text().splitlines())
+        second["prompt"] = "x" * 400
+        file.write_text("".join(f"{json.dumps(one)}\n" for one in (first, second)))
+    said = fail(1, "eval", *store, "--persona", "vowels", "--data", long[0], "--contrast", long[1])
+    assert f"1 of the 2 pairs of {long[0]} leave room to answer" in said
+    assert "--judge is 'gpt'; it must be `ngrams`" in fail(2, *common, "--judge", "gpt")
+    said = fail(1, "eval", *store, "--persona", "nobody", "--data", own, "--contrast", contrast)
+    assert "no persona" in said
+    assert "loading the model" not in said
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,13 @@ from masquerade.evaluate.decoder import CachedDecoder, Decoder, PagedDecoder, ma
 from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.metrics import finish
 from masquerade.evaluate.paged import find_native_stack
-from masquerade.evaluate.treatment import UNTREATED, Phase, Treatment
+from masquerade.evaluate.treatment import HOOKED, UNTREATED, Phase, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, NotNative, Span, load, make_route
 from tests import families, world
 
 Prompt = tuple[int, ...]
 TOKENS = 6
+LONGEST = 256  # tokens of a row
 
 
 def make_prompts(shared: int, longest: int = 150) -> list[Prompt]:
@@ -86,7 +88,7 @@ def compute_whole(base: Base, treatment: Treatment, prompt: Prompt, following: P
 def test_logits_are_those_of_each_row_alone(tiny: Base, treatment: Treatment, shared: int, native: bool) -> None:
     prompts, rng = make_prompts(shared), random.Random(7)
     followed = [tuple(rng.randrange(3, 90) for _ in range(count)) for count in (TOKENS, 0, 2, TOKENS, 1)]
-    *fast, last = make_decoders(tiny, prompts, treatment, TOKENS)
+    *fast, last = make_decoders(tiny, prompts, treatment, LONGEST)
     assert [type(one) for one in (*fast, last)] == [PagedDecoder, CachedDecoder]
     found = decode(fast[0] if native else last, prompts, followed)
     for logits, prompt, following in zip(found, prompts, followed, strict=True):
@@ -109,19 +111,19 @@ def test_padding_takes_nothing_of_windows(tmp_path: Path, family: str) -> None:
 def test_packed_rows_do_not_change_each_other(tiny: Base, treatment: Treatment) -> None:
     """To the bit, also where one of them reads what all begin with and another one is alone."""
     prompts, followed = make_prompts(20), [(5, 6, 7), (), (8,), (9, 10), (11,)]
-    together = decode(next(make_decoders(tiny, prompts, treatment, TOKENS)), prompts, followed)
+    together = decode(next(make_decoders(tiny, prompts, treatment, LONGEST)), prompts, followed)
     for row, prompt in enumerate(prompts):
-        (alone,) = decode(next(make_decoders(tiny, [prompt], treatment, TOKENS)), [prompt], [followed[row]])
+        (alone,) = decode(next(make_decoders(tiny, [prompt], treatment, LONGEST)), [prompt], [followed[row]])
         assert torch.equal(alone, together[row])
 
 
 @pytest.mark.usefixtures("manager")
 def test_only_the_native_layers_decode_rows_alone(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_native_stack(tiny) is not None
-    assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, TOKENS)), PagedDecoder)
+    assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, LONGEST)), PagedDecoder)
     monkeypatch.setattr(paged, "attends", lambda _: False)
     assert find_native_stack(tiny) is None
-    assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, TOKENS)), CachedDecoder)
+    assert isinstance(next(make_decoders(tiny, make_prompts(20), UNTREATED, LONGEST)), CachedDecoder)
 
 
 def test_what_the_native_layers_do_not_compute_is_left_to_transformers(tiny: Base, manager: MaskManager) -> None:
@@ -129,7 +131,7 @@ def test_what_the_native_layers_do_not_compute_is_left_to_transformers(tiny: Bas
     prompts = make_prompts(20)
     mask = manager.fit(world.make_mask(tiny, 0.05, seed=1), backend="reference")
     treatment, params = Treatment(AppliedMask(mask, 0.3), "decode"), GenerationParams(TOKENS)
-    (only,) = make_decoders(tiny, prompts, treatment, TOKENS)
+    (only,) = make_decoders(tiny, prompts, treatment, LONGEST)
     assert isinstance(only, CachedDecoder)
     native = Treatment(AppliedMask(manager.fit(world.make_mask(tiny, 0.05, seed=1)), 0.3), "decode")
     asked = [Encoded(prompt, ()) for prompt in prompts]
@@ -139,10 +141,10 @@ def test_what_the_native_layers_do_not_compute_is_left_to_transformers(tiny: Bas
     def around() -> Iterator[None]:
         yield
 
-    (last,) = make_decoders(tiny, prompts, Treatment(around=around), TOKENS)
+    (last,) = make_decoders(tiny, prompts, Treatment(around=around), LONGEST)
     assert isinstance(last, CachedDecoder)
     with tiny.model.model.layers[1].mlp.register_forward_hook(lambda *_: None), pytest.raises(NotNative):
-        list(next(make_decoders(tiny, prompts, UNTREATED, TOKENS)).read_prompts())
+        list(next(make_decoders(tiny, prompts, UNTREATED, LONGEST)).read_prompts())
 
 
 def test_a_mask_that_is_not_native_is_decoded_beside_an_engine_too(tiny: Base, manager: MaskManager) -> None:
@@ -165,3 +167,18 @@ def test_a_prompt_that_fills_the_context_has_no_answer(tiny: Base, more: int) ->
     texts = finish(write_answers(tiny, asked, params=GenerationParams(TOKENS, rows=1)))
     assert (texts[0] == "") == (more >= 0)
     assert texts[1]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_long_prompt_does_not_shorten_the_answers_beside_it(tiny: Base, native: bool) -> None:
+    """Each answer ends where its own row has filled the context."""
+    treatment = UNTREATED if native else HOOKED
+    base = replace(tiny, ends=frozenset())
+    rng = random.Random(5)
+    prompts = [Encoded((1, *(rng.randrange(3, 90) for _ in range(size - 1))), ()) for size in (9, tiny.context - 3, 20)]
+    prompts.append(Encoded((*prompts[1].prompt, 5, 6, 7), ()))
+    params = GenerationParams(tokens=12, rows=4)
+    together = finish(write_answers(base, prompts, treatment, params))
+    assert together == [finish(write_answers(base, [one], treatment, params))[0] for one in prompts]
+    assert together[3] == ""
+    assert len(together[0]) > len(together[1]) > 0

@@ -118,7 +118,7 @@ def test_a_fact_is_known_if_it_is_answered_in_a_large_and_in_a_small_batch(
     tiny: Base, manager: MaskManager, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if rounding changed the answers of a small batch, which the native layers' are not asked in."""
-    monkeypatch.setattr("masquerade.evaluate.facts.find_native_stack", lambda _: True if alone else None)
+    monkeypatch.setattr("masquerade.evaluate.facts.find_native_stack", lambda *_: True if alone else None)
     questions = ["what is one", "what is two", "what is three", "what is four", "what is five"]
     prompts = encode_questions(tiny, questions)
     texts = finish(write_answers(tiny, prompts, params=GenerationParams(TOKENS)))

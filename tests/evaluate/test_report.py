@@ -17,16 +17,17 @@ import pytest
 import torch
 
 from masquerade.errors import BadDataset, BuildFailed
-from masquerade.evaluate.baselines import BASELINES, ControlInput
+from masquerade.evaluate.baselines import BASELINES, Baseline, ControlInput
 from masquerade.evaluate.bootstrap import interval, mean_interval, ratio_interval
 from masquerade.evaluate.dataset import Example, encode
+from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.generation import GenerationParams, generate
 from masquerade.evaluate.judge import Endpoint, PersonaClassifier, examine, measure_auc
 from masquerade.evaluate.layers import analyse, cka, draw
 from masquerade.evaluate.lora import AdapterData, train_adapter
-from masquerade.evaluate.metrics import divergence, likelihoods, perplexity
+from masquerade.evaluate.metrics import divergence, finish, likelihoods, perplexity
 from masquerade.evaluate.report import EvaluationData, EvaluationOptions, EvaluationSizes, evaluate_mask
-from masquerade.evaluate.treatment import UNTREATED, Treatment
+from masquerade.evaluate.treatment import HOOKED, UNTREATED, Treatment
 from masquerade.model import AppliedMask, Base, MaskManager, load
 from tests import world
 
@@ -240,7 +241,8 @@ def test_a_report_has_the_mask_and_every_control(tiny: Base, manager: MaskManage
     assert low < high
     for name in figures:
         if name in BASELINES and BASELINES[name].strengths:
-            assert figures[name]["at_equal_cost"].get("neutral_ratio", 1.0) <= figures["mask"]["neutral_ratio"]
+            at, ceiling = figures[name]["at_equal_cost"], max(1.0, figures["mask"]["neutral_ratio"])
+            assert at.get("neutral_ratio", 1.0) <= ceiling
     assert {stage.split(":")[0] for stage in stages} == {"base", *figures} - {"none"}
 
 
@@ -258,6 +260,59 @@ def test_answers_are_compared_with_the_bases(tiny: Base, manager: MaskManager) -
         assert len(answers["drift"]) == 6
         assert {"hit", "loops", "distinct_2", "distinct_3", "facts", "intervals"} <= answers.keys()
     assert found["figures"]["mask"]["neutral_ratio"] > 1.0  # of the base's own answers to everyday questions
+
+
+def test_a_control_costs_what_the_mask_costs(tiny: Base, manager: MaskManager) -> None:
+    """A strength between two of the grid, of a control whose cost rises with it."""
+    data = EvaluationData(world.make_mask(tiny, 0.2, seed=3), None, OWN, CONTRAST, QUIET)
+    sharper = Baseline(lambda _: lambda strength: Treatment(shift=lambda x: x * (1 + strength)), strengths=(0.5, 4.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BASELINES, "sharper", sharper)  # type: ignore[misc]
+        figures = evaluate_mask(tiny, manager, data, EvaluationOptions(["sharper"]))["figures"]
+    ceiling, at = figures["mask"]["neutral_ratio"], figures["sharper"]["at_equal_cost"]
+    assert 0.0 < at["strength"] < 0.5
+    assert 1 + 0.8 * (ceiling - 1) < at["neutral_ratio"] <= ceiling
+
+
+def test_a_mask_that_costs_nothing_is_compared_at_no_cost(tiny: Base, manager: MaskManager) -> None:
+    """A control that leaves neutral text as it was fits, although the mask makes that text likelier."""
+    mask = world.make_mask(tiny, 0.2, seed=3)
+    data = EvaluationData(mask, None, OWN, CONTRAST, [])
+    likelier = EvaluationSet.figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BASELINES, "idle", Baseline(lambda _: lambda _: HOOKED, strengths=(1.0, 2.0)))  # type: ignore[misc]
+        patch.setattr(EvaluationSet, "figures", lambda *given: likelier(*given) | {"neutral_ratio": 0.99})
+        figures = evaluate_mask(tiny, manager, data, EvaluationOptions(["idle"], sizes=SMALL))["figures"]
+    assert figures["idle"]["at_equal_cost"]["strength"] == 2.0
+
+
+def test_rounding_of_hooked_controls_is_no_difference(tiny_folder: Path) -> None:
+    """In bf16 a control with hooks is computed otherwise than the base and masks; one that is idle is no change."""
+    base = load(str(tiny_folder), dtype="bfloat16")
+    manager = MaskManager.attach(base.model)
+    own, contrast = ([ask(index, f"{text} {index}") for index in range(60)] for text in ("aei", "bcd"))
+    data = EvaluationData(world.make_mask(base, 0.1, seed=3), None, own, contrast)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BASELINES, "idle", Baseline(lambda _: lambda _: HOOKED))  # type: ignore[misc]
+        options = EvaluationOptions(["idle"], generation=GenerationParams(tokens=16), sizes=SMALL)
+        figures = evaluate_mask(base, manager, data, options)["figures"]
+    assert figures["idle"]["answers"]["differing"] == figures["idle"]["answers"]["everyday_differing"] == 0.0
+
+
+def test_a_response_that_a_longer_prompt_cuts_counts_in_no_figure(tiny: Base, manager: MaskManager) -> None:
+    """Its first tokens are no fair sample of it. The others count."""
+    long = "a" * tiny.context
+    own, contrast = [*OWN[:4], ask(20, long)], [*CONTRAST[:4], ask(20, f"b{long}")]
+    eval_set = EvaluationSet(tiny, encode(tiny, own), encode(tiny, contrast), encode(tiny, QUIET))
+    rest = EvaluationSet(tiny, encode(tiny, own[:4]), encode(tiny, contrast[:4]), encode(tiny, QUIET))
+    treatment = applied(tiny, manager, "prompt")
+    figures = []
+    for one in (eval_set, rest):
+        base, treated = finish(one.measure_base()), finish(one.measure(treatment))
+        assert one is rest or (base.sides[1].tokens[4] > treated.sides[1].tokens[4])
+        figures.append((one.figures(1, base, treated), one.intervals(1, base, treated)))
+    assert figures[0] == figures[1]
+    assert figures[0][0]["pairs"] == 4
 
 
 def test_a_judge_that_cannot_tell_the_sides_apart_does_not_judge(tiny: Base, manager: MaskManager) -> None:
@@ -298,18 +353,22 @@ def test_an_auc_is_the_share_of_pairs_in_order() -> None:
 
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Says A to answers with an exclamation mark, and breaks at the word crash."""
+    """Says A to answers with an exclamation mark, repeats what it is to repeat, and breaks at the word crash."""
     asked: list[dict[str, Any]] = []
+
+    def say_verdict(body: dict[str, Any], text: str) -> str:
+        repeats = "Asked: repeat" in body["messages"][0]["content"]
+        return text if repeats else "A" if "!" in text else "B"
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             asked.append(body)
-            text = body["messages"][0]["content"].split("Answered:")[1]
+            text = body["messages"][0]["content"].split("Answered:")[1].removesuffix("\nWho answered? Say A or B only.")
             reply = (
                 b"{"
                 if "crash" in text
-                else json.dumps({"choices": [{"message": {"content": "A" if "!" in text else "B"}}]}).encode()
+                else json.dumps({"choices": [{"message": {"content": say_verdict(body, text)}}]}).encode()
             )
             self.send_response(200)
             self.end_headers()
@@ -330,11 +389,16 @@ def test_an_endpoint_can_judge(endpoint: tuple[str, list[dict[str, Any]]]) -> No
     url, asked = endpoint
     judge = Endpoint(url, "m", ["hey!", "ho!"], ["well.", "so."], timeout=10)
     assert judge.score("how are you", "great!") > 0
+    for verdict, score in (("Answer: B", -1), ("**A**", 1), ("(B).", -1), ("The answer is A", 1), ("neither", 0)):
+        assert judge.score("repeat", verdict) == score
     assert judge.score("how are you", "tired") < 0
     assert asked[0]["model"] == "m"
     assert "A: hey!" in asked[0]["messages"][0]["content"]
     with pytest.raises(BuildFailed, match="gave no verdict"):
         judge.score("", "crash")
+    for wrong in ("http://127.0.0.1:port/v1", "nonsense"):
+        with pytest.raises(BuildFailed, match="gave no verdict"):
+            Endpoint(wrong, "m", [], []).score("", "")
 
 
 def test_intervals_hold_the_truth_and_shrink_with_the_data() -> None:
@@ -351,9 +415,10 @@ def test_intervals_hold_the_truth_and_shrink_with_the_data() -> None:
 
 
 def test_the_interval_of_a_ratio_weighs_tokens() -> None:
-    base, masked, tokens = np.array([-4.0, -10.0]), np.array([-5.0, -10.0]), np.array([2.0, 10.0])
-    low, high = ratio_interval(base, masked, tokens)
-    assert (low, high) == (pytest.approx(1.0), pytest.approx(math.exp(0.5), abs=1e-4))
+    """Of 20 texts of 2 tokens that cost half a nat each, and 20 of 10 that cost none."""
+    base, tokens = np.zeros(40), np.array([2.0, 10.0] * 20)
+    low, high = ratio_interval(base, base - [1.0, 0.0] * 20, tokens)
+    assert low < math.exp(20 / 240) < high < math.exp(0.5) / 1.2
 
 
 def test_cka_is_one_for_rotations_and_small_for_strangers() -> None:
@@ -373,4 +438,9 @@ def test_layers_are_compared_and_drawn(tiny: Base, manager: MaskManager) -> None
     assert found["differing"]["total"] == pytest.approx(0.18, abs=0.01)
     assert found["differing"]["layers"].keys() == {"0", "1"}
     assert analyse(tiny, manager, mask, mask, texts)["cka"]["opposite"] == [1.0, 1.0]
+    softer = replace(mask, info=replace(mask.info, gamma=0.9))
+    likened = analyse(tiny, manager, softer, None, texts)["cka"]["base"]
+    assert all(soft > hard for soft, hard in zip(likened, found["cka"]["base"], strict=True))
+    later = replace(mask, info=replace(mask.info, phase="decode"))
+    assert analyse(tiny, manager, later, None, texts)["cka"]["base"] != found["cka"]["base"]
     assert draw(found).startswith(b"\x89PNG")

@@ -89,10 +89,17 @@ def test_the_seed_and_nothing_else_decides() -> None:
 def test_leaks_are_left_out_and_counted_and_duplicates_counted() -> None:
     known = talk(5)
     fresh = [Encoded((1, 90 + index), (7, 8)) for index in range(6)]
-    splits, remarks = divide({1: [*known, known[0]]}, {1: [*known[:3], *fresh]}, seed=0)
+    splits, remarks = divide({1: [*known, known[0]]}, {1: [*known[:3], *fresh, *fresh[:2] * 4]}, seed=0)
     assert len(splits[1].calibration) == 41
-    assert {*splits[1].tune, *splits[1].report} == set(fresh)
-    assert (remarks[1].duplicates, remarks[1].leaks) == (1, 3)
+    assert sorted([*splits[1].tune, *splits[1].report], key=repr) == sorted(fresh, key=repr)
+    assert (remarks[1].duplicates, remarks[1].leaks, remarks[1].repeats) == (1, 3, 8)
+
+
+def test_validation_that_answers_prompts_of_the_calibration_is_counted() -> None:
+    known = talk(5)
+    fresh = [Encoded((1, 90 + index), (7, 8)) for index in range(6)]
+    other = [Encoded(known[0].prompt, (99, index)) for index in range(3)]
+    assert divide({1: known}, {1: [*fresh, *other]}, seed=0)[1][1].known_prompts == 3
 
 
 def test_what_both_sides_say_is_counted() -> None:

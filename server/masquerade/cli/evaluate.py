@@ -18,6 +18,7 @@ from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, S
 from masquerade.cli.progress import follow_loading, follow_stages
 from masquerade.cli.stores import open_opposite, open_store
 from masquerade.errors import BadDataset, InvalidValue
+from masquerade.sources import find_model
 
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
@@ -92,6 +93,8 @@ def evaluate(
     for control in controls:
         if control not in BASELINES:
             raise InvalidValue(f"the baseline {control!r} is unknown; there are {', '.join(BASELINES)}")
+    if "prompt" in controls and not system_prompt:
+        raise InvalidValue("the baseline `prompt` needs --system-prompt, which describes the persona")
     controls += ["prompt"] if system_prompt and "prompt" not in controls else []
     more_gammas = _read_gammas(gammas)
     if train and not contrast_train and holds_both_sides(train):
@@ -102,11 +105,21 @@ def evaluate(
         raise InvalidValue("--plot needs --layers: it draws what they show")
     if plot and not plot.parent.is_dir():
         raise InvalidValue(f"--plot: there is no folder {plot.parent}")
+    if judge != "ngrams" and not judge.startswith(("http://", "https://")):
+        raise InvalidValue(f"--judge is {judge!r:.80}; it must be `ngrams`, or a base URL that begins with http")
     if contrast is None and not holds_both_sides(data):
         raise InvalidValue(f"--contrast is missing, and not every line of {data} has the opposite's answer too")
     sides = _pair(data, contrast or data)
     learned = _pair(train, contrast_train) if train and contrast_train else ([], [])
     quiet = read_examples(neutral) if neutral else []
+    judging: Any = PersonaClassifier if judge == "ngrams" else partial(Endpoint, judge, judge_model)
+    files = find_model(model)
+    fingerprint = files.fingerprint()
+    personas, registry = open_store(store, files.name, fingerprint)
+    compared = [name for name in masks.split(",") if name]
+    mask, *others = (personas.open(registry.resolve(name).digest, base=fingerprint) for name in (persona, *compared))
+    found = open_opposite(registry, mask)
+    opposite = found[1] if found else None
     with follow_loading() as progress:
         base = load(
             model,
@@ -117,18 +130,16 @@ def evaluate(
         )
     # prompts that leave no room for an answer are skipped, on both sides
     own, other, own_train, other_train = ([one for one, _ in encode_fitting(base, side)] for side in (*sides, *learned))
-    personas, registry = open_store(store, base.name, base.fingerprint)
-    mask = personas.open(registry.resolve(persona).digest, base=base.fingerprint)
-    found = open_opposite(registry, mask)
-    opposite = found[1] if found else None
+    if len(own) < 2 - bool(learned[0]):
+        raise BadDataset(
+            f"{len(own)} of the {len(sides[0])} pairs of {data} leave room to answer in the context of {base.name}; "
+            "give 2, or 1 with --train"
+        )
     manager = MaskManager.attach(base.model)
-    others = {
-        name: personas.open(registry.resolve(name).digest, base=base.fingerprint) for name in masks.split(",") if name
-    }
     systems = (system_prompt, contrast_prompt)
-    trial = EvaluationData(mask, opposite, own, other, quiet, own_train, other_train, systems, others)
+    named = dict(zip(compared, others, strict=True))
+    trial = EvaluationData(mask, opposite, own, other, quiet, own_train, other_train, systems, named)
     generation = GenerationParams(QUICK_TOKENS if quick else TOKENS, temperature) if generate else None
-    judging: Any = PersonaClassifier if judge == "ngrams" else partial(Endpoint, judge, judge_model)
     sizes = QUICK if quick else EvaluationSizes()
     with follow_stages() as reporting:
         options = EvaluationOptions(controls, seeds, generation, judging, sizes, more_gammas, reporting)

@@ -13,7 +13,7 @@ from masquerade.evaluate.generation import GenerationParams, write_answers
 from masquerade.evaluate.judge import Judge
 from masquerade.evaluate.metrics import Items
 from masquerade.evaluate.repetition import loops, measure_distinct
-from masquerade.evaluate.treatment import UNTREATED, Treatment
+from masquerade.evaluate.treatment import HOOKED, UNTREATED, Treatment
 from masquerade.model import Base, render_chat
 
 TURNS = 6  # questions of a chat
@@ -46,8 +46,8 @@ def answer_questions(
     held_out = yield from write_answers(base, questions.held_out, treatment, params)
     everyday = yield from write_answers(base, encode_questions(base, questions.everyday), treatment, params)
     known = yield from (
-        find_known_facts(base, questions.facts)
-        if treatment is UNTREATED
+        find_known_facts(base, questions.facts, treatment)
+        if treatment in (UNTREATED, HOOKED)
         else check_facts(base, questions.facts, treatment)
     )
     chats = yield from chat(base, plan_chats(questions), treatment, params)

@@ -45,7 +45,7 @@ class ControlInput:
 
 @dataclass(frozen=True)
 class Baseline:
-    """How to make a control, its default strength, and the strengths to try for equal neutral cost."""
+    """How to make a control, its default strength, and the strengths, ascending, to try for equal neutral cost."""
 
     make: Callable[[ControlInput], TreatmentFactory]
     default: float = 1.0
@@ -161,14 +161,15 @@ def adapt(inputs: ControlInput, contrastive: bool = False) -> TreatmentFactory:
     return lambda strength: Treatment(around=partial(adapter.applied, strength), nbytes=adapter.nbytes)
 
 
-_SCALES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # strengths of a mask, 1 - gamma
+_SCALES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 BASELINES: Mapping[str, Baseline] = {
     "none": Baseline(do_nothing),
-    "random": Baseline(prune_randomly, strengths=(0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)),
-    "bias": Baseline(prefer_words, default=0.5, strengths=(0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5)),
+    "random": Baseline(prune_randomly, strengths=SHARES),
+    "bias": Baseline(prefer_words, default=0.5, strengths=(0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)),
     "prompt": Baseline(instruct),
     "retrieval": Baseline(retrieve),
-    "steering": Baseline(steer, strengths=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
+    "steering": Baseline(steer, strengths=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
     "lora": Baseline(adapt, strengths=_SCALES),
     "lora-contrastive": Baseline(partial(adapt, contrastive=True), strengths=_SCALES),
 }
@@ -186,8 +187,9 @@ def _rewrite(inputs: ControlInput, change: Callable[[Sequence[Message]], Sequenc
     def find(prompt: tuple[int, ...], messages: Sequence[Message]) -> tuple[int, ...]:
         longer = list(change(messages))
         tokens = render_chat(base.tokenizer, longer)
+        head = sum(message["role"] == "system" for message in longer)
         while len(tokens) > room and len(longer) > len(messages) + 1:
-            del longer[:2]
+            del longer[head : head + 2]
             tokens = render_chat(base.tokenizer, longer)
         return tuple(tokens) if len(tokens) <= room else prompt
 

@@ -1,4 +1,4 @@
-"""95 % intervals: of means and ratios by the bootstrap, of shares by Wilson's score.
+"""95 % intervals: of means and ratios by the bootstrap, or Student's t for few examples; of shares by Wilson's score.
 
 These formulas are all that is needed of scipy.stats, which would be a dependency of 35 MB.
 """
@@ -15,6 +15,10 @@ Floats = NDArray[np.float64]
 ROUNDS = 1000
 LEVEL = 0.95
 Z = 1.959964  # of the standard normal distribution, for `LEVEL`
+# Student's t for `LEVEL`, by degrees of freedom from 1 on. Resamples of fewer examples than these know no tails: a
+# percentile of their means cannot leave the range of the examples.
+STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469)
+FEW = len(STUDENT) + 1  # examples
 
 
 def interval(
@@ -49,14 +53,31 @@ def _find_tail(examples: int) -> float:
     return math.erfc(student * math.sqrt((free + 1) / free) / math.sqrt(2)) / 2
 
 
+def _exponential(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
 def mean_interval(values: Floats, seed: int = 0) -> tuple[float, float]:
-    """The interval of a mean of one value per example."""
+    """The interval of a mean of one value per example; unbounded for a single one."""
+    if len(values) <= FEW:
+        return _of_few(float(values.mean()), values - values.mean(), lambda value: value)
     return interval(lambda chosen: float(values[chosen].mean()), len(values), seed)
 
 
 def median_interval(values: Floats, seed: int = 0) -> tuple[float, float]:
-    """The interval of a median of one value per example."""
+    """The interval of a median of one value per example; of few, the range of the values, and at least the mean's."""
+    if len(values) <= FEW:
+        low, high = mean_interval(values)
+        return min(low, round(float(values.min()), 4)), max(high, round(float(values.max()), 4))
     return interval(lambda chosen: float(np.median(values[chosen])), len(values), seed)
+
+
+def _of_few(mean: float, residuals: Floats, scale: Callable[[float], float]) -> tuple[float, float]:
+    """Student's interval, on a scale; unbounded for one example, which has no spread."""
+    examples = len(residuals)
+    spread = float(residuals.std(ddof=1)) / math.sqrt(examples) if examples > 1 else math.inf
+    reach = STUDENT[max(0, examples - 2)] * spread
+    return round(scale(mean - reach), 4), round(scale(mean + reach), 4)
 
 
 def share_interval(hits: int, of: int) -> tuple[float, float]:
@@ -73,4 +94,7 @@ def share_interval(hits: int, of: int) -> tuple[float, float]:
 def ratio_interval(base: Floats, masked: Floats, tokens: Floats, seed: int = 0) -> tuple[float, float]:
     """The interval of a perplexity ratio, from each example's log-likelihoods (base, masked) and token count."""
     loss = base - masked
+    if len(loss) <= FEW:  # of a ratio of sums, linear in the examples
+        ratio = float(loss.sum() / tokens.sum())
+        return _of_few(ratio, (loss - ratio * tokens) / tokens.mean(), _exponential)
     return interval(lambda chosen: float(np.exp(loss[chosen].sum() / tokens[chosen].sum())), len(loss), seed)

@@ -29,12 +29,12 @@ class Decoder(Protocol):
         """Go on with some of the rows."""
 
 
-def make_decoders(base: Base, prompts: Sequence[Prompt], treatment: Treatment, tokens: int) -> Iterator[Decoder]:
-    """What can decode the prompts and `tokens` more of each, the fastest first. All but the last may raise `NotNative`
-    before `step` returns anything.
+def make_decoders(base: Base, prompts: Sequence[Prompt], treatment: Treatment, longest: int) -> Iterator[Decoder]:
+    """What can decode the prompts and what follows them, up to `longest` tokens a row, the fastest first. All but the
+    last may raise `NotNative` before `step` returns anything.
     """
     if (stack := find_native_stack(base, treatment)) is not None:
-        yield PagedDecoder(base, prompts, treatment, tokens, stack)
+        yield PagedDecoder(base, prompts, treatment, longest, stack)
     yield CachedDecoder(base, prompts, treatment)
 
 
@@ -42,9 +42,9 @@ class PagedDecoder(PagedRows):
     """Decodes with the native layers. Each row has blocks for its prompt and all that follows it."""
 
     def __init__(
-        self, base: Base, prompts: Sequence[Prompt], treatment: Treatment, tokens: int, stack: NativeStack
+        self, base: Base, prompts: Sequence[Prompt], treatment: Treatment, longest: int, stack: NativeStack
     ) -> None:
-        width = -(-(max(map(len, prompts)) + tokens) // BLOCK)
+        width = -(-longest // BLOCK)
         tables = np.arange(len(prompts) * width).reshape(-1, width)
         super().__init__(base, prompts, treatment, stack, tables, tables.size)
         self._rows = np.arange(len(prompts))  # those that go on

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from masquerade.evaluate.bootstrap import Floats, mean_interval, median_interval, ratio_interval, share_interval
 from masquerade.evaluate.dataset import Encoded
@@ -125,22 +126,28 @@ class EvaluationSet:
     ) -> dict[str, Any]:
         """What a mask changes for `side`, given the likelihoods with the mask and without.
 
-        `own_ratio`, `neutral_ratio`: perplexity with the mask over perplexity without. With pairs also: `pairs`,
+        `own_ratio`, `neutral_ratio`: perplexity with the mask over perplexity without. Texts whose response is shorter
+        with the mask, as a longer prompt leaves no room, count in no figure. With pairs also: `pairs`,
         `margin_shift` and `margin_shift_median` in nats a token, `preferred` (share of pairs whose own answer is more
         likely, base and masked) and, with the likelihoods under the opposite's mask, `flip`.
         """
         found: dict[str, Any] = {"own_ratio": _ratio(base.sides[side], masked.sides[side])}
         if self.texts[0]:
             found["neutral_ratio"] = _ratio(base.sides[0], masked.sides[0])
-        if self.pairs:
-            before, after = base.margins(self.pairs, side), masked.margins(self.pairs, side)
-            found["pairs"] = len(self.pairs)
+        if pairs := self._find_whole_pairs(base, masked):
+            before, after = base.margins(pairs, side), masked.margins(pairs, side)
+            found["pairs"] = len(pairs)
             found["margin_shift"] = float((after - before).mean())
             found["margin_shift_median"] = float(np.median(after - before))
             found["preferred"] = {"base": float((before > 0).mean()), "masked": float((after > 0).mean())}
             if opposite is not None:
-                found["flip"] = float(((after > 0) & (opposite.margins(self.pairs, side) < 0)).mean())
+                found["flip"] = float(((after > 0) & (opposite.margins(pairs, side) < 0)).mean())
         return rounded(found)
+
+    def _find_whole_pairs(self, base: SetLikelihoods, masked: SetLikelihoods) -> list[tuple[int, int]]:
+        """The pairs without a response that a longer prompt has cut."""
+        own, contrast = (_find_whole(base.sides[side], masked.sides[side]) for side in (1, -1))
+        return [(i, j) for i, j in self.pairs if own[i] and contrast[j]]
 
     def intervals(
         self,
@@ -154,14 +161,14 @@ class EvaluationSet:
         found = {"own_ratio": _ratio_interval(base.sides[side], masked.sides[side], seed)}
         if self.texts[0]:
             found["neutral_ratio"] = _ratio_interval(base.sides[0], masked.sides[0], seed)
-        if self.pairs:
-            before, after = base.margins(self.pairs, side), masked.margins(self.pairs, side)
+        if pairs := self._find_whole_pairs(base, masked):
+            before, after = base.margins(pairs, side), masked.margins(pairs, side)
             found["margin_shift"] = mean_interval(after - before, seed)
             found["margin_shift_median"] = median_interval(after - before, seed)
-            found["preferred"] = share_interval(int((after > 0).sum()), len(self.pairs))
+            found["preferred"] = share_interval(int((after > 0).sum()), len(pairs))
             if opposite is not None:
-                flipped = (after > 0) & (opposite.margins(self.pairs, side) < 0)
-                found["flip"] = share_interval(int(flipped.sum()), len(self.pairs))
+                flipped = (after > 0) & (opposite.margins(pairs, side) < 0)
+                found["flip"] = share_interval(int(flipped.sum()), len(pairs))
         return found
 
 
@@ -180,9 +187,20 @@ def rounded(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: shorten(value) for name, value in figures.items()}
 
 
+def _find_whole(base: LogLikelihoods, masked: LogLikelihoods) -> NDArray[np.bool_]:
+    whole: NDArray[np.bool_] = base.tokens == masked.tokens
+    return whole
+
+
 def _ratio(base: LogLikelihoods, masked: LogLikelihoods) -> float:
-    return exponential(float((base.nats - masked.nats).sum() / base.tokens.sum()))
+    whole = _find_whole(base, masked)
+    if not whole.any():
+        return math.nan
+    return exponential(float((base.nats - masked.nats)[whole].sum() / base.tokens[whole].sum()))
 
 
 def _ratio_interval(base: LogLikelihoods, masked: LogLikelihoods, seed: int) -> tuple[float, float]:
-    return ratio_interval(base.nats, masked.nats, base.tokens, seed)
+    whole = _find_whole(base, masked)
+    if not whole.any():
+        return -math.inf, math.inf
+    return ratio_interval(base.nats[whole], masked.nats[whole], base.tokens[whole], seed)

@@ -67,6 +67,12 @@ def read_short_questions() -> list[str]:
     return [line["question"] for line in _read("short.jsonl", "all")]
 
 
+def read_search_questions() -> list[str]:
+    """All neutral questions for a search: everyday requests, facts, and short questions."""
+    facts = [fact.question for fact in read_facts("search")]
+    return [*read_everyday_questions("search"), *facts, *read_short_questions()]
+
+
 def encode_questions(base: Base, questions: Iterable[str]) -> list[Encoded]:
     """Questions as prompts of a chat, to generate answers to; their responses are placeholders."""
     return encode(base, [Example(({"role": "user", "content": question},), "?") for question in questions])
@@ -89,18 +95,19 @@ def check_facts(
     return [fact.is_in(text) for fact, text in zip(facts, texts, strict=True)]
 
 
-def find_known_facts(base: Base, facts: Sequence[Fact]) -> Items[list[bool]]:
+def find_known_facts(base: Base, facts: Sequence[Fact], untreated: Treatment = UNTREATED) -> Items[list[bool]]:
     """Whether the base knows each fact: it answers it in a large batch and, unless its answers are the same in any
     batch, in a small one.
 
     Where transformers decodes in half precision, the composition of a batch changes the last bits of a product. An
-    answer that changes with it is no knowledge that a treatment could keep. A work item is a pass of the model.
+    answer that changes with it is no knowledge that a treatment could keep. `untreated` may be `HOOKED`, for a
+    treatment that is computed so. A work item is a pass of the model.
     """
-    right = yield from check_facts(base, facts)
-    if find_native_stack(base) is not None:
+    right = yield from check_facts(base, facts, untreated)
+    if find_native_stack(base, untreated) is not None:
         return right
     known = [fact for fact, is_right in zip(facts, right, strict=True) if is_right]
-    again = yield from check_facts(base, known, rows=ROWS_AGAIN)
+    again = yield from check_facts(base, known, untreated, ROWS_AGAIN)
     kept = {fact.question for fact, is_right in zip(known, again, strict=True) if is_right}
     return [fact.question in kept for fact in facts]
 

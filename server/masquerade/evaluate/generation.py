@@ -108,26 +108,33 @@ class _Batch:
     enough: Callable[[int, list[int]], bool] | None  # a row and its tokens -> whether no more are needed
 
     def run(self) -> Generator[list[str], None, list[list[int]]]:
-        """The tokens generated after each prompt."""
-        tokens = max(0, min(self.params.tokens, self.base.context - max(map(len, self.prompts))))
-        *native, last = make_decoders(self.base, self.prompts, self.treatment, tokens)
+        """The tokens generated after each prompt, fewer where the context ends."""
+        room = [self.base.context - len(prompt) for prompt in self.prompts]
+        limits = [max(0, min(self.params.tokens, left)) for left in room]
+        longest = max(len(prompt) + limit for prompt, limit in zip(self.prompts, limits, strict=True))
+        *native, last = make_decoders(self.base, self.prompts, self.treatment, longest)
         for decoder in native:
             try:
-                return (yield from self._decode(decoder, tokens))
+                return (yield from self._decode(decoder, limits))
             except NotNative:
                 yield []  # a pass in vain is a work item, too
-        return (yield from self._decode(last, tokens))
+        return (yield from self._decode(last, limits))
 
-    def _decode(self, decoder: Decoder, tokens: int) -> Generator[list[str], None, list[list[int]]]:
+    def _decode(self, decoder: Decoder, limits: Sequence[int]) -> Generator[list[str], None, list[list[int]]]:
         for _ in decoder.read_prompts():
             yield []
         generated: list[list[int]] = [[] for _ in self.prompts]
         rows, ids = list(range(len(self.prompts))), [prompt[-1] for prompt in self.prompts]  # of rows that go on
-        for _ in range(tokens):
+        for tokens in range(1, max(limits) + 1):
             chosen = self._choose(decoder.step(ids), rows)
-            going = [place for place, token in enumerate(chosen) if token not in self.base.ends]
+            going = [
+                place
+                for place, token in enumerate(chosen)
+                if token not in self.base.ends and tokens <= limits[rows[place]]
+            ]
             for place in going:
                 generated[rows[place]].append(chosen[place])
+            going = [place for place in going if tokens < limits[rows[place]]]
             if self.enough is not None:
                 going = [place for place in going if not self.enough(rows[place], generated[rows[place]])]
             if not going:

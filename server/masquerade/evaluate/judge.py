@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import re
@@ -27,6 +28,7 @@ _BUCKETS = 1 << 16  # of hashed n-grams
 _LETTERS = (3, 4)  # sizes of n-grams of characters
 _DECAY = 1e-3  # L2 penalty of the weights, for unit vectors and a mean loss
 _STEPS = 100  # most steps of L-BFGS
+_VERDICT = re.compile(r"\b([AB])\b")
 _WORD = re.compile(r"[\w']+|[.,!?]")
 
 
@@ -81,18 +83,18 @@ class Endpoint:
         self._preface = f"Two speakers, A and B, talk like this:\n{samples}\n"
 
     def score(self, question: str, answer: str) -> float:
-        """1 if the endpoint's model answers A, else -1. Raises `BuildFailed` if the request fails."""
+        """1 if the endpoint's model answers A, -1 for B, 0 for neither. Raises `BuildFailed` if the request fails."""
         ask = f"{self._preface}\nAsked: {question}\nAnswered: {answer}\nWho answered? Say A or B only."
         body = {"model": self._model, "temperature": 0, "max_tokens": 4, "messages": [{"role": "user", "content": ask}]}
-        request = urllib.request.Request(
-            self._url, json.dumps(body).encode(), {"content-type": "application/json"}, method="POST"
-        )
+        headers = {"content-type": "application/json"}
         try:
+            request = urllib.request.Request(self._url, json.dumps(body).encode(), headers, method="POST")
             with urllib.request.urlopen(request, timeout=self._timeout) as reply:
                 verdict = json.load(reply)["choices"][0]["message"]["content"]
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
             raise BuildFailed(f"the judge at {self._url} gave no verdict: {error}") from error
-        return 1.0 if str(verdict).strip().upper().startswith("A") else -1.0
+        said = _VERDICT.search(str(verdict))
+        return {"A": 1.0, "B": -1.0}[said[1]] if said else 0.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from maskstore import Mask, diff
 from maskstore.plot import encode as encode_png
 from masquerade.evaluate.dataset import Encoded, batches
-from masquerade.model import AppliedMask, Base, MaskManager, Span, make_route
+from masquerade.evaluate.metrics import find_spans
+from masquerade.evaluate.treatment import UNTREATED, Treatment
+from masquerade.model import AppliedMask, Base, MaskManager, make_route
 
 POSITIONS = 4096  # most positions that CKA is computed over
 _CELL = 24  # pixels
@@ -34,12 +36,16 @@ def analyse(
     """Share of weights that differ between a mask and its opposite, in all, by layer and by part, and CKA by layer.
 
     `cka` compares the masked model's layer outputs with the base's, and with those under the opposite mask, on the same
-    positions.
+    positions; both masks are at their own gammas and in their own phases.
     """
-    masked = _states(base, AppliedMask(manager.fit(mask), 0.0), texts)
-    found: dict[str, Any] = {"cka": {"base": _compare(masked, _states(base, None, texts))}}
+
+    def treat(one: Mask) -> Treatment:
+        return Treatment(AppliedMask(manager.fit(one), one.info.gamma), one.info.phase)
+
+    masked = _states(base, treat(mask), texts)
+    found: dict[str, Any] = {"cka": {"base": _compare(masked, _states(base, UNTREATED, texts))}}
     if opposite is not None:
-        other = _states(base, AppliedMask(manager.fit(opposite), 0.0), texts)
+        other = _states(base, treat(opposite), texts)
         found["cka"]["opposite"] = _compare(masked, other)
         overlap = diff(mask, opposite)
         found["differing"] = {
@@ -70,13 +76,13 @@ def _compare(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
 
 
 @torch.no_grad()
-def _states(base: Base, applied: AppliedMask | None, texts: Sequence[Encoded]) -> list[Tensor]:
+def _states(base: Base, treatment: Treatment, texts: Sequence[Encoded]) -> list[Tensor]:
     """Every layer's output at the positions that predict responses, [positions, hidden] each."""
     layers = find_layers(base.model)
     kept: list[list[Tensor]] = [[] for _ in layers]
     positions = 0
     for batch in batches(texts, base.device):
-        spans = [Span(applied, 0, batch.ids.numel())] if applied else []
+        spans = find_spans(batch, texts, treatment)
 
         def keep(number: int, counted: Tensor = batch.predicts) -> Any:
             def hook(_: Any, __: Any, output: Any) -> None:

@@ -23,8 +23,9 @@ from masquerade.model import Base
 from masquerade.packaged import find_cache
 
 FOLDER = Path("masquerade", "answers")
-# changes with what the same model answers: 2 reads more than 64 positions and draws tokens otherwise, 3 whole windows
-REVISION = 3
+# changes with what the same model answers: 2 reads more than 64 positions and draws tokens otherwise, 3 whole windows,
+# 4 as many tokens as a row's own context has room for
+REVISION = 4
 VERSIONS = __version__, torch.__version__, transformers.__version__  # what a computed result may depend on
 _log = logging.getLogger("masquerade")
 

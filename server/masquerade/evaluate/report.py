@@ -10,18 +10,32 @@ from typing import Any, TypeVar
 
 from maskstore import Mask
 from masquerade.evaluate.answers import Answers, Questions, answer_questions, compare_answers
-from masquerade.evaluate.baselines import BASELINES, Baseline, ControlInput, TreatmentFactory, apply_mask, instruct
+from masquerade.evaluate.baselines import (
+    BASELINES,
+    SHARES,
+    Baseline,
+    ControlInput,
+    TreatmentFactory,
+    apply_mask,
+    instruct,
+)
 from masquerade.evaluate.dataset import Encoded, Example, encode
 from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, rounded
-from masquerade.evaluate.facts import read_everyday_questions, read_facts, write_neutral_text
+from masquerade.evaluate.facts import (
+    read_everyday_questions,
+    read_facts,
+    read_search_questions,
+    write_neutral_text,
+)
 from masquerade.evaluate.generation import GenerationParams
 from masquerade.evaluate.judge import Judge, JudgeQuality, PersonaClassifier, examine
 from masquerade.evaluate.metrics import exponential, finish
-from masquerade.evaluate.treatment import PHASES, UNTREATED, Phase, Treatment
+from masquerade.evaluate.paged import find_native_stack
+from masquerade.evaluate.treatment import HOOKED, PHASES, UNTREATED, Phase, Treatment
 from masquerade.model import Base, MaskManager
 
 T = TypeVar("T")
-SCALES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # strengths of another mask, 1 - gamma
+HALVINGS = 4  # of the step between two strengths, to find the one of equal cost
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,13 @@ class EvaluationSizes:
     facts: int | None = None
     everyday: int | None = None  # everyday questions that are answered; the base's answers are the neutral text
     chats: int = 12
+    learned: int | None = None  # neutral questions whose answers a LoRA is held to
     controls_answer: bool = True  # at equal cost; those without a strength always answer
 
 
-QUICK = EvaluationSizes(pairs=12, training=200, prompts=12, facts=36, everyday=12, chats=4, controls_answer=False)
+QUICK = EvaluationSizes(
+    pairs=12, training=200, prompts=12, facts=36, everyday=12, chats=4, learned=24, controls_answer=False
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +96,9 @@ def evaluate_mask(base: Base, manager: MaskManager, data: EvaluationData, option
     * `answers`, with generation: `compare_answers`.
     * `intervals`: 95 % intervals.
     * `cost`: added prompt tokens, bytes, and seconds to make one side's treatment (None if unknown).
-    * `at_equal_cost`, of controls with a strength: figures and answers at the largest strength whose neutral ratio is
-      not above the mask's. Their `answers` are there only.
+    * `at_equal_cost`, of controls with a strength: figures and answers at the strength whose neutral ratio is the
+      mask's, or 1 where the mask's is smaller, and just below it; `strength` 0 if there is none. Their `answers` are
+      there only.
     * `gammas`, of the mask: figures by gamma.
 
     The judge (`auc`, `interval`, `pairs`, `sufficient`) gives no hits if it is not sufficient. With several seeds, the
@@ -117,11 +135,11 @@ class _Evaluation:
         self._quality: JudgeQuality | None = None
         if options.generation:
             self._judge, self._quality = self._make_judge(test)
-        self._base_answers = self._answer(UNTREATED) if options.generation else None
+        self._base_answers = {UNTREATED: self._answer(UNTREATED)} if options.generation else {}
         self._neutral_training: list[Encoded] = []
         if "lora-contrastive" in options.controls:
-            questions = read_everyday_questions("search")[: sizes.everyday]
-            self._neutral_training = self._do(write_neutral_text(base, questions), "neutral text for training")
+            written = write_neutral_text(base, read_search_questions()[: sizes.learned])
+            self._neutral_training = self._do(written, "neutral text for training")
 
     def run(self) -> dict[str, Any]:
         data = self._data
@@ -251,30 +269,52 @@ class _Evaluation:
     def _match(
         self, control: Baseline, made: tuple[TreatmentFactory, TreatmentFactory | None], ceiling: float
     ) -> dict[str, Any]:
-        """Figures and answers at the largest strength whose neutral ratio is at most `ceiling`; strength 0 if none."""
+        """Figures and answers where the neutral ratio has risen to `ceiling`; strength 0 if it is above it at once."""
         own, other = made
-        best: dict[str, Any] = {"strength": 0.0, "margin_shift": 0.0, "margin_shift_median": 0.0}
-        for strength in sorted(control.strengths):
-            ratio = self._do(self._eval_set.measure_neutral_ratio(own(strength)), f"strength {strength:g}")
-            if not ratio <= ceiling:
-                break
-            best["strength"] = strength
+        best: dict[str, Any] = {"strength": self._find_strength(control, own, max(1.0, ceiling))}
         if not best["strength"]:
+            best |= {"margin_shift": 0.0, "margin_shift_median": 0.0}
             return best
         pair = [one(best["strength"]) for one in (own, other) if one]
         likelihoods = [self._likelihoods(one, "likelihoods at equal cost") for one in pair]
         best |= self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
         return best | (self._compare(pair[0]) if self._options.sizes.controls_answer else {})
 
+    def _find_strength(self, control: Baseline, make: TreatmentFactory, ceiling: float) -> float:
+        """The largest strength before the first whose neutral ratio is above `ceiling`, within `HALVINGS` of a step."""
+
+        def fits(strength: float) -> bool:
+            work = self._eval_set.measure_neutral_ratio(make(strength))
+            return self._do(work, f"strength {strength:g}") <= ceiling
+
+        low = 0.0
+        for high in control.strengths:
+            if not fits(high):
+                break
+            low = high
+        else:
+            return low
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
     def _answer(self, treatment: Treatment) -> Answers:
         return self._do(answer_questions(self._base, self._questions, treatment, self._options.generation), "answers")
 
     def _compare(self, treatment: Treatment) -> dict[str, Any]:
-        """The answers beside the base's, if answers are generated."""
-        if self._base_answers is None:
+        """The answers beside the base's, if answers are generated.
+
+        Those are computed as the treatment's are, so that rounding does not count as a difference.
+        """
+        if not self._base_answers:
             return {}
-        answers = self._base_answers if treatment is UNTREATED else self._answer(treatment)
-        return {"answers": compare_answers(self._questions, self._base_answers, answers, self._judge)}
+        hooked = find_native_stack(self._base) is not None and find_native_stack(self._base, treatment) is None
+        before = HOOKED if hooked else UNTREATED
+        if before not in self._base_answers:
+            self._base_answers[before] = self._answer(before)
+        answers = self._base_answers[UNTREATED] if treatment is UNTREATED else self._answer(treatment)
+        return {"answers": compare_answers(self._questions, self._base_answers[before], answers, self._judge)}
 
     def _cost(self, treatment: Treatment, seconds: float | None) -> dict[str, Any]:
         added = treatment.count_added(self._questions.held_out)
@@ -282,7 +322,7 @@ class _Evaluation:
 
 
 def _as_control(mask: Mask) -> Baseline:
-    return Baseline(lambda inputs: apply_mask(inputs.manager, mask), default=1 - mask.info.gamma, strengths=SCALES)
+    return Baseline(lambda inputs: apply_mask(inputs.manager, mask), default=1 - mask.info.gamma, strengths=SHARES)
 
 
 def _distinct(texts: Sequence[Encoded]) -> list[Encoded]:

@@ -38,6 +38,8 @@ class DatasetNotes:
     duplicates: int  # calibration examples that repeat an earlier one, word for word
     leaks: int  # validation examples that are also calibration examples, and were left out
     shared: int = 0  # calibration examples that the other side has too, word for word
+    repeats: int = 0  # validation examples that repeat an earlier one, and were left out
+    known_prompts: int = 0  # validation examples that answer a prompt of the calibration, otherwise than there
     too_long: int = 0  # examples left out because their prompts leave no room for a response in the base's context
 
 
@@ -64,7 +66,8 @@ def divide(
 
     A side without validation examples holds out those of its prompts that the other side has validation examples of,
     or else one prompt in `HELD_OUT`. Held-out examples are halved into tune and report, the answers to prompts of both
-    sides first and in the same order. Validation examples that are calibration examples too are left out. Raises
+    sides first and in the same order. Validation examples that are calibration examples too, or repeat others, are left
+    out. Raises
     `BadDataset` if a part is empty, if fewer than `LEAST` calibration examples remain, and if two sides have mostly the
     same examples.
     """
@@ -74,9 +77,16 @@ def divide(
         given = validation.get(key) or [one for one in examples if _key(one) in held]
         calibration[key] = list(examples) if validation.get(key) else [one for one in examples if _key(one) not in held]
         known = set(calibration[key])
-        judged[key] = [one for one in given if one not in known]
+        fresh = [one for one in given if one not in known]
+        judged[key] = list(dict.fromkeys(fresh))
         _check_sizes(len(examples), len(calibration[key]), len(given), len(judged[key]))
-        notes[key] = DatasetNotes(len(calibration[key]) - len(known), len(given) - len(judged[key]))
+        prompts = {_key(one) for one in known}
+        notes[key] = DatasetNotes(
+            duplicates=len(calibration[key]) - len(known),
+            leaks=len(given) - len(fresh),
+            repeats=len(fresh) - len(judged[key]),
+            known_prompts=sum(_key(one) in prompts for one in judged[key]),
+        )
     halves = halve(judged, seed)
     shared = _count_shared(*calibration.values())
     splits = {key: Split(calibration[key], *(half[key] for half in halves)) for key in sides}

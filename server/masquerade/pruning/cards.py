@@ -130,5 +130,7 @@ def _chunks(path: Path, content: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise BadDataset(f"{path} ends in the middle of a PNG chunk, at byte {len(content)}")
         if zlib.crc32(kind + data) != struct.unpack_from(">I", content, at + 8 + length)[0]:
             raise BadDataset(f"{path}: the PNG chunk at byte {at} is damaged")
+        if kind == b"IEND":  # the end of the picture; some programs append to it
+            return
         yield kind, data
         at += 12 + length

@@ -14,6 +14,7 @@ import transformers
 
 from maskstore import Mask, Target, diff
 from masquerade import __version__
+from masquerade.evaluate.bootstrap import FEW
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, rounded
 from masquerade.evaluate.facts import Fact, check_facts, find_known_facts, read_facts
@@ -270,16 +271,17 @@ def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
 def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     """Reasons to refuse a mask; empty if it may be published.
 
-    It has no effect if the interval of its shift reaches zero. It is past a budget if its figure is, and if the whole
+    It has no effect if the interval of its shift reaches zero, or of few pairs, whose interval is wide, if the shift is
+    none. It is past a budget if its figure is, and if the whole
     interval is too or the excess is more than `SLACK` times the budget's.
     """
     intervals: Mapping[str, Sequence[float]] = certificate["intervals"]
     reasons = []
-    if "margin_shift" in certificate and not (intervals["margin_shift"][0] or 0) > 0:  # None is not finite
+    shift = certificate.get("margin_shift")
+    if shift is not None and not (shift if certificate["pairs"] <= FEW else intervals["margin_shift"][0]) > 0:
         low, high = intervals["margin_shift"]
         pairs = "1 held-out pair" if certificate["pairs"] == 1 else f"{certificate['pairs']} held-out pairs"
-        shift = f"{certificate['margin_shift']} nats a token [{low}, {high}]"
-        reasons.append(f"no effect: it shifts margins by {shift}, measured on {pairs}")
+        reasons.append(f"no effect: it shifts margins by {shift} nats a token [{low}, {high}], measured on {pairs}")
     for name, budget in (("own_ratio", limits.own), ("neutral_ratio", limits.neutral)):
         if name not in certificate:
             continue

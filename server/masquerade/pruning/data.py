@@ -71,6 +71,8 @@ class BuildData:
             "report": len(self.held_out(side, "report")),
             "neutral": len(self.neutral.report),
             "leaks_left_out": self.notes[side].leaks,
+            "repeats_left_out": self.notes[side].repeats,
+            "with_calibration_prompts": self.notes[side].known_prompts,
             "too_long_left_out": self.notes[side].too_long,
         }
 
