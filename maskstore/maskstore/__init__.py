@@ -1,6 +1,6 @@
 """Masks as files: a format, a store and a registry of persona names. Needs numpy, not torch."""
 
-from maskstore.compose import compose, compose_persona
+from maskstore.compose import compose, compose_persona, open_served
 from maskstore.delta import DeltaReader, write_delta
 from maskstore.diff import Diff, Overlap, diff
 from maskstore.errors import (
@@ -27,7 +27,7 @@ from maskstore.registry import Registry
 from maskstore.store import Store
 from maskstore.summary import Summary
 from maskstore.target import Bitmap, Sparse, Target, encode
-from maskstore.transfer import Exported, export_mask, import_mask
+from maskstore.transfer import Exported, export_mask, import_mask, read_info
 from maskstore.upkeep import Checkup, Collected, Finding, fsck, gc, sweep
 
 __all__ = [
@@ -81,7 +81,9 @@ __all__ = [
     "import_mask",
     "list_tensors",
     "majority",
+    "open_served",
     "plot",
+    "read_info",
     "read_mask",
     "sweep",
     "write_delta",

@@ -12,7 +12,8 @@ from maskstore.errors import BucketUnreachable
 
 SCHEME = "s3://"
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 60, 3
-_CONDITIONS = "pre-condition"  # in S3's message when the object is another by now
+# S3's codes when the object is another by now, or is being replaced, and their HTTP statuses
+_CONFLICTS = {"PreconditionFailed", "ConditionalRequestConflict", "OperationAborted", "412", "409"}
 
 
 class VersionConflict(Exception):
@@ -71,7 +72,8 @@ class S3Bucket:
     def write(self, name: str, content: bytes, version: str | None) -> str:
         """Replace this version of the object, or create it (None); return the new version.
 
-        Raises `VersionConflict`, and changes nothing, if the object is another.
+        Raises `VersionConflict`, and changes nothing, if the object is another. One of this content is no other: the
+        response to an attempt may have been lost.
         """
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
         with self._explaining():
@@ -84,9 +86,11 @@ class S3Bucket:
                     raise
                 raise VersionConflict(name) from error
             except OSError as error:
-                if _CONDITIONS in str(error):
+                if not _is_conflict(error):
+                    raise
+                if (found := self.read(name)) is None or found[0] != content:
                     raise VersionConflict(name) from error
-                raise
+                return found[1]
             written: str = found["ETag"]
             return written
 
@@ -127,6 +131,13 @@ class S3Bucket:
             raise
         except Exception as error:  # botocore, aiobotocore and aiohttp have a tree of errors each
             raise BucketUnreachable(f"{self.url}: {str(error) or type(error).__name__}") from error
+
+
+def _is_conflict(error: BaseException) -> bool:
+    cause = error.__cause__
+    response = getattr(cause or error, "response", None)
+    code = str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else ""
+    return code in _CONFLICTS
 
 
 def make_token() -> bytes:

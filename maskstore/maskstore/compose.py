@@ -51,10 +51,16 @@ def compose_persona(
 ) -> Revision:
     """Compose a mask of the registry's personas and publish it as a new revision of `name`."""
     known = [*(revision.name for revision in registry.names()), *registry.aliases()]
-    mask = compose(
-        expression, known, lambda reference: registry.store.open(registry.resolve(reference).digest), name, force
-    )
-    return registry.publish(name, registry.store.add(mask), expected)
+    mask = compose(expression, known, lambda reference: open_served(registry, reference), name, force)
+    return registry.publish(name, registry.store.add(mask), expected, mask.info)
+
+
+def open_served(registry: Registry, reference: str) -> Mask:
+    """The mask of a persona with the name, gamma and phase at which it is served, without the signature of another."""
+    revision = registry.resolve(reference)
+    mask = registry.store.open(revision.digest)
+    info = registry.served_info(revision, mask.info)
+    return mask if info == mask.info else replace(mask, info=info, signature=None)
 
 
 def tokenize(expression: str, known: Collection[str]) -> list[str]:

@@ -82,6 +82,9 @@ class Database(SQLiteFile):
         """A watch for changes by any process."""
         return Watch(self.path)
 
+    def confirm(self) -> None:
+        """Raise `StoreBusy` if the lock of the current `write` may be lost; one of this machine never is."""
+
     def faults(self) -> list[str]:
         """What SQLite and the tables' own rules find wrong, in words."""
         with self.read() as db:
@@ -94,7 +97,8 @@ class Database(SQLiteFile):
             return broken + [f"persona {name} has no current generation" for (name,) in lost]
 
     def _explain(self, error: sqlite3.Error) -> Exception:
-        if isinstance(error, sqlite3.OperationalError):
+        damaged = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR  # such as a table that is missing
+        if isinstance(error, sqlite3.OperationalError) and not damaged:
             return StoreBusy(f"the registry cannot be used: {error}", path=self.path)
         return MaskCorrupt(f"the registry is damaged: {error}", path=self.path)
 

@@ -38,6 +38,7 @@ PREFIX = 8
 ALIGNMENT = 64
 HEADER_LIMIT = 4 << 20
 MODULE_LIMIT = 8192
+COUNT_LIMIT = 1 << 64  # of bytes and of the sides of a tensor: more than any file has
 ROW_LIMIT = 1 << 25  # rows of all modules in gaps: their offsets take memory that the file does not have
 _BLANK = "0" * 64
 _SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')
@@ -216,6 +217,8 @@ def _tensor(name: str, value: Any) -> tuple[Tensor, int]:
 def _counts(value: Any, what: str, name: str) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > 2 or any(type(item) is not int or item < 0 for item in value):
         raise HeaderCorrupt(f"{what} {value!r:.60} is not one or two counts", tensor=name)
+    if max(value, default=0) > COUNT_LIMIT:
+        raise HeaderCorrupt(f"{what} has a count above {COUNT_LIMIT}", tensor=name)
     return tuple(value)
 
 

@@ -233,5 +233,8 @@ def _check_text(what: str, text: Any) -> None:
 def _check_time(text: Any) -> None:
     try:
         datetime.fromisoformat(text)
+        if text.isascii() and text.isprintable():  # any character may separate date and time
+            return
     except (TypeError, ValueError):
-        raise InvalidMaskValue(f"created_at {text!r:.80} is not an ISO 8601 time") from None
+        pass
+    raise InvalidMaskValue(f"created_at {text!r:.80} is not an ISO 8601 time")

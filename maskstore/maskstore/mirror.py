@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from sqlite3 import Connection
+from typing import Self
 from urllib.parse import quote, unquote
 
 from maskstore import files
@@ -154,7 +155,7 @@ class MirrorDatabase(Database):
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """See `SQLiteFile`. Raises `StoreBusy` if other machines hold the lock, or were first all the same."""
-        with files.locked(self._exclusive, TIMEOUT), _Lease(self._bucket):
+        with files.locked(self._exclusive, TIMEOUT), _Lease(self._bucket) as self._lease:
             version = self._fetch()
             draft = self.path.with_suffix(".draft")
             try:
@@ -167,6 +168,10 @@ class MirrorDatabase(Database):
             finally:
                 for leftover in (draft, draft.with_name(f"{draft.name}-journal")):
                     leftover.unlink(missing_ok=True)
+
+    def confirm(self) -> None:
+        """See `Database`."""
+        self._lease.confirm()
 
     def _replace(self, draft: Path, version: str | None) -> None:
         try:
@@ -207,16 +212,17 @@ class _Lease:
         self._ended = threading.Event()
         self._renewal = threading.Thread(target=self._renew, name="lease", daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         """Create the lock, or take over one that stays the same for `LEASE` seconds. Raises `StoreBusy`."""
         deadline, since = time.monotonic() + TIMEOUT, 0.0
         held: str | None = None  # by another machine, and since when
         while time.monotonic() < deadline:
             stale = held if held is not None and time.monotonic() - since > LEASE else None
             with suppress(VersionConflict):
+                self._confirmed = time.monotonic()
                 self._mine = self._bucket.write(_LOCK, make_token(), stale)
                 self._renewal.start()
-                return
+                return self
             found = self._bucket.version(_LOCK)
             if found != held:
                 held, since = found, time.monotonic()
@@ -231,10 +237,17 @@ class _Lease:
             if self._bucket.version(_LOCK) == self._mine:
                 self._bucket.delete(_LOCK)
 
+    def confirm(self) -> None:
+        """Raises `StoreBusy` if another machine may take over the lock soon, or has."""
+        if time.monotonic() - self._confirmed > LEASE / 2:
+            raise StoreBusy(f"the lock of {self._bucket.url} could not be renewed in time; try again")
+
     def _renew(self) -> None:
         while not self._ended.wait(LEASE / 4):
+            now = time.monotonic()
             try:
                 self._mine = self._bucket.write(_LOCK, make_token(), self._mine)
+                self._confirmed = now
             except VersionConflict:
                 return  # the registry's own condition decides then
             except BucketUnreachable:

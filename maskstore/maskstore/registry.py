@@ -8,9 +8,9 @@ messages call a revision `generation`, as the HTTP API and the commands do.
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,10 @@ class Registry:
         self._check_no_alias(db, name)
         current = self._find(db, name)
         gamma, phase = (info.gamma, info.phase) if info else (None, None)
-        unchanged = info is None or (current and (current.gamma, current.phase) == (gamma, phase))
-        if current and current.digest == digest and unchanged:
-            return current
+        if current and current.digest == digest:
+            kept = info and self.store.summary(digest).info  # what the defaults are where the revision has none
+            if info is None or (kept and current.defaults(kept) == (gamma, phase)):
+                return current
         _compare(name, current, expected)
         if digest not in self.store:
             raise MaskNotFound(f"no mask {digest[:16]} in the store to publish as {name}")
@@ -233,31 +234,41 @@ class Registry:
             db.execute("update persona set name = ? where name = ?", (new, old))
             return self._get(db, new)
 
-    def tag(self, name: str, *tags: str) -> None:
-        """Add tags to a persona; a tag is spelled like a name."""
-        with self.database.write() as db:
-            name = self._real(db, check_name(name))
-            db.executemany("insert or ignore into tag values (?, ?)", [(name, check_name(tag)) for tag in tags])
+    def change(
+        self,
+        name: str,
+        *,
+        gamma: float | Anything | None = ANY,
+        notes: str | None = None,
+        tags: Callable[[frozenset[str]], Iterable[str]] | None = None,
+    ) -> Persona:
+        """Set what the registry records about a persona, all of it or, if any of it is refused, nothing.
 
-    def untag(self, name: str, *tags: str) -> None:
-        """Remove tags; those it does not have are ignored."""
-        with self.database.write() as db:
-            name = self._real(db, check_name(name))
-            db.executemany("delete from tag where name = ? and tag = ?", [(name, tag) for tag in tags])
-
-    def set_gamma(self, name: str, gamma: float | None) -> None:
-        """Set the default gamma of requests, within 0..1; None means the mask's."""
-        if gamma is not None and not 0 <= gamma <= 1:
+        `gamma` is the default of requests, within 0..1; None means the mask's, ANY leaves it. `notes` are free text of
+        at most 10,000 characters. `tags` gives the new tags, spelled like names, from the old ones.
+        """
+        if gamma is not None and gamma is not ANY and not 0 <= gamma <= 1:
             raise InvalidMaskValue(f"gamma {gamma!r:.40} is not within 0..1")
-        self._set(name, "gamma", gamma)
+        _check_notes(notes or "")
+        with self.database.write() as db:
+            name = self._real(db, check_name(name))
+            if gamma is not ANY:
+                db.execute("update persona set gamma = ? where name = ?", (gamma, name))
+            if notes is not None:
+                db.execute("update persona set notes = ? where name = ?", (notes, name))
+            if tags is not None:
+                new = [check_name(tag) for tag in dict.fromkeys(tags(frozenset(self._describe(db, name).tags)))]
+                db.execute("delete from tag where name = ?", (name,))
+                db.executemany("insert into tag values (?, ?)", [(name, tag) for tag in new])
+            return self._describe(db, name)
 
-    def note(self, name: str, notes: str) -> None:
-        """Free text about a persona, at most 10,000 characters."""
-        if len(notes) > NOTES_LIMIT:
-            raise InvalidMaskValue(f"notes of {len(notes)} characters, the limit is {NOTES_LIMIT}")
-        if any("\ud800" <= character <= "\udfff" for character in notes):
-            raise InvalidMaskValue("notes hold half of a surrogate pair, which is not a character")
-        self._set(name, "notes", notes)
+    def served_info(self, revision: Revision, info: MaskInfo) -> MaskInfo:
+        """The metadata of a revision as it is served by default: with its name, and the gamma and phase that it has
+        here; `info` is that of the file, which personas with equal masks share.
+        """
+        gamma, phase = revision.defaults(info)
+        preferred = self.describe(revision.name).gamma
+        return replace(info, persona=revision.name, gamma=gamma if preferred is None else preferred, phase=phase)
 
     def pin(self, digest: str) -> None:
         """Keep a mask from being collected, with or without a name."""
@@ -271,6 +282,13 @@ class Registry:
         with self.database.write() as db:
             if not db.execute("delete from pin where digest = ?", (check_digest(digest),)).rowcount:
                 raise MaskNotFound(f"{digest[:16]} is not pinned")
+
+    def find_pin(self, prefix: str) -> str:
+        """The pinned digest that begins so, for pins whose names are gone. `MaskNotFound` unless there is one."""
+        found = [digest for digest in self.pins() if digest.startswith(prefix)]
+        if len(found) != 1:
+            raise MaskNotFound(f"{len(found)} pinned masks begin with {prefix:.80}")
+        return found[0]
 
     def pins(self) -> frozenset[str]:
         """The pinned digests."""
@@ -330,11 +348,6 @@ class Registry:
         )
         return made
 
-    def _set(self, name: str, column: str, value: float | str | None) -> None:
-        with self.database.write() as db:
-            name = self._real(db, check_name(name))
-            db.execute(f"update persona set {column} = ? where name = ?", (value, name))
-
     def _describe(self, db: sqlite3.Connection, name: str) -> Persona:
         current = self._get(db, name)
         gamma, notes = db.execute("select gamma, notes from persona where name = ?", (name,)).fetchone()
@@ -377,6 +390,13 @@ class Registry:
         row = db.execute("select name from alias where alias = ?", (name,)).fetchone()
         if row:
             raise MaskExists(f"{name} is an alias of {row[0]}")
+
+
+def _check_notes(notes: str) -> None:
+    if len(notes) > NOTES_LIMIT:
+        raise InvalidMaskValue(f"notes of {len(notes)} characters, the limit is {NOTES_LIMIT}")
+    if any("\ud800" <= character <= "\udfff" for character in notes):
+        raise InvalidMaskValue("notes hold half of a surrogate pair, which is not a character")
 
 
 def _read_measurement(row: tuple[Any, ...]) -> Measurement:

@@ -6,6 +6,7 @@ is imported on first use.
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ from maskstore.names import check_digest, check_name
 
 Cover = Literal["everything", "tensors"]
 _PREFIX = "2:"
+TIMEOUT = 30.0  # seconds, for the lock of the trusted keys
 _LINE = re.compile(r"([0-9a-f]{64}) (\S+)")
 
 
@@ -145,7 +147,7 @@ class TrustedKeys:
         """Public key -> label."""
         if not self.path.exists():
             return {}
-        lines = [line for line in self.path.read_text().splitlines() if line.strip()]
+        lines = [line for line in self.path.read_bytes().decode(errors="replace").splitlines() if line.strip()]
         matches = [_LINE.fullmatch(line) for line in lines]
         bad = [line for line, match in zip(lines, matches, strict=True) if match is None]
         if bad:
@@ -154,15 +156,21 @@ class TrustedKeys:
 
     def trust(self, public: str, label: str) -> None:
         """Add a key, or give one another label."""
-        self._write({**self.trusted(), check_digest(public, "public key"): check_name(label)})
+        key, name = check_digest(public, "public key"), check_name(label)
+        with self._locked():
+            self._write({**self.trusted(), key: name})
 
     def distrust(self, label: str) -> None:
         """Remove the keys of a label."""
-        keys = self.trusted()
-        kept = {public: name for public, name in keys.items() if name != label}
-        if len(kept) == len(keys):
-            raise MaskNotFound(f"no key of {label!r:.80} is trusted")
-        self._write(kept)
+        with self._locked():
+            keys = self.trusted()
+            kept = {public: name for public, name in keys.items() if name != label}
+            if len(kept) == len(keys):
+                raise MaskNotFound(f"no key of {label!r:.80} is trusted")
+            self._write(kept)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return files.locked(self.path.with_name(f".{self.path.name}.lock"), TIMEOUT)
 
     def _write(self, keys: Mapping[str, str]) -> None:
         with files.replacing(self.path) as file:

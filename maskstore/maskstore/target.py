@@ -213,7 +213,7 @@ def is_thin(out: int, columns: int, pruned: int) -> bool:
 
 def has_gaps(out: int, columns: int, pruned: int) -> bool:
     """Whether a file may hold a sparse target as gaps: it is thin and cheap to decode."""
-    return pruned <= GAPS_LIMIT and is_thin(out, columns, pruned)
+    return pruned <= min(GAPS_LIMIT, out * columns) and is_thin(out, columns, pruned)
 
 
 def _freeze(array: NDArray[Any]) -> NDArray[Any]:

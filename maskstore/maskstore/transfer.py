@@ -3,14 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskstore import files
 from maskstore.delta import DeltaReader, write_delta
 from maskstore.errors import MaskError
 from maskstore.format import MaskReader, read_header, write_mask
-from maskstore.mask import Mask
+from maskstore.mask import Mask, MaskInfo
 from maskstore.store import Store
 
 
@@ -23,10 +23,21 @@ class Exported:
     nbytes: int
 
 
-def export_mask(store: Store, digest: str, path: str | os.PathLike[str], against: str | None = None) -> Exported:
-    """Write a mask as one file, verified on the way: as a delta against another kept mask if that is smaller."""
+def export_mask(
+    store: Store,
+    digest: str,
+    path: str | os.PathLike[str],
+    against: str | None = None,
+    info: MaskInfo | None = None,
+) -> Exported:
+    """Write a mask as one file, verified on the way: as a delta against another kept mask if that is smaller.
+
+    `info` replaces the metadata, unless they are signed.
+    """
     path = Path(path)
     mask = store.open(digest)
+    if info is not None and mask.signature is None:
+        mask = replace(mask, info=info)
     if against is not None:
         write_delta(mask, store.open(against), path)
         if path.stat().st_size < store.path(digest).stat().st_size:
@@ -49,6 +60,12 @@ def import_mask(store: Store, path: str | os.PathLike[str], base: str | None = N
         error.path = path  # of the caller's file, not of the copy in quarantine
         raise
     return store.open(digest, verify=False)
+
+
+def read_info(path: str | os.PathLike[str]) -> MaskInfo:
+    """What a mask file says about itself, unverified; the copy of that mask in a store may say something else."""
+    with files.opened(Path(path)) as (file, size):
+        return read_header(file, size).info
 
 
 def _accept(store: Store, copy: Path, base: str | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 
-from maskstore.errors import InvalidMaskValue, MaskError, Unreadable
+from maskstore.errors import InvalidMaskValue, MaskCorrupt, MaskError, UnknownVersion, Unreadable
 from maskstore.format import MaskReader, read_mask, write_mask
 from maskstore.mirror import find_bucket, open_database, open_store
 from maskstore.registry import FILE, Registry
@@ -65,6 +65,7 @@ def gc(root: str | os.PathLike[str], dry: bool = False, grace: float = GRACE) ->
         leftovers = _old_leftovers(store, horizon)
         nbytes = sum(old.values()) + sum(leftovers.values())
         for digest in () if dry else old:
+            registry.database.confirm()
             store.discard(digest)
         for path in () if dry else leftovers:
             path.unlink(missing_ok=True)
@@ -83,8 +84,9 @@ def sweep(root: str | os.PathLike[str], grace: float = GRACE) -> tuple[str, ...]
 
 def fsck(root: str | os.PathLike[str], repair: bool = False) -> Checkup:
     """Verify every mask and every reference. `repair` moves damaged files to `<root>/damaged`, misplaced ones to their
-    place, empties objects of the metadata with values of the wrong type, and rebuilds a registry that cannot be read
-    from what the masks say about themselves.
+    place, empties objects of the metadata with values of the wrong type, and rebuilds a damaged registry from what the
+    masks say about themselves. Raises `UnknownVersion` for the registry of a newer version, and `StoreBusy` or
+    `BucketUnreachable` for one that cannot be read now; nothing is changed then.
     """
     bucket = find_bucket(Path(root))
     store = open_store(Path(root), bucket)
@@ -100,7 +102,7 @@ def fsck(root: str | os.PathLike[str], repair: bool = False) -> Checkup:
         findings = list(_check_files(store, sound, repair))
         findings += _check_registry(store, faults, sound, repair)
         findings += [
-            Finding("dangling", subject, f"refers to the mask {digest}, which is missing or damaged")
+            Finding("dangling", subject, f"refers to the mask {digest}, which is missing, damaged or unreadable")
             for subject, digest in references
             if digest not in sound
         ]
@@ -137,7 +139,7 @@ def _check_files(store: Store, sound: dict[str, tuple[str, str]], repair: bool) 
         try:
             with MaskReader(path, lenient=True) as reader:
                 reader.check()
-        except Unreadable as error:
+        except (Unreadable, UnknownVersion) as error:  # it may be sound
             yield Finding("unreadable", _relative(store, path), error.message)
             continue
         except MaskError as error:
@@ -191,14 +193,16 @@ def _mend(store: Store, digest: str) -> str:
 
 
 def _read_registry(store: Store) -> tuple[list[str], list[tuple[str, str]]]:
-    """The faults of the registry, and its references if there are none."""
+    """The faults of the registry, and its references if there are none. What only keeps it from being read now, such as
+    a lock or a newer version, is no fault, and is raised.
+    """
     path = store.root / FILE
     if not path.exists():
         return ["is missing"], []
     try:
         faults = open_database(path, find_bucket(store.root)).faults()
         return faults, [] if faults else Registry(store.root).references()
-    except MaskError as error:
+    except MaskCorrupt as error:
         return [error.message], []
 
 

@@ -53,7 +53,7 @@ def test_what_another_process_changes_counts_from_the_next_request(
     assert chat(http, serving, "calm").json()["generation"] == digests[0]
     another.publish("calm", digests[1])
     assert chat(http, serving, "calm").json()["generation"] == digests[1]
-    another.set_gamma("calm", 0.5)
+    another.change("calm", gamma=0.5)
     assert chat(http, serving, "calm").json()["gamma"] == 0.5
     another.rollback("calm", 1)
     assert chat(http, serving, "calm").json()["generation"] == digests[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from maskstore import fsck
+from maskstore import fsck, read_info
 from masquerade.service.serving import Serving
 from tests import world
 
@@ -81,6 +82,10 @@ def test_names_aliases_tags_and_defaults(http: httpx.Client, serving: Serving) -
     changed = http.patch("/v1/personas/calm", json={"gamma": 0.5, "notes": "soft", "tags": ["npc", "inn"]}).json()
     assert (changed["gamma"], changed["notes"], changed["tags"]) == (0.5, "soft", ["inn", "npc"])
     assert chat(http, serving, persona="calm")["gamma"] == 0.5
+    refused = http.patch("/v1/personas/calm", json={"gamma": 0.9, "notes": "new", "tags": ["ok", "bad tag"]})
+    assert refused.status_code == 400
+    kept = http.get("/v1/personas/calm").json()
+    assert (kept["gamma"], kept["notes"], kept["tags"]) == (0.5, "soft", ["inn", "npc"])
     changed = http.patch("/v1/personas/calm", json={"gamma": None, "tags": ["npc"]}).json()
     assert (changed["gamma"], changed["notes"], changed["tags"]) == (0.0, "soft", ["npc"])
     assert [persona["id"] for persona in http.get("/v1/personas?tag=npc").json()["data"]] == ["calm"]
@@ -127,6 +132,28 @@ def test_a_mask_goes_out_and_comes_in_the_same(http: httpx.Client, serving: Serv
     made = http.put("/v1/personas/copy/content", content=out.content)
     assert (made.status_code, made.json()["generation"]) == (201, digest)
     assert chat(http, serving, persona="copy")["generation"] == digest
+
+
+def test_a_mask_goes_out_as_it_is_served(http: httpx.Client, serving: Serving) -> None:
+    """Of two personas of one mask, each file has the defaults of its own."""
+    stored = serving.store.open(serving.registry.resolve("calm").digest)
+    info = replace(stored.info, persona="softer", gamma=0.25, phase="decode")
+    serving.registry.publish("softer", stored.digest, info=info)
+    for name in ("calm", "softer"):
+        out = http.get(f"/v1/personas/{name}/content")
+        assert http.put(f"/v1/personas/{name}-2/content", content=out.content).status_code == 201
+        upload = serving.store.root / "out.safetensors"
+        upload.write_bytes(out.content)
+        served = http.get(f"/v1/personas/{name}").json()
+        found, copy = read_info(upload), http.get(f"/v1/personas/{name}-2").json()
+        assert (found.persona, found.gamma, found.phase) == (name, served["gamma"], served["phase"])
+        assert (copy["gamma"], copy["phase"]) == (served["gamma"], served["phase"])
+    assert http.get("/v1/personas/softer/content", headers={"Range": "bytes=0-7"}).content == out.content[:8]
+    assert http.get("/v1/personas/softer/content", headers={"Range": "bytes=9-3"}).status_code == 400
+    deadline = time.monotonic() + 10
+    while list(serving.store.quarantine().iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "nonsense", "other base", "larger than any mask"])

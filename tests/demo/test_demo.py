@@ -148,6 +148,26 @@ def test_a_new_store_gets_the_demo_and_an_old_one_is_left_alone(tmp_path: Path, 
     }
 
 
+def test_a_first_start_that_is_interrupted_goes_on_later(tmp_path: Path, masked_base: Any) -> None:
+    base, _ = masked_base
+    published = 0
+
+    def interrupt(*given: Any, **more: Any) -> Any:
+        nonlocal published
+        published += 1
+        if published == 3:
+            raise KeyboardInterrupt
+        return publish(*given, **more)
+
+    publish = Registry.publish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Registry, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(tmp_path / "store", base.name, base.fingerprint)
+    _, registry = open_store(tmp_path / "store", base.name, base.fingerprint)
+    assert {generation.name for generation in registry.names()} == set(grammar.personas())
+
+
 def test_a_new_store_of_another_base_is_empty(tmp_path: Path, tiny: Base) -> None:
     _, registry = open_store(tmp_path / "store", tiny.name, tiny.fingerprint)
     assert registry.names() == []

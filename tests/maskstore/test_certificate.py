@@ -96,9 +96,9 @@ def test_equal_masks_of_different_gammas_have_their_own_certificates(registry):
     digest = registry.publish_built(world.mixed(certificate=FALSE))[0].digest
     assert registry.publish_built(world.mixed(persona="monk", gamma=0.5, certificate=TRUE))[0].digest == digest
     assert (told(registry, digest).figures, told(registry, digest, "monk").figures) == (FALSE, TRUE)
-    registry.set_gamma("pirate", 0.5)
+    registry.change("pirate", gamma=0.5)
     assert told(registry, digest).figures == TRUE
-    registry.set_gamma("pirate", 0.75)  # at which nothing was measured
+    registry.change("pirate", gamma=0.75)  # at which nothing was measured
     assert told(registry, digest).figures == FALSE
 
 

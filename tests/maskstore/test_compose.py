@@ -26,6 +26,22 @@ def test_the_longest_known_name_wins():
     assert tokenize("a.b@0123abcd-b", MASKS) == ["a.b@0123abcd", "-", "b"]
 
 
+def test_operands_have_the_gamma_and_phase_at_which_they_are_served(tmp_path):
+    """Two personas of one mask, which share its file."""
+    registry = Registry(tmp_path)
+    mask, other = world.mask(1, persona="hard", gamma=0.5), world.mask(2, persona="z")
+    registry.publish_built(mask)
+    registry.publish_built(other)
+    registry.publish("soft", mask.digest, info=world.info("soft", gamma=0.2, phase="decode"))
+    served = {name: compose_persona(registry, f"c-{name}", f"{name} | z") for name in ("hard", "soft")}
+    assert served["hard"].digest == served["soft"].digest
+    stored = registry.store.open(served["hard"].digest).info
+    assert [one.defaults(stored) for one in served.values()] == [(0.5, "all"), (0.2, "decode")]
+    registry.change("soft", gamma=0.7)
+    again = compose_persona(registry, "c-soft", "soft | z")
+    assert (again.number, again.defaults(stored)) == (2, (0.7, "decode"))
+
+
 def test_ancestry():
     mask = made("a|b-c")
     assert mask.info.persona == "mix"

@@ -172,6 +172,8 @@ def test_missing_and_extra_tensors(path, raw):
         (lambda d: d[f"{OUT}.rows"].update(shape=[True]), HeaderCorrupt, "not one or two counts"),
         (lambda d: d[f"{OUT}.rows"].update(shape=[-17]), HeaderCorrupt, "not one or two counts"),
         (lambda d: d[f"{OUT}.rows"].update(shape=[2**63]), TensorOffsets, "bytes between its offsets"),
+        (lambda d: d[f"{OUT}.rows"].update(shape=[10**4200]), HeaderCorrupt, "a count above"),
+        (lambda d: d[f"{OUT}.rows"].update(data_offsets=[0, 10**4200]), HeaderCorrupt, "a count above"),
         (lambda d: d[f"{OUT}.rows"].update(data_offsets=[9, 3]), TensorOffsets, "not a begin and an end"),
         (lambda d: d[f"{OUT}.rows"].update(extra=1), HeaderCorrupt, "keys"),
         (lambda d: d["__metadata__"].update(note="x"), HeaderCorrupt, "unknown ['note']"),

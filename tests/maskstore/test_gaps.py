@@ -144,6 +144,15 @@ def test_a_file_without_gaps_stays_of_version_1(path):
     assert path.read_bytes() == new
 
 
+def test_gaps_of_more_weights_than_there_are_are_refused(path):
+    mask = Mask(world.BASE, {"a": encode(world.pruned((40, 1), 0.02, 1))}, world.info())
+    write_mask(mask, path)
+    assert version(path) == "masquerade-mask/2"
+    path.write_bytes(forge.edit_json(path.read_bytes(), "modules", lambda modules: modules["a"].__setitem__(3, 50)))
+    with pytest.raises(HeaderCorrupt, match="counts 50 pruned weights"):
+        read_mask(path)
+
+
 def test_a_sparse_target_that_a_bitmap_would_undercut_keeps_its_rows(path):
     target = encode(world.pruned((16, 64), 0.5, 1)).to_sparse()
     mask = Mask(world.BASE, {"a": target}, world.info())

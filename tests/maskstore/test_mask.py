@@ -76,6 +76,8 @@ def test_info_is_a_copy_of_plain_json():
         ({"phase": "prefill"}, "phase 'prefill' is not one of all, decode"),
         ({"score": "a\nb"}, "score"),
         ({"created_at": "yesterday"}, "created_at"),
+        ({"created_at": "2026-01-01\ud80000:00:00"}, "created_at"),
+        ({"created_at": "2026-01-01\x1b00:00:00"}, "created_at"),
         ({"certificate": {"x": float("inf")}}, "certificate is not JSON"),
         ({"certificate": {"x": object()}}, "certificate is not JSON"),
         ({"parameters": [1]}, "parameters is a list"),

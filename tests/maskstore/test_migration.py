@@ -150,7 +150,7 @@ def test_it_is_as_good_as_new_afterwards(tmp_path: Path, version: int) -> None:
     registry, _ = Registry(tmp_path / "store"), Registry(tmp_path / "fresh")
     assert columns(tmp_path / "store" / FILE) == columns(tmp_path / "fresh" / FILE)
     assert registry.rollback("old").digest == first
-    registry.tag("other", "new")
+    registry.change("other", tags=lambda old: {*old, "new"})
     assert Registry(tmp_path / "store").describe("other").tags == ("new",)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from maskstore import BucketUnreachable, InvalidMaskValue, MaskConflict, MaskNotFound, Registry, StoreBusy, fsck, gc
-from maskstore.bucket import S3Bucket
+from maskstore.bucket import S3Bucket, VersionConflict
 from maskstore.errors import DigestMismatch, MaskCorrupt
 from maskstore.mirror import LEASE, find_bucket, name_folder
 from tests import s3
@@ -153,12 +153,12 @@ def test_a_machine_that_dies_in_a_write_leaves_the_old_registry_and_a_lock_that_
     process.wait()
     assert ours.names() == [made]
     started = time.monotonic()
-    ours.tag("pirate", "sea")
+    ours.change("pirate", tags=lambda old: {*old, "sea"})
     assert time.monotonic() - started < LEASE + 5
     again = Registry(root)  # the machine that died
     assert again.names() == [made]
     assert again.describe("pirate").tags == ("sea",)
-    again.untag("pirate", "sea")
+    again.change("pirate", tags=lambda old: old - {"sea"})
     process.stdout.close()
 
 
@@ -247,6 +247,41 @@ def test_upkeep(tmp_path: Path, url: str) -> None:
     assert (checkup.masks, checkup.clean) == (1, True)
     with pytest.raises(InvalidMaskValue, match="delete the folder"):
         fsck(theirs.store.root, repair=True)
+
+
+def test_gc_deletes_nothing_under_a_lock_that_it_may_have_lost(tmp_path: Path, url: str, monkeypatch) -> None:
+    ours = machine(tmp_path, "a", url)
+    unnamed = ours.store.add(world.mask(2))
+    monkeypatch.setattr("maskstore.mirror.LEASE", 0.0)
+    with pytest.raises(StoreBusy, match="could not be renewed in time"):
+        gc(ours.store.root, grace=-5)
+    assert unnamed in ours.store
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(412, "PreconditionFailed"), (409, "ConditionalRequestConflict"), (412, "412")]
+)
+def test_conflicts_are_known_by_their_codes(url: str, monkeypatch, status: int, code: str) -> None:
+    """Not by the words that a service says with them."""
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    bucket = S3Bucket(url)
+    bucket.write("x", b"theirs", None)
+    error = ClientError(
+        {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject"
+    )
+    call = bucket._service.call_s3
+
+    def refuse(name: str, **given: object) -> object:
+        if name == "put_object":
+            raise translate_boto_error(error)
+        return call(name, **given)
+
+    monkeypatch.setattr(bucket._service, "call_s3", refuse)
+    with pytest.raises(VersionConflict):
+        bucket.write("x", b"ours", None)
+    assert bucket.write("x", b"theirs", None) == bucket.version("x")  # the response to that write was lost
 
 
 def test_a_bucket_that_is_not_there(tmp_path: Path, service: s3.Service) -> None:

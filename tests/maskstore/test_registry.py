@@ -184,16 +184,16 @@ def test_describe(registry, digests):
     made = registry.publish("pirate", digests[0])
     registry.publish("monk", digests[1])
     registry.alias("bold", "pirate")
-    registry.tag("bold", "rude", "sea", "rude")
-    registry.untag("pirate", "sea", "absent")
-    registry.set_gamma("pirate", 0.25)
-    registry.note("pirate", "Ärr\nmatey")
+    registry.change("bold", tags=lambda old: {*old, "rude", "sea"})
+    registry.change("pirate", tags=lambda old: old - {"sea", "absent"})
+    registry.change("pirate", gamma=0.25)
+    registry.change("pirate", notes="Ärr\nmatey")
     registry.pin(digests[0])
     persona = registry.describe("bold")
     assert persona == Persona("pirate", made, ("bold",), ("rude",), 0.25, "Ärr\nmatey", True)
     assert [each.name for each in registry.personas()] == ["monk", "pirate"]
     assert registry.personas(tag="rude") == [persona]
-    registry.set_gamma("pirate", None)
+    registry.change("pirate", gamma=None)
     assert registry.describe("pirate").gamma is None
 
 
@@ -215,20 +215,42 @@ def test_a_mask_published_with_other_defaults_is_another_generation(registry):
 def test_what_is_said_about_a_persona_is_bounded(registry, digests):
     registry.publish("pirate", digests[0])
     with pytest.raises(InvalidMaskValue, match="gamma 2"):
-        registry.set_gamma("pirate", 2)
+        registry.change("pirate", gamma=2)
     with pytest.raises(InvalidMaskValue, match="10001 characters"):
-        registry.note("pirate", "x" * 10_001)
+        registry.change("pirate", notes="x" * 10_001)
     with pytest.raises(InvalidMaskValue, match="surrogate"):
-        registry.note("pirate", "\ud800")
+        registry.change("pirate", notes="\ud800")
     with pytest.raises(InvalidName):
-        registry.tag("pirate", "Ä")
+        registry.change("pirate", tags=lambda old: {*old, "Ä"})
     with pytest.raises(MaskNotFound):
-        registry.note("nobody", "x")
+        registry.change("nobody", notes="x")
+
+
+def test_a_change_is_made_in_full_or_not_at_all(registry, digests):
+    registry.publish("pirate", digests[0])
+    before = registry.change("pirate", gamma=0.5, notes="old", tags=lambda _: ["keep"])
+    for refused in (
+        {"gamma": 2.0, "notes": "new", "tags": lambda _: ["new"]},
+        {"gamma": 0.1, "notes": "x" * 10_001, "tags": lambda _: ["new"]},
+        {"gamma": 0.1, "notes": "new", "tags": lambda _: ["new", "BAD!"]},
+    ):
+        with pytest.raises((InvalidMaskValue, InvalidName)):
+            registry.change("pirate", **refused)
+        assert registry.describe("pirate") == before
+
+
+def test_a_pin_without_a_name_is_found_by_its_digest(registry, digests):
+    registry.publish("pirate", digests[0])
+    registry.pin(digests[0])
+    registry.remove("pirate")
+    assert registry.find_pin(digests[0][:8]) == digests[0]
+    with pytest.raises(MaskNotFound, match="0 pinned"):
+        registry.find_pin(digests[1][:8])
 
 
 def test_publishing_keeps_what_is_said(registry, digests):
     registry.publish("pirate", digests[0])
-    registry.set_gamma("pirate", 0.5)
+    registry.change("pirate", gamma=0.5)
     registry.publish("pirate", digests[1])
     assert registry.describe("pirate").gamma == 0.5
 
@@ -237,7 +259,7 @@ def test_rename_takes_everything_along(registry, digests):
     made = [registry.publish("pirate", digest) for digest in digests[:2]]
     registry.publish("monk", digests[2])
     registry.alias("bold", "pirate")
-    registry.tag("pirate", "sea")
+    registry.change("pirate", tags=lambda old: {*old, "sea"})
     assert registry.rename("pirate", "corsair").number == 2
     assert [item.digest for item in registry.history("corsair")] == [made[1].digest, made[0].digest]
     assert registry.describe("bold").tags == ("sea",)

@@ -1,4 +1,5 @@
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 
 import pytest
@@ -105,6 +106,13 @@ def test_a_signature_of_tensors_is_read_and_is_not_enough(tmp_path, key):
     assert import_mask(tolerant, tmp_path / "old") == old
     with pytest.raises(SignatureError, match="covers only the tensors"):
         Registry(tolerant.root, require_signed=True).store.open(old.digest)
+
+
+def test_keys_that_are_trusted_at_once_are_all_trusted(store):
+    keys = [signing.generate()[1] for _ in range(12)]
+    with ThreadPoolExecutor(len(keys)) as threads:
+        list(threads.map(store.keys.trust, keys, (f"k{number}" for number in range(len(keys)))))
+    assert set(store.keys.trusted()) == set(keys)
 
 
 def test_a_store_that_requires_signatures(store, key):

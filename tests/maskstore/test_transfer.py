@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from maskstore import MaskMismatch, MaskNotFound, Registry, Store, export_mask, fsck, import_mask
+from maskstore import MaskMismatch, MaskNotFound, Registry, Store, export_mask, fsck, import_mask, read_mask
 from maskstore.errors import GapsCorrupt, NotAMask, PadBits
 from tests.maskstore import forge, world
 from tests.maskstore.test_delta import relative
@@ -30,6 +30,20 @@ def test_one_file_out_and_in(home, away, tmp_path):
     assert list((away.root / "quarantine").iterdir()) == []
     Registry(away.root).publish("pirate", mask.digest)
     assert fsck(away.root).clean
+
+
+def test_a_file_says_what_is_served_unless_it_is_signed(home, away, tmp_path):
+    registry = Registry(home.root)
+    registry.publish_built(world.mixed(persona="hard", gamma=0.5))
+    revision = registry.publish("soft", world.mixed().digest, info=world.info("soft", gamma=0.2, phase="decode"))
+    info = registry.served_info(revision, home.open(revision.digest).info)
+    assert (info.persona, info.gamma, info.phase) == ("soft", 0.2, "decode")
+    export_mask(home, revision.digest, tmp_path / "x", info=info)
+    assert import_mask(away, tmp_path / "x").info == info
+    signing = pytest.importorskip("maskstore.signing")
+    home.replace(signing.sign(home.open(revision.digest), signing.generate()[0]))
+    export_mask(home, revision.digest, tmp_path / "x", info=info)
+    assert read_mask(tmp_path / "x").info.persona == "hard"
 
 
 def test_as_a_delta_when_that_is_smaller(home, away, tmp_path):

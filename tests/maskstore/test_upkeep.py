@@ -4,11 +4,12 @@ import shutil
 import sqlite3
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
-from maskstore import Registry, fsck, gc, sweep
-from tests.maskstore import world
+from maskstore import Registry, StoreBusy, UnknownVersion, database, fsck, gc, sweep
+from tests.maskstore import forge, world
 
 
 @pytest.fixture
@@ -186,6 +187,37 @@ def test_what_cannot_be_read_is_left_alone(registry, digests, monkeypatch):
     found = fsck(registry.store.root, repair=True).findings
     assert [(finding.kind, finding.action) for finding in found] == [("unreadable", "")]
     assert closed.exists()
+
+
+def test_masks_of_a_newer_format_are_left_alone(registry, digests):
+    path = registry.store.path(digests[0])
+    newer = forge.edit(path.read_bytes(), lambda document: document["__metadata__"].update(format="masquerade-mask/9"))
+    path.write_bytes(newer)
+    found = fsck(registry.store.root, repair=True).findings
+    assert [(finding.kind, finding.action) for finding in found] == [("unreadable", "")]
+    assert path.read_bytes() == newer
+
+
+@pytest.mark.parametrize("obstacle", ["newer", "held"])
+def test_a_sound_registry_that_cannot_be_read_now_is_left_alone(registry, digests, obstacle, monkeypatch):
+    registry.publish("pirate", digests[0])
+    registry.alias("bold", "pirate")
+    monkeypatch.setattr(database, "TIMEOUT", 0.1)
+    with closing(sqlite3.connect(registry.path, isolation_level=None)) as db:
+        db.execute("pragma user_version = 99" if obstacle == "newer" else "begin exclusive")
+        with pytest.raises(UnknownVersion if obstacle == "newer" else StoreBusy):
+            fsck(registry.store.root, repair=True)
+    assert not (registry.store.root / "damaged").exists()
+    if obstacle == "held":
+        assert Registry(registry.store.root).aliases() == {"bold": "pirate"}
+
+
+def test_a_registry_without_its_tables_is_rebuilt(registry, digests):
+    with closing(sqlite3.connect(registry.path, isolation_level=None)) as db:
+        db.execute("drop table tag")
+        db.execute("drop table alias")
+        db.execute("drop table generation")
+    assert "rebuilt 5 personas" in fsck(registry.store.root, repair=True).findings[0].action
 
 
 def test_imports_come_and_go_while_leftovers_are_looked_for(registry):

@@ -33,7 +33,7 @@ def test_looking_changes_nothing_and_writing_does(registry: Registry, watch: Wat
     assert watch.look() in seen
     for change in (
         lambda: registry.publish("calm", digest),
-        lambda: registry.set_gamma("calm", 0.5),
+        lambda: registry.change("calm", gamma=0.5),
         lambda: registry.alias("quiet", "calm"),
         lambda: Registry(registry.store.root).remove("calm"),
     ):

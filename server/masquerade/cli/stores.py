@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from maskstore import Mask, MaskError, MaskReader, Registry, Revision, Store, database, mirror
 from maskstore.bucket import SCHEME
+from maskstore.registry import FILE
 from maskstore.sqlite import read_version
 from masquerade import demo, smollm2
 from masquerade.database import migrations
@@ -21,6 +22,7 @@ from masquerade.sources import find_model
 if TYPE_CHECKING:
     from masquerade.database.postgresql import PostgreSQL
 
+UNFINISHED = "new-store"  # a file that is there until a new store has the personas that ship
 LEAST_BYTES = 2**24  # of free space, without which no command that writes starts
 SHIPPED = (demo.PERSONAS, smollm2.PERSONAS)
 SCHEMAS = {
@@ -110,12 +112,25 @@ def open_store(
     A new store gets the personas that ship for its base.
     """
     root = root or _default(base_name, base_fingerprint)
+    unfinished = root / UNFINISHED
+    if not (root / FILE).exists():
+        root.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
     registry = Registry(root, require_signed, accept_tensors)
-    for file in _find_shipped() if registry.database.is_new else ():
-        with MaskReader(file) as reader:
-            if reader.base.fingerprint == base_fingerprint:
-                registry.publish(reader.info.persona, registry.store.add(reader.mask()))
+    if unfinished.exists():
+        if registry.database.is_new or not mirror.find_url(root):  # a bucket may have had a registry before this copy
+            _publish_shipped(registry, base_fingerprint)
+        unfinished.unlink(missing_ok=True)
     return registry.store, registry
+
+
+def _publish_shipped(registry: Registry, base_fingerprint: str) -> None:
+    """Publish what ships for a base and is not there, as after a start that was killed."""
+    known = {revision.name for revision in registry.names()}
+    for file in _find_shipped():
+        with MaskReader(file) as reader:
+            if reader.base.fingerprint == base_fingerprint and reader.info.persona not in known:
+                registry.publish(reader.info.persona, registry.store.add(reader.mask()))
 
 
 def _find_shipped() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi.responses import FileResponse
@@ -36,6 +37,17 @@ class Download(FileResponse):
             error = RangeNotSatisfiable(f"the file has {size.rpartition('/')[2]} bytes", param="Range")
             response = errors.respond(error, {"Content-Range": size})
         await response(scope, receive, send)
+
+
+class TemporaryDownload(Download):
+    """A file that is deleted afterwards."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `Download`."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            Path(self.path).unlink(missing_ok=True)
 
 
 def describe(example: str, text: str) -> dict[int | str, dict[str, Any]]:

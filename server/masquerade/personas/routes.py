@@ -29,14 +29,17 @@ from maskstore import (
     UnknownVersion,
     compose,
     diff,
+    export_mask,
     import_mask,
+    open_served,
+    read_info,
 )
 from maskstore.signing import examine
 from masquerade.errors import InvalidMask, InvalidValue
 from masquerade.http import downloads
 from masquerade.http.access import Building, Caller, Chatting, Managing, ScopedRoute
 from masquerade.http.dependencies import Served
-from masquerade.http.downloads import Download
+from masquerade.http.downloads import Download, TemporaryDownload
 from masquerade.http.throttle import Throttle
 from masquerade.http.wire import Deleted
 from masquerade.personas.objects import PersonaDetails, PersonaDiff, PersonaList, PersonaObject
@@ -79,15 +82,15 @@ def list_personas(serving: Served, caller: Chatting, tag: Annotated[str | None, 
 @router.post("/compose", response_model=PersonaDetails, status_code=201)
 def compose_masks(request: Composition, serving: Served, expected: Precondition, caller: Managing) -> Response:
     """Make a persona from others, by the algebra of what they prune. Only personas on the key's list are known."""
-    registry, store, aliases = serving.registry, serving.store, serving.registry.aliases()
+    registry, aliases = serving.registry, serving.registry.aliases()
     caller.check_managed(request.name, aliases, "name")
     known = [*(revision.name for revision in registry.names()), *aliases]
 
     def load(reference: str) -> Mask:
-        return store.open(registry.resolve(caller.check_managed(reference, aliases, "expression")).digest)
+        return open_served(registry, caller.check_managed(reference, aliases, "expression"))
 
     mask = compose(request.expression, list(filter(caller.sees, known)), load, request.name, request.force)
-    revision = registry.publish(request.name, store.add(mask), expected)
+    revision = registry.publish(request.name, serving.store.add(mask), expected, mask.info)
     return _show(serving, caller, revision.name, status=201)
 
 
@@ -103,13 +106,9 @@ def change_persona(name: str, request: Change, serving: Served, caller: Managing
     """Set the default gamma, the notes, the tags."""
     registry = serving.registry
     name = caller.check_managed(name, registry.aliases(), "name")
-    if "gamma" in request.model_fields_set:
-        registry.set_gamma(name, request.gamma)
-    if request.notes is not None:
-        registry.note(name, request.notes)
-    if request.tags is not None:
-        registry.untag(name, *set(registry.describe(name).tags) - set(request.tags))
-        registry.tag(name, *request.tags)
+    gamma = request.gamma if "gamma" in request.model_fields_set else ANY
+    tags = request.tags
+    registry.change(name, gamma=gamma, notes=request.notes, tags=None if tags is None else lambda _: tags)
     return _show(serving, caller, name)
 
 
@@ -170,10 +169,18 @@ def unpin(name: str, serving: Served, caller: Managing) -> Response:
     responses=downloads.describe("(a .safetensors file)", "The mask; its digest is the `ETag`."),
 )
 def export(name: str, serving: Served, caller: Managing) -> Response:
-    """The mask as a file: `name`, or `name@digest` for an older revision."""
+    """The mask as a file: `name`, or `name@digest` for an older revision. Unless it is signed, the file has the name,
+    the gamma and the phase at which the persona is served.
+    """
     revision = serving.registry.resolve(caller.check_managed(name, serving.registry.aliases(), "name"))
-    return Download(
-        serving.store.locate(revision.digest),
+    kept = serving.store.summary(revision.digest)
+    served = serving.registry.served_info(revision, kept.info)
+    path, download = serving.store.locate(revision.digest), Download
+    if kept.signature is None and served != kept.info:  # personas with equal masks share the file
+        path, download = serving.store.draft_path(), TemporaryDownload
+        export_mask(serving.store, revision.digest, path, info=served)
+    return download(
+        path,
         media_type="application/octet-stream",
         filename=f"{revision.name}.safetensors",
         headers={"ETag": f'"{revision.digest}"'},
@@ -222,7 +229,8 @@ def _publish(serving: Serving, caller: Caller, name: str, upload: Path, expected
         serving.residency.prefetch(mask.digest)
     except (MaskCorrupt, MaskMismatch, SignatureError, UnknownVersion) as error:
         raise InvalidMask(f"the body is not a mask for this base: {error.message}") from error
-    revision = serving.registry.publish(name, mask.digest, expected)
+    info = None if mask.signature else read_info(upload)  # a signed copy in the store says more than an upload
+    revision = serving.registry.publish(name, mask.digest, expected, info)
     return _show(serving, caller, revision.name, status=201)
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from maskstore import Mask, Measurement, Registry, Revision
 from maskstore.mask import Phase, now
-from masquerade.cli.masks.common import Persona, find_defaults, identify, tabulate
+from masquerade.cli.masks.common import Persona, identify, tabulate
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder
 from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_opposite, open_store
@@ -77,7 +77,8 @@ def _serve(registry: Registry, revision: Revision, mask: Mask) -> tuple[ServedMa
     """The mask of a revision with its default gamma, and its default phase."""
     from masquerade.pruning.measurement import ServedMask
 
-    gamma, phase = find_defaults(registry, revision, mask.info)
+    served = registry.served_info(revision, mask.info)
+    gamma, phase = served.gamma, served.phase
     return ServedMask(mask, gamma), phase
 
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from maskstore import Mask, MaskInfo, MaskReader, Registry, Revision
-from maskstore.mask import Phase
+from maskstore import Mask, MaskReader, Registry, Revision
 from masquerade.cli.options import AsJson, Model, StoreFolder, say
 from masquerade.cli.stores import open_store
 from masquerade.sources import find_model
@@ -31,13 +30,6 @@ def open_registry(
     return open_store(
         store, files.name, files.fingerprint(), require_signed=require_signed, accept_tensors=accept_tensors
     )[1]
-
-
-def find_defaults(registry: Registry, revision: Revision, info: MaskInfo) -> tuple[float, Phase]:
-    """The gamma and the phase at which a revision is served by default."""
-    gamma, phase = revision.defaults(info)
-    preferred = registry.describe(revision.name).gamma
-    return gamma if preferred is None else preferred, phase
 
 
 def on_registry(function: Callable[..., CommandResult]) -> Callable[..., None]:

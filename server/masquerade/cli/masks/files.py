@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from maskstore import ANY, Anything, InvalidMaskValue, Registry, Revision, compose_persona, export_mask, import_mask
-from masquerade.cli.masks.common import CommandResult, Expected, Persona, find_defaults, identify, open_registry
+from maskstore import (
+    ANY,
+    Anything,
+    InvalidMaskValue,
+    Registry,
+    Revision,
+    compose_persona,
+    export_mask,
+    import_mask,
+    read_info,
+)
+from masquerade.cli.masks.common import CommandResult, Expected, Persona, identify, open_registry
 from masquerade.cli.options import AcceptTensorSignatures, AsJson, Dtype, Model, RequireSigned, StoreFolder, say
 from masquerade.cli.progress import follow_loading
 from masquerade.errors import InvalidValue
@@ -72,9 +82,15 @@ def _check_absent(path: Path | None) -> None:
 
 def _write_mask(registry: Registry, revision: Revision, file: Path, against: str | None) -> CommandResult:
     parent = registry.resolve(against).digest if against else None
-    done = export_mask(registry.store, revision.digest, file, parent)
+    kept = registry.store.summary(revision.digest)
+    served = registry.served_info(revision, kept.info)
+    done = export_mask(registry.store, revision.digest, file, parent, served)
     kind = f"as a difference to {done.parent[:8]}" if done.parent else "whole"
-    return asdict(done) | {"file": str(file)}, f"{file}: {revision.name}, {kind}, {done.nbytes} bytes"
+    text = f"{file}: {revision.name}, {kind}, {done.nbytes} bytes"
+    if kept.signature and served != kept.info:
+        said, here = (f"{info.persona} at gamma {info.gamma:g} in phase {info.phase}" for info in (kept.info, served))
+        text += f"\nits signature covers what it says, {said}; here it is {here}"
+    return asdict(done) | {"file": str(file)}, text
 
 
 def _write_adapter(
@@ -83,11 +99,11 @@ def _write_adapter(
     from masquerade.model import export_adapter
 
     mask = registry.store.open(revision.digest, base=base.fingerprint)
-    served, phase = find_defaults(registry, revision, mask.info)
-    gamma = served if gamma is None else gamma
+    served = registry.served_info(revision, mask.info)
+    gamma = served.gamma if gamma is None else gamma
     done = export_adapter(base, mask, kind, gamma, folder)
     text = f"{folder}: {revision.name} at gamma {gamma:g}, as a {kind} adapter with r {done.rank}, {done.nbytes} bytes"
-    if phase == "decode":
+    if served.phase == "decode":
         text += (
             "\nan adapter applies to the prompt too, as phase `all` does; the persona's own phase is `decode`, and "
             "`masks show` has the figures of both"
@@ -108,7 +124,8 @@ def read_file(
     """Verify a mask file, add it to the store, and publish it."""
     registry = open_registry(model, store, require_signed=require_signed, accept_tensors=accept_tensor_signatures)
     mask = import_mask(registry.store, file, find_model(model).fingerprint())
-    revision = registry.publish(name or mask.info.persona, mask.digest, parse_expected(expect))
+    info = mask.info if mask.signature else read_info(file)  # a signed copy in the store says more than a file
+    revision = registry.publish(name or info.persona, mask.digest, parse_expected(expect), info)
     say(as_json, identify(revision), f"{revision.name}: generation {revision.number}, {revision.digest}")
 
 

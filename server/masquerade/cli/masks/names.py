@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from maskstore import Registry
+from maskstore import ANY, MaskNotFound, Registry
 from masquerade.cli.masks.common import CommandResult, Persona, identify
 from masquerade.errors import InvalidValue
+
+DIGEST = re.compile("[0-9a-f]{8,64}")
+Name = Annotated[str, typer.Argument(help="A persona, or an alias.")]
 
 
 def set_defaults(
     registry: Registry,
-    persona: Persona,
+    persona: Name,
     gamma: Annotated[float | None, typer.Option(help="Gamma of requests that do not set one.")] = None,
     mask_gamma: Annotated[bool, typer.Option("--mask-gamma", help="Reset the default gamma to the mask's.")] = False,
     note: Annotated[str | None, typer.Option(help="Free text about the persona.")] = None,
@@ -24,13 +28,9 @@ def set_defaults(
     """Set a persona's default gamma, note and tags; options not given change nothing."""
     if mask_gamma and gamma is not None:
         raise InvalidValue("give --gamma or --mask-gamma, not both")
-    if mask_gamma or gamma is not None:
-        registry.set_gamma(persona, None if mask_gamma else gamma)
-    if note is not None:
-        registry.note(persona, note)
-    registry.tag(persona, *(tag or ()))
-    registry.untag(persona, *(untag or ()))
-    known = registry.describe(persona)
+    changed = None if mask_gamma else ANY if gamma is None else gamma
+    added, removed = tag or (), untag or ()
+    known = registry.change(persona, gamma=changed, notes=note, tags=lambda old: (old | {*added}) - {*removed})
     text = (
         f"{known.name}: gamma {known.gamma if known.gamma is not None else 'of the mask'}, tags {' '.join(known.tags)}"
     )
@@ -50,7 +50,7 @@ def alias(registry: Registry, alias: str, persona: str) -> CommandResult:
 
 def roll_back(
     registry: Registry,
-    persona: Persona,
+    persona: Name,
     to: Annotated[str | None, typer.Option(help="Number or digest of a revision; by default the previous one.")] = None,
 ) -> CommandResult:
     """Make an older revision current again."""
@@ -66,11 +66,19 @@ def pin(registry: Registry, persona: Persona) -> CommandResult:
     return identify(revision), f"{revision.digest[:8]} is pinned"
 
 
-def unpin(registry: Registry, persona: Persona) -> CommandResult:
+def unpin(
+    registry: Registry,
+    persona: Annotated[str, typer.Argument(help="A persona, an alias, name@digest, or the digest of a pinned mask.")],
+) -> CommandResult:
     """Undo `masks pin`."""
-    revision = registry.resolve(persona)
-    registry.unpin(revision.digest)
-    return identify(revision), f"{revision.digest[:8]} is not pinned any more"
+    try:
+        digest = registry.resolve(persona).digest
+    except MaskNotFound as error:
+        if not DIGEST.fullmatch(persona):  # its name may be gone
+            raise error
+        digest = registry.find_pin(persona)
+    registry.unpin(digest)
+    return {"digest": digest}, f"{digest[:8]} is not pinned any more"
 
 
 def remove(
@@ -84,7 +92,7 @@ def remove(
 
 def trim(
     registry: Registry,
-    persona: Persona,
+    persona: Name,
     keep: Annotated[int, typer.Option(min=1, help="Number of newest revisions to keep.")] = 10,
 ) -> CommandResult:
     """Remove a persona's old revisions from its history, never the current one."""

@@ -66,7 +66,7 @@ def show_mask(persona: Persona, model: Model = "demo", store: StoreFolder = None
     mask = registry.store.open(revision.digest)
     known = registry.describe(revision.name)
     certificate = registry.certificate(revision, mask.info, mask.info.quantization)
-    info = asdict(mask.info) | {
+    info = asdict(registry.served_info(revision, mask.info)) | {
         "certificate": dict(certificate.figures),
         "certificate_source": certificate.source,
         "measurement": certificate.measurement and asdict(certificate.measurement),
