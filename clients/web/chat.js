@@ -16,7 +16,7 @@ export async function showChat(page, signal, wanted) {
   const base = models.data.find((model) => model.parent === null).id;
   const table = h("div", { class: "columns", "data-kept": true });
   const columns = [];
-  const options = settings();
+  const options = settings(() => columns.forEach((column) => column.quote()));
   const change = { remove, answer };
 
   function add(name) {
@@ -76,10 +76,12 @@ export async function showChat(page, signal, wanted) {
   });
   signal.addEventListener("abort", () => columns.forEach((one) => one.stop()));
 
-  const names = (wanted ?? "").split(",").filter((name) => personas.data.some((one) => one.id === name));
+  const [names, unknown] = [[], []];
+  for (const name of (wanted ?? "").split(",").filter(Boolean)) (personas.data.some((one) => one.id === name) ? names : unknown).push(name);
   for (const name of names.length ? names.slice(0, MAX_COLUMNS) : [personas.data[0]?.id ?? BASE]) add(name);
   page.classList.add("chat");
-  page.append(h("h2", { class: "hidden" }, "Chat"), personas.data.length ? "" : nobody(), table, form);
+  page.append(h("h2", { class: "hidden" }, "Chat"), personas.data.length ? "" : nobody(),
+    unknown.length ? h("p", { class: "notice" }, `There is no persona ${unknown.join(", ")} here.`) : "", table, form);
   if (!TOUCH.matches) prompt.focus();
 }
 
@@ -90,13 +92,13 @@ function next(personas, columns) {
   return personas.find((one) => columns.every((column) => column.persona.value !== one.id))?.id ?? BASE;
 }
 
-function settings() {
+function settings(onchange) {
   const number = (value, min, max, step) => h("input", { type: "number", value, min, max, step });
   const temperature = number(0.7, 0, 2, "any");
   const limit = number("", 1, 100000, 1);
   const seed = number("", 0, 2 ** 31, 1);
   const system = h("textarea", { rows: 2 });
-  const element = h("details", { class: "settings" }, h("summary", {}, "Settings"), h("div", { class: "fields" },
+  const element = h("details", { class: "settings", oninput: onchange }, h("summary", {}, "Settings"), h("div", { class: "fields" },
     field("Temperature", temperature, "0 always takes the likeliest token."), field("Most tokens", limit),
     field("Seed", seed, "The same seed gives the same answer."), field("System prompt", system)));
   return {
@@ -203,23 +205,24 @@ class Column {
     this.log.scrollTop = this.log.scrollHeight;
     this.answering = new AbortController();
     const started = performance.now();
-    let [first, last, usage, generation] = [null, started, null, null];
+    let [first, last, usage, generation, thoughts] = [null, started, null, null, null];
     try {
       const asked = { ...this.bodyFor(this.history), stream: true, stream_options: { include_usage: true } };
       for await (const chunk of listen("POST", "v1/chat/completions", asked, this.answering.signal)) {
-        const piece = chunk.choices[0]?.delta.content;
-        if (piece) {
+        const { content, reasoning_content: thought } = chunk.choices[0]?.delta ?? {};
+        if (content || thought) {
           last = performance.now();
           first ??= last;
           const low = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40;
-          answer.append(piece);
+          if (content) answer.append(content);
+          if (thought) (thoughts ??= this.think(answer)).append(thought);
           if (low) this.log.scrollTop = this.log.scrollHeight;
         }
         usage = chunk.usage ?? usage;
         generation = chunk.generation;
       }
     } catch (error) {
-      if (error instanceof Failure) answer.after(this.failed(error, text, kept, [question, answer]));
+      if (error instanceof Failure) answer.after(this.failed(error, text, kept, [question, thoughts, answer].filter(Boolean)));
       else if (!this.answering.signal.aborted) throw error;
     }
     answer.removeAttribute("aria-busy");
@@ -228,6 +231,13 @@ class Column {
     else this.history.length = kept; // remove the failed question
     this.report(started, first, last, usage, generation);
     if (this.code.open) this.quote();
+  }
+
+  /** A place for the thoughts before an answer, which are no part of it. */
+  think(answer) {
+    const thoughts = h("details", { class: "thoughts" }, h("summary", {}, "Thoughts"));
+    answer.before(thoughts);
+    return thoughts;
   }
 
   /** An error message, with a button that repeats the question. */

@@ -188,6 +188,7 @@ def test_a_bad_form_is_refused_by_its_field_and_nothing_of_it_is_kept(http: http
         ({"name": "p"}, {"file": OWN, "voice": OWN}, "unsupported_parameter", "voice"),
         ({}, {"file": OWN}, "invalid_value", "name"),
         ({"name": "A b"}, {"file": OWN, "contrast": OTHER}, "invalid_value", "name"),
+        ({"name": ""}, {"file": OWN, "contrast": OTHER}, "invalid_value", "name"),
         ({"name": "p"}, {}, "invalid_value", "file"),
         ({"name": "p"}, {"file": OWN, "prompts": PROMPTS}, "invalid_value", "file"),
         ({"name": "p"}, {"prompts": PROMPTS}, "invalid_value", "prompts"),

@@ -109,6 +109,9 @@ def test_eval_measures_the_mask_beside_its_controls(tiny_folder: Path, shop: Any
     assert "--judge is 'gpt'; it must be `ngrams`" in fail(2, *common, "--judge", "gpt")
     said = fail(1, "eval", *store, "--persona", "nobody", "--data", own, "--contrast", contrast)
     assert "no persona" in said
+    done = masquerade("build", *store, "--name", "x", "--data", own, "--seed", "-3")
+    assert (done.status, "Traceback" in done.stderr) == (2, False)
+    assert "'' is not a name" in fail(2, "build", *store, "--name", "", "--data", own)
     assert "loading the model" not in said
 
 

@@ -181,6 +181,10 @@ def test_top(server: Server) -> None:
         (("build", "/nowhere.jsonl", "--name", "x"), 2, "does not exist"),
         (("chat", "Hello", "--url", "http://127.0.0.1:9"), 1, "is the server running"),
         (("chat", "\udcff"), 2, "an argument is not valid UTF-8"),
+        (("chat", ""), 2, "there is no question"),
+        (("chat",), 2, "there is no question"),
+        (("compare", "formal", "casual", " "), 2, "there is no question"),
+        (("chat", "Hello", "--key", "mq-1…"), 1, "the API key has characters that no key has"),
     ],
 )
 def test_what_fails_says_why(server: Server, words: tuple[str, ...], status: int, said: str) -> None:

@@ -15,8 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
+from masquerade.engine import EngineConfig
 from masquerade.generation.handler import DEFAULT_MAX_TOKENS
+from tests import world
 from tests.contract.asking import CHAT, PARTY, Api, Json, body, error_of
+from tests.contract.conftest import NEVER
+from tests.contract.here import serve_here
 from tests.serving import Server
 
 HUGE = PARTY * (7_900_000 // len(PARTY))
@@ -300,6 +304,20 @@ def test_an_answer_without_a_limit_does_not_take_the_whole_context(narrow: httpx
     answer = narrow.post(CHAT, json=asked, timeout=300).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == DEFAULT_MAX_TOKENS
+
+
+def test_a_cache_that_is_smaller_than_the_context_ends_answers_as_the_context_does(tmp_path: Path) -> None:
+    folder = world.make_model(tmp_path / "small", eos_token_id=NEVER)
+    ask = {"model": "small", "messages": [{"role": "user", "content": "Hi."}]}
+    with serve_here(folder, tmp_path / "store", EngineConfig(cache_bytes=64 * 512)) as (serving, http):
+        assert http.get("/v1/models").json()["data"][0]["max_model_len"] == serving.engine.max_length == 64
+        chat = http.post(CHAT, json=ask)
+        message = http.post("/v1/messages", json=ask | {"max_tokens": 4000})
+        refused = http.post(CHAT, json=ask | {"messages": [{"role": "user", "content": "Hi. " * 40}]})
+    assert chat.json()["usage"]["total_tokens"] == 64, chat.text
+    assert message.json()["stop_reason"] == "model_context_window_exceeded"
+    assert refused.status_code == 400
+    assert "maximum context length is 64 tokens with the cache it was given" in refused.text
 
 
 HOT: Json = {"temperature": 2.0, "seed": 3, "max_tokens": 24}

@@ -43,6 +43,35 @@ def test_chat(page: Page, server: Server) -> None:
     compile(python, "the page", "exec")
 
 
+def test_the_code_follows_the_settings(page: Page, server: Server) -> None:
+    visit(page, server, "#/chat/casual")
+    column(page).get_by_text("This request as code").click()
+    page.get_by_text("Settings").click()
+    page.get_by_label("Seed").fill("7")
+    expect(column(page).locator("pre").first).to_contain_text('"seed": 7')
+
+
+def test_a_link_to_a_persona_that_is_gone_says_so(page: Page, server: Server) -> None:
+    visit(page, server, "#/chat/nobody")
+    expect(page.get_by_text("There is no persona nobody here.")).to_be_visible()
+    expect(column(page)).to_have_count(1)
+
+
+def test_thoughts_are_shown_apart_from_the_answer(page: Page, server: Server) -> None:
+    deltas = [{"reasoning_content": "Hm. "}, {"reasoning_content": "Dry?"}, {"content": "Yes."}]
+    events = [json.dumps({"choices": [{"delta": delta}], "usage": None, "generation": None}) for delta in deltas]
+    stream = "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"])
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
+    visit(page, server)
+    say(page, "Is it dry?")
+    expect(column(page).locator(".answer")).to_have_text("Yes.")
+    column(page).get_by_text("Thoughts").click()
+    expect(column(page).locator(".thoughts")).to_contain_text("Hm. Dry?")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        say(page, "And now?")
+    assert asked.value.post_data_json["messages"][1] == {"role": "assistant", "content": "Yes."}
+
+
 def test_the_copied_python_runs(page: Page, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     visit(page, server, "#/chat/casual")
     say(page, "Hello!")

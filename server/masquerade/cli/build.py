@@ -101,7 +101,7 @@ def build(
     ] = None,
     effect: Annotated[float, typer.Option(help="Share of flipped prompts that is sufficient.")] = 0.95,
     samples: Annotated[int | None, typer.Option(help="Maximum number of examples per side.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Publish a mask that fails the checks, and mark it as such.")
     ] = False,
@@ -224,7 +224,7 @@ def _check(sources: BuildSources) -> None:
         raise InvalidValue("--prompts and --contrast-prompt need --system-prompt or --character-card")
     if bool(sources.pool) != (sources.contrast == POOL):
         raise InvalidValue("--contrast pool and --pool FILE, once for each other persona, need each other")
-    for persona in filter(None, (sources.name, sources.contrast_name)):
+    for persona in (sources.name, *filter(None, [sources.contrast_name])):
         check_name(persona)
     if sources.name == sources.contrast_name:
         raise InvalidValue(f"--name and --contrast-name are both {sources.name!r}; they are two personas")

@@ -34,7 +34,7 @@ ConfigFile = Annotated[
     typer.Option(
         FLAG,
         envvar="MASQUERADE_CONFIG",
-        help=f"TOML file of options, [serve] port = 9000; by default {FILE} here or in the user's config folder.",
+        help=f"TOML file of options, \\[serve] port = 9000; by default {FILE} here or in the user's config folder.",
     ),
 ]
 

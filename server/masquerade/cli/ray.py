@@ -40,7 +40,7 @@ def deploy(
     options: ServerOptions,
     config: Annotated[  # noqa: ARG001 - its callback reads it
         Path | None,
-        typer.Option(FLAG, is_eager=True, callback=read_section, help="TOML file; options are in [ray.deploy]."),
+        typer.Option(FLAG, is_eager=True, callback=read_section, help="TOML file; options are in \\[ray.deploy]."),
     ] = None,
     address: Annotated[str, typer.Option(help="The Ray cluster: `auto`, HOST:PORT, or ray://HOST:PORT.")] = "auto",
     name: Annotated[str, typer.Option(help="Name of the application in Ray Serve.")] = "masquerade",
@@ -97,7 +97,9 @@ def deploy(
 def build(
     file: Annotated[
         Path,
-        typer.Argument(help="TOML file: options of `masquerade build` for all in [build], for each in a [[persona]]."),
+        typer.Argument(
+            help="TOML file: options of `masquerade build` for all in \\[build], for each in a \\[\\[persona]]."
+        ),
     ],
     address: Annotated[
         str, typer.Option(help="The Ray cluster: `auto`, HOST:PORT, or `local` for this machine.")

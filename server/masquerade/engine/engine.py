@@ -140,6 +140,11 @@ class Engine:
         return self._draining
 
     @property
+    def max_length(self) -> int:
+        """Most tokens of a request and its answer: those of the context, or fewer if the cache has less room."""
+        return min(self.base.context, self._cache.positions)
+
+    @property
     def unready_reason(self) -> str | None:
         """Why the engine is not ready; None if it is."""
         if self._draining and self._is_running:
@@ -430,8 +435,7 @@ class Engine:
             self.config.prefill_budget or PREFILL_BUDGETS.get(self.base.device.type, self.config.max_batch_tokens),
             self._count_draft_rows(),
         )
-        max_length = min(self.base.context, self._cache.positions)
-        self._scheduler = Scheduler(self._block_manager, config, self.counts, max_length)
+        self._scheduler = Scheduler(self._block_manager, config, self.counts, self.max_length)
         self._sampler = Sampler()
         self._spans, self._route = [], Route(())
 

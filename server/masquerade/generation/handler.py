@@ -12,13 +12,13 @@ from masquerade.engine import AnswerFormat, AnswerText, Grammar, Request
 from masquerade.errors import ContextTooLong, InvalidValue
 from masquerade.generation.answers import Answer
 from masquerade.generation.outputs import OutputCollector, Receive, collect_deltas, wait_for_disconnect
-from masquerade.generation.prompts import CONTEXT, context_room, tokenise_chat
+from masquerade.generation.prompts import context_room, tokenise_chat
 from masquerade.generation.requests import ChatRequest, GenerationRequest, PersonaFields
 from masquerade.generation.tools import ToolSet, select_tools
 from masquerade.http.access import Caller
 from masquerade.http.dependencies import read_persona
 from masquerade.http.wire import respond_events
-from masquerade.model import Base, ThoughtStart, find_dialect, find_thought_start
+from masquerade.model import Base, Room, ThoughtStart, find_dialect, find_thought_start
 from masquerade.service.serving import ResolvedPersona, Serving
 
 MAX_SCORES = 2**17  # log probabilities of prompts in one answer, which writes each with its token
@@ -112,7 +112,7 @@ async def respond(
         partial(
             Request,
             prompt=prompt,
-            max_tokens=_max_tokens(request, base.context, len(prompt)),
+            max_tokens=_max_tokens(request, context_room(serving), len(prompt)),
             applied=resolved.applied,
             phase=resolved.phase,
             sampling=request.sampling(choice),
@@ -162,7 +162,7 @@ async def _stream(outputs: OutputCollector, answer: Answer) -> AsyncIterator[str
         outputs.cancel()
 
 
-def _max_tokens(request: GenerationRequest, context: int, prompt: int) -> int:
+def _max_tokens(request: GenerationRequest, room: Room, prompt: int) -> int:
     """The limit of a request; without one `DEFAULT_MAX_TOKENS`, or the minimum if that is more.
 
     The default, and with `ends_at_context` every limit, is cut to what the prompt leaves of the context.
@@ -172,14 +172,13 @@ def _max_tokens(request: GenerationRequest, context: int, prompt: int) -> int:
     limit = request.max_new_tokens()
     if limit is not None and not request.ends_at_context:
         return limit
-    if prompt >= context:
+    if prompt >= room.tokens:
         raise ContextTooLong(
-            f"{CONTEXT.format(context)} However, your messages resulted in {prompt} tokens, which leaves no room for "
-            "an answer.",
+            f"{room.words} However, your messages resulted in {prompt} tokens, which leaves no room for an answer.",
             param="messages",
             tokens=prompt,
         )
-    return min(context - prompt, limit or max(DEFAULT_MAX_TOKENS, request.min_tokens or 0))
+    return min(room.tokens - prompt, limit or max(DEFAULT_MAX_TOKENS, request.min_tokens or 0))
 
 
 def _check_scores(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:

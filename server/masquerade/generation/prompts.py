@@ -15,12 +15,12 @@ INLINE_BYTES = 2048  # up to this size of the body, a thread would cost more tha
 MIN_COUNTED = 2**16  # tokens that `/tokenize` counts, however short the context is
 PROMPTS_FACTOR = 4  # all prompts of a request may have this many times the tokens of one
 
-CONTEXT = "This model's maximum context length is {} tokens."
-
 
 def context_room(serving: Serving) -> Room:
-    """The limit of the model's context, with OpenAI's message."""
-    return Room(serving.base.context, CONTEXT.format(serving.base.context))
+    """The limit of the model's context, or of the engine's cache if that has less room, with OpenAI's message."""
+    limit = serving.engine.max_length
+    given = " with the cache it was given" if limit < serving.base.context else ""
+    return Room(limit, f"This model's maximum context length is {limit} tokens{given}.")
 
 
 def counting_room(serving: Serving) -> Room:

@@ -171,7 +171,7 @@ class Runner:
 
     def _run_work(self, job: Job) -> Mapping[str, Any] | None:
         """Run one work item after the other. The job's result, or None if the runner is stopping."""
-        reported, stage, uses_model = 0.0, "", False
+        reported, stage, done, uses_model = 0.0, "", 0, False
         with closing(self._prepare(job)) as work:
             while not self._stopping:
                 self._check_lease(job)
@@ -187,8 +187,9 @@ class Runner:
                     return finish()
                 uses_model = step.model_next
                 now = time.monotonic()
-                if step.stage != stage or step.done == step.total or now - reported >= REPORT_SECONDS:
-                    reported, stage = now, step.stage
+                ends = step.done == step.total != done  # once, if more items follow the last that were counted
+                if step.stage != stage or ends or now - reported >= REPORT_SECONDS:
+                    reported, stage, done = now, step.stage, step.done
                     data = {"stage": step.stage, "step": step.done, "total_steps": step.total}
                     parts = f"{step.done}/{step.total}" if step.total else f"{step.done}"
                     self._table.add_event(job.id, "info", f"{step.stage} {parts}", data)

@@ -54,7 +54,7 @@ def _find(serving: Serving, caller: Caller, model: str) -> dict[str, Any]:
 def _describe_base(serving: Serving) -> dict[str, Any]:
     created = int(serving.base.path.stat().st_mtime)
     model = {"object": "model", "owned_by": "masquerade", "root": serving.base.name}
-    length = {"max_model_len": serving.base.context}
+    length = {"max_model_len": serving.engine.max_length}
     return {"id": serving.base.name, "created": created, "parent": None} | model | length
 
 

@@ -89,7 +89,7 @@ async def tokenize(request: TokenizeRequest, serving: Served, caller: Chatting, 
     def render() -> str:
         texts = tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None
         return Tokenized(
-            count=len(ids), max_model_len=serving.base.context, tokens=ids, token_strs=texts
+            count=len(ids), max_model_len=serving.engine.max_length, tokens=ids, token_strs=texts
         ).model_dump_json()
 
     return Response(await run_off_loop(serving, caller, size, render), media_type="application/json")

@@ -76,6 +76,8 @@ def _check_combinations(request: BuildRequest) -> None:
             "with a system prompt or a card the base writes the contrast itself; say how in contrast_prompt",
             param="method.mask.contrast_file",
         )
+    if request.persona == "":
+        raise InvalidValue("the name is empty; without the field, the persona gets its job's", param="suffix")
     if request.replace and request.persona is None:
         raise InvalidValue("to replace a persona, give its name in `suffix`", param="suffix")
     if request.system_prompt is not None and not request.system_prompt.strip():

@@ -26,6 +26,7 @@ from masquerade_client.cli.options import (
     System,
     Temperature,
     Url,
+    check_question,
     complete_persona,
     plain,
 )
@@ -62,14 +63,22 @@ def chat(
     with Client(url, key) as client:
         messages = [{"role": "system", "content": system}] if system else []
         conversation = Conversation(client, options, None if persona == BASE else persona, gamma, messages)
-        if prompt is None and sys.stdin.isatty() and not as_json:
+        if prompt is None and sys.stdin and sys.stdin.isatty() and not as_json:
             return _run_conversation(conversation)
-        asked = sys.stdin.read() if prompt is None else prompt
+        asked = _read_input() if prompt is None else prompt
+        check_question(asked)
         if as_json:
             print(json.dumps(asdict(client.chat(add_question(messages, asked), **conversation.options))))
         else:
             conversation.ask(asked)
     return None
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode() if sys.stdin else ""  # None if the caller closed it
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"the input is not UTF-8: {error}") from None
 
 
 def add_question(messages: Sequence[dict[str, str]], text: str) -> list[dict[str, str]]:

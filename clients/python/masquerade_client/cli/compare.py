@@ -27,6 +27,7 @@ from masquerade_client.cli.options import (
     Seed,
     Temperature,
     Url,
+    check_question,
     complete_persona,
     plain,
 )
@@ -51,6 +52,7 @@ def compare(
 ) -> None:
     """Ask several personas one question: masq compare A B "How are you?"."""
     *names, prompt = words
+    check_question(prompt)
     options: ChatOptions = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
     messages = [{"role": "user", "content": prompt}]
     with Client(url, key) as client:

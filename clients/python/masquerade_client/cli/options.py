@@ -54,6 +54,12 @@ def _find(context: typer.Context, option: str) -> str | None:
     return before if before and after in {None, DEFAULT_URL} else after
 
 
+def check_question(text: str) -> None:
+    """Raise `typer.BadParameter` for a question without text."""
+    if not text.strip():
+        raise typer.BadParameter("there is no question; give one, or pipe one in")
+
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

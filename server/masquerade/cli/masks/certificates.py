@@ -32,7 +32,7 @@ def certify(
     neutral: Annotated[
         Path | None, typer.Option(help="JSONL that the persona should not change; by default the base generates it.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the intervals.")] = 0,
     model: Model = "demo",
     store: StoreFolder = None,
     device: Device = "auto",
