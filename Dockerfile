@@ -12,8 +12,8 @@ ARG TARGET
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
-# Of the project's optional parts those that are small; `quantization` is the other one.
-ARG EXTRAS=otel,postgresql,sign,structured
+# Of the project's optional parts those that are small; `quantization` and `ray` are the others.
+ARG EXTRAS=otel,postgresql,s3,sign,structured
 
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \

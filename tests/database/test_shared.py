@@ -7,15 +7,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import create_engine, inspect, text
 
-from masquerade.database.tables import METADATA
-from masquerade.errors import LeaseLost, UnusableStore
+from masquerade.database.postgresql import PostgreSQL
+from masquerade.database.tables import KEY, METADATA
+from masquerade.errors import LeaseLost, NotReady, UnusableStore
 from masquerade.jobs import BatchTable, Job, JobService, JobTable, Quotas, Repeat, Uploads, open_group, runner
 from masquerade.jobs.records import LEASE_SECONDS
 from masquerade.jobs.runner import Work
@@ -52,6 +53,42 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 def expire_leases(place: Place, table: str = "job") -> None:
     """Let the time of all leases pass."""
     place.execute(f"update {table} set lease_until = lease_until - :seconds", {"seconds": 2 * LEASE_SECONDS})
+
+
+def test_keys_are_read_while_writers_that_wait_have_all_connections(shared: Place) -> None:
+    database = shared.connect()
+    assert database is not None
+    holder, table = shared.connect(), KeyTable(shared.folder, database)
+    assert holder is not None
+    watch = table.group.watch(KEY)
+    seen = watch.look()
+    with holder.group("jobs").write():
+        writers = [threading.Thread(target=write_once, args=(database,)) for _ in range(20)]
+        for writer in writers:
+            writer.start()
+        wait_for(lambda: database._engine.pool.checkedout() == 16)  # type: ignore[attr-defined]
+        assert watch.look() == seen
+        assert table.all() == {}
+    for writer in writers:
+        writer.join()
+
+
+def write_once(database: PostgreSQL) -> None:
+    with suppress(NotReady), database.group("jobs").write():
+        pass
+
+
+def test_a_transaction_that_hangs_is_a_database_that_is_not_ready(shared: Place) -> None:
+    database = shared.connect("-c idle_in_transaction_session_timeout=100")
+    assert database is not None
+    with pytest.raises(NotReady, match="does not answer"):
+        hang(database)
+
+
+def hang(database: PostgreSQL) -> None:
+    with database.group("jobs").write() as db:
+        time.sleep(1)
+        db.execute(text("select 1"))
 
 
 def test_the_definitions_are_what_the_migrations_of_the_files_make(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from masquerade.errors import MasqueradeError
 from tests.docker.manifests import DOCKER, alerts, dashboard, read_yaml, targets
 from tests.keys.making import bearer, make_key
 from tests.serving import free_port, serve
@@ -135,8 +136,8 @@ def test_every_query_finds_data_of_a_running_server(tmp_path: Path) -> None:
     asked = {expression: legend for _, expression, legend in targets()}
     asked |= {side: "" for expression in alerts().values() for side in sides(expression)}
     asked["masquerade_ready"] = asked["masquerade_tokens_total"] = ""  # of the dashboard's variables
-    # Only an error of the server itself has a status of 5xx, and nobody can ask for one.
-    unseen = {one for one in asked if one.startswith("sum by (instance)") and 'status=~"5.."' in one}
+    # Nobody can ask for an error of the server itself.
+    unseen = {one for one in asked if one.startswith("sum by (instance)") and "internal_error" in one}
     with (
         serve("--model", "demo", "--store", str(store)) as server,
         prometheus(tmp_path, server.base_url.removeprefix("http://"), metrics) as address,
@@ -152,6 +153,19 @@ def test_every_query_finds_data_of_a_running_server(tmp_path: Path) -> None:
         for expression in unseen:
             assert set(re.findall(r"masquerade_\w+", expression)) <= names
         assert not ask(address, 'ALERTS{alertstate="firing"}')
+
+
+def test_what_counts_as_the_servers_error_is_every_code_of_its_status() -> None:
+    codes = {error.code for error in describe_subclasses(MasqueradeError) if error.status >= 500} | {"internal_error"}
+    at_start = {"cannot_listen", "unusable_store", "database_unreachable", "unusable_model"}
+    of_jobs = {"build_failed", "mask_refused"}
+    for expression in (alerts()["MasqueradeErrors"], *(one for _, one, _ in targets() if "internal_error" in one)):
+        (counted,) = re.findall(r'code=~"([^"]+)"', expression)
+        assert set(counted.split("|")) == codes - at_start - of_jobs
+
+
+def describe_subclasses(kind: type[MasqueradeError]) -> set[type[MasqueradeError]]:
+    return {one for direct in kind.__subclasses__() for one in (direct, *describe_subclasses(direct))}
 
 
 def names_all(legend: str, data: list[dict[str, Any]]) -> bool:

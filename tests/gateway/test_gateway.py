@@ -352,6 +352,15 @@ def test_times_are_counted_by_operation_and_model(here: Here, path: str, operati
             assert first + 2 * each == pytest.approx(whole)
 
 
+def test_the_time_of_a_token_is_that_of_an_answer_not_of_all_at_once(here: Here) -> None:
+    serving, http = here
+    asked = {"n": 4, "temperature": 0, "logit_bias": forbid_ends(serving)}
+    assert ask(http, serving, "/v1/chat/completions", **asked).status_code == 200
+    labels = LABELS | {"gen_ai_operation_name": "chat", "gen_ai_request_model": serving.base.name}
+    first, each, whole = (value(http, f"{name}_sum", **labels) for name in (FIRST, TOKEN, DURATION))
+    assert first + 2 * each == pytest.approx(whole)
+
+
 def test_buckets_are_those_of_the_conventions(here: Here) -> None:
     serving, http = here
     ask(http, serving, "/v1/completions", logit_bias=forbid_ends(serving))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,6 +155,35 @@ def test_what_the_engine_and_the_masks_are_doing(http: httpx.Client, serving: Se
     assert found("jobs", state="running") == 0
     labels = {"base": serving.base.name, "fingerprint": serving.base.fingerprint, "device": "cpu"}
     assert found("info", **labels, version=metrics.__version__) == 1
+
+
+def test_embeddings_are_no_answers(http: httpx.Client, serving: Serving) -> None:
+    asked = {"model": serving.base.name, "input": ["one", "two"]}
+    assert http.post("/v1/embeddings", json=asked).status_code == 200
+    found = read(http)
+    assert found("answers_total", persona=BASE, reason="stop") in (None, 0)
+    assert found("answer_seconds_count", persona=BASE) == 0
+    assert found("tokens_total", persona=BASE, kind="prompt") > 0
+
+
+def test_lines_of_batches_are_no_http_requests(http: httpx.Client, serving: Serving) -> None:
+    body = {"model": serving.base.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    lines = [
+        {"custom_id": f"{number}", "method": "POST", "url": "/v1/chat/completions", "body": body | change}
+        for number, change in enumerate(({}, {"persona": "nobody"}))
+    ]
+    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+    file = http.post("/v1/files", files={"file": ("x.jsonl", content)}, data={"purpose": "batch"}).json()["id"]
+    asked = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    batch = http.post("/v1/batches", json=asked).json()["id"]
+    deadline = time.monotonic() + 60
+    while http.get(f"/v1/batches/{batch}").json()["status"] != "completed":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    found = read(http)
+    assert found("requests_total", method="POST", route="/v1/chat/completions", status="200") in (None, 0)
+    assert found("errors_total", code="persona_not_found") in (None, 0)
+    assert found("tokens_total", persona=BASE, kind="prompt") > 0
 
 
 def test_batches_are_counted_by_state(http: httpx.Client) -> None:

@@ -376,7 +376,7 @@ class TestHost:
                 assert (target.keep == bits[mask.digest][name]).all()
             del resident
         assert len(verified_store.reads) == len(masks)
-        assert residency.loads.from_host == len(masks)
+        assert (residency.loads.from_host, residency.loads.from_disk) == (len(masks), len(masks))
         assert residency.tier(masks[0].digest) == "host"
 
     def test_the_budget_holds(self, masks: list[Mask]) -> None:

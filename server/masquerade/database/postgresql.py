@@ -11,6 +11,7 @@ from typing import Any, Literal
 from sqlalchemy import (
     Column,
     Connection,
+    Engine,
     Integer,
     Table,
     create_engine,
@@ -44,7 +45,7 @@ _DEFAULTS: dict[str, Any] = {
 _CONNECTIONS, _MORE = 4, 12  # kept open by a server; and more of them under load
 _LOCKS = {"schema": 0, "keys": 1, "jobs": 2, "responses": 3}  # each group's lock, below a number of Masquerade's own
 _LOCK = 0x6D61_7371_0000
-_FULL, _READ_ONLY = "53100", "25006"  # SQLSTATE
+_FULL, _READ_ONLY, _IDLE = "53100", "25006", "25P03"  # SQLSTATE; the last one ends transactions that hang
 
 Group = Literal["keys", "jobs", "responses"]
 _STATE = Table("masquerade", METADATA, Column("version", Integer, nullable=False), Column("store", PlainText))
@@ -64,15 +65,20 @@ class PostgreSQL:
         address = url.reveal()
         own = {name: value for name, value in _DEFAULTS.items() if name not in address.query}
         own["options"] = " ".join((_OPTIONS, *address.normalized_query.get("options", ())))
-        self._engine = create_engine(
-            address.difference_update_query(["options"]),
-            connect_args=own,
-            pool_pre_ping=True,
-            pool_size=_CONNECTIONS,
-            max_overflow=_MORE,
-            pool_timeout=CONNECT_SECONDS,
-            hide_parameters=True,
-        )
+
+        def pool(size: int, more: int) -> Engine:
+            return create_engine(
+                address.difference_update_query(["options"]),
+                connect_args=own,
+                pool_pre_ping=True,
+                pool_size=size,
+                max_overflow=more,
+                pool_timeout=CONNECT_SECONDS,
+                hide_parameters=True,
+            )
+
+        self._engine = pool(_CONNECTIONS, _MORE)
+        self._reader = pool(1, 0)  # for keys, also while writers that wait for a lock hold all other connections
         self._lost = False  # whether the last transaction found no database
         try:
             with self.begin() as db:
@@ -86,7 +92,7 @@ class PostgreSQL:
 
     def group(self, name: Group, *, durable: bool = True) -> PostgreSQLGroup:
         """The tables of a group. Unless `durable`, a crash of the database may undo the last transactions."""
-        return PostgreSQLGroup(self, _LOCK + _LOCKS[name], durable)
+        return PostgreSQLGroup(self, _LOCK + _LOCKS[name], durable, name == "keys")
 
     def bind_store(self, store: str, prepare: Callable[[str], object]) -> tuple[str, bool]:
         """The id of the store whose servers use this database, and whether it is new: then it is `store`.
@@ -101,10 +107,10 @@ class PostgreSQL:
             return known or store, known is None
 
     @contextmanager
-    def begin(self, **options: Any) -> Iterator[Connection]:
+    def begin(self, engine: Engine | None = None, **options: Any) -> Iterator[Connection]:
         """A transaction with SQLAlchemy's execution options. Raises `NotReady` if the database is not there."""
         try:
-            with self._engine.connect() as db, db.execution_options(**options).begin():
+            with (engine or self._engine).connect() as db, db.execution_options(**options).begin():
                 yield db
         except PoolTimeout as error:
             raise NotReady("all connections to the database are in use; try again") from error
@@ -114,9 +120,17 @@ class PostgreSQL:
             self._lost = False
             _log.warning("the database %s answers again", self.url)
 
+    @contextmanager
+    def read(self, *, reserved: bool = False) -> Iterator[Connection]:
+        """A consistent view, in which statements that write fail; on the connection for keys, if `reserved`."""
+        engine = self._reader if reserved else None
+        with self.begin(engine, isolation_level="REPEATABLE READ", postgresql_readonly=True) as db:
+            yield db
+
     def close(self) -> None:
         """Close all connections that are not in use."""
         self._engine.dispose()
+        self._reader.dispose()
 
     def _translate(self, error: DBAPIError) -> Exception:
         import psycopg
@@ -124,7 +138,8 @@ class PostgreSQL:
         state = getattr(error.orig, "sqlstate", None)
         if state == _FULL:
             return StorageFull("the server has no room for this in its database")
-        if not isinstance(error.orig, psycopg.OperationalError | psycopg.InterfaceError) and state != _READ_ONLY:
+        gone = isinstance(error.orig, psycopg.OperationalError | psycopg.InterfaceError)
+        if not gone and state not in (_READ_ONLY, _IDLE):
             return error
         if not self._lost:
             self._lost = True
@@ -140,15 +155,16 @@ class PostgreSQLGroup:
 
     shared = True
 
-    def __init__(self, database: PostgreSQL, lock: int, durable: bool) -> None:
+    def __init__(self, database: PostgreSQL, lock: int, durable: bool, reserved: bool) -> None:
         self.database = database
+        self._reserved = reserved  # whether its reads have a connection of their own
         self._lock = lock
         self._commit = "on" if durable else "off"
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent view, in which statements that write fail."""
-        with self.database.begin(isolation_level="REPEATABLE READ", postgresql_readonly=True) as db:
+        with self.database.read(reserved=self._reserved) as db:
             yield db
 
     @contextmanager

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 _SCHEMES = ("postgresql", "postgres")
-_CREDENTIALS = re.compile(r"//[^/\s]*@|\bpassword=[^&\s]*", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"//\S*@|\bpassword=[^&\s]*", re.IGNORECASE)
 
 
 class DatabaseURL:
@@ -30,6 +30,8 @@ class DatabaseURL:
 
         try:
             self._url = make_url(f"postgresql+psycopg://{rest}")
+            if "@" in (self._url.host or ""):  # the end of a password
+                raise ValueError
         except (ArgumentError, ValueError):
             raise InvalidValue(
                 "--database cannot be read as postgresql://USER:PASSWORD@HOST:PORT/NAME; write special characters of "

@@ -138,9 +138,9 @@ class ServerTimes:
         self._token = histogram("time_per_output_token", "Each token after the first, on average.", _TOKEN)
 
     def observe(
-        self, operation: str, persona: str | None, seconds: float, first_token: float | None, tokens: int, error: str
+        self, operation: str, persona: str | None, seconds: float, first_token: float | None, tokens: float, error: str
     ) -> None:
-        """Count a request: its seconds in total and to its first token, and its output tokens.
+        """Count a request: its seconds in total and to its first token, and its output tokens an answer.
 
         `persona` is a label, None the base. Requests with an `error` count in the duration only.
         """

@@ -109,7 +109,7 @@ class Metrics:
             self._answers.labels(label, reason).inc()
 
     def observe_operation(
-        self, route: str, persona: str | None, seconds: float, first_token: float | None, tokens: int, error: str
+        self, route: str, persona: str | None, seconds: float, first_token: float | None, tokens: float, error: str
     ) -> None:
         """Count a request in OpenTelemetry's histograms, if they are served. Parameters as of `ServerTimes.observe`."""
         if self._server_times and route in OPERATIONS:
@@ -172,8 +172,8 @@ class _State:
         yield _gauge("mask_waiting_requests", "Requests that wait for a mask.", residency.waiting)
         lookups = {"hit": loads.hits, "shared": loads.shared, "miss": loads.misses}
         yield _counters("mask_requests", "Requests for masks: on the device, loading, to be loaded.", "result", lookups)
-        sources = {"host": loads.from_host, "disk": loads.done + loads.failed - loads.from_host}
-        yield _counters("cold_loads", "Finished loads of masks onto the device.", "source", sources)
+        sources = {"host": loads.from_host, "disk": loads.from_disk}
+        yield _counters("cold_loads", "Successful loads of masks onto the device.", "source", sources)
         yield _counter("cold_load_failures", "Loads that failed.", loads.failed)
         yield _counter("cold_load_seconds", "Time of successful loads, without waits for room.", loads.seconds)
         evictions = {"device": loads.evictions, "host": host.evictions}

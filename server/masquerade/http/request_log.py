@@ -56,6 +56,7 @@ class RequestRecord:
     first_token: float | None = None  # seconds since the start
     reasons: list[str] = field(default_factory=list)  # why its answers ended
     extra_tokens: int = 0  # charged without an answer: only tokenised, or too many
+    embeds: bool = False  # vectors, which are no answers
     background: bool = False  # nobody waits for the answer: its times are no measure of the server
     closed: bool = False
     _usage: Callable[[], Usage] | None = None
@@ -97,11 +98,12 @@ class RequestRecord:
         """Update the metrics and return the fields of the log line."""
         seconds = time.perf_counter() - self.started
         metrics, usage = self.metrics, self._usage() if self._usage else None
-        metrics.requests.labels(self.method, self.route, str(self.status)).inc()
-        if self.code:
-            metrics.errors.labels(self.code).inc()
-        if self.limited:
-            metrics.limited.labels(self.limited).inc()
+        if not self.background:  # a line of a batch is no HTTP request, and is tried again
+            metrics.requests.labels(self.method, self.route, str(self.status)).inc()
+            if self.code:
+                metrics.errors.labels(self.code).inc()
+            if self.limited:
+                metrics.limited.labels(self.limited).inc()
         fields: dict[str, Any] = {
             "request_id": self.request_id,
             "method": self.method,
@@ -112,11 +114,15 @@ class RequestRecord:
             "seconds": round(seconds, 6),
         }
         if usage:
-            metrics.count(self.persona, usage.prompt, usage.cached, usage.completion, self.reasons)
+            reasons = () if self.embeds else self.reasons
+            metrics.count(self.persona, usage.prompt, usage.cached, usage.completion, reasons)
             if self._times and usage.prompt:  # what the engine refuses is no answer
-                self._times.whole.observe(seconds)
-                error = self.code or ("" if self.reasons else str(_DISCONNECTED))
-                metrics.observe_operation(self.route, self.persona, seconds, self.first_token, usage.completion, error)
+                if not self.embeds:
+                    self._times.whole.observe(seconds)
+                left = not self.reasons or self.status == _DISCONNECTED
+                error = self.code or (str(_DISCONNECTED) if left else "")
+                tokens = usage.completion / max(1, len(self.reasons))
+                metrics.observe_operation(self.route, self.persona, seconds, self.first_token, tokens, error)
             fields |= {
                 "persona": self.persona,
                 "generation": self.digest,

@@ -38,11 +38,16 @@ class Loads:
     hits: int = 0  # requests for a mask on the device
     shared: int = 0  # requests that joined a load
     misses: int = 0  # requests that started a load
-    from_host: int = 0  # loads from host memory
-    done: int = 0  # successful loads
+    from_host: int = 0  # successful loads from host memory
+    from_disk: int = 0  # other successful loads
     failed: int = 0
     evictions: int = 0  # from the device
     seconds: float = 0.0  # reading, verifying and fitting, of successful loads; without waiting for room
+
+    @property
+    def done(self) -> int:
+        """Number of successful loads."""
+        return self.from_host + self.from_disk
 
 
 @dataclass(eq=False)
@@ -63,6 +68,7 @@ class _Load:
     early: bool = False  # started by `prefetch`, so finished without waiters
     nbytes: int = 0
     mask: Mask | None = None
+    from_host: bool = False
     resident: ResidentMask | None = None  # if it is still on the device
     seconds: float = 0.0
 
@@ -227,7 +233,7 @@ class Residency:
         started = time.perf_counter()
         try:
             load.nbytes = self._measure(load.digest)
-            load.mask = self._fetch(load.digest)
+            self._fetch(load)
         except Exception as error:
             self._fail(load, error)
             return
@@ -248,12 +254,11 @@ class Residency:
             )
         return nbytes
 
-    def _fetch(self, digest: str) -> Mask:
-        if mask := self.host.find(digest):
-            with self._lock:
-                self.loads.from_host += 1
-            return mask
-        return self.host.keep(self._verified_store.read(digest))
+    def _fetch(self, load: _Load) -> None:
+        load.mask = self.host.find(load.digest)
+        load.from_host = load.mask is not None
+        if load.mask is None:
+            load.mask = self.host.keep(self._verified_store.read(load.digest))
 
     def _admit(self) -> None:
         """Start to fit loads, in order, as far as there is room. Called with the lock held."""
@@ -325,7 +330,8 @@ class Residency:
             self._fail(load, error)
             return
         with self._lock:
-            self.loads.done += 1
+            self.loads.from_host += load.from_host
+            self.loads.from_disk += not load.from_host
             self.loads.seconds += load.seconds + time.perf_counter() - started
         load.mask = load.resident = None
         for future in self._end(load):

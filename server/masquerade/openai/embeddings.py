@@ -81,6 +81,7 @@ async def embed(
     """The vectors of prompts; None if the client disconnected. Raises as `Engine.submit` and the engine's requests."""
     tokens, began = 0, asyncio.get_running_loop().time()
     caller.record.begin(resolved, lambda: Usage(tokens, 0))
+    caller.record.embeds = True
     vectors = []
     for first in range(0, len(prompts), PORTION):
         portion = prompts[first : first + PORTION]
