@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -45,6 +46,7 @@ from masquerade.service.serving import Serving
 _log = logging.getLogger(__name__)
 App = TypeVar("App", bound=ASGIApp)
 BATCH_SLOTS = 8  # most requests of batches in the engine
+TAKE_OVER_SECONDS = 5.0  # between two attempts to run the jobs of a store, while another server does
 _ROUTERS = (
     chat.router,
     completions.router,
@@ -82,16 +84,25 @@ def create_app(
         serving.notifier.bind(serving.engine)
         serving.engine.start()
         quotas = Quotas(response_days=policy.response_days)
-        app.state.job_service = job_service = _open_job_service(serving, keyring, quotas, database)
+        app.state.job_service = app.state.batch_runner = None
+        waiting: asyncio.Task[None] | None = None
+        try:
+            run_jobs(_open_job_service(serving, keyring, quotas, database))
+        except WorkedElsewhere as error:
+            if database:  # that of another server without one
+                raise
+            _log.warning("%s; this one takes over when that one ends", error)
+            waiting = asyncio.create_task(take_over(quotas))
+        job_service = find_jobs()
         table = job_service.responses if job_service else ResponseTable(open_responses(_jobs(serving) / FILE), quotas)
         app.state.responses = table
-        app.state.batch_runner = runner = make_batch_runner(job_service) if job_service else None
-        if runner:
-            runner.start()
         yield
-        if runner:
+        if waiting:
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        if runner := app.state.batch_runner:
             await runner.stop()
-        if job_service:
+        if job_service := find_jobs():
             job_service.close()
         table.close()
         serving.engine.stop()
@@ -102,9 +113,24 @@ def create_app(
         if database:
             database.close()
 
-    def make_batch_runner(job_service: JobService) -> BatchRunner:
+    def run_jobs(job_service: JobService) -> None:
         slots = max(1, min(BATCH_SLOTS, serving.engine.config.max_running // 2))
-        return BatchRunner(job_service, partial(internal.post, whole), slots, policy.body_bytes)
+        runner = BatchRunner(job_service, partial(internal.post, whole), slots, policy.body_bytes)
+        job_service.runner.start()
+        runner.start()
+        app.state.job_service, app.state.batch_runner = job_service, runner
+
+    async def take_over(quotas: Quotas) -> None:
+        while find_jobs() is None:
+            await asyncio.sleep(TAKE_OVER_SECONDS)
+            try:
+                run_jobs(_open_job_service(serving, keyring, quotas, database))
+            except WorkedElsewhere:
+                continue
+            except Exception:
+                _log.exception("the jobs of the store cannot be run; trying again")
+            else:
+                _log.info("this server runs the jobs of the store now")
 
     def find_jobs() -> JobService | None:
         job_service: JobService | None = app.state.job_service
@@ -169,27 +195,16 @@ def _jobs(serving: Serving) -> Path:
     return folder
 
 
-def _open_job_service(
-    serving: Serving, keyring: Keyring, quotas: Quotas, database: PostgreSQL | None
-) -> JobService | None:
-    """The jobs of the store, or None if another server runs them. Their work runs on the engine's thread."""
-    folder, engine = _jobs(serving), serving.engine
-    try:
-        job_service = JobService(
-            folder,
-            partial(building.build, serving, keyring),
-            lambda item: engine.run_background(item).result(),
-            quotas,
-            partial(building.sweep, serving),
-            database,
-        )
-    except WorkedElsewhere as error:
-        if database:  # that of another server without one
-            raise
-        _log.warning("%s", error)
-        return None
-    job_service.runner.start()
-    return job_service
+def _open_job_service(serving: Serving, keyring: Keyring, quotas: Quotas, database: PostgreSQL | None) -> JobService:
+    """The jobs of the store, whose work runs on the engine's thread. Raises as `JobService`."""
+    return JobService(
+        _jobs(serving),
+        partial(building.build, serving, keyring),
+        lambda item: serving.engine.run_background(item).result(),
+        quotas,
+        partial(building.sweep, serving),
+        database,
+    )
 
 
 class RequestIdMiddleware(Generic[App]):

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
 
+from maskstore import Registry
+from masquerade import app
+from masquerade.app import create_app
+from masquerade.engine import Engine
 from masquerade.jobs import JobTable
+from masquerade.model import Base, MaskManager, Residency, VerifiedStore
 from masquerade.openai.answers import ChatAnswer
 from masquerade.service.serving import Serving
 from tests import world
 from tests.contract.asking import events_of
+from tests.contract.here import listen
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
@@ -106,3 +115,29 @@ def test_a_damaged_mask_is_left_out_of_lists_and_logged_once(
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "persona_damaged")
     path.write_bytes(whole)
     assert [one["id"] for one in http.get("/v1/personas").json()["data"]] == ["damaged", "sound"]
+
+
+def test_the_next_server_takes_over_the_jobs_of_one_that_ends(
+    tiny: Base, manager: MaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "TAKE_OVER_SECONDS", 0.05)
+
+    def make() -> Serving:
+        registry = Registry(tmp_path / "store")
+        residency = Residency(manager, VerifiedStore(registry.store, tiny.fingerprint), 2**20)
+        return Serving(tiny, Engine(tiny), registry.store, registry, residency, manager)
+
+    def upload(http: httpx.Client) -> httpx.Response:
+        return http.post("/v1/files", files={"file": ("x.jsonl", b"{}")}, data={"purpose": "fine-tune"})
+
+    with ExitStack() as second:
+        with listen(create_app(make())) as first:
+            http = second.enter_context(listen(create_app(make())))
+            file = upload(first).json()["id"]
+            assert upload(http).status_code == 503
+        deadline = time.monotonic() + 30
+        while (found := http.get(f"/v1/files/{file}")).status_code == 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert found.json()["id"] == file
+        assert http.get("/v1/batches").status_code == 200
