@@ -123,6 +123,11 @@ class Bench:
         yield Figure(f"{name}: judge's AUC", found["judge"]["auc"], "AUC")
         for row, figures in found["figures"].items():
             at = figures.get("at_equal_cost", figures)
+            both = figures.get("within_both_costs", {})
+            for key in ("strength", *FIGURES):
+                if both.get(key) is not None:
+                    unit = "nats a token" if "shift" in key else "x" if "ratio" in key else "of its default"
+                    yield Figure(f"{name}, {row} within both costs: {key}", both[key], unit)
             if "strength" in at:
                 yield Figure(f"{name}, {row}: strength", at["strength"], "of its default")
             for key in FIGURES:

@@ -215,6 +215,7 @@ def test_any_server_cancels_what_another_one_runs(open_server: Any, monkeypatch:
 def test_a_batch_is_its_servers_until_that_dies(shared: Place) -> None:
     tables = [BatchTable(shared.jobs(), Quotas(), worker) for worker in ("first", "second")]
     first, second = tables
+    JobTable(first.group).add_file("ann", "batch", "a", 1, "d", "file-1")
     batch = first.add("ann", "/v1/embeddings", "file-1", None, Repeat())
     assert [one.id for one in first.claim_open()] == [batch.id]
     assert second.claim_open() == []

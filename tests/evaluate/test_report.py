@@ -243,6 +243,10 @@ def test_a_report_has_the_mask_and_every_control(tiny: Base, manager: MaskManage
         if name in BASELINES and BASELINES[name].strengths:
             at, ceiling = figures[name]["at_equal_cost"], max(1.0, figures["mask"]["neutral_ratio"])
             assert at.get("neutral_ratio", 1.0) <= ceiling
+            both = figures[name]["within_both_costs"]
+            assert both.get("neutral_ratio", 1.0) <= ceiling
+            assert both.get("own_ratio", 1.0) <= max(1.0, figures["mask"]["own_ratio"])
+            assert both["strength"] <= at["strength"]
     assert {stage.split(":")[0] for stage in stages} == {"base", *figures} - {"none"}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from masquerade.errors import BatchNotFound, InvalidValue, QuotaExceeded, StateConflict
+from masquerade.errors import BatchNotFound, InvalidValue, QuotaExceeded, StateConflict, UploadNotFound
 from masquerade.jobs import BATCH_TRANSITIONS, BatchResults, BatchTable, JobTable, Quotas, Repeat, Uploads
 from masquerade.jobs.batches import OPEN_STATES
 from masquerade.jobs.records import BATCH_INPUT, BATCH_OUTPUT
@@ -35,8 +35,21 @@ def uploads(tmp_path: Path, jobs: JobTable) -> Uploads:
     return Uploads(tmp_path / "files", jobs, limit=60)
 
 
-def add(table: BatchTable, file_id: str = "file-1", owner: str = "ann", repeat: Repeat | None = None) -> str:
+def add(table: BatchTable, name: str = "file-1", owner: str = "ann", repeat: Repeat | None = None) -> str:
+    """A batch of a file, which is added if it is not there."""
+    files, file_id = JobTable(table.group), f"{name}-{owner}"
+    try:
+        files.get_file(file_id, owner)
+    except UploadNotFound:
+        files.add_file(owner, BATCH_INPUT, name, 1, "d", file_id)
     return table.add(owner, CHAT, file_id, None, repeat or Repeat()).id
+
+
+def test_a_batch_needs_its_file(table: BatchTable) -> None:
+    add(table)
+    for owner, file_id in (("ann", "file-2"), ("bob", "file-1-ann")):
+        with pytest.raises(UploadNotFound):
+            table.add(owner, CHAT, file_id, None, Repeat())
 
 
 PATHS = {
@@ -102,7 +115,7 @@ def test_batches_are_their_owners(table: BatchTable) -> None:
 
 def test_a_file_stays_while_a_batch_reads_it(jobs: JobTable, table: BatchTable, uploads: Uploads) -> None:
     file = uploads.receive("ann", BATCH_INPUT, "a.jsonl", io.BytesIO(b"abc"))
-    batch_id = add(table, file.id)
+    batch_id = table.add("ann", CHAT, file.id, None, Repeat()).id
     with pytest.raises(StateConflict, match=f"is needed by the batch {batch_id}"):
         uploads.remove(file.id, "ann")
     later = file.created_at + jobs.quotas.days * 86_400 + 60

@@ -590,6 +590,7 @@ def test_a_table_of_before_is_brought_up_to_date(tmp_path: Path) -> None:
 
 READS: dict[str, Callable[[JobTable], object]] = {
     "get_file": lambda table: table.get_file("file-1", "ann"),
+    "name_file": lambda table: table.name_file("file-1"),
     "find_file": lambda table: table.find_file("ann", "fine-tune", "a", "d"),
     "list_files": lambda table: table.list_files("ann"),
     "check_room": lambda table: table.check_room("ann"),

@@ -377,6 +377,7 @@ class TestHostile:
             ("llama.attention.value_length", 8, "is 8; values must have the head"),
             ("llama.rope.dimension_count", 8, "is 8; rotary positions must have the head"),
             ("llama.rope.scaling.type", "longrope", "is 'longrope'; supported: none, linear, yarn"),
+            ("llama.attention.causal", False, "is false: the model embeds text"),
             ("llama.rope.freq_base", float("nan"), "must be a positive number"),
             ("tokenizer.ggml.model", "bert", "is 'bert'; gpt2, llama can be read"),
             ("tokenizer.ggml.pre", "klingon", "is 'klingon'"),
@@ -391,10 +392,13 @@ class TestHostile:
     def test_a_value_that_cannot_be_is_named(self, tmp_path: Path, key: str, value: Any, words: str) -> None:
         def change(writer: GGUFWriter) -> None:
             writer.kv_data[0].pop(key, None)
-            add: Callable[..., None] = {str: writer.add_string, list: writer.add_array, float: writer.add_float32}.get(
-                type(value), writer.add_uint32
-            )
-            add(key, value)
+            kinds: dict[type, Callable[..., None]] = {
+                str: writer.add_string,
+                list: writer.add_array,
+                float: writer.add_float32,
+                bool: writer.add_bool,
+            }
+            kinds.get(type(value), writer.add_uint32)(key, value)
 
         path = ggufs.write(tmp_path / "m.gguf", make("llama"), change=change).path
         with pytest.raises(UnusableModel, match=words) as refused:

@@ -192,13 +192,15 @@ def _print(report: Mapping[str, Any]) -> None:
     figures: Mapping[str, Mapping[str, Any]] = report["figures"]
     columns = [column for column in COLUMNS if any(column in row for row in figures.values())]
     effects = Table(Column("", overflow="fold"), *(column.replace("_", " ") for column in columns))
-    costs = Table("", "strength", "shift at equal cost", "median", "prompt tokens", "bytes", "seconds")
+    heads = "strength", "shift at equal cost", "median", "median, and own cost", "prompt tokens", "bytes", "seconds"
+    costs = Table("", *heads)
     for name, row in figures.items():
         effects.add_row(name, *(_cell(row.get(column), row["intervals"].get(column)) for column in columns))
-        equal, cost = row if name == "mask" else row.get("at_equal_cost", {}), row["cost"]
-        shifts = (_cell(equal.get(key)) for key in ("strength", "margin_shift", "margin_shift_median"))
+        cost, median = row["cost"], "margin_shift_median"
+        equal, both = (row if name == "mask" else row.get(key, {}) for key in ("at_equal_cost", "within_both_costs"))
+        shifts = (_cell(equal.get(key)) for key in ("strength", "margin_shift", median))
         spent = (f"{cost['prompt_tokens']:.0f}", f"{cost['bytes']}", _cell(cost["seconds"], digits=1))
-        costs.add_row(name, *shifts, *spent)
+        costs.add_row(name, *shifts, _cell(both.get(median)), *spent)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(effects)
     console.print(costs)

@@ -87,11 +87,11 @@ class EvaluationSet:
         """KL(base ‖ treated) of the next token of the neutral texts, mean nats; see `read_divergence`."""
         return (yield from read_divergence(self._base, self.texts[0], treatment, self._prompts))
 
-    def measure_neutral_ratio(self, treatment: Treatment) -> Generator[None, None, float]:
-        """The perplexity of neutral text with a treatment over the perplexity without."""
+    def measure_ratio(self, treatment: Treatment, side: int) -> Generator[None, None, float]:
+        """The perplexity of a side's text with a treatment over the perplexity without; 0 is neutral text."""
         base = yield from self.measure_base()
-        treated = yield from self.measure(treatment, only=(0,))
-        return round(_ratio(base.sides[0], treated.sides[0]), 4)
+        treated = yield from self.measure(treatment, only=(side,))
+        return round(_ratio(base.sides[side], treated.sides[side]), 4)
 
     def first(self, most: int) -> EvaluationSet:
         """The first texts of each side, at most `most`."""

@@ -99,6 +99,8 @@ def evaluate_mask(base: Base, manager: MaskManager, data: EvaluationData, option
     * `at_equal_cost`, of controls with a strength: figures and answers at the strength whose neutral ratio is the
       mask's, or 1 where the mask's is smaller, and just below it; `strength` 0 if there is none. Their `answers` are
       there only.
+    * `within_both_costs`, of them: figures at the largest strength whose own ratio is not above the mask's, or 1,
+      either.
     * `gammas`, of the mask: figures by gamma.
 
     The judge (`auc`, `interval`, `pairs`, `sufficient`) gives no hits if it is not sufficient. With several seeds, the
@@ -144,7 +146,6 @@ class _Evaluation:
     def run(self) -> dict[str, Any]:
         data = self._data
         found: dict[str, dict[str, Any]] = {"mask": self._measure_mask()}
-        ceiling = found["mask"].get("neutral_ratio")
         if data.opposite:
             self._row = "opposite"
             treatment = self._applied[1]
@@ -156,7 +157,7 @@ class _Evaluation:
             self._row = name
             opposed = bool(data.opposite) and name not in data.others
             opposed = opposed and (control.make is not instruct or bool(data.instructions[1]))
-            found[name] = self._measure(control, ceiling, opposed)
+            found[name] = self._measure(control, found["mask"], opposed)
         quality = self._quality
         judge = quality and {
             "auc": quality.auc,
@@ -213,8 +214,8 @@ class _Evaluation:
             found["gammas"][f"{gamma:g}"] = self._eval_set.figures(1, self._base_likelihoods, masked)
         return found
 
-    def _measure(self, control: Baseline, ceiling: float | None, opposed: bool) -> dict[str, Any]:
-        runs, made = [], []
+    def _measure(self, control: Baseline, mask: Mapping[str, Any], opposed: bool) -> dict[str, Any]:
+        runs, made, ceiling = [], [], mask.get("neutral_ratio")
         for seed in range(self._options.seeds):
             started = time.perf_counter()
             own = control.make(self._inputs(True, seed))
@@ -229,7 +230,11 @@ class _Evaluation:
             numbers = [name for name, value in found.items() if isinstance(value, float)]
             found["seeds"] = {name: [min(r[name] for r in runs), max(r[name] for r in runs)] for name in numbers}
         if control.strengths and ceiling is not None:
-            return found | {"at_equal_cost": self._match(control, made[0], ceiling)}
+            own_ceiling = mask["own_ratio"]
+            return found | {
+                "at_equal_cost": self._match(control, made[0], ceiling),
+                "within_both_costs": self._match_both(control, made[0][0], ceiling, own_ceiling),
+            }
         return found | self._compare(made[0][0](control.default))
 
     def _figures(self, own: Treatment, other: Treatment | None) -> dict[str, Any]:
@@ -271,7 +276,7 @@ class _Evaluation:
     ) -> dict[str, Any]:
         """Figures and answers where the neutral ratio has risen to `ceiling`; strength 0 if it is above it at once."""
         own, other = made
-        best: dict[str, Any] = {"strength": self._find_strength(control, own, max(1.0, ceiling))}
+        best: dict[str, Any] = {"strength": self._find_strength(control, own, {0: max(1.0, ceiling)})}
         if not best["strength"]:
             best |= {"margin_shift": 0.0, "margin_shift_median": 0.0}
             return best
@@ -280,12 +285,28 @@ class _Evaluation:
         best |= self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
         return best | (self._compare(pair[0]) if self._options.sizes.controls_answer else {})
 
-    def _find_strength(self, control: Baseline, make: TreatmentFactory, ceiling: float) -> float:
-        """The largest strength before the first whose neutral ratio is above `ceiling`, within `HALVINGS` of a step."""
+    def _match_both(
+        self, control: Baseline, make: TreatmentFactory, neutral: float, own: float | None
+    ) -> dict[str, Any]:
+        """Figures at the largest strength that costs neutral and own text no more than the mask does, or than nothing."""
+        ceilings = {0: max(1.0, neutral), 1: max(1.0, own or 1.0)}
+        strength = self._find_strength(control, make, ceilings)
+        if not strength:
+            return {"strength": 0.0, "margin_shift": 0.0, "margin_shift_median": 0.0}
+        likelihoods = self._likelihoods(make(strength), "likelihoods within both costs")
+        return {"strength": strength} | self._eval_set.figures(1, self._base_likelihoods, likelihoods)
+
+    def _find_strength(self, control: Baseline, make: TreatmentFactory, ceilings: Mapping[int, float]) -> float:
+        """The largest strength before the first whose ratio on some side is above its ceiling, within `HALVINGS` of a
+        step of the grid.
+        """
 
         def fits(strength: float) -> bool:
-            work = self._eval_set.measure_neutral_ratio(make(strength))
-            return self._do(work, f"strength {strength:g}") <= ceiling
+            treatment = make(strength)
+            return all(
+                self._do(self._eval_set.measure_ratio(treatment, side), f"strength {strength:g}") <= ceiling
+                for side, ceiling in ceilings.items()
+            )
 
         low = 0.0
         for high in control.strengths:

@@ -56,6 +56,8 @@ def _check_whole(file: GgufFile, prefix: str, architecture: Architecture) -> Non
     """Raise for files that would load and give wrong answers."""
     if f"{prefix}.expert_count" in file.metadata and not file.is_zero(f"{prefix}.expert_count"):
         file.fail(f"{prefix}.expert_count", "mixtures of experts are not supported")
+    if not file.flag(f"{prefix}.attention.causal", True):
+        file.fail(f"{prefix}.attention.causal", "is false: the model embeds text, and cannot continue one")
     for key in _UNSUPPORTED:
         if key not in architecture.scales.values() and f"{prefix}.{key}" in file.metadata:
             file.fail(f"{prefix}.{key}", "is not supported")

@@ -12,8 +12,15 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, update
 
 from masquerade.database.group import TableGroup
-from masquerade.database.tables import BATCH
-from masquerade.errors import BatchNotFound, InvalidValue, LeaseLost, QuotaExceeded, StateConflict
+from masquerade.database.tables import BATCH, FILE
+from masquerade.errors import (
+    BatchNotFound,
+    InvalidValue,
+    LeaseLost,
+    QuotaExceeded,
+    StateConflict,
+    UploadNotFound,
+)
 from masquerade.jobs.records import LEASE_SECONDS, Quotas, Repeat
 
 BatchState = Literal[
@@ -88,7 +95,8 @@ class BatchTable:
         """Add a batch in the first state; the earlier one if the request repeats the one that made it.
 
         It does if both have the same key; or the same fields, and the batch is open or, for a retry, young. Raises
-        `QuotaExceeded`, and `InvalidValue` if the key was used with other fields.
+        `QuotaExceeded`, `InvalidValue` if the key was used with other fields, and `UploadNotFound` if the file has been
+        deleted.
         """
         fields = (endpoint, input_file, json.dumps(metadata))
         with self.group.write() as db:
@@ -97,6 +105,7 @@ class BatchTable:
             count = db.execute(select(func.count()).where(BATCH.c.owner == owner, _IS_OPEN)).scalar_one()
             if count >= self._quotas.open_jobs:
                 raise QuotaExceeded(f"{count} batches are unfinished, which is the limit; wait, or cancel one")
+            check_file(db, input_file, owner)
             batch_id = f"batch_{secrets.token_hex(12)}"
             row = {"id": batch_id, "owner": owner, "state": "validating", "created_at": time.time()}
             row |= dict(zip(("endpoint", "input_file", "metadata"), fields, strict=True))
@@ -230,6 +239,12 @@ class BatchTable:
 def find_user(db: Connection, file_id: str) -> str | None:
     """The id of an unfinished batch that reads a file, or None."""
     return db.execute(select(BATCH.c.id).where(BATCH.c.input_file == file_id, _IS_OPEN).limit(1)).scalar()
+
+
+def check_file(db: Connection, file_id: str, owner: str) -> None:
+    """Raises `UploadNotFound` if an owner has no file of this id, which then stays until the transaction ends."""
+    if db.execute(select(FILE.c.id).where(FILE.c.id == file_id, FILE.c.owner == owner)).first() is None:
+        raise UploadNotFound(f"there is no file {file_id!r:.80}")
 
 
 def expire(db: Connection, horizon: float) -> None:

@@ -17,7 +17,7 @@ from masquerade.database.group import TableGroup
 from masquerade.database.migrations import JOBS
 from masquerade.database.sqlite import SQLiteGroup
 from masquerade.database.tables import EVENT, FILE, JOB
-from masquerade.errors import InvalidValue, JobNotFound, LeaseLost, QuotaExceeded, StateConflict, UploadNotFound
+from masquerade.errors import InvalidValue, JobNotFound, LeaseLost, QuotaExceeded, StateConflict
 from masquerade.jobs import batches
 from masquerade.jobs.records import (
     BATCH_OUTPUT,
@@ -79,10 +79,14 @@ class JobTable:
     def get_file(self, file_id: str, owner: str) -> File:
         """A file of an owner; raises `UploadNotFound` if the owner has none with this id."""
         with self.group.read() as db:
-            row = db.execute(select(*_FILE).where(FILE.c.id == file_id, FILE.c.owner == owner)).first()
-        if row is None:
-            raise UploadNotFound(f"there is no file {file_id!r:.80}")
-        return File(*row)
+            batches.check_file(db, file_id, owner)
+            return File(*db.execute(select(*_FILE).where(FILE.c.id == file_id)).one())
+
+    def name_file(self, file_id: str) -> str:
+        """The name that a file was uploaded with."""
+        with self.group.read() as db:
+            name: str | None = db.execute(select(FILE.c.name).where(FILE.c.id == file_id)).scalar()
+        return name or file_id
 
     def find_file(self, owner: str, purpose: str, name: str, digest: str) -> File | None:
         """An owner's file of this name and content, or None."""
@@ -153,7 +157,8 @@ class JobTable:
     def add_job(
         self, owner: str, spec: Mapping[str, Any], request: Repeat | None = None, job_id: str | None = None
     ) -> Job:
-        """Queue a job, with a new id unless one is given. Raises `QuotaExceeded`.
+        """Queue a job, with a new id unless one is given. Raises `QuotaExceeded`, and `UploadNotFound` if a file of its
+        spec has been deleted.
 
         If `request` repeats an earlier one, return the job of that one.
         """
@@ -162,6 +167,8 @@ class JobTable:
             if request and (known := self._find_repeated(db, owner, spec, request)):
                 return known
             waiting = db.execute(select(func.count()).where(JOB.c.owner == owner, _IS_OPEN)).scalar_one()
+            for file_id in spec["files"].values():
+                batches.check_file(db, file_id, owner)
             if waiting >= self.quotas.open_jobs:
                 raise QuotaExceeded(f"{waiting} jobs are unfinished, which is the limit; wait, or cancel one")
             fields = {"id": job_id, "owner": owner, "state": "queued", "spec": json.dumps(spec)}

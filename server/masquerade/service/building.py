@@ -344,7 +344,7 @@ def _identify(owner: str, spec: Mapping[str, Any]) -> str:
 
 
 def _read(job_service: JobService, spec: Mapping[str, Any], role: str, read: Callable[[Path], T]) -> T | None:
-    """The content of the file of a role, or None without one. Errors name the file by its id instead of its path."""
+    """The content of the file of a role, or None without one. Errors have the upload's name instead of its path."""
     file_id = spec["files"].get(role)
     if file_id is None:
         return None
@@ -352,7 +352,8 @@ def _read(job_service: JobService, spec: Mapping[str, Any], role: str, read: Cal
     try:
         content = read(path)
     except BadDataset as error:
-        raise BadDataset(str(error).replace(str(path), file_id), param=param) from error
+        named = f"{job_service.table.name_file(file_id)} ({file_id})"
+        raise BadDataset(str(error).replace(str(path), named), param=param) from error
     limit = job_service.table.quotas.rows
     if isinstance(content, list) and len(content) > limit:
         raise QuotaExceeded(f"{file_id} has {len(content)} examples; the limit is {limit}", param=param)
