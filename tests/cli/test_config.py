@@ -64,9 +64,10 @@ def test_what_stands_above_the_sections_is_for_every_command_that_has_the_option
 
 def test_a_command_uses_what_the_file_says_unless_a_flag_says_otherwise(tiny_folder: Path, tmp_path: Path) -> None:
     Path("masquerade.toml").write_text(f'model = "{tiny_folder}"\nstore = "{tmp_path / "a"}"\n')
+    assert f"there is no store in {tmp_path / 'a'}" in fail(2, "masks", "ls")
+    succeed("masks", "trust", "ann", "0" * 64)
     assert succeed("masks", "ls") == {"personas": []}
-    assert (tmp_path / "a").is_dir()
-    succeed("masks", "ls", "--store", tmp_path / "b")
+    succeed("masks", "trust", "ann", "0" * 64, "--store", tmp_path / "b")
     assert (tmp_path / "b").is_dir()
 
 

@@ -141,6 +141,13 @@ def test_a_mask_goes_to_a_file_and_an_adapter_to_a_folder(at: At, arguments: tup
     assert words in fail(2, "masks", "export", "calm", *arguments, *at)
 
 
+def test_a_store_that_is_not_there_is_said_and_not_made(at: At, tmp_path: Path) -> None:
+    typo = (*at[:3], str(tmp_path / "typo"))
+    for command in (("ls",), ("show", "calm"), ("gc",)):
+        assert f"there is no store in {tmp_path / 'typo'}" in fail(2, "masks", *command, *typo)
+    assert not (tmp_path / "typo").exists()
+
+
 def test_compose_follows_the_sets(at: At, registry: Registry) -> None:
     a, b = (registry.store.open(registry.resolve(name).digest) for name in ("calm", "loud"))
     made = succeed("masks", "compose", "both", "=", "calm & loud", *at)

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from maskstore import Registry
+from maskstore import BaseRef, Mask, MaskInfo, Registry, encode, fingerprint
 from masquerade.model.quantized import QUANTIZATIONS
 from tests import serving, world
 from tests.cli.running import fail, succeed
@@ -42,6 +43,11 @@ def test_a_checkpoint_of_another_quantisation_is_refused_by_name(tmp_path: Path,
         "plan": ("plan",),
     }[command]
     store = () if command == "plan" else ("--store", tmp_path / "store")
+    if command == "eval":
+        targets = {"model.layers.0.mlp.up_proj": encode(np.zeros((8, 8), bool))}
+        mask = Mask(BaseRef(fingerprint(folder), "m"), targets, MaskInfo("p", "random"))
+        registry = Registry(tmp_path / "store")
+        registry.publish("p", registry.store.add(mask))
     said = fail(1, *rest, "--model", folder, *store)
     assert f"'m' is quantised with '{method}' in its files; take the unquantised checkpoint" in said
     assert "GGUF" in said

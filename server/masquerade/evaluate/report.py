@@ -288,7 +288,7 @@ class _Evaluation:
     def _match_both(
         self, control: Baseline, make: TreatmentFactory, neutral: float, own: float | None
     ) -> dict[str, Any]:
-        """Figures at the largest strength that costs neutral and own text no more than the mask does, or than nothing."""
+        """Figures at the largest strength that costs neutral and own text no more than the mask, or than nothing."""
         ceilings = {0: max(1.0, neutral), 1: max(1.0, own or 1.0)}
         strength = self._find_strength(control, make, ceilings)
         if not strength:

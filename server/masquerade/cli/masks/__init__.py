@@ -31,7 +31,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "fsck": upkeep.check,
     "keygen": upkeep.make_key,
     "sign": on_registry(upkeep.sign_mask),
-    "trust": on_registry(upkeep.trust),
+    "trust": on_registry(upkeep.trust, creates=True),
     "distrust": on_registry(upkeep.distrust),
 }
 for command, run in _COMMANDS.items():

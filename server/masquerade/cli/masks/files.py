@@ -122,7 +122,9 @@ def read_file(
     as_json: AsJson = False,
 ) -> None:
     """Verify a mask file, add it to the store, and publish it."""
-    registry = open_registry(model, store, require_signed=require_signed, accept_tensors=accept_tensor_signatures)
+    registry = open_registry(
+        model, store, creates=True, require_signed=require_signed, accept_tensors=accept_tensor_signatures
+    )
     mask = import_mask(registry.store, file, find_model(model).fingerprint())
     info = mask.info if mask.signature else read_info(file)  # a signed copy in the store says more than a file
     revision = registry.publish(name or info.persona, mask.digest, parse_expected(expect), info)
@@ -135,7 +137,9 @@ def compose_mask(
     expect: Expected = None,
     force: Annotated[bool, typer.Option("--force", help="Publish a mask even if it prunes nothing.")] = False,
 ) -> CommandResult:
-    """Compose a persona of others: | is the union of what they prune, & intersection, - difference, ~ complement."""
+    """Compose a persona of others: | is the union of what they prune, & intersection, - difference; ~ is complement,
+    within the modules that a mask covers.
+    """
     name, equals, expression = " ".join(words).partition("=")
     if not (equals and name.strip() and expression.strip()):
         raise InvalidMaskValue(
