@@ -115,7 +115,8 @@ class Bench:
                 said.add(what)
                 print(f"{name}: {what}", file=sys.stderr, flush=True)
 
-        return EvaluationOptions(controls, generation=GenerationParams(TOKENS), sizes=sizes, report=follow)
+        params = GenerationParams(TOKENS)
+        return EvaluationOptions(controls, flips=False, generation=params, sizes=sizes, report=follow)
 
     def _show(self, name: str, mask: Mask, found: Mapping[str, Any]) -> Iterator[Figure]:
         yield Figure(f"{name}: gamma", mask.info.gamma, "gamma")

@@ -78,6 +78,7 @@ class EvaluationOptions:
 
     controls: Sequence[str] = ("none", "random", "bias")
     seeds: int = 1
+    flips: bool = True  # make controls for the opposite too, for their flips
     generation: GenerationParams | None = None  # if given, answers are generated, compared and judged
     judge: Callable[[Sequence[str], Sequence[str]], Judge] = PersonaClassifier
     sizes: EvaluationSizes = EvaluationSizes()
@@ -92,7 +93,7 @@ def evaluate_mask(base: Base, manager: MaskManager, data: EvaluationData, option
       by how much, on average; `margin_shift` and `margin_shift_median`: by how much more than under the base.
     * `own_perplexity`, `neutral_perplexity`, and their ratios to the base's. A control that changes prompts changes
       those of neutral questions too.
-    * `flip`, with an opposite's mask: share of prompts that follow both sides' treatments.
+    * `flip`, with an opposite's mask, and of controls with `flips`: share of prompts that follow both sides' treatments.
     * `answers`, with generation: `compare_answers`.
     * `intervals`: 95 % intervals.
     * `cost`: added prompt tokens, bytes, and seconds to make one side's treatment (None if unknown).
@@ -155,7 +156,7 @@ class _Evaluation:
         controls |= {name: _as_control(mask) for name, mask in data.others.items()}
         for name, control in controls.items():
             self._row = name
-            opposed = bool(data.opposite) and name not in data.others
+            opposed = bool(data.opposite) and self._options.flips and name not in data.others
             opposed = opposed and (control.make is not instruct or bool(data.instructions[1]))
             found[name] = self._measure(control, found["mask"], opposed)
         quality = self._quality
