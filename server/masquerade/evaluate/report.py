@@ -78,12 +78,12 @@ class EvaluationOptions:
 
     controls: Sequence[str] = ("none", "random", "bias")
     seeds: int = 1
-    flips: bool = True  # make controls for the opposite too, for their flips
     generation: GenerationParams | None = None  # if given, answers are generated, compared and judged
     judge: Callable[[Sequence[str], Sequence[str]], Judge] = PersonaClassifier
     sizes: EvaluationSizes = EvaluationSizes()
     gammas: Sequence[float] = ()  # more gammas to measure the mask at
     report: Callable[[str], None] = lambda _: None  # called after each work item, with what is going on
+    flips: bool = True  # controls are made for the opposite too, for their flips
 
 
 def evaluate_mask(base: Base, manager: MaskManager, data: EvaluationData, options: EvaluationOptions) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def evaluate_mask(base: Base, manager: MaskManager, data: EvaluationData, option
       by how much, on average; `margin_shift` and `margin_shift_median`: by how much more than under the base.
     * `own_perplexity`, `neutral_perplexity`, and their ratios to the base's. A control that changes prompts changes
       those of neutral questions too.
-    * `flip`, with an opposite's mask, and of controls with `flips`: share of prompts that follow both sides' treatments.
+    * `flip`, with an opposite's mask (of controls with `flips`): share of prompts that follow both sides' treatments.
     * `answers`, with generation: `compare_answers`.
     * `intervals`: 95 % intervals.
     * `cost`: added prompt tokens, bytes, and seconds to make one side's treatment (None if unknown).
