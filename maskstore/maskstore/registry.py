@@ -79,12 +79,17 @@ class Registry:
         gamma, phase = (info.gamma, info.phase) if info else (None, None)
         if current and current.digest == digest:
             kept = info and self.store.summary(digest).info  # what the defaults are where the revision has none
-            if info is None or (kept and current.defaults(kept) == (gamma, phase)):
+            if info is None or (kept and self._is_served(db, current, kept, info)):
                 return current
         _compare(name, current, expected)
         if digest not in self.store:
             raise MaskNotFound(f"no mask {digest[:16]} in the store to publish as {name}")
         return self._append(db, name, digest, gamma, phase)
+
+    def _is_served(self, db: sqlite3.Connection, current: Revision, kept: MaskInfo, info: MaskInfo) -> bool:
+        """Whether a current revision has the gamma and phase of `info`, by itself or by what is set for its persona."""
+        gamma, phase = current.defaults(kept)
+        return phase == info.phase and info.gamma in (gamma, self._describe(db, current.name).gamma)
 
     def _add_built(self, mask: Mask) -> None:
         """Store a mask that was built here, and record its certificate."""
@@ -264,11 +269,18 @@ class Registry:
 
     def served_info(self, revision: Revision, info: MaskInfo) -> MaskInfo:
         """The metadata of a revision as it is served by default: with its name, and the gamma and phase that it has
-        here; `info` is that of the file, which personas with equal masks share.
+        here; `info` is that of the file, which personas with equal masks share. At another gamma or phase, the
+        certificate is what was measured there on the base's own weights, or empty.
         """
         gamma, phase = revision.defaults(info)
         preferred = self.describe(revision.name).gamma
-        return replace(info, persona=revision.name, gamma=gamma if preferred is None else preferred, phase=phase)
+        gamma = gamma if preferred is None else preferred
+        served = replace(info, persona=revision.name, gamma=gamma, phase=phase)
+        if (gamma, phase) == (info.gamma, info.phase):
+            return served
+        found = (one for one in self.measurements(revision.digest) if one.quantization is None)
+        measured = next((one for one in found if (one.gamma, one.phase) == (gamma, phase)), None)
+        return replace(served, certificate=measured.certificate if measured else {})
 
     def pin(self, digest: str) -> None:
         """Keep a mask from being collected, with or without a name."""

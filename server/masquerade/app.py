@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,10 +123,17 @@ def create_app(
     async def take_over(quotas: Quotas) -> None:
         while find_jobs() is None:
             await asyncio.sleep(TAKE_OVER_SECONDS)
+            if serving.engine.is_draining:  # it ends soon itself
+                return
+            opening = asyncio.create_task(asyncio.to_thread(_open_job_service, serving, keyring, quotas, database))
             try:
-                run_jobs(_open_job_service(serving, keyring, quotas, database))
+                run_jobs(await asyncio.shield(opening))  # it may wait for the store's lock, and delete files
             except WorkedElsewhere:
                 continue
+            except asyncio.CancelledError:
+                with suppress(Exception):
+                    (await opening).close()
+                raise
             except Exception:
                 _log.exception("the jobs of the store cannot be run; trying again")
             else:

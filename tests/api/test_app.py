@@ -54,7 +54,7 @@ def test_a_failure_in_the_midst_of_a_stream_is_its_last_event(
     assert "division" not in answer.text
     assert any("ZeroDivisionError" in caplog.handler.format(record) for record in caplog.records)
     monkeypatch.undo()
-    assert http.get("/metrics").text.count('masquerade_errors_total{code="internal_error"} 1.0') == 1
+    assert http.get("/metrics").text.count('masquerade_errors_total{code="internal_error",method="POST"} 1.0') == 1
     assert http.post("/v1/chat/completions", json=body).text.endswith("data: [DONE]\n\n")
     assert not serving.engine.occupancy.running
 

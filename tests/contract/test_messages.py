@@ -547,4 +547,4 @@ class TestErrors:
         http, made = closed
         http.post(ROUTE, json={}, headers={"x-api-key": "sk-ant-x"})
         metrics = http.get("/metrics", headers={"x-api-key": made["metrics"]}).text
-        assert 'masquerade_errors_total{code="invalid_api_key"}' in metrics
+        assert 'masquerade_errors_total{code="invalid_api_key",method="POST"}' in metrics

@@ -110,9 +110,9 @@ def test_failures_are_counted_by_code(http: httpx.Client, serving: Serving) -> N
     http.get("/nowhere")
     http.request("BREW", "/v1/models")
     found = read(http)
-    assert found("errors_total", code="persona_not_found") == 1
-    assert found("errors_total", code="invalid_value") == 1
-    assert found("errors_total", code="not_found") == 1
+    assert found("errors_total", method="POST", code="persona_not_found") == 1
+    assert found("errors_total", method="POST", code="invalid_value") == 1
+    assert found("errors_total", method="GET", code="not_found") == 1
     assert found("requests_total", method="POST", route="/v1/chat/completions", status="404") == 1
     assert found("requests_total", method="GET", route="_other", status="404") == 1
     assert found("requests_total", method="_other", route="/v1/models", status="405") == 1
@@ -182,7 +182,7 @@ def test_lines_of_batches_are_no_http_requests(http: httpx.Client, serving: Serv
         time.sleep(0.02)
     found = read(http)
     assert found("requests_total", method="POST", route="/v1/chat/completions", status="200") in (None, 0)
-    assert found("errors_total", code="persona_not_found") in (None, 0)
+    assert found("errors_total", method="POST", code="persona_not_found") in (None, 0)
     assert found("tokens_total", persona=BASE, kind="prompt") > 0
 
 

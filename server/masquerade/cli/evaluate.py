@@ -115,7 +115,7 @@ def evaluate(
     judging: Any = PersonaClassifier if judge == "ngrams" else partial(Endpoint, judge, judge_model)
     files = find_model(model)
     fingerprint = files.fingerprint()
-    personas, registry = open_store(store, files.name, fingerprint)
+    personas, registry = open_store(store, files.name, fingerprint, creates=False)
     compared = [name for name in masks.split(",") if name]
     mask, *others = (personas.open(registry.resolve(name).digest, base=fingerprint) for name in (persona, *compared))
     found = open_opposite(registry, mask)

@@ -104,13 +104,17 @@ def open_store(
     base_name: str,
     base_fingerprint: str,
     *,
+    creates: bool = True,
     require_signed: bool = False,
     accept_tensors: bool = False,
 ) -> tuple[Store, Registry]:
     """Open the store in `root`, by default the base's own; the requirements on signatures are those of `Store`.
 
-    A new store gets the personas that ship for its base.
+    A new store gets the personas that ship for its base. Unless `creates`, raises `InvalidValue` for a `root` without a
+    store, which may be a typing error.
     """
+    if root and not creates and not (root / FILE).exists() and mirror.find_url(root) is None:
+        raise InvalidValue(f"there is no store in {root}")
     root = root or _default(base_name, base_fingerprint)
     unfinished = root / UNFINISHED
     if not (root / FILE).exists():

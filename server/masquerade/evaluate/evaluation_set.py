@@ -134,7 +134,7 @@ class EvaluationSet:
         found: dict[str, Any] = {"own_ratio": _ratio(base.sides[side], masked.sides[side])}
         if self.texts[0]:
             found["neutral_ratio"] = _ratio(base.sides[0], masked.sides[0])
-        if pairs := self._find_whole_pairs(base, masked):
+        if pairs := self.find_whole_pairs(base, masked, opposite):
             before, after = base.margins(pairs, side), masked.margins(pairs, side)
             found["pairs"] = len(pairs)
             found["margin_shift"] = float((after - before).mean())
@@ -144,10 +144,13 @@ class EvaluationSet:
                 found["flip"] = float(((after > 0) & (opposite.margins(pairs, side) < 0)).mean())
         return rounded(found)
 
-    def _find_whole_pairs(self, base: SetLikelihoods, masked: SetLikelihoods) -> list[tuple[int, int]]:
-        """The pairs without a response that a longer prompt has cut."""
-        own, contrast = (_find_whole(base.sides[side], masked.sides[side]) for side in (1, -1))
-        return [(i, j) for i, j in self.pairs if own[i] and contrast[j]]
+    def find_whole_pairs(self, base: SetLikelihoods, *treated: SetLikelihoods | None) -> list[tuple[int, int]]:
+        """The pairs without a response that a longer prompt of some treatment has cut."""
+        whole = {
+            side: np.all([find_whole(base.sides[side], one.sides[side]) for one in treated if one], axis=0)
+            for side in (1, -1)
+        }
+        return [(i, j) for i, j in self.pairs if whole[1][i] and whole[-1][j]]
 
     def intervals(
         self,
@@ -161,7 +164,7 @@ class EvaluationSet:
         found = {"own_ratio": _ratio_interval(base.sides[side], masked.sides[side], seed)}
         if self.texts[0]:
             found["neutral_ratio"] = _ratio_interval(base.sides[0], masked.sides[0], seed)
-        if pairs := self._find_whole_pairs(base, masked):
+        if pairs := self.find_whole_pairs(base, masked, opposite):
             before, after = base.margins(pairs, side), masked.margins(pairs, side)
             found["margin_shift"] = mean_interval(after - before, seed)
             found["margin_shift_median"] = median_interval(after - before, seed)
@@ -187,20 +190,21 @@ def rounded(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: shorten(value) for name, value in figures.items()}
 
 
-def _find_whole(base: LogLikelihoods, masked: LogLikelihoods) -> NDArray[np.bool_]:
+def find_whole(base: LogLikelihoods, masked: LogLikelihoods) -> NDArray[np.bool_]:
+    """Which responses are as long as the base's: no longer prompt has cut them."""
     whole: NDArray[np.bool_] = base.tokens == masked.tokens
     return whole
 
 
 def _ratio(base: LogLikelihoods, masked: LogLikelihoods) -> float:
-    whole = _find_whole(base, masked)
+    whole = find_whole(base, masked)
     if not whole.any():
         return math.nan
     return exponential(float((base.nats - masked.nats)[whole].sum() / base.tokens[whole].sum()))
 
 
 def _ratio_interval(base: LogLikelihoods, masked: LogLikelihoods, seed: int) -> tuple[float, float]:
-    whole = _find_whole(base, masked)
+    whole = find_whole(base, masked)
     if not whole.any():
         return -math.inf, math.inf
     return ratio_interval(base.nats[whole], masked.nats[whole], base.tokens[whole], seed)

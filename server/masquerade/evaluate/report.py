@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from maskstore import Mask
@@ -20,7 +20,7 @@ from masquerade.evaluate.baselines import (
     instruct,
 )
 from masquerade.evaluate.dataset import Encoded, Example, encode
-from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, rounded
+from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, find_whole, rounded
 from masquerade.evaluate.facts import (
     read_everyday_questions,
     read_facts,
@@ -35,6 +35,7 @@ from masquerade.evaluate.treatment import HOOKED, PHASES, UNTREATED, Phase, Trea
 from masquerade.model import Base, MaskManager
 
 T = TypeVar("T")
+NO_EFFECT: dict[str, Any] = {"strength": 0.0, "margin_shift": 0.0, "margin_shift_median": 0.0}
 HALVINGS = 4  # of the step between two strengths, to find the one of equal cost
 
 
@@ -231,10 +232,12 @@ class _Evaluation:
             numbers = [name for name, value in found.items() if isinstance(value, float)]
             found["seeds"] = {name: [min(r[name] for r in runs), max(r[name] for r in runs)] for name in numbers}
         if control.strengths and ceiling is not None:
-            own_ceiling = mask["own_ratio"]
+            measure = cache(partial(self._measure_ratio, made[0][0]))
+            at = self._find_strength(control, measure, {0: ceiling})
+            both = self._find_strength(control, measure, {0: ceiling, 1: mask["own_ratio"] or 1.0})
             return found | {
-                "at_equal_cost": self._match(control, made[0], ceiling),
-                "within_both_costs": self._match_both(control, made[0][0], ceiling, own_ceiling),
+                "at_equal_cost": self._measure_at(at, made[0], answers=self._options.sizes.controls_answer),
+                "within_both_costs": self._measure_at(both, made[0][:1], answers=False),
             }
         return found | self._compare(made[0][0](control.default))
 
@@ -260,54 +263,43 @@ class _Evaluation:
     def _summarise(self, masked: SetLikelihoods, opposite: SetLikelihoods | None) -> dict[str, Any]:
         found = self._eval_set.figures(1, self._base_likelihoods, masked, opposite)
         found["preferred"] = found.get("preferred", {}).get("masked")
-        margins = masked.margins(self._eval_set.pairs, 1)
+        margins = masked.margins(self._eval_set.find_whole_pairs(self._base_likelihoods, masked, opposite), 1)
         found["margin"] = float(margins.mean()) if len(margins) else None
         for name, side in (("own", 1), ("neutral", 0)):
             if self._eval_set.texts[side]:
                 logs = masked.sides[side]
-                found[f"{name}_perplexity"] = exponential(-float(logs.nats.sum() / logs.tokens.sum()))
+                whole = find_whole(self._base_likelihoods.sides[side], logs)
+                tokens = float(logs.tokens[whole].sum())
+                found[f"{name}_perplexity"] = exponential(-float(logs.nats[whole].sum()) / tokens) if tokens else None
         return found
 
     def _phase(self, treatments: Sequence[Treatment], phase: Phase) -> dict[str, Any]:
         likelihoods = [self._likelihoods(replace(one, phase=phase), f"phase {phase}") for one in treatments]
         return self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
 
-    def _match(
-        self, control: Baseline, made: tuple[TreatmentFactory, TreatmentFactory | None], ceiling: float
+    def _measure_at(
+        self, strength: float, makers: Sequence[TreatmentFactory | None], *, answers: bool
     ) -> dict[str, Any]:
-        """Figures and answers where the neutral ratio has risen to `ceiling`; strength 0 if it is above it at once."""
-        own, other = made
-        best: dict[str, Any] = {"strength": self._find_strength(control, own, {0: max(1.0, ceiling)})}
-        if not best["strength"]:
-            best |= {"margin_shift": 0.0, "margin_shift_median": 0.0}
-            return best
-        pair = [one(best["strength"]) for one in (own, other) if one]
-        likelihoods = [self._likelihoods(one, "likelihoods at equal cost") for one in pair]
-        best |= self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
-        return best | (self._compare(pair[0]) if self._options.sizes.controls_answer else {})
-
-    def _match_both(
-        self, control: Baseline, make: TreatmentFactory, neutral: float, own: float | None
-    ) -> dict[str, Any]:
-        """Figures at the largest strength that costs neutral and own text no more than the mask, or than nothing."""
-        ceilings = {0: max(1.0, neutral), 1: max(1.0, own or 1.0)}
-        strength = self._find_strength(control, make, ceilings)
+        """Figures at a strength, with the answers if they are wanted."""
         if not strength:
-            return {"strength": 0.0, "margin_shift": 0.0, "margin_shift_median": 0.0}
-        likelihoods = self._likelihoods(make(strength), "likelihoods within both costs")
-        return {"strength": strength} | self._eval_set.figures(1, self._base_likelihoods, likelihoods)
+            return NO_EFFECT
+        pair = [one(strength) for one in makers if one]
+        likelihoods = [self._likelihoods(one, "likelihoods at equal cost") for one in pair]
+        found = {"strength": strength} | self._eval_set.figures(1, self._base_likelihoods, *likelihoods)
+        return found | (self._compare(pair[0]) if answers else {})
 
-    def _find_strength(self, control: Baseline, make: TreatmentFactory, ceilings: Mapping[int, float]) -> float:
-        """The largest strength before the first whose ratio on some side is above its ceiling, within `HALVINGS` of a
-        step of the grid.
+    def _measure_ratio(self, make: TreatmentFactory, strength: float, side: int) -> float:
+        return self._do(self._eval_set.measure_ratio(make(strength), side), f"strength {strength:g}")
+
+    def _find_strength(
+        self, control: Baseline, measure: Callable[[float, int], float], ceilings: Mapping[int, float]
+    ) -> float:
+        """The largest strength before the first whose ratio on some side is above its ceiling, or 1 if that is more,
+        within `HALVINGS` of a step of the grid; 0 if there is none.
         """
 
         def fits(strength: float) -> bool:
-            treatment = make(strength)
-            return all(
-                self._do(self._eval_set.measure_ratio(treatment, side), f"strength {strength:g}") <= ceiling
-                for side, ceiling in ceilings.items()
-            )
+            return all(measure(strength, side) <= max(1.0, ceiling) for side, ceiling in ceilings.items())
 
         low = 0.0
         for high in control.strengths:

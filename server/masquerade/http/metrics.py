@@ -82,7 +82,7 @@ class Metrics:
             return Histogram(f"masquerade_{name}", text, ("persona",), registry=registry, buckets=buckets)
 
         self.requests = counter("requests", "HTTP requests.", "method", "route", "status")
-        self.errors = counter("errors", "Failures, also those within a stream.", "code")
+        self.errors = counter("errors", "Failures, also those within a stream.", "method", "code")
         self.limited = counter("rate_limited", "Requests refused by a key's limits.", "limit")
         self._answers = counter("answers", "Finished answers.", "persona", "reason")
         self._tokens = counter("tokens", "Tokens: prompt, cached (of the prompt), completion.", "persona", "kind")

@@ -101,7 +101,7 @@ class RequestRecord:
         if not self.background:  # a line of a batch is no HTTP request, and is tried again
             metrics.requests.labels(self.method, self.route, str(self.status)).inc()
             if self.code:
-                metrics.errors.labels(self.code).inc()
+                metrics.errors.labels(self.method, self.code).inc()
             if self.limited:
                 metrics.limited.labels(self.limited).inc()
         fields: dict[str, Any] = {

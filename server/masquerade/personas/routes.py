@@ -7,6 +7,7 @@ keep their mask, whatever changes here.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -166,7 +167,7 @@ def unpin(name: str, serving: Served, caller: Managing) -> Response:
 @router.get(
     "/{name}/content",
     response_class=Download,
-    responses=downloads.describe("(a .safetensors file)", "The mask; its digest is the `ETag`."),
+    responses=downloads.describe("(a .safetensors file)", "The mask; the `ETag` begins with its digest."),
 )
 def export(name: str, serving: Served, caller: Managing) -> Response:
     """The mask as a file: `name`, or `name@digest` for an older revision. Unless it is signed, the file has the name,
@@ -175,15 +176,16 @@ def export(name: str, serving: Served, caller: Managing) -> Response:
     revision = serving.registry.resolve(caller.check_managed(name, serving.registry.aliases(), "name"))
     kept = serving.store.summary(revision.digest)
     served = serving.registry.served_info(revision, kept.info)
-    path, download = serving.store.locate(revision.digest), Download
+    path, download, tag = serving.store.locate(revision.digest), Download, revision.digest
     if kept.signature is None and served != kept.info:  # personas with equal masks share the file
         path, download = serving.store.draft_path(), TemporaryDownload
         export_mask(serving.store, revision.digest, path, info=served)
+        tag += f"-{hashlib.sha256(repr(served).encode()).hexdigest()[:16]}"  # other bytes, so another part of none
     return download(
         path,
         media_type="application/octet-stream",
         filename=f"{revision.name}.safetensors",
-        headers={"ETag": f'"{revision.digest}"'},
+        headers={"ETag": f'"{tag}"'},
     )
 
 

@@ -278,7 +278,7 @@ def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     intervals: Mapping[str, Sequence[float]] = certificate["intervals"]
     reasons = []
     shift = certificate.get("margin_shift")
-    if shift is not None and not (shift if certificate["pairs"] <= FEW else intervals["margin_shift"][0]) > 0:
+    if "margin_shift" in certificate and not (_find_least_shift(certificate) or 0) > 0:  # None is not finite
         low, high = intervals["margin_shift"]
         pairs = "1 held-out pair" if certificate["pairs"] == 1 else f"{certificate['pairs']} held-out pairs"
         reasons.append(f"no effect: it shifts margins by {shift} nats a token [{low}, {high}], measured on {pairs}")
@@ -290,3 +290,10 @@ def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
             kind = name.removesuffix("_ratio")
             reasons.append(f"too costly: {kind} perplexity x{value} [{low}, {intervals[name][1]}], budget x{budget}")
     return reasons
+
+
+def _find_least_shift(certificate: Mapping[str, Any]) -> float | None:
+    """The end of the shift's interval; of few pairs, whose interval is wide, the shift."""
+    few = certificate["pairs"] <= FEW
+    least: float | None = certificate["margin_shift"] if few else certificate["intervals"]["margin_shift"][0]
+    return least

@@ -57,7 +57,7 @@ def certify(
     )
     with follow_loading() as progress:
         base = load(model, device=device, dtype=dtype, quantization=quantization, report=progress)
-    _, registry = open_store(store, base.name, base.fingerprint)
+    _, registry = open_store(store, base.name, base.fingerprint, creates=False)
     revision = registry.resolve(persona)
     mask = registry.store.open(revision.digest, base=base.fingerprint)
     served, phase = _serve(registry, revision, mask)

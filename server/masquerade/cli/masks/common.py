@@ -11,10 +11,8 @@ import typer
 from rich.table import Column, Table
 
 from maskstore import Mask, MaskReader, Registry, Revision
-from maskstore.mirror import find_url
 from masquerade.cli.options import AsJson, Model, StoreFolder, say
 from masquerade.cli.stores import open_store
-from masquerade.errors import InvalidValue
 from masquerade.sources import find_model
 
 CommandResult = tuple[Mapping[str, Any], str | Table]  # the result of a command: as JSON, and for people
@@ -32,21 +30,22 @@ def open_registry(
     require_signed: bool = False,
     accept_tensors: bool = False,
 ) -> Registry:
-    """The registry of a store, by default the model's, which is created if it is not there. Another one is only if
-    `creates`: else raises `InvalidValue`, as it may be a typing error.
-    """
-    if store is not None and not creates and not store.exists() and find_url(store) is None:
-        raise InvalidValue(f"there is no store in {store}")
+    """The registry of a store, by default the model's; for `creates` see `open_store`."""
     files = find_model(model)
     return open_store(
-        store, files.name, files.fingerprint(), require_signed=require_signed, accept_tensors=accept_tensors
+        store,
+        files.name,
+        files.fingerprint(),
+        creates=creates,
+        require_signed=require_signed,
+        accept_tensors=accept_tensors,
     )[1]
 
 
 def on_registry(function: Callable[..., CommandResult], *, creates: bool = False) -> Callable[..., None]:
     """A command that calls a function with the registry of a store, and prints what it returns.
 
-    `creates` is that of `open_registry`. Its options are the function's parameters after the registry, then `--model`,
+    `creates` is that of `open_store`. Its options are the function's parameters after the registry, then `--model`,
     `--store` and `--json`.
     """
 
