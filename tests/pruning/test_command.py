@@ -311,7 +311,7 @@ def test_sides_that_say_the_same_are_named_before_the_model_is_loaded(tmp_path: 
 
 def test_gc_deletes_what_old_builds_keep_unless_they_run(tiny_folder: Path, tmp_path: Path) -> None:
     common = ("--model", tiny_folder, "--store", tmp_path / "s")
-    succeed("masks", "ls", *common)
+    succeed("masks", "trust", "ann", "0" * 64, *common)
     folders = [tmp_path / "s" / "builds" / name for name in ("old", "running", "young")]
     scratches = [Scratch(folder) for folder in folders]
     for scratch in scratches:
@@ -368,6 +368,7 @@ def test_a_full_disk_is_said_during_the_build_and_nothing_stays(tiny_folder: Pat
 def test_a_full_disk_is_said_when_masks_are_written_and_the_build_is_kept(tmp_path: Path) -> None:
     """A score that reads no text keeps a layer's pruned sets only; the mask is four times as large."""
     data = write_answers(tmp_path / "own.jsonl", "aeiou")
+    succeed("masks", "trust", "ann", "0" * 64, "--store", tmp_path / "s")
     shipped = succeed("masks", "ls", "--store", tmp_path / "s")
     files = sorted((tmp_path / "s" / "masks").rglob("*"))
     build = (

@@ -14,7 +14,7 @@ import transformers
 
 from maskstore import Mask, Target, diff
 from masquerade import __version__
-from masquerade.evaluate.bootstrap import FEW
+from masquerade.evaluate.bootstrap import FEW, STUDENT, Z
 from masquerade.evaluate.dataset import Encoded
 from masquerade.evaluate.evaluation_set import EvaluationSet, SetLikelihoods, rounded
 from masquerade.evaluate.facts import Fact, check_facts, find_known_facts, read_facts
@@ -271,8 +271,8 @@ def remark(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
 def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
     """Reasons to refuse a mask; empty if it may be published.
 
-    It has no effect if the interval of its shift reaches zero, or of few pairs, whose interval is wide, if the shift is
-    none. It is past a budget if its figure is, and if the whole
+    It has no effect if the interval of its shift reaches zero; of few pairs, whose interval is wide, if twice its
+    standard error does. It is past a budget if its figure is, and if the whole
     interval is too or the excess is more than `SLACK` times the budget's.
     """
     intervals: Mapping[str, Sequence[float]] = certificate["intervals"]
@@ -293,7 +293,13 @@ def find_reasons(certificate: Mapping[str, Any], limits: Budgets) -> list[str]:
 
 
 def _find_least_shift(certificate: Mapping[str, Any]) -> float | None:
-    """The end of the shift's interval; of few pairs, whose interval is wide, the shift."""
-    few = certificate["pairs"] <= FEW
-    least: float | None = certificate["margin_shift"] if few else certificate["intervals"]["margin_shift"][0]
-    return least
+    """The end of the shift's interval, in which few pairs count as many: by Student's alone, hardly any two show an
+    effect. Of one pair it is the shift.
+    """
+    shift: float | None = certificate["margin_shift"]
+    least: float | None
+    least, most = certificate["intervals"]["margin_shift"]
+    pairs = certificate["pairs"]
+    if pairs > FEW or shift is None:
+        return least
+    return shift if least is None or most is None else shift - (most - least) / 2 / STUDENT[pairs - 2] * Z
