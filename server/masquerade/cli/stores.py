@@ -113,7 +113,8 @@ def open_store(
     A new store gets the personas that ship for its base. Unless `creates`, raises `InvalidValue` for a `root` without a
     store, which may be a typing error.
     """
-    if root and not creates and not (root / FILE).exists() and mirror.find_url(root) is None:
+    is_there = root is None or mirror.find_url(root) is not None or any((root / name).exists() for name in SCHEMAS)
+    if not (creates or is_there):
         raise InvalidValue(f"there is no store in {root}")
     root = root or _default(base_name, base_fingerprint)
     unfinished = root / UNFINISHED
