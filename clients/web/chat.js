@@ -76,8 +76,9 @@ export async function showChat(page, signal, wanted) {
   });
   signal.addEventListener("abort", () => columns.forEach((one) => one.stop()));
 
-  const [names, unknown] = [[], []];
-  for (const name of (wanted ?? "").split(",").filter(Boolean)) (personas.data.some((one) => one.id === name) ? names : unknown).push(name);
+  const asked = (wanted ?? "").split(",").filter(Boolean);
+  const names = asked.filter((name) => personas.data.some((one) => one.id === name));
+  const unknown = asked.filter((name) => !names.includes(name));
   for (const name of names.length ? names.slice(0, MAX_COLUMNS) : [personas.data[0]?.id ?? BASE]) add(name);
   page.classList.add("chat");
   page.append(h("h2", { class: "hidden" }, "Chat"), personas.data.length ? "" : nobody(),

@@ -278,9 +278,9 @@ class Registry:
         served = replace(info, persona=revision.name, gamma=gamma, phase=phase)
         if (gamma, phase) == (info.gamma, info.phase):
             return served
-        found = (one for one in self.measurements(revision.digest) if one.quantization is None)
-        measured = next((one for one in found if (one.gamma, one.phase) == (gamma, phase)), None)
-        return replace(served, certificate=measured.certificate if measured else {})
+        measured = self.find_measurement(revision, info)
+        fits = measured is not None and (measured.gamma, measured.phase) == (gamma, phase)
+        return replace(served, certificate=measured.certificate if measured and fits else {})
 
     def pin(self, digest: str) -> None:
         """Keep a mask from being collected, with or without a name."""

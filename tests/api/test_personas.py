@@ -148,6 +148,8 @@ def test_a_mask_goes_out_as_it_is_served(http: httpx.Client, serving: Serving) -
         found, copy = read_info(upload), http.get(f"/v1/personas/{name}-2").json()
         assert (found.persona, found.gamma, found.phase) == (name, served["gamma"], served["phase"])
         assert (copy["gamma"], copy["phase"]) == (served["gamma"], served["phase"])
+        match = {"If-Match": out.headers["ETag"]}
+        assert http.put(f"/v1/personas/{name}/content", content=out.content, headers=match).status_code == 201
     assert http.get("/v1/personas/softer/content", headers={"Range": "bytes=0-7"}).content == out.content[:8]
     assert http.get("/v1/personas/softer/content", headers={"Range": "bytes=9-3"}).status_code == 400
     deadline = time.monotonic() + 10

@@ -157,6 +157,17 @@ def test_what_the_engine_and_the_masks_are_doing(http: httpx.Client, serving: Se
     assert found("info", **labels, version=metrics.__version__) == 1
 
 
+def run_batch(http: httpx.Client, content: bytes, status: str) -> None:
+    """Run a batch of chats until it has a status."""
+    file = http.post("/v1/files", files={"file": ("x.jsonl", content)}, data={"purpose": "batch"}).json()["id"]
+    asked = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    batch = http.post("/v1/batches", json=asked).json()["id"]
+    deadline = time.monotonic() + 60
+    while http.get(f"/v1/batches/{batch}").json()["status"] != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_embeddings_are_no_answers(http: httpx.Client, serving: Serving) -> None:
     asked = {"model": serving.base.name, "input": ["one", "two"]}
     assert http.post("/v1/embeddings", json=asked).status_code == 200
@@ -172,14 +183,7 @@ def test_lines_of_batches_are_no_http_requests(http: httpx.Client, serving: Serv
         {"custom_id": f"{number}", "method": "POST", "url": "/v1/chat/completions", "body": body | change}
         for number, change in enumerate(({}, {"persona": "nobody"}))
     ]
-    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
-    file = http.post("/v1/files", files={"file": ("x.jsonl", content)}, data={"purpose": "batch"}).json()["id"]
-    asked = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-    batch = http.post("/v1/batches", json=asked).json()["id"]
-    deadline = time.monotonic() + 60
-    while http.get(f"/v1/batches/{batch}").json()["status"] != "completed":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    run_batch(http, "".join(f"{json.dumps(line)}\n" for line in lines).encode(), "completed")
     found = read(http)
     assert found("requests_total", method="POST", route="/v1/chat/completions", status="200") in (None, 0)
     assert found("errors_total", method="POST", code="persona_not_found") in (None, 0)
@@ -188,13 +192,7 @@ def test_lines_of_batches_are_no_http_requests(http: httpx.Client, serving: Serv
 
 def test_batches_are_counted_by_state(http: httpx.Client) -> None:
     assert read(http)("batches", state="in_progress") == 0
-    file = http.post("/v1/files", files={"file": ("x.jsonl", b"{}")}, data={"purpose": "batch"}).json()["id"]
-    asked = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-    batch = http.post("/v1/batches", json=asked).json()["id"]
-    deadline = time.monotonic() + 60
-    while http.get(f"/v1/batches/{batch}").json()["status"] != "failed":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    run_batch(http, b"{}", "failed")
     found = read(http)
     assert (found("batches", state="failed"), found("batches", state="completed")) == (1, 0)
 

@@ -92,7 +92,8 @@ class PostgreSQL:
 
     def group(self, name: Group, *, durable: bool = True) -> PostgreSQLGroup:
         """The tables of a group. Unless `durable`, a crash of the database may undo the last transactions."""
-        return PostgreSQLGroup(self, _LOCK + _LOCKS[name], durable, name == "keys")
+        reader = self._reader if name == "keys" else None
+        return PostgreSQLGroup(self, _LOCK + _LOCKS[name], durable, reader)
 
     def bind_store(self, store: str, prepare: Callable[[str], object]) -> tuple[str, bool]:
         """The id of the store whose servers use this database, and whether it is new: then it is `store`.
@@ -119,13 +120,6 @@ class PostgreSQL:
         if self._lost:
             self._lost = False
             _log.warning("the database %s answers again", self.url)
-
-    @contextmanager
-    def read(self, *, reserved: bool = False) -> Iterator[Connection]:
-        """A consistent view, in which statements that write fail; on the connection for keys, if `reserved`."""
-        engine = self._reader if reserved else None
-        with self.begin(engine, isolation_level="REPEATABLE READ", postgresql_readonly=True) as db:
-            yield db
 
     def close(self) -> None:
         """Close all connections that are not in use."""
@@ -155,16 +149,16 @@ class PostgreSQLGroup:
 
     shared = True
 
-    def __init__(self, database: PostgreSQL, lock: int, durable: bool, reserved: bool) -> None:
+    def __init__(self, database: PostgreSQL, lock: int, durable: bool, reader: Engine | None) -> None:
         self.database = database
-        self._reserved = reserved  # whether its reads have a connection of their own
+        self._reader = reader  # of reads that have a connection of their own
         self._lock = lock
         self._commit = "on" if durable else "off"
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent view, in which statements that write fail."""
-        with self.database.read(reserved=self._reserved) as db:
+        with self.database.begin(self._reader, isolation_level="REPEATABLE READ", postgresql_readonly=True) as db:
             yield db
 
     @contextmanager

@@ -63,7 +63,9 @@ def read_precondition(
         raise InvalidValue("If-None-Match must be `*`: the persona must not exist yet", param="If-None-Match")
     if if_none_match is not None:
         return None
-    return ANY if if_match in (None, "*") else str(if_match).strip().strip('"')
+    if if_match in (None, "*"):
+        return ANY
+    return str(if_match).strip().strip('"').partition("-")[0]  # what follows the digest tells a mask's files apart
 
 
 Precondition = Annotated[str | Anything | None, Depends(read_precondition)]
