@@ -170,13 +170,13 @@ def time_switch(rho: float, rows: int, switches: int) -> float:
     base = make_base(NARROW)
     manager = MaskManager.attach(base.model)
     masks = [manager.fit(make_mask(base, rho, seed)) for seed in range(rows + 1)]
-    ids, planned = torch.full((rows, 1), 7), make_route([], base.device)
+    ids, planned = torch.full((rows, 1), 7), make_route([])
 
     def step(spans: Sequence[Span]) -> float:
         nonlocal planned
         started = time.thread_time()
         if spans:
-            planned = make_route(spans, base.device)
+            planned = make_route(spans)
         base.model(ids, use_cache=False, route=planned)
         return time.thread_time() - started
 
@@ -192,9 +192,9 @@ def time_steps(base: Base, masks: Sequence[ResidentMask]) -> tuple[float, float]
     """us of a step of the base, and of a step with a mask; two masks alternate."""
     ids, routes = (
         torch.tensor([[7]]),
-        cycle(make_route([Span(AppliedMask(mask, 0.0), 0, 1)], base.device) for mask in masks),
+        cycle(make_route([Span(AppliedMask(mask, 0.0), 0, 1)]) for mask in masks),
     )
-    base_route = make_route([], base.device)
+    base_route = make_route([])
     times: list[list[float]] = [[], []]
     for _ in range(400):
         for place, planned in enumerate((base_route, next(routes))):

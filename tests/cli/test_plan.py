@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from masquerade.cli import plan
 from masquerade.plan.memory import MachineMemory
@@ -74,6 +75,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(tiny_folder: Path) -> 
     [
         (("--memory", "some"), 2, "--memory is 'some'; give bytes"),
         (("--context", "100000"), 2, "--context is 100000;"),
+        (("--device", "cpu", "--split-layers", "2"), 2, "divides the layers among GPUs; add --device cuda"),
         (("--model", "/nowhere"), 1, "is not an existing folder"),
         (("--model", "some/model-that-is-not-here"), 1, "`hf download some/model-that-is-not-here config.json`"),
     ],
@@ -107,7 +109,7 @@ def test_serve_says_what_it_takes_before_it_loads(tiny_folder: Path) -> None:
 def test_serve_refuses_weights_that_cannot_be_loaded(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "read_memory", lambda _: MachineMemory(1000, 1000))
+    monkeypatch.setattr(plan, "read_memory", lambda *_: MachineMemory(1000, 1000))
     said = fail(1, "serve", "--model", tiny_folder, "--store", tmp_path, "--port", "0", "--dtype", "bfloat16")
     assert "does not fit: its weights in bfloat16 take" in said
 
@@ -117,6 +119,14 @@ def test_another_device_is_planned_for(tiny_folder: Path) -> None:
     assert done.status == 0
     assert "not counted: CUDA's context" in done.stdout
     assert "Python" not in done.stdout
+
+
+def test_the_memory_of_several_gpus_is_added(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = [(2**30, 2**31), (2**29, 2**32)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory.__getitem__)
+    found = succeed("plan", "--model", tiny_folder, "--device", "cuda", "--split-layers", "2")["memory"]
+    assert found == {"bytes": 2**31 + 2**32, "source": "2 GPUs together"}
 
 
 def test_serve_warns_of_what_is_not_there_and_serves(tiny_folder: Path) -> None:

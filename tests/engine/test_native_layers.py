@@ -76,7 +76,7 @@ class Batches:
     @torch.inference_mode()
     def _forward(self, cache: KVCache, chunks: Sequence[tuple[Request, int, int]], natively: bool) -> Tensor:
         packed = [Chunk(request, start, stop, False) for request, start, stop in chunks]
-        batch = pack(packed, self.table, cache, lambda spans: make_route(spans, cache.device))
+        batch = pack(packed, self.table, [cache], make_route)
         plan = batch.plan if natively else replace(batch.plan, paged=None)
         states: list[Tensor] = []
         handle = self.base.model.base_model.register_forward_hook(lambda _, __, output: states.append(output[0][0]))

@@ -75,7 +75,7 @@ def compute_whole(base: Base, treatment: Treatment, prompt: Prompt, following: P
     cache = DynamicCache(config=base.model.config)
     for ids, is_masked in ((prompt[:-1], treatment.phase == "all"), ((prompt[-1], *following), True)):
         applied = treatment.applied if is_masked else None
-        route = make_route([Span(applied, 0, len(ids))] if applied else [], base.device)
+        route = make_route([Span(applied, 0, len(ids))] if applied else [])
         if ids:
             output = base.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, route=route)
     logits: Tensor = output.logits[0]

@@ -261,7 +261,7 @@ def test_without_the_library_torch_takes_over_and_says_so_once(
     assert not any(isinstance(c, NativeMask) for mask in resident for c in mask.corrections.values())
     ids = torch.arange(6, 46).unsqueeze(0)
     expected = world.materialise(base.model, world.make_mask(base, 0.3, 1), 0.0)(ids).logits
-    found = base.model(ids, route=make_route([Span(AppliedMask(resident[1], 0.0), 0, 40)], base.device)).logits
+    found = base.model(ids, route=make_route([Span(AppliedMask(resident[1], 0.0), 0, 40)])).logits
     assert torch.allclose(found, expected, atol=1e-3)
     with pytest.raises(UnusableModel, match="compiler"):
         NativeProduct()
@@ -289,7 +289,7 @@ def test_gradients_flow_through_an_attached_model(tiny: Base, manager: MaskManag
     embedded = tiny.model.get_input_embeddings()(torch.arange(6, 20).unsqueeze(0)).requires_grad_(True)
     found = []
     for spans in ([], [Span(applied, 0, 14)]):
-        logits = tiny.model(inputs_embeds=embedded, use_cache=False, route=make_route(spans, tiny.device)).logits
+        logits = tiny.model(inputs_embeds=embedded, use_cache=False, route=make_route(spans)).logits
         found.append(torch.autograd.grad(logits.square().mean(), embedded)[0])
     expected = world.materialise(tiny.model, world.make_mask(tiny, 0.3, seed=1), 0.0)
     logits = expected(inputs_embeds=embedded, use_cache=False).logits
@@ -312,10 +312,10 @@ def test_rows_of_a_bf16_model_do_not_depend_on_the_batch(tiny_folder: Path) -> N
             Span(AppliedMask(resident[1], 0.0), 9, 10),
             Span(AppliedMask(resident[0], 0.3), 12, 13),
         ]
-        together = make_route(spans, base.device).multiply(name, x, linear.weight, None)[0]
+        together = make_route(spans).multiply(name, x, linear.weight, None)[0]
         for row in range(20):
             applied = next((span.applied for span in spans if span.start <= row < span.stop), None)
-            one = make_route([Span(applied, 0, 1)] if applied else [], base.device)
+            one = make_route([Span(applied, 0, 1)] if applied else [])
             assert torch.equal(one.multiply(name, x[:, row : row + 1], linear.weight, None)[0, 0], together[row])
 
 

@@ -22,7 +22,7 @@ TOLERANCE = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 
 def logits_of(base: Base, ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = base.model(ids, use_cache=False, route=make_route(spans, base.device)).logits
+        logits: torch.Tensor = base.model(ids, use_cache=False, route=make_route(spans)).logits
     return logits.float()
 
 
@@ -108,7 +108,7 @@ def test_a_linear_takes_inputs_of_any_form(tiny_folder: Path, rho: float, dtype:
     for form, (x, spans) in forms.items():
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
-                manager._current.route = make_route(spans, base.device)
+                manager._current.route = make_route(spans)
                 found = linear(x.detach().requires_grad_(grad))
             expected = torch.nn.functional.linear(x, effective)
             assert found.shape == expected.shape, form
@@ -134,7 +134,7 @@ def test_detach_restores_the_model_to_the_bit(tiny: Base) -> None:
 def test_an_attached_model_shares_its_weights_and_can_be_copied(tiny: Base, manager: MaskManager) -> None:
     twin, ids = copy.deepcopy(tiny.model), torch.arange(6, 46).unsqueeze(0)
     mask = world.make_mask(tiny, 0.3, seed=1)
-    route = make_route([Span(AppliedMask(manager.fit(mask), 0.0), 0, 40)], tiny.device)
+    route = make_route([Span(AppliedMask(manager.fit(mask), 0.0), 0, 40)])
     assert torch.allclose(twin(ids, route=route).logits, tiny.model(ids, route=route).logits)
     weights = {name: tensor.data_ptr() for name, tensor in tiny.model.state_dict().items()}
     linears = {name for name, module in tiny.model.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -28,6 +28,11 @@ from tests import world
 TOLERANCE = {"nf4": 1e-4, "fp4": 1e-4, "int8": 0.5}
 
 
+def on_cpu(_: str) -> torch.device:
+    """Where each Linear is to be."""
+    return torch.device("cpu")
+
+
 def materialise(base: Base, dense: Any, mask: Mask | None, gamma: float) -> Any:
     """The oracle: a plain model whose Linears hold what the quantised ones stand for, masked."""
     plain = world.materialise(dense.model, None, 1.0)
@@ -62,7 +67,7 @@ def check_logits(base: Base, dense: Base, near: float) -> None:
     with torch.no_grad():
         expected = [materialise(base, dense, mask, gamma)(ids).logits[0].float() for mask, gamma in worn]
         for _ in range(2):  # the first product moves int8 weights
-            found = base.model(rows, use_cache=False, route=make_route(spans, base.device)).logits.float()
+            found = base.model(rows, use_cache=False, route=make_route(spans)).logits.float()
             for one, other in zip(found, expected, strict=True):
                 assert (one - other).abs().max() < near * other.std()
     assert (expected[0] - expected[2]).abs().max() > near * expected[0].std()  # the mask is felt
@@ -96,7 +101,7 @@ def check_tokens(base: Base, dense: Base) -> None:
 @pytest.mark.parametrize("how", QUANTIZATIONS)
 def test_tiles_are_the_rows_of_the_weight(how: str, inputs: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, name = nest(nn.Linear(inputs, 50, bias=False))
-    quantize(model, how, torch.device("cpu"))
+    quantize(model, how, on_cpu)
     linear = model.get_submodule(name)
     whole = dense_weight(linear)
     if state := getattr(linear.weight, "quant_state", None):
@@ -141,9 +146,9 @@ def test_no_row_is_misread_in_nf4(inputs: int) -> None:
     weight = model.get_submodule(name).weight.detach().clone()
     if inputs % 32 == 16:
         with pytest.raises(UnusableModel, match=rf"{name}: rows of {inputs} weights"):
-            quantize(model, "nf4", torch.device("cpu"))
+            quantize(model, "nf4", on_cpu)
     else:
-        quantize(model, "nf4", torch.device("cpu"))
+        quantize(model, "nf4", on_cpu)
         assert (dense_weight(model.get_submodule(name)) - weight).norm() < 0.12 * weight.norm()
 
 

@@ -11,8 +11,7 @@ import torch
 
 from masquerade.errors import BuildFailed
 from masquerade.evaluate.dataset import Encoded, batches
-from masquerade.evaluate.layers import find_layers
-from masquerade.model import Base, find_targets
+from masquerade.model import Base, find_layers, find_targets
 from masquerade.pruning.collector import CalibrationText, StatisticsCollector
 from masquerade.pruning.hooks import find_added
 from masquerade.pruning.moments import Moments

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from masquerade.evaluate.dataset import BATCH_TOKENS, Example
-from masquerade.evaluate.layers import find_layers
-from masquerade.model import Base, MaskManager, find_targets
+from masquerade.model import Base, MaskManager, find_layers, find_targets
 from masquerade.pruning import SCORES, Builder, PersonaExamples, Progress, Recipe, candidates
 from masquerade.pruning.prompts import CalibrationPrompts, generate_examples
 

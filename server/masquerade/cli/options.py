@@ -47,6 +47,9 @@ Database = Annotated[
     ),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device of the model.")]
+SplitLayers = Annotated[
+    int, typer.Option(min=1, help="GPUs that the decoder layers are divided among, for a model too large for one.")
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from masquerade.cli import heap
-from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization
+from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, SplitLayers
 from masquerade.errors import InvalidValue, UnusableModel
 from masquerade.plan.memory import format_bytes, parse_bytes, read_memory
 from masquerade.sources import find_model
@@ -41,6 +41,7 @@ def plan(
     ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Maximum number of requests in a batch, as of serve.")] = 32,
     device: Device = "auto",
+    split_layers: SplitLayers = 1,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
     as_json: AsJson = False,
@@ -52,11 +53,13 @@ def plan(
         from masquerade.pruning import Recipe
 
     outline = _read(model, device, dtype)
+    if split_layers > 1 and outline.device == "cpu":
+        raise InvalidValue("--split-layers divides the layers among GPUs; add --device cuda", param="split_layers")
     if context is not None and context > outline.context:
         raise InvalidValue(
             f"--context is {context}; {outline.name} has a context of {outline.context}", param="context"
         )
-    have, source = _find_memory(memory, outline.device)
+    have, source = _find_memory(memory, outline.device, split_layers)
     workload = Workload(
         personas or max_running,
         context or min(CONTEXT, outline.context),
@@ -86,7 +89,13 @@ def plan(
 
 
 def announce(
-    model: str, device: str, dtype: str, config: EngineConfig, mask_bytes: int, quantization: str | None
+    model: str,
+    device: str,
+    split_layers: int,
+    dtype: str,
+    config: EngineConfig,
+    mask_bytes: int,
+    quantization: str | None,
 ) -> None:
     """Log what a server will take, and warn if that is more than there is.
 
@@ -103,7 +112,7 @@ def announce(
         _log.debug("no plan: %s", error)
         return
     _log.info("%s on %s %s", outline.name, outline.device, found.describe())
-    memory = read_memory(outline.device)
+    memory = read_memory(outline.device, split_layers)
     if memory is None:
         return
     check_loadable(outline, memory, quantization)
@@ -125,13 +134,13 @@ def _read(model: str, device: str, dtype: str) -> Outline:
     return read_outline(find_model(model, download=False), device, dtype)
 
 
-def _find_memory(given: str | None, device: str) -> tuple[int, str]:
+def _find_memory(given: str | None, device: str, gpus: int) -> tuple[int, str]:
     """Bytes to fit into, and where the number is from."""
     if given is not None:
         return parse_bytes(given, "--memory"), "--memory"
-    if (found := read_memory(device)) is None:
+    if (found := read_memory(device, gpus)) is None:
         raise InvalidValue(f"the memory of a {device} device cannot be read here; give --memory", param="memory")
-    return found.usable, "this machine" if device == "cpu" else "the GPU"
+    return found.usable, "this machine" if device == "cpu" else "the GPU" if gpus == 1 else f"{gpus} GPUs together"
 
 
 def _describe_model(outline: Outline, quantization: str | None) -> Report:

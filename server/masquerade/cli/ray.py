@@ -77,6 +77,8 @@ def deploy(
         from masquerade.cluster import deployment
         from masquerade.http import logs
     logs.configure(options.log_format)
+    if options.split_layers > max(1, gpus):
+        raise InvalidValue(f"--split-layers {options.split_layers} needs as many GPUs in a replica; --gpus is {gpus:g}")
     policy = make_policy(options, host, keys)
     scale = deployment.Scale(
         replicas,

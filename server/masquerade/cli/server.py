@@ -39,7 +39,13 @@ def make_app(options: ServerOptions, root: Path, policy: Policy) -> RequestIdMid
 def announce_plan(options: ServerOptions) -> None:
     """Log what the server will take. Raises as `load` does, where the header of the model shows it."""
     announce(
-        options.model, options.device, options.dtype, make_config(options), options.mask_bytes, options.quantization
+        options.model,
+        options.device,
+        options.split_layers,
+        options.dtype,
+        make_config(options),
+        options.mask_bytes,
+        options.quantization,
     )
 
 
@@ -50,6 +56,7 @@ def load_serving(options: ServerOptions, root: Path) -> Serving:
     base = load(
         options.model,
         device=options.device,
+        split_layers=options.split_layers,
         dtype=options.dtype,
         quantization=options.quantization,
         keep_blocks=True,
@@ -96,9 +103,11 @@ def share_gpus(options: ServerOptions, replicas: int) -> int:
     """GPUs that each of several replicas on this machine takes. Raises `InvalidValue` if there are too few."""
     if options.device == "cpu" or not (options.device == "cuda" or torch.cuda.is_available()):
         return 0
-    if (found := torch.cuda.device_count()) < replicas:
-        raise InvalidValue(f"--replicas is {replicas}, and each needs a GPU of its own; this machine has {found}")
-    return 1
+    each = options.split_layers
+    if (found := torch.cuda.device_count()) < replicas * each:
+        own = "a GPU of its own" if each == 1 else f"{each} GPUs of its own"
+        raise InvalidValue(f"--replicas is {replicas}, and each needs {own}; this machine has {found}")
+    return each
 
 
 def assemble(
@@ -128,7 +137,8 @@ def assemble(
 def log_personas(serving: Serving) -> None:
     """Log what is served, and warn of personas whose certificates do not hold on the quantised base."""
     names = ", ".join(revision.name for revision in serving.personas())
-    _log.info("%s on %s with the personas: %s", serving.base.name, serving.base.device, names or "none yet")
+    devices = ", ".join(map(str, serving.base.devices))
+    _log.info("%s on %s with the personas: %s", serving.base.name, devices, names or "none yet")
     uncertified = [revision.name for revision in serving.own_personas() if serving.find_warning(revision)]
     if not uncertified:
         return

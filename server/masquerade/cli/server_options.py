@@ -18,6 +18,7 @@ from masquerade.cli.options import (
     Model,
     Quantization,
     RequireSigned,
+    SplitLayers,
     StoreFolder,
 )
 from masquerade.errors import InvalidValue
@@ -36,6 +37,7 @@ class ServerOptions:
     store: StoreFolder = None
     database: Database = None
     device: Device = "auto"
+    split_layers: SplitLayers = 1
     dtype: Dtype = "auto"
     quantization: Quantization = None
     max_running: Annotated[int, typer.Option(help="Maximum number of requests in a batch.")] = 32

@@ -7,8 +7,8 @@ ordinary model when it is called without a plan.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -56,7 +56,7 @@ class Scores:
 class AttentionCall:
     """The attention of one layer in one step."""
 
-    layer: int
+    layer: int  # of the cache
     scores: Scores
     cache: KVCache
     keys: Tensor  # of the step's rows: [rows, kv heads, head size]
@@ -127,13 +127,15 @@ class PrefillRows:
 class AttentionPlan:
     """Where the rows of one step read and write in the cache. The row groups cover all rows.
 
-    `paged` is the same for layers that run natively; None if torch attends.
+    `paged` is the same for layers that run natively; None if torch attends. `elsewhere` are the plans of layers on
+    other devices.
     """
 
     cache: KVCache
     slot_mapping: Tensor  # the slots of every row's keys and values: int64 [rows * kv heads]
     groups: Sequence[RowGroup]
     paged: PagedStep | None = None
+    elsewhere: Mapping[torch.device, AttentionPlan] = field(default_factory=dict)
 
 
 def attend(
@@ -152,7 +154,8 @@ def attend(
     scores = _read_scores(module, q, kw)
     if plan is None:
         return _attend_without_plan(module, q, k, v, attention_mask, scores, kw)
-    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers has one
+    plan = plan.elsewhere.get(q.device, plan)
+    layer = int(module.layer_idx) - plan.cache.first_layer  # type: ignore[arg-type]  # transformers' modules have one
     queries, keys, values = (heads[0].transpose(0, 1) for heads in (q, k, v))  # [rows, heads, head size]
     plan.cache.write(layer, plan.slot_mapping, *(heads.reshape(-1, q.shape[-1]) for heads in (keys, values)))
     call = AttentionCall(layer, scores, plan.cache, keys, values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -33,10 +33,10 @@ class Batch:
 
 
 def pack(
-    chunks: Sequence[Chunk], block_table: Index, cache: KVCache, make_route: Callable[[list[Span]], Route]
+    chunks: Sequence[Chunk], block_table: Index, caches: Sequence[KVCache], make_route: Callable[[list[Span]], Route]
 ) -> Batch:
     """Pack chunks in their order, decodes first. `block_table` has the blocks of every batch index; `make_route` makes
-    the route from the rows under masks.
+    the route from the rows under masks. There is a cache for the layers of each device.
     """
     ids: list[int] = []
     decode_positions: list[int] = []
@@ -66,20 +66,30 @@ def pack(
             embedded.append(EmbeddedRows(request.embedding, row, len(ids), start))
     positions = _join(np.array(decode_positions, np.int64), prefill_positions)
     blocks = block_table[_join(np.array(decode_indices, np.int64), prefill_indices), positions // BLOCK_SIZE]
-    slots = cache.to_device(cache.slots(blocks, positions % BLOCK_SIZE))
-    rows = cuda_attention if cuda_attention.is_available(cache.device) else row_groups
-    groups = rows.group_rows(chunks, block_table, cache)
-    native = [
-        PagedStep(group.paged, slots, cache.keys, cache.values) for group in groups if isinstance(group, NativeRows)
-    ]
+    cache = caches[0]
+    slots = cache.slots(blocks, positions % BLOCK_SIZE)
+    plan, *others = [_plan(chunks, block_table, each, slots) for each in caches]
     return Batch(
         cache.to_device(np.array([ids], np.int64)),
         cache.to_device(positions[None]),
         make_route(spans),
-        AttentionPlan(cache, slots, groups, *native),
+        replace(plan, elsewhere={each.cache.device: each for each in others}) if others else plan,
         cache.to_device(np.array(logit_rows, np.int64)),
         embedded,
     )
+
+
+def _plan(chunks: Sequence[Chunk], block_table: Index, cache: KVCache, slots: Index) -> AttentionPlan:
+    """The plan for the layers of one cache."""
+    slot_mapping = cache.to_device(slots)
+    rows = cuda_attention if cuda_attention.is_available(cache.device) else row_groups
+    groups = rows.group_rows(chunks, block_table, cache)
+    native = [
+        PagedStep(group.paged, slot_mapping, cache.keys, cache.values)
+        for group in groups
+        if isinstance(group, NativeRows)
+    ]
+    return AttentionPlan(cache, slot_mapping, groups, native[0] if native else None)
 
 
 def _join(decodes: Index, prefills: Sequence[Index]) -> Index:

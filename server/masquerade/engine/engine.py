@@ -30,7 +30,7 @@ from masquerade.engine.sampler import SampledRow, SampledToken, Sampler
 from masquerade.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from masquerade.engine.structured import Grammars
 from masquerade.errors import ContextTooLong, InvalidValue, NotReady, Overloaded, StepFailed
-from masquerade.model import Base, Route, Span, make_route
+from masquerade.model import Base, Route, Span, find_stages, make_route
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,7 +79,12 @@ class Engine:
         self.grammars = Grammars(base.tokenizer, base.vocabulary, base.ends)
         self._clock = clock
         self._salts = Salts(base.fingerprint)
-        self._cache = KVCache(base.model.config, self._count_blocks(), base.dtype, base.device)
+        blocks = self._count_blocks()
+        self._caches = [
+            KVCache(base.model.config, blocks, base.dtype, stage.device, stage.layers)
+            for stage in find_stages(base.model)
+        ]
+        self._cache = self._caches[0]
         self._graphs = graphs.prepare(base, self._cache, self.config.max_running)
         self._attention = base.model.config._attn_implementation
         base.model.set_attn_implementation(attention.NAME)
@@ -244,9 +249,10 @@ class Engine:
     def _step(self) -> bool:
         self._take_inbox()
         chunks = self._scheduler.schedule()
-        self._cache.zero(self._scheduler.new_blocks)
-        for source, target, count in self._scheduler.copies:
-            self._cache.copy(source, target, count)
+        for cache in self._caches:
+            cache.zero(self._scheduler.new_blocks)
+            for copied in self._scheduler.copies:
+                cache.copy(*copied)
         if chunks:
             self._succeeded = False
             sampled = self._attempt(chunks)
@@ -317,7 +323,7 @@ class Engine:
         return logits[sampled]
 
     def _run_model(self, chunks: Sequence[Chunk]) -> Tensor:
-        batch = pack(chunks, self._scheduler.block_table, self._cache, self._find_route)
+        batch = pack(chunks, self._scheduler.block_table, self._caches, self._find_route)
         with collect_states(self.base.model, batch.embedded):
             logits: Tensor = self.base.model(
                 input_ids=batch.ids,
@@ -333,7 +339,7 @@ class Engine:
     def _find_route(self, spans: list[Span]) -> Route:
         """The route of a step; the last one if the masks of its rows are the same."""
         if spans != self._spans:
-            self._spans, self._route = spans, make_route(spans, self.base.device)
+            self._spans, self._route = spans, make_route(spans)
         return self._route
 
     def _release_masks(self) -> None:

@@ -30,13 +30,18 @@ class KVCache:
     """`num_blocks` blocks of `BLOCK_SIZE` positions, and two for padding: block 0 is always zero and padding reads it;
     padding writes to `scratch_block`, which is never read.
 
+    It has all layers of a model, or those from `first_layer` on that are on one device; the methods number them from 0.
     Keys and values are [layers, (2 + num_blocks) * kv heads, BLOCK_SIZE, head size]. One head's part of a block, a
     "head block", is contiguous, which is the layout that attention reads.
     """
 
-    def __init__(self, config: Any, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: Any, num_blocks: int, dtype: torch.dtype, device: torch.device, layers: range | None = None
+    ) -> None:
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        self.first_layer = layers.start
         self.kv_heads, self.head_size = _shape(config)
-        shape = (config.num_hidden_layers, (2 + num_blocks) * self.kv_heads, BLOCK_SIZE, self.head_size)
+        shape = (len(layers), (2 + num_blocks) * self.kv_heads, BLOCK_SIZE, self.head_size)
         # Without values: a block is cleared when it is allocated, and on a CPU it takes no memory before that.
         self.keys: Tensor = torch.empty(shape, dtype=dtype, device=device)
         self.values: Tensor = torch.empty(shape, dtype=dtype, device=device)

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from maskstore import Mask, encode
 from masquerade.errors import BadDataset
 from masquerade.evaluate.dataset import Encoded, Example, Message, batches
-from masquerade.evaluate.layers import find_layers
 from masquerade.evaluate.lora import AdapterData, train_adapter
 from masquerade.evaluate.treatment import UNTREATED, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager, render_chat
+from masquerade.model import AppliedMask, Base, MaskManager, find_layers, render_chat
 
 NEIGHBOURS = 3  # examples that retrieval puts into the prompt
 _WORD = re.compile(r"\w+")

@@ -114,7 +114,7 @@ class CachedDecoder:
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
-                route=make_route(spans, self._base.device),
+                route=make_route(spans),
             )
         logits: Tensor = output.logits[:, -1]
         return logits

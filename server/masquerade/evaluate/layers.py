@@ -5,29 +5,22 @@ The paper's section 3.4.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskstore import Mask, diff
 from maskstore.plot import encode as encode_png
 from masquerade.evaluate.dataset import Encoded, batches
 from masquerade.evaluate.metrics import find_spans
 from masquerade.evaluate.treatment import UNTREATED, Treatment
-from masquerade.model import AppliedMask, Base, MaskManager, make_route
+from masquerade.model import AppliedMask, Base, MaskManager, find_layers, make_route
 
 POSITIONS = 4096  # most positions that CKA is computed over
 _CELL = 24  # pixels
-_LAYER = re.compile(r"(^|\.)layers\.\d+$")
-
-
-def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers, first to last."""
-    return [module for name, module in model.named_modules() if _LAYER.search(name)]
 
 
 def analyse(
@@ -92,7 +85,7 @@ def _states(base: Base, treatment: Treatment, texts: Sequence[Encoded]) -> list[
 
         handles = [layer.register_forward_hook(keep(number)) for number, layer in enumerate(layers)]
         try:
-            base.model(input_ids=batch.ids, use_cache=False, route=make_route(spans, base.device))
+            base.model(input_ids=batch.ids, use_cache=False, route=make_route(spans))
         finally:
             for handle in handles:
                 handle.remove()

@@ -178,7 +178,7 @@ def _predict_padded(
     held = stored is not None and treatment.leaves_prompts and stored.hold(examples)
     past: _Past = _StoredPast(stored, examples) if stored and held else _SharedPast(base, examples, treatment)
     for batch in batches(past.rest, base.device, past.most):
-        route = make_route(find_spans(batch, past.rest, treatment), base.device)
+        route = make_route(find_spans(batch, past.rest, treatment))
         with treatment.around(), _head_at(base, batch.predicts):
             logits = base.model(input_ids=batch.ids, **past.attach(batch), route=route).logits[0]
         shifted = treatment.shift(logits) if treatment.shift else logits

@@ -32,7 +32,7 @@ def find_native_stack(base: Base, treatment: Treatment = UNTREATED) -> NativeSta
         return None
     supported = attends(torch.empty(0, stack.head_size, dtype=base.dtype, device=base.device))
     spans = [Span(treatment.applied, 0, 1)] if treatment.applied else []
-    return stack if supported and make_route(spans, base.device).is_native else None
+    return stack if supported and make_route(spans).is_native else None
 
 
 class PagedRows:
@@ -120,7 +120,7 @@ class PagedRows:
             position_ids=torch.from_numpy(positions[None]),
             use_cache=False,
             logits_to_keep=torch.from_numpy(kept),
-            route=make_route(spans, self._base.device),
+            route=make_route(spans),
             plan=NativePlan(step),
         ).logits[0]
         return logits

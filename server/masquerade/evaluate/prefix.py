@@ -49,7 +49,7 @@ def extend(base: Base, cache: DynamicCache, ids: Sequence[int], treatment: Treat
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            route=make_route(spans, base.device),
+            route=make_route(spans),
         )
 
 

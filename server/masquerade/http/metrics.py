@@ -138,7 +138,8 @@ class _State:
         """The present values."""
         serving, engine = self._serving, self._serving.engine
         info = {"version": __version__, "base": serving.base.name, "fingerprint": serving.base.fingerprint}
-        yield InfoMetricFamily("masquerade", "What is served.", value=info | {"device": str(serving.base.device)})
+        info["device"] = ", ".join(map(str, serving.base.devices))
+        yield InfoMetricFamily("masquerade", "What is served.", value=info)
         yield _gauge("ready", "1 while the engine takes requests.", float(engine.ready))
         occupancy = engine.occupancy
         yield _gauge("queue_requests", "Requests in the queue.", occupancy.waiting)

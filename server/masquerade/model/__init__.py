@@ -11,11 +11,12 @@ from masquerade.model.load import Base, load
 from masquerade.model.manager import MaskManager
 from masquerade.model.memory import trim_heap
 from masquerade.model.native_layers import NativePlan, NativeStack, NotNative, find_parts, find_stack
+from masquerade.model.placement import Stage, find_stages
 from masquerade.model.residency import Residency
 from masquerade.model.route import AppliedMask, ResidentMask, Route, Span
 from masquerade.model.routing import make_route
 from masquerade.model.short_attention import attend_short
-from masquerade.model.targets import MASKABLE, SCOPES, find_targets
+from masquerade.model.targets import MASKABLE, SCOPES, find_layers, find_targets, layer_number
 from masquerade.model.thoughts import THOUGHTS_BEGIN, THOUGHTS_END, ThoughtParser, ThoughtStart, find_thought_start
 from masquerade.model.tools import ArgumentsDelta, CallStart, Dialect, ResponsePart, ToolCallParser, find_dialect
 from masquerade.model.verified_store import VerifiedStore
@@ -48,6 +49,7 @@ __all__ = [
     "SlotShape",
     "Slots",
     "Span",
+    "Stage",
     "Staging",
     "TemplateOptions",
     "ThoughtParser",
@@ -60,10 +62,13 @@ __all__ = [
     "export_adapter",
     "find_dialect",
     "find_entries",
+    "find_layers",
     "find_parts",
     "find_stack",
+    "find_stages",
     "find_targets",
     "find_thought_start",
+    "layer_number",
     "load",
     "longest_token",
     "make_route",

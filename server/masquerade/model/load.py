@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from masquerade.kernels import quantised
 from masquerade.kernels.native import require_library
 from masquerade.model import families
 from masquerade.model.dequantized import Report, load_gguf
+from masquerade.model.placement import find_stages, place
 from masquerade.model.quantized import A8, adopt, check_stored, import_stored, quantize
 from masquerade.model.short_attention import use_short_attention
 from masquerade.model.targets import find_targets
@@ -45,9 +46,14 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """The weights' device."""
+        """The device of the embeddings, and so of inputs and outputs."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def devices(self) -> Sequence[torch.device]:
+        """The devices that its layers are on, after the one of its inputs and outputs."""
+        return [*dict.fromkeys([self.device, *(stage.device for stage in find_stages(self.model))])]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,6 +71,7 @@ def load(
     name: str,
     *,
     device: str = "auto",
+    split_layers: int = 1,
     dtype: str = "auto",
     quantization: str | None = None,
     keep_blocks: bool = False,
@@ -72,12 +79,14 @@ def load(
 ) -> Base:
     """Load a named model, a folder, a GGUF file, or a hub id, ready for inference.
 
-    `device` is `auto`, `cpu` or `cuda`; `dtype` is `auto` (the checkpoint's, but float32 for a folder on a CPU),
-    `float32`, `bfloat16` or `float16`; `quantization` is `A8` or a name in `QUANTIZATIONS`; `report` is told of the
-    bytes that are loaded. With `keep_blocks` the weights of a GGUF file stay quantised where that is the same model to
-    the bit and about as fast: on a CPU with bf16 products, in the dtype `auto`. Raises `UnusableModel` with the reason.
+    `device` is `auto`, `cpu` or `cuda`; the decoder layers are divided among `split_layers` GPUs. `dtype` is `auto`
+    (the checkpoint's, but float32 for a folder on a CPU), `float32`, `bfloat16` or `float16`; `quantization` is `A8` or
+    a name in `QUANTIZATIONS`; `report` is told of the bytes that are loaded. With `keep_blocks` the weights of a GGUF
+    file stay quantised where that is the same model to the bit and about as fast: on a CPU with bf16 products, in the
+    dtype `auto`. Raises `UnusableModel` with the reason.
     """
-    where = _choose_device(device)
+    devices = _choose_devices(device, split_layers)
+    where = devices[0]
     files, rounds = find_model(name), quantization == A8
     if rounds:
         _check_rounding(files, where.type, dtype)
@@ -88,7 +97,7 @@ def load(
             model, tokenizer = (
                 _load_gguf(files, dtype, report, keep=keep, rounds=rounds)
                 if files.is_gguf
-                else _load_folder(name, files, dtype, where, report)
+                else _load_folder(name, files, dtype, devices, report)
             )
     except MasqueradeError:
         raise
@@ -101,15 +110,20 @@ def load(
         )
     if not find_targets(model):
         raise UnusableModel(f"{name!r} has no Linears that masks apply to; are its weights packed by a quantisation?")
+    try:
+        placement = place(model, devices, quantization)
+    except ValueError as error:
+        raise UnusableModel(f"`--quantization {quantization}`: {error}") from error
     if quantization and not rounds:
-        quantize(model, quantization, where)
+        quantize(model, quantization, placement.find)
+    placement.apply(model)
     if where.type == "cpu":
         use_short_attention(model)
     return Base(
         name=files.name,
         path=files.path,
         fingerprint=mark,
-        model=model.to(where).eval().requires_grad_(False),
+        model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         context=families.find_context(model.config),
         ends=_ends(model, tokenizer),
@@ -129,22 +143,33 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _choose_device(device: str) -> torch.device:
+def _choose_devices(device: str, split_layers: int) -> list[torch.device]:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UnusableModel("`--device cuda`: torch sees no CUDA device; use `cpu` or `auto`")
-    return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
+    if split_layers == 1:
+        return [torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")]
+    if device == "cpu":
+        raise UnusableModel(f"`--split-layers {split_layers}` divides the layers among GPUs; leave out `--device cpu`")
+    if (found := torch.cuda.device_count()) < split_layers:
+        raise UnusableModel(f"`--split-layers {split_layers}`: torch sees {found} CUDA devices")
+    return [torch.device("cuda", number) for number in range(split_layers)]
 
 
 def _load_folder(
-    name: str, files: ModelFiles, dtype: str, device: torch.device, report: Report | None
+    name: str, files: ModelFiles, dtype: str, devices: Sequence[torch.device], report: Report | None
 ) -> tuple[Any, Any]:
     wanted: Any = getattr(torch, dtype, dtype)
-    if dtype == "auto" and device.type == "cpu":
+    if dtype == "auto" and devices[0].type == "cpu":
         wanted = torch.float32
     stored = _check_stored(files)
+    if stored and len(devices) > 1:
+        raise UnusableModel(
+            f"`--split-layers {len(devices)}`: {name!r} is quantised in its files, which are loaded onto one GPU; take "
+            "the unquantised checkpoint with --quantization"
+        )
     config, renamed = read_config(name, files.path)
-    place: Any = {"device_map": {"": device}} if stored else {}  # 8-bit weights cannot be moved afterwards
+    place: Any = {"device_map": {"": devices[0]}} if stored else {}  # 8-bit weights cannot be moved afterwards
     with _follow_weights(report, files) if report else nullcontext():
         model, found = AutoModelForCausalLM.from_pretrained(
             files.path,

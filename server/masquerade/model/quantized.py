@@ -40,8 +40,8 @@ A8 = "a8"
 OUTLIER = 6.0  # inputs above this keep their channel in floating point; the paper's and transformers' default
 
 
-def quantize(model: nn.Module, how: str, device: torch.device) -> None:
-    """Replace the maskable Linears of a model on the CPU by quantised ones on `device`, in place.
+def quantize(model: nn.Module, how: str, find_device: Callable[[str], torch.device]) -> None:
+    """Replace the maskable Linears of a model on the CPU by quantised ones, in place, each on the device of its name.
 
     `how` is a name in `QUANTIZATIONS`. Raises `UnusableModel` if bitsandbytes is not installed, if the model is already
     quantised, or if bitsandbytes cannot quantise its row length correctly.
@@ -58,7 +58,7 @@ def quantize(model: nn.Module, how: str, device: torch.device) -> None:
         except ValueError as error:
             raise UnusableModel(f"`--quantization {how}`: {name}: {error}") from error
         quantised.bias = linear.bias
-        model.set_submodule(name, quantised.to(device))
+        model.set_submodule(name, quantised.to(find_device(name)))
 
 
 def _import_bitsandbytes(what: str, *more: str) -> Any:

@@ -117,7 +117,7 @@ class Route:
         ]
         self._product = NativeProduct(native_spans) if native_spans else None
         self._has_separate = any(span.applied.mask.separate for span in self.spans)
-        self._groups: Sequence[Group] | None = None
+        self._groups: dict[torch.device, Sequence[Group]] = {}
         self._plans: dict[tuple[str, bool], CorrectionPlan] = {}
 
     @property
@@ -160,11 +160,11 @@ class Route:
         self._plans[key].subtract(name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
 
     def _plan(self, name: str, separate: bool, device: torch.device) -> CorrectionPlan:
-        if self._groups is None:
-            self._groups = _group(self.spans, device)
+        if device not in self._groups:
+            self._groups[device] = _group(self.spans, device)
         together: list[Assignment[SparseCorrection]] = []
         one_by_one = []
-        for group in self._groups:
+        for group in self._groups[device]:
             correction = group.mask.corrections.get(name)
             if correction is None or (separate and name not in group.mask.separate):
                 continue

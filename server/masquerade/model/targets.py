@@ -1,4 +1,4 @@
-"""The maskable Linears of a decoder: those of attention, dense MLPs and shared experts, and no others."""
+"""The layers of a decoder and its maskable Linears: those of attention, dense MLPs and shared experts, no others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ MASKABLE = "masks apply to the Linears of attention, dense MLPs and shared exper
 _PARTS = r"self_attn|mlp|feed_forward|shared_mlp"  # Llama 4 and Granite have names of their own
 _ROUTER = r"(?:\w+_)?(?:gate|router)$"  # chooses experts, or weighs the shared one
 _TARGET = re.compile(rf"\.layers\.\d+\.(?:{_PARTS})\.(?:shared_experts?\.)?(?!{_ROUTER})\w+$")
+_LAYER = re.compile(r"(^|\.)layers\.\d+$")
 _OUTPUTS = (".o_proj", ".down_proj", ".output_linear", ".dense", ".fc2", ".c_proj")
 
 SCOPES: Mapping[str, Callable[[str], bool]] = {
@@ -31,6 +32,16 @@ def find_targets(model: nn.Module, scope: str = "all") -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and _TARGET.search(name) and within(name)
     }
+
+
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, first to last."""
+    return [module for name, module in model.named_modules() if _LAYER.search(name)]
+
+
+def layer_number(name: str) -> int:
+    """The layer of a target: 3 for `model.layers.3.mlp.up_proj`."""
+    return int(name.split(".layers.")[1].split(".")[0])
 
 
 def check_target(linears: Mapping[str, nn.Linear], name: str, shape: tuple[int, int]) -> None:

@@ -47,15 +47,15 @@ def read_host_memory() -> MachineMemory | None:
     )
 
 
-def read_memory(device: str) -> MachineMemory | None:
-    """The memory of a device (`cpu` or `cuda`); None where it cannot be read."""
+def read_memory(device: str, gpus: int = 1) -> MachineMemory | None:
+    """The memory of a device (`cpu` or `cuda`), or of several GPUs together; None where it cannot be read."""
     if device == "cpu":
         return read_host_memory()
     import torch
 
-    if not torch.cuda.is_available():
+    if torch.cuda.device_count() < gpus:
         return None
-    free, total = torch.cuda.mem_get_info()
+    free, total = map(sum, zip(*(torch.cuda.mem_get_info(number) for number in range(gpus)), strict=True))
     return MachineMemory(total, free)
 
 

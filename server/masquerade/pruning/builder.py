@@ -19,14 +19,13 @@ from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.splits import check_contrast
 from masquerade.evaluate.treatment import Phase, Treatment
 from masquerade.kernels import QuantisedWeight
-from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targets, trim_heap
+from masquerade.model import MASKABLE, AppliedMask, Base, MaskManager, find_targets, layer_number, trim_heap
 from masquerade.pruning import certificate
 from masquerade.pruning.candidates import CandidateMasks, pack, unpack
 from masquerade.pruning.certificate import CertifiedMask
 from masquerade.pruning.collector import CalibrationText, Collector, LayerCallback, StatisticsCollector
 from masquerade.pruning.data import BuildData, PersonaExamples, gather
 from masquerade.pruning.executor import Executor, SequentialExecutor
-from masquerade.pruning.layerwise import layer_number
 from masquerade.pruning.progress import Progress, Work, count, track
 from masquerade.pruning.prompts import WRITTEN
 from masquerade.pruning.recipe import Recipe

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masquerade.evaluate.layers import find_layers
-from masquerade.model import Base
+from masquerade.model import Base, find_layers, layer_number
 from masquerade.pruning.differentiable import find_replacements
 from masquerade.pruning.hooks import replaced
 
@@ -65,11 +64,6 @@ class LayerwiseModel:
         with replaced(self.layers, [identity] * (len(self.layers) - 1) + [last_output]):
             logits: Tensor = self._model(input_ids=token, use_cache=False).logits[0]
         return logits
-
-
-def layer_number(name: str) -> int:
-    """The layer of a target: 3 for `model.layers.3.mlp.up_proj`."""
-    return int(name.split(".layers.")[1].split(".")[0])
 
 
 def group_by_layer(linears: Mapping[str, nn.Linear], layers: int) -> list[dict[str, nn.Linear]]:

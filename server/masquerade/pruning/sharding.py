@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from masquerade.errors import BuildFailed
-from masquerade.evaluate.layers import find_layers
-from masquerade.model import Base, find_targets
+from masquerade.model import Base, find_layers, find_targets
 from masquerade.pruning.collector import CalibrationText, LayerCallback, StatisticsCollector, finish_layer, is_done
 from masquerade.pruning.scratch import Scratch
 from masquerade.pruning.statistics import LinearStatistics, Role

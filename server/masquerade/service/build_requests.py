@@ -45,11 +45,12 @@ def submit(
 
     Reads the files in full, so that every error in them is raised before the job begins. Raises `ModelNotFound` and
     `UnsupportedParameter` for the model, `ScopeMissing`, `PersonaForbidden`, `PersonaExists`, `UploadNotFound`,
-    `InvalidValue`, and `BadDataset` with the numbers of the lines.
+    `InvalidValue`, `BadDataset` with the numbers of the lines, and `StateConflict` as `building.check_base`.
     """
     serving.find_reference(request.model, None, None)
     if request.model != serving.base.name:
         raise UnsupportedParameter("a persona is built from the base, not from another persona", param="model")
+    building.check_base(serving.base)
     _check_combinations(request)
     spec, job_id = _make_spec(serving, request), draw_job_id()
     names = building.JobNames.of(job_id, spec)

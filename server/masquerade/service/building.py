@@ -29,6 +29,7 @@ from masquerade.errors import (
     NotReady,
     PersonaExists,
     QuotaExceeded,
+    StateConflict,
 )
 from masquerade.evaluate.dataset import Example, Polarity, holds_both_sides, read_examples, read_questions
 from masquerade.evaluate.recall import VERSIONS
@@ -86,6 +87,7 @@ class BuildInput:
 
 def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job) -> Work:
     """The work of a job. Reads its files first; raises their errors, and errors of its owner's rights."""
+    check_base(serving.base)
     sweep(serving, job_service)
     _check_owner(serving, keyring, job)
     base = job.spec["base"]
@@ -99,6 +101,15 @@ def build(serving: Serving, keyring: Keyring, job_service: JobService, job: Job)
         unused = ", ".join(build_input.ignored)
         job_service.table.add_event(job.id, "warn", f"of the character card, {unused} are ignored")
     return _work(serving, keyring, job_service, job, build_input)
+
+
+def check_base(base: Base) -> None:
+    """Raise `StateConflict` if this server cannot build from its base."""
+    if len(base.devices) > 1:
+        raise StateConflict(
+            f"the layers of this server's base are divided among {len(base.devices)} devices (--split-layers), and a "
+            "build needs them on one; run `masquerade build`, or build on another server"
+        )
 
 
 def check_rights(rights: Rights, registry: Registry, names: JobNames, *, replace: bool) -> None:

@@ -33,8 +33,15 @@ Run = Callable[[], Tensor]
 
 
 def prepare(base: Base, kv: KVCache, max_running: int) -> DecodeGraphs | None:
-    """The graphs of an engine; None without a CUDA device and its kernels, or if the model's attention needs more."""
+    """The graphs of an engine; None without a CUDA device and its kernels, on several, or if the model's attention
+    needs more.
+    """
     if not cuda_attention.is_available(base.device) or not attention.fits_sdpa(base.model, base.context):
+        return None
+    if len(base.devices) > 1:
+        _log.warning(
+            "decode steps run without CUDA graphs, which is slower: the layers are on %d GPUs", len(base.devices)
+        )
         return None
     return DecodeGraphs(base, kv, max_running, capture)
 

@@ -100,14 +100,15 @@ def decode(
     splits = _count_splits(rows * kv_heads)
     partial = q.new_empty(rows, heads, splits, size, dtype=torch.float32)
     weights = q.new_empty(rows, heads, splits, dtype=torch.float32)
-    _attend[(rows, kv_heads, splits)](
-        q, keys, values, block_table, lengths, partial, weights, scale,
-        q.stride(0), q.stride(1), block_table.stride(0), kv_heads, splits,
-        repeat=repeat, size=size, cache_block=keys.shape[1], tile=64,
-        heads=max(16, triton.next_power_of_2(repeat)), width=width,
-    )  # fmt: skip
     out = q.new_empty(rows, heads, size)
-    _combine[(rows * heads,)](partial, weights, out, splits=splits, size=size, width=width)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _attend[(rows, kv_heads, splits)](
+            q, keys, values, block_table, lengths, partial, weights, scale,
+            q.stride(0), q.stride(1), block_table.stride(0), kv_heads, splits,
+            repeat=repeat, size=size, cache_block=keys.shape[1], tile=64,
+            heads=max(16, triton.next_power_of_2(repeat)), width=width,
+        )  # fmt: skip
+        _combine[(rows * heads,)](partial, weights, out, splits=splits, size=size, width=width)
     return out
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -134,11 +135,12 @@ def subtract(x: Tensor, y: Tensor, table: Tensor, tiles: Tiles, strengths: Tenso
     (count, width), (_, out) = tiles.rows.shape, y.shape
     some_out = 64 if width == 1 else 8
     columns = x if width == 1 else x.T.contiguous().T  # neighbouring rows read the same column
-    _subtract[(count, triton.cdiv(out, some_out))](
-        columns, y, table, tiles.slots, tiles.rows, strengths,
-        out, columns.stride(0), columns.stride(1), y.stride(0),
-        wide=x.shape[1] > NARROW, some_out=some_out, some_listed=16, width=width,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _subtract[(count, triton.cdiv(out, some_out))](
+            columns, y, table, tiles.slots, tiles.rows, strengths,
+            out, columns.stride(0), columns.stride(1), y.stride(0),
+            wide=x.shape[1] > NARROW, some_out=some_out, some_listed=16, width=width,
+        )  # fmt: skip
 
 
 def multiply(
@@ -151,11 +153,12 @@ def multiply(
     """
     (count, width), (out, inner) = tiles.rows.shape, weight.shape
     program = _choose(out, width)
-    _multiply[(count, triton.cdiv(out, program.some_out))](
-        x, weight, weight if bias is None else bias, y, table, tiles.slots, tiles.rows, strengths,
-        out, inner, 2 * triton.cdiv(inner, 64), x.stride(0), weight.stride(0), y.stride(0),
-        biased=bias is not None, width=width, exact="ieee", **program._asdict(),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _multiply[(count, triton.cdiv(out, program.some_out))](
+            x, weight, weight if bias is None else bias, y, table, tiles.slots, tiles.rows, strengths,
+            out, inner, 2 * triton.cdiv(inner, 64), x.stride(0), weight.stride(0), y.stride(0),
+            biased=bias is not None, width=width, exact="ieee", **program._asdict(),
+        )  # fmt: skip
 
 
 class _Program(NamedTuple):

@@ -189,23 +189,25 @@ class Slots:
 
 
 class SlotRoute(Route):
-    """A route for the CUDA kernels. The first masked Linear shows the number of rows, and then the slots are made."""
+    """A route for the CUDA kernels. The first masked Linear on a device shows the number of rows, and then the slots
+    there are made.
+    """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, spans: Sequence[Span]) -> None:
         super().__init__(spans)
-        self._device = device
-        self._slots: Slots | None = None
+        self._slots: dict[torch.device, Slots] = {}
 
     def multiply(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The masked outputs [..., out] of a Linear for inputs x [..., in]."""
         if not self.masks(name) or not x.numel():
             return F.linear(x, weight, bias)
         rows = x.shape[:-1].numel()
-        if self._slots is None or self._slots.shape.rows != rows:
+        slots = self._slots.get(x.device)
+        if slots is None or slots.shape.rows != rows:
             slot_map = SlotMap.of(self.spans, rows)
-            self._slots = Slots(slot_map.shape(), self._device)
-            self._slots.write(slot_map)
-        return self._slots.multiply(name, x, weight, bias)
+            slots = self._slots[x.device] = Slots(slot_map.shape(), x.device)
+            slots.write(slot_map)
+        return slots.multiply(name, x, weight, bias)
 
 
 @lru_cache(maxsize=256)

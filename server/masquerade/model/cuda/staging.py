@@ -28,7 +28,7 @@ class Staging:
             slices[name] = slice(size, size + int(np.prod(shape)) * dtype.itemsize)
             size = -(-slices[name].stop // _ALIGN) * _ALIGN
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
-        pinned = device.type == "cuda"
+        pinned = self._device.is_cuda
         buffers = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._buffers = cycle([(buffer, torch.cuda.Event() if pinned else None) for buffer in buffers])  # type: ignore[no-untyped-call]
 
@@ -47,4 +47,4 @@ class Staging:
             array[...] = arrays[name]
         self._device.copy_(buffer, non_blocking=True)
         if copied is not None:
-            copied.record()
+            copied.record(torch.cuda.current_stream(self._device.device))
