@@ -35,7 +35,7 @@ from masquerade.pruning.search import SearchSettings
 from masquerade.pruning.statistics import LinearStatistics
 from tests import families, world
 from tests.engine.asking import Listener, finish
-from tests.model.test_quantized import TOLERANCE, check_logits
+from tests.model.test_quantized import TOLERANCE, check_logits, check_tokens
 
 ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
 MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
@@ -237,11 +237,13 @@ def observe(base: Base, targets: Mapping[str, Any]) -> tuple[dict[str, torch.Ten
     return squares, dict(zip(targets, torch.autograd.grad(total, weights), strict=True))
 
 
-@pytest.mark.parametrize("how", ["int8", "nf4"])
+@pytest.mark.parametrize("how", ["int8", "nf4", "fp4"])
 def test_its_quantised_forms_compute_with_what_their_codes_stand_for(tmp_path: Path, family: Family, how: str) -> None:
     folder = families.make_family(tmp_path, family.name, **WIDER)
     dense, base = (load(str(folder), device="cpu", quantization=form) for form in (None, how))
     check_logits(base, dense, TOLERANCE[how])
+    if how == "nf4":  # through the engine, in one batch
+        check_tokens(load(str(folder), device="cpu", quantization=how), dense)
 
 
 def test_every_supported_family_is_tested() -> None:

@@ -62,11 +62,14 @@ def find_ollama(text: str) -> tuple[str, Path]:
     """
     name = OllamaName.parse(text)
     store = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models").absolute()
-    manifest = _find_manifest(store, name)
-    digest = _find_digest(name, manifest)
-    blob = store / "blobs" / f"sha256-{digest}"
-    if not blob.is_file():
-        raise _refuse(name, f"its weights are missing: {blob} is not there; `ollama pull {name}` gets them")
+    try:
+        manifest = _find_manifest(store, name)
+        digest = _find_digest(name, manifest)
+        blob = store / "blobs" / f"sha256-{digest}"
+        if not blob.is_file():
+            raise _refuse(name, f"its weights are missing: {blob} is not there; `ollama pull {name}` gets them")
+    except OSError as error:
+        raise _refuse(name, f"Ollama's store {store} cannot be read: {error}") from error
     return name.given, blob
 
 

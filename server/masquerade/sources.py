@@ -55,6 +55,8 @@ def find_model(name: str, *, download: bool = True) -> ModelFiles:
     Downloads hub and registry models once; without `download`, a hub model's files are those that the cache has, which
     may be its config alone. Raises `UnusableModel` if there is no such model, or if it is not there to be read.
     """
+    if not name:
+        raise UnusableModel(f"the model is ''; give one of {_NAMES}, a folder, a {GGUF} file or a hub id")
     if name == demo.NAME:
         return ModelFiles(name, demo.MODEL)
     if name in PACKAGED:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from masquerade.cli import plan
+from masquerade.kernels import quantised
 from masquerade.plan.memory import MachineMemory
 from tests.cli.running import fail, masquerade, succeed
+from tests.model import ggufs
 from tests.serving import serve
 
 KEYS = {"model", "weights", "kv", "personas", "memory", "fit", "build"}
@@ -112,6 +114,22 @@ def test_serve_refuses_weights_that_cannot_be_loaded(
     monkeypatch.setattr(plan, "read_memory", lambda *_: MachineMemory(1000, 1000))
     said = fail(1, "serve", "--model", tiny_folder, "--store", tmp_path, "--port", "0", "--dtype", "bfloat16")
     assert "does not fit: its weights in bfloat16 take" in said
+
+
+def test_the_form_that_is_served_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a GGUF file, where the processor multiplies them as fast, are no dtype of the list."""
+    path = ggufs.write(tmp_path / "m.gguf", ggufs.make_model("llama"), ggufs.quantise(ggufs.Kind.Q8_0)).path
+
+    def list_served(*arguments: str) -> list[str]:
+        said = masquerade("plan", "--model", path, *arguments).stdout
+        return [line.split(":")[0].strip() for line in said.splitlines() if line.endswith("; served")]
+
+    monkeypatch.setattr(quantised, "pays", lambda: True)
+    assert list_served() == ["in the file's blocks"]
+    assert list_served("--dtype", "bfloat16") == ["bfloat16"]
+    monkeypatch.setattr(quantised, "pays", lambda: False)
+    assert list_served() == ["bfloat16"]
+    assert list_served("--quantization", "a8") == ["a8"]
 
 
 def test_another_device_is_planned_for(tiny_folder: Path) -> None:

@@ -180,6 +180,25 @@ def test_an_idle_engine_keeps_no_mask(tiny: Base, manager: MaskManager, captures
     engine.stop()
 
 
+def test_a_mask_goes_with_its_last_request_while_others_run(tiny: Base, masks: MaskManager) -> None:
+    """Steps with a prompt are no graphs; the last graph step must not keep what it was about."""
+    engine = Engine(tiny, EngineConfig(max_running=2, max_batch_tokens=16))
+    engine._graphs = graphs.DecodeGraphs(tiny, engine._cache, 2, lambda run: run)
+    mask = masks.fit(make_mask(tiny, 0), FORMS[0])
+    gone = weakref.ref(mask)
+    engine.submit(Request([7, 8, 9], 3, lambda _: None, AppliedMask(mask, 0.0), "all"))
+    del mask
+    for _ in range(3):
+        engine.step()
+    engine.submit(Request([7] * 100, 2, lambda _: None))
+    for _ in range(2):
+        engine.step()
+    gc.collect()
+    assert engine.occupancy.running == 1
+    assert gone() is None
+    engine.stop()
+
+
 def test_only_decodes_of_known_masks_are_graphs(tiny: Base, manager: MaskManager) -> None:
     """Prompts, and masks that no kernel finds by address, take the ordinary step."""
     engine = Engine(tiny, EngineConfig(max_running=2))

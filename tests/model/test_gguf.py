@@ -315,7 +315,12 @@ class TestHostile:
             (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 4, 2**62), "k: takes"),
             (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**59), "k: 576460752303423488 do not fit"),
             (struct.pack("<4sIQQQ1sIIQQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 1, 2**63 - 1), "k: takes"),
-            (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 9, 1) + bytes(40), "k: is of type 9"),
+            (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 9, 1) + bytes(40), "k: is an array of arrays"),
+            (struct.pack("<4sIQQQ4s", b"GGUF", 3, 0, 1, 4, b"\x1b[2J") + bytes(40), r"key 1 of 1: is '.x1b\[2J'"),
+            (
+                struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 5000) + b"k" * 5040,
+                "expected at most 1024 printable characters",
+            ),
             (struct.pack("<4sIQQQ2sIQ2s", b"GGUF", 3, 0, 1, 2, b"kk", 8, 2, b"\xff\xff"), "kk.*is not UTF-8"),
         ],
     )

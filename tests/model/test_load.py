@@ -52,6 +52,7 @@ def test_the_fingerprint_is_the_weights_not_the_folder(tmp_path: Path) -> None:
         ("nowhere", "is not an existing folder"),
         ("a/b/c", "is not an existing folder"),
         (__file__, "is a file"),
+        ("", "the model is ''"),
         ("owner/no-such-model", "could not be downloaded"),
     ],
 )
@@ -64,6 +65,23 @@ def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
     world.make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UnusableModel, match="safetensors"):
         load(str(tmp_path), device="cpu")
+
+
+def test_a_folder_without_a_config_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_folder / "model.safetensors", tmp_path)
+    with pytest.raises(UnusableModel, match=r"has no config\.json"):
+        load(str(tmp_path), device="cpu")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnusableModel, match="it is an adapter: give its base"):
+        load(str(tmp_path), device="cpu")
+
+
+def test_a_weight_of_another_shape_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "broken")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    with pytest.raises(UnusableModel, match=r"weight has the shape \[262, 64\] in its files, and \[300, 64\] by"):
+        load(str(folder), device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

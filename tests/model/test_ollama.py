@@ -55,6 +55,13 @@ def pull(store: Path, weights: bytes, path: str = "manifests/registry.ollama.ai/
     return store / "blobs" / digest.replace(":", "-")
 
 
+def test_a_store_that_cannot_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like that of another user. Who runs the tests may read all, but no file has so long a name."""
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / ("x" * 300)))
+    with pytest.raises(UnusableModel, match=r"Ollama's store .* cannot be read"):
+        find_model("ollama:tiny")
+
+
 @pytest.mark.parametrize(
     ("given", "name", "path"),
     [

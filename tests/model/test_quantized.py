@@ -236,6 +236,16 @@ def test_a_part_for_text_that_is_quantised_is_refused(tmp_path: Path, method: st
         load(str(folder), device="cpu")
 
 
+def test_a_config_that_claims_a_quantisation_that_is_not_there_is_refused(plain: Base, tmp_path: Path) -> None:
+    """It would load, and fail at the first request."""
+    shutil.copytree(plain.path, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnusableModel, match="and they are not; remove its `quantization_config`"):
+        load(str(tmp_path / "m"), device="cpu")
+
+
 def test_packed_weights_without_a_word_in_the_config_are_refused(stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored, tmp_path / "m")
     rewrite_config(tmp_path / "m", quantization_config=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,6 +124,32 @@ def test_who_asks_for_one_mask_shares_one_load(make: Make, verified_store: Doors
         19,
         0,
     )
+
+
+def test_closing_ends_every_load_that_waits_for_room(
+    manager: MaskManager, verified_store: Doors, masks: list[Mask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: more than Python has frames."""
+    count = sys.getrecursionlimit()
+    small = Residency(manager, verified_store, manager.fit(masks[0]).nbytes, waiting=2 * count)
+    user = small.get(masks[0].digest)
+    monkeypatch.setattr(small, "_measure", lambda _: user.nbytes)
+    monkeypatch.setattr(small, "_fetch", lambda _: None)
+    futures = [small.request(f"{number:064x}") for number in range(count)]
+    until(lambda: len(small._ready) == count)
+    small.close()
+    assert all(isinstance(future.exception(SECONDS), NotReady) for future in futures)
+    assert small.waiting == 0
+
+
+def test_evicted_masks_leave_nothing(make: Make, masks: list[Mask]) -> None:
+    """Not even the notes of what left, which only a load without room used to read."""
+    residency = make(1)
+    for _ in range(3):
+        for mask in masks:
+            residency.get(mask.digest)
+    until(residency._freed.empty)
+    assert residency.loads.evictions == 3 * len(masks) - 1
 
 
 def test_nobody_waits_for_the_load_of_another(make: Make, verified_store: Doors, masks: list[Mask]) -> None:

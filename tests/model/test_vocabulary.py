@@ -172,6 +172,8 @@ def test_llama_3_begins_with_a_token_unless_told_otherwise(tmp_path: Path) -> No
         ("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}", [0, 2]),
         ("{{ raise_exception('no') }}", [0, 2]),
         ("{{ nothing[", [0, 2]),
+        ("{{ 1 / 0 }}", [0, 2]),
+        ("{{ 'a' * 10**19 }}", [0, 2]),
     ],
 )
 def test_ends_are_the_files_and_the_templates(tmp_path: Path, template: str | None, ends: list[int]) -> None:

@@ -16,6 +16,7 @@ from masquerade.plan.memory import MachineMemory
 from masquerade.plan.outline import Outline, read_outline
 from masquerade.plan.reservation import check_loadable, reserve
 from masquerade.sources import find_model
+from tests.model import ggufs
 
 WORKLOAD = Workload(personas=10, context=200, requests=8, rho=0.003)
 PLENTY = 2**40
@@ -99,6 +100,14 @@ def test_quantisation_does_not_lower_what_loading_takes_on_a_cpu(outline: Outlin
     assert fit(outline, one, PLENTY, "nf4").needed == PROCESS + dense
     on_gpu = fit(replace(outline, device="cuda"), one, PLENTY, "nf4")
     assert on_gpu.lines[0].nbytes == measure_weights(outline, outline.dtype, "nf4") < dense / 2
+
+
+def test_blocks_of_a_file_are_loaded_as_they_are(tmp_path: Path) -> None:
+    path = ggufs.write(tmp_path / "m.gguf", ggufs.make_model("llama"), ggufs.quantise(ggufs.Kind.Q8_0)).path
+    outline, one = read_outline(find_model(str(path)), "cpu"), Workload(1, 16, 1, 0.0001)
+    found = fit(outline, one, PLENTY, "a8")
+    assert found.lines[1].nbytes == measure_weights(outline, outline.dtype, "a8")
+    assert found.needed < PROCESS + measure_weights(outline, outline.dtype)
 
 
 def test_a_server_reserves_its_limits(outline: Outline) -> None:

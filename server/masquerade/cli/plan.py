@@ -179,7 +179,8 @@ def _describe_weights(outline: Outline, quantization: str | None) -> Report:
             found[name] = measure_weights(outline, outline.dtype, name)
         except ValueError:
             found[name] = None
-    return found | {"served": measure_served(outline, quantization)}
+    kept = outline.keeps and not quantization
+    return found | {"served": measure_served(outline, quantization), "kept": kept}
 
 
 def _describe_cache(outline: Outline, found: Fit) -> Report:
@@ -271,16 +272,21 @@ def _write(report: Report) -> Iterator[str]:
 
 
 def _write_weights(weights: Report, model: Report) -> Iterator[str]:
+    from masquerade.model.quantized import QUANTIZATIONS
+
+    served = "kept" if weights["kept"] else model["quantization"] or model["dtype"]
     yield "\nweights"
     kinds = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in weights["files"].items())
     total = format_bytes(sum(weights["files"].values()))
     yield f"  in the files: {f'{total} ({kinds})' if kinds else 'not there'}"
     for name, count in weights.items():
-        if name in ("files", "served"):
+        if name in ("files", "served", "kept"):
             continue
         text = "not possible with rows of this length" if count is None else format_bytes(count)
-        rest = f", embeddings and norms in {model['dtype']}" if name in ("int8", "nf4") and count is not None else ""
-        yield f"  {name}: {text}{rest}{'; served' if name == (model['quantization'] or model['dtype']) else ''}"
+        rest = f", embeddings and norms in {model['dtype']}" if name in QUANTIZATIONS and count is not None else ""
+        yield f"  {name}: {text}{rest}{'; served' if name == served else ''}"
+    if weights["kept"]:
+        yield f"  in the file's blocks: {format_bytes(weights['served'])}; served"
 
 
 def _write_cache(kv: Report, dtype: str, layers: int) -> Iterator[str]:

@@ -294,10 +294,12 @@ class Engine:
     @torch.inference_mode()
     def _forward(self, chunks: Sequence[Chunk]) -> list[SampledToken]:
         logits = self._graphs.run(chunks, self._scheduler.block_table) if self._graphs else None
-        if logits is None:
-            logits = self._run_model(chunks)
-        else:
+        if logits is not None:
             self._find_route([])  # it would keep the masks of the last step without a graph
+        else:
+            if self._graphs:
+                self._graphs.release()  # they would keep those of the last step with one
+            logits = self._run_model(chunks)
         self.counts.steps += 1
         self.counts.computed += sum(chunk.stop - chunk.start for chunk in chunks)
         if any(chunk.request.unscored for chunk in chunks):

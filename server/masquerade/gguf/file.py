@@ -32,6 +32,7 @@ _NUMBERS: Mapping[int, np.dtype[Any]] = {
     if name
 }
 _LENGTH = struct.Struct("<Q")  # of a string
+_LONGEST_NAME = 1024  # characters; the specification allows 65535 bytes in a key and 64 in a tensor's name
 D = TypeVar("D")
 _MISSING: Any = object()
 
@@ -170,7 +171,7 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     keys = cursor.count("the number of keys", least=13)
     metadata: dict[str, Any] = {}
     for number in range(keys):
-        key = cursor.text(f"key {number + 1} of {keys}")
+        key = cursor.name(f"key {number + 1} of {keys}")
         if key in metadata:
             raise UnusableModel(f"{path}: {key}: appears twice")
         metadata[key] = cursor.value(key)
@@ -190,7 +191,7 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
 
 def _tensor_infos(cursor: _Cursor, count: int) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
     for number in range(count):
-        name = cursor.text(f"the name of tensor {number + 1} of {count}")
+        name = cursor.name(f"the name of tensor {number + 1} of {count}")
         dimensions = cursor.integer("<I", name)
         if not 1 <= dimensions <= DIMENSIONS:
             raise UnusableModel(f"{cursor.path}: {name}: has {dimensions} dimensions; supported: 1 to {DIMENSIONS}")
@@ -250,6 +251,15 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise UnusableModel(f"{self.path}: {what!r:.80}: is not UTF-8: {error}") from error
 
+    def name(self, what: str) -> str:
+        """The name of a key or a tensor, which messages about it begin with."""
+        name = self.text(what)
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise UnusableModel(
+                f"{self.path}: {what}: is {name!r:.80}; expected at most {_LONGEST_NAME} printable characters"
+            )
+        return name
+
     def value(self, key: str) -> Any:
         kind = self.integer("<I", key)
         if kind == _STRING:
@@ -259,6 +269,8 @@ class _Cursor:
         return _plain(self._numbers(key, kind, 1)[0])
 
     def _numbers(self, key: str, kind: int, count: int) -> np.ndarray[Any, Any]:
+        if kind == _ARRAY:
+            raise UnusableModel(f"{self.path}: {key}: is an array of arrays, which is not supported")
         if kind not in _NUMBERS:
             raise UnusableModel(f"{self.path}: {key}: is of type {kind}, which GGUF does not define")
         size = count * _NUMBERS[kind].itemsize

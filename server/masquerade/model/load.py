@@ -28,6 +28,7 @@ from masquerade.sources import ModelFiles, find_model
 
 # the weights of the language model in Gemma 3, Mistral 3 and Llama 4, which read images too
 _TEXT_PART = {r"^(?:model\.)?language_model\.(?:model\.)?": "model.", r"^model\.lm_head\.": "lm_head."}
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _LOADING = "Loading weights"  # transformers' name of its progress bar
 
 
@@ -178,7 +179,14 @@ def _load_folder(
             dtype=wanted,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `found`
             **place,
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        weight, stored_shape, shape = mismatched[0]
+        raise UnusableModel(
+            f"cannot load a model from {name!r}: {weight} has the shape {list(stored_shape)} in its files, and "
+            f"{list(shape)} by its config.json"
         )
     if missing := sorted(found["missing_keys"]):  # transformers makes random ones
         raise UnusableModel(f"cannot load a model from {name!r}: the weights of {quote(missing)} are missing")
@@ -221,6 +229,13 @@ def read_config(name: str, folder: Path) -> tuple[Any, Mapping[str, str] | None]
 
     Of a model of text and images it is the part for text. Raises `UnusableModel` for a family that is not supported.
     """
+    if not (folder / _CONFIG).is_file():
+        hint = (
+            f"it has {_ADAPTER}, so it is an adapter: give its base"
+            if (folder / _ADAPTER).is_file()
+            else ("give the folder that transformers' save_pretrained has written, or a GGUF file")
+        )
+        raise UnusableModel(f"{name!r} has no {_CONFIG}; {hint}")
     model_type = str(PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         families.refuse(name, model_type)

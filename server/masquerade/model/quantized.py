@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ BLOCKS = (64, 32)  # sizes of blocks of 4-bit weights, preferred first
 BITSANDBYTES = "bitsandbytes"
 _CONFIGS = ("quantization_config", "compression_config")
 _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
+_BITSANDBYTES_STATE = re.compile(r"\.SCB$|\.quant_state\.bitsandbytes__")  # beside each weight in 8 or 4 bits
 _INSTEAD = (
     "take the unquantised checkpoint, with --quantization int8, nf4 or fp4 if it must be small, or a GGUF file of it"
 )
@@ -89,6 +91,12 @@ def check_stored(name: str, config: Mapping[str, Any], tensors: Iterable[str]) -
             f"{name!r} is a model of text and images that {BITSANDBYTES} quantised, which cannot be loaded; {_INSTEAD}"
         )
     if method == BITSANDBYTES:
+        stored = [*tensors]
+        if stored and not any(_BITSANDBYTES_STATE.search(tensor) for tensor in stored):
+            raise UnusableModel(
+                f"{name!r}: its config.json says that {BITSANDBYTES} quantised the weights, and they are not; "
+                "remove its `quantization_config`, and use --quantization if the model must be small"
+            )
         return BITSANDBYTES
     if how:
         raise UnusableModel(f"{name!r} is quantised with {quote(method)} in its files; {_INSTEAD}")

@@ -265,8 +265,10 @@ class Residency:
         self._ready = deque(load for load in self._ready if not self._drop(load))
         while self._ready and not self._closed and self._make_room(self._ready[0]):
             self._pool.submit(self._finish, self._ready.popleft())
-        while self._ready and self._closed:
-            self._fail(self._ready.popleft(), NotReady("the server is stopping"))
+        if self._closed:
+            stopped, self._ready = self._ready, deque()
+            for load in stopped:
+                self._fail(load, NotReady("the server is stopping"))
         if not self._ready:
             for entry in self._entries.values():
                 entry.strong = entry.ref()
@@ -287,7 +289,6 @@ class Residency:
             entry.strong = entry.ref() if evicting >= missing else None
             evicting += entry.nbytes
         if missing > 0:
-            self._start_evictor()
             return False
         self._used += load.nbytes
         return True
@@ -343,6 +344,7 @@ class Residency:
         assert load.mask is not None
         resident = self._manager.fit(load.mask)
         with self._lock:
+            self._start_evictor()  # it takes the notes that evicted masks leave
             entry = _CacheEntry(weakref.ref(resident), resident, resident.nbytes)
             freed = load.digest, entry
             entry.ref = weakref.ref(resident, lambda _: self._freed.put(freed))  # may run on any thread at any time

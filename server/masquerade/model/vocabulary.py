@@ -92,7 +92,7 @@ def _ends_of_template(tokenizer: Any) -> list[int]:
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, TypeError, ValueError, RecursionError):
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError):
         return []  # it wants something else; a request will be told so
     after = tokenizer.encode(text.rpartition(_MARK)[2].lstrip(), add_special_tokens=False)[:1]
     known = tokenizer.added_tokens_decoder

@@ -76,7 +76,8 @@ class DecodeInputs:
         ids[:count] = [chunk.request.ids[chunk.start] for chunk in chunks]
         positions[:count] = [chunk.start for chunk in chunks]
         lengths[:count] = positions[:count] + 1
-        table[:count, : block_table.shape[1]] = block_table[[chunk.request.batch_index for chunk in chunks]]
+        used = -(-int(lengths.max()) // BLOCK_SIZE)  # no row reads beyond its length; a context may have many blocks
+        table[:count, :used] = block_table[[chunk.request.batch_index for chunk in chunks], :used]
         blocks, offsets = np.full(rows, self._kv.scratch_block), np.arange(rows) % BLOCK_SIZE
         blocks[:count] = table[np.arange(count), positions[:count] // BLOCK_SIZE]
         offsets[:count] = positions[:count] % BLOCK_SIZE
@@ -189,7 +190,7 @@ class DecodeGraphs:
 
 def capture(run: Run) -> Run:
     """Capture what a function does on the device. The returned function repeats it, into the same output."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    current, side = torch.cuda.current_stream(), _side()
     side.wait_stream(current)
     with torch.cuda.stream(side):  # warm-up: kernels are compiled and libraries allocate memory
         run()
@@ -205,6 +206,12 @@ def capture(run: Run) -> Run:
         return output
 
     return replay
+
+
+@cache
+def _side() -> torch.cuda.Stream:
+    """The stream of all warm-ups: cuBLAS keeps memory for each stream that it has seen."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 @cache

@@ -1,7 +1,8 @@
 """The masked product on CUDA, in Triton.
 
-Never run on a device: the tests check the kernels against float64 in Triton's interpreter and compile them for sm_90.
-The same holds for `masquerade.model.cuda`, which prepares a batch for these kernels.
+Its tests pass on an H200, where it was measured once (benchmarks/RESULTS.md, "CUDA devices"); elsewhere they check
+the kernels against float64 in Triton's interpreter and compile them for sm_90. The same holds for
+`masquerade.model.cuda`, which prepares a batch for these kernels.
 """
 
 from masquerade.kernels.cuda.masks import CudaBits, CudaList, find_kernels, serves

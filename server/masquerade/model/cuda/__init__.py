@@ -1,4 +1,4 @@
-"""A batch's route as device tensors with fixed addresses, for `masquerade.kernels.cuda`, whose status it shares."""
+"""A batch's route as device tensors with fixed addresses, for `masquerade.kernels.cuda`, tested as it is."""
 
 from masquerade.model.cuda.slots import SlotMap, SlotRoute, Slots, SlotShape, find_entries
 from masquerade.model.cuda.staging import Staging
