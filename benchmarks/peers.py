@@ -1,9 +1,11 @@
 """Tokens per CPU-second beside other engines, with 1, 4 and 16 streams of SmolLM2 on one core.
 
-`python -m benchmarks.peers --json [--quick] [--peers transformers peft llama.cpp]`. The model is `smollm2`, a GGUF file
-of type Q4_1. Masquerade runs it as it is served, with weights in the file's blocks where the processor allows that, in
-bf16, and with inputs of 8 bits, as llama.cpp has them (`--quantization a8`). `generate` of transformers (a static
-batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF file in BF16.
+`python -m benchmarks.peers --json [--quick] [--peers transformers peft llama.cpp] [--kind Q4_K]`. The model is
+`smollm2`, a GGUF file of type Q4_1; with `--kind`, a random Llama of 185 million weights in that type, whose rows are
+whole blocks of 256 (embeddings in Q6_K, or in Q8_0 beside a type without super-blocks), as llama.cpp's own files of
+larger models have them. Masquerade runs it as it is served, with weights in the file's blocks where the processor
+allows that, in bf16, and with inputs of 8 bits, as llama.cpp has them (`--quantization a8`). `generate` of transformers
+(a static batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF file in BF16.
 Prompts have 40 to 80 tokens and are equal for all. Decoding is greedy and has no end token, so that the work is equal;
 it is timed from the first token of every answer to the last. Sides take turns within each round: rates are medians,
 ratios are medians of the ratios of each round. Times are CPU time of the whole process that computes. Masks have 55 000
@@ -41,8 +43,11 @@ from benchmarks._world import load_smollm2
 from benchmarks.engine import GREEDY, PROMPTS_FIRST, make_prompts, run_generate
 from benchmarks.real import GAMMA, make_mask
 from masquerade.engine import Engine, Request
-from masquerade.model import AppliedMask, Base, MaskManager
+from masquerade.kernels.quantised import FORMS
+from masquerade.model import AppliedMask, Base, MaskManager, load
 from masquerade.model.quantized import A8
+from tests.model.gguf_blocks import quantise
+from tests.model.ggufs import copy_metadata
 
 OURS, PLAIN, ROUNDED = "Masquerade", "Masquerade, bf16", "Masquerade, a8"
 PEERS = "transformers", "peft", "llama.cpp"
@@ -51,6 +56,14 @@ MIXED = (16,)  # streams of the sides with eight personas or adapters
 ADAPTERS = 8
 RANK = 16
 NODE = "node-llama-cpp@3.22.1"
+SHAPE = {  # of a random model
+    "block_count": 12,
+    "embedding_length": 1024,
+    "feed_forward_length": 2816,
+    "attention.head_count": 16,
+    "attention.head_count_kv": 4,
+    "rope.dimension_count": 64,
+}
 FOLDER = Path(__file__).parents[1] / ".peers"
 
 # A loop over jobs, a line of JSON each. A step waits for one token of every stream, so batches are full.
@@ -101,6 +114,7 @@ class Spent:
     tokens: int
 
 
+LoadBase = Callable[..., Base]
 Run = Callable[[list[list[int]], int], Spent]
 
 
@@ -129,12 +143,13 @@ QUICK = Scale(2, 32)
 def main() -> None:
     parser = arguments(__doc__, "fewer rounds and tokens; within three CPU minutes where there are bf16 instructions")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="what is not installed is left out")
+    parser.add_argument("--kind", choices=FORMS, help="type of a random model's weights; by default SmolLM2's Q4_1")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        sides = find_sides(Path(folder), options.peers)
+        sides = find_sides(Path(folder), options.peers, options.kind)
         figures = []
         for figure in measure_sides(sides, QUICK if options.quick else FULL):  # a run takes half an hour
             print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
@@ -142,14 +157,23 @@ def main() -> None:
     report("peers", figures, options.json)
 
 
-def find_sides(folder: Path, peers: Sequence[str]) -> list[Side]:
+def find_sides(folder: Path, peers: Sequence[str], kind: str | None) -> list[Side]:
     """Masquerade and the peers that are installed; the others are named on stderr."""
-    base = load_smollm2(keep_blocks=True)
-    sides = [*make_masquerade(OURS, base), *make_masquerade(ROUNDED, load_smollm2(quantization=A8))]
-    plain = load_smollm2()
+    load_base: LoadBase = load_smollm2
+    if kind:
+        path = folder / f"{kind}.gguf"
+        write_random(load_smollm2().path, path, gguf.GGMLQuantizationType[kind])
+        load_base = partial(load, str(path), device="cpu")
+    base = load_base(keep_blocks=True)
+    sides = [*make_masquerade(OURS, base), *make_masquerade(ROUNDED, load_base(quantization=A8))]
+    plain = load_base()
     MaskManager.attach(plain.model)
     sides.append(Side(PLAIN, partial(run_masquerade, plain, [None])))
-    make = dict(zip(PEERS, (make_transformers, make_peft, partial(make_llama_cpp, base, folder)), strict=True))
+    make: dict[str, Callable[[], Iterator[Side]]] = {
+        "transformers": partial(make_transformers, load_base),
+        "peft": partial(make_peft, load_base),
+        "llama.cpp": partial(make_llama_cpp, base, kind or "Q4_1", folder),
+    }
     for peer in peers:
         try:
             sides += make[peer]()
@@ -208,18 +232,18 @@ def run_masquerade(base: Base, masks: Sequence[AppliedMask | None], prompts: lis
     return Spent(first - started, ended - first, tokens - early)
 
 
-def make_transformers() -> Iterator[Side]:
+def make_transformers(load_base: LoadBase) -> Iterator[Side]:
     """`generate` on a copy of the model whose Linears are torch's."""
-    yield Side("transformers", partial(run_transformers, load_smollm2(), 0), (PLAIN,))
+    yield Side("transformers", partial(run_transformers, load_base(), 0), (PLAIN,))
 
 
-def make_peft() -> Iterator[Side]:
+def make_peft(load_base: LoadBase) -> Iterator[Side]:
     """`generate` with one adapter, and with eight in a batch."""
     if importlib.util.find_spec("peft") is None:
         raise NotInstalled("PEFT; `pip install peft` installs it")
     from peft import LoraConfig, get_peft_model
 
-    base = load_smollm2()
+    base = load_base()
     config = LoraConfig(r=RANK, target_modules=["o_proj", "down_proj"], init_lora_weights=False)
     # The adapters stay in bf16, as the model: by default PEFT computes them in fp32.
     adapted = get_peft_model(base.model, config, "0", autocast_adapter_dtype=False)
@@ -251,8 +275,8 @@ def run_transformers(base: Base, adapters: int, prompts: list[list[int]], new: i
     return Spent(first.seconds - started, time.process_time() - first.seconds, len(prompts) * (new - 1))
 
 
-def make_llama_cpp(base: Base, folder: Path) -> Iterator[Side]:
-    """The Q4_1 file, the same with one adapter and with eight, and its weights in BF16."""
+def make_llama_cpp(base: Base, kind: str, folder: Path) -> Iterator[Side]:
+    """The file, the same with one adapter and with eight, and its weights in BF16."""
     if not shutil.which("node") or not (FOLDER / "node_modules/node-llama-cpp").exists():
         raise NotInstalled(f"llama.cpp; node and `npm install --prefix .peers --ignore-scripts {NODE}` install it")
     script = FOLDER / "peers.mjs"  # node looks for packages beside a script
@@ -272,12 +296,12 @@ def make_llama_cpp(base: Base, folder: Path) -> Iterator[Side]:
         write_adapter(reader, path, place)
     write_bf16(reader, folder / "bf16.gguf")
     run = partial(run_llama_cpp, child)
-    yield Side("llama.cpp, Q4_1", partial(run, base.path, []), (OURS, ROUNDED))
+    yield Side(f"llama.cpp, {kind}", partial(run, base.path, []), (OURS, ROUNDED))
     yield Side("llama.cpp, BF16", partial(run, folder / "bf16.gguf", []), (PLAIN,))
     one = tuple(f"{ours}, 1 persona" for ours in (OURS, ROUNDED))
-    yield Side("llama.cpp, Q4_1, 1 LoRA", partial(run, base.path, adapters[:1]), one)
+    yield Side(f"llama.cpp, {kind}, 1 LoRA", partial(run, base.path, adapters[:1]), one)
     many = tuple(f"{ours}, {ADAPTERS} personas" for ours in (OURS, ROUNDED))
-    yield Side(f"llama.cpp, Q4_1, {ADAPTERS} LoRAs", partial(run, base.path, adapters), many, MIXED)
+    yield Side(f"llama.cpp, {kind}, {ADAPTERS} LoRAs", partial(run, base.path, adapters), many, MIXED)
 
 
 def write_adapter(reader: gguf.GGUFReader, path: Path, seed: int) -> None:
@@ -296,14 +320,39 @@ def write_adapter(reader: gguf.GGUFReader, path: Path, seed: int) -> None:
     _write(writer)
 
 
+def write_random(like: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """A random Llama with the vocabulary of a GGUF file and matrices of a type."""
+    reader, writer, rng = gguf.GGUFReader(like), gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    copy_metadata(reader, writer)
+    for key, value in SHAPE.items():
+        writer.add_uint32(f"llama.{key}", value)
+    width, hidden = SHAPE["embedding_length"], SHAPE["feed_forward_length"]
+    keys = width // SHAPE["attention.head_count"] * SHAPE["attention.head_count_kv"]
+    words = next(tensor.data.shape[0] for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    outer = gguf.GGMLQuantizationType.Q6_K if kind.name.endswith("_K") else gguf.GGMLQuantizationType.Q8_0
+    matrices = {
+        "attn_q": (width, width),
+        "attn_k": (keys, width),
+        "attn_v": (keys, width),
+        "attn_output": (width, width),
+    }
+    matrices |= {"ffn_gate": (hidden, width), "ffn_up": (hidden, width), "ffn_down": (width, hidden)}
+    tensors = [("token_embd.weight", (words, width), outer)]
+    for layer in range(SHAPE["block_count"]):
+        tensors += [(f"blk.{layer}.{name}.weight", shape, kind) for name, shape in matrices.items()]
+    for name, shape, form in tensors:
+        values = rng.standard_normal(shape, dtype=np.float32) * 0.05
+        writer.add_tensor(name, quantise(values, form), raw_dtype=form)
+    norms = [f"blk.{layer}.{name}_norm.weight" for layer in range(SHAPE["block_count"]) for name in ("attn", "ffn")]
+    for name in (*norms, "output_norm.weight"):
+        writer.add_tensor(name, np.ones(width, np.float32))
+    _write(writer)
+
+
 def write_bf16(reader: gguf.GGUFReader, path: Path) -> None:
     """The model of a GGUF file with its matrices in BF16."""
     writer = gguf.GGUFWriter(path, "llama")
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != gguf.Keys.General.ARCHITECTURE:
-            kind = field.types[0]
-            items = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, items)
+    copy_metadata(reader, writer)
     dtype = gguf.GGMLQuantizationType.BF16
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
