@@ -1,7 +1,7 @@
 """Tokens per CPU-second beside other engines, with 1, 4 and 16 streams of SmolLM2 on one core.
 
-`python -m benchmarks.peers --json [--quick] [--peers transformers peft llama.cpp] [--kind Q4_K]`. The model is
-`smollm2`, a GGUF file of type Q4_1; with `--kind`, a random Llama of 185 million weights in that type, whose rows are
+`python -m benchmarks.peers --json [--quick] [--peers transformers peft llama.cpp] [--kind Q4_K]
+[--streams 1 4 16]`. The model is `smollm2`, a GGUF file of type Q4_1; with `--kind`, a random Llama of 185 million weights in that type, whose rows are
 whole blocks of 256 (embeddings in Q6_K, or in Q8_0 beside a type without super-blocks), as llama.cpp's own files of
 larger models have them. Masquerade runs it as it is served, with weights in the file's blocks where the processor
 allows that, in bf16, and with inputs of 8 bits, as llama.cpp has them (`--quantization a8`). `generate` of transformers
@@ -144,6 +144,7 @@ def main() -> None:
     parser = arguments(__doc__, "fewer rounds and tokens; within three CPU minutes where there are bf16 instructions")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="what is not installed is left out")
     parser.add_argument("--kind", choices=FORMS, help="type of a random model's weights; by default SmolLM2's Q4_1")
+    parser.add_argument("--streams", nargs="+", type=int, choices=STREAMS, default=STREAMS)
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -151,7 +152,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sides = find_sides(Path(folder), options.peers, options.kind)
         figures = []
-        for figure in measure_sides(sides, QUICK if options.quick else FULL):  # a run takes half an hour
+        scale = QUICK if options.quick else FULL
+        for figure in measure_sides(sides, options.streams, scale):  # a run takes half an hour
             print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
             figures.append(figure)
     report("peers", figures, options.json)
@@ -183,9 +185,9 @@ def find_sides(folder: Path, peers: Sequence[str], kind: str | None) -> list[Sid
     return sides
 
 
-def measure_sides(sides: Sequence[Side], scale: Scale) -> Iterator[Figure]:
+def measure_sides(sides: Sequence[Side], streams: Sequence[int], scale: Scale) -> Iterator[Figure]:
     """Rates of decoding and of prompts, and ratios of decoding."""
-    for count in STREAMS:
+    for count in streams:
         prompts = make_prompts(count, (40, 80))
         present = [side for side in sides if count in side.streams]
         spent: dict[str, list[Spent]] = {side.name: [] for side in present}
