@@ -1,11 +1,12 @@
 """Tokens per CPU-second beside other engines, with 1, 4 and 16 streams of SmolLM2 on one core.
 
-`python -m benchmarks.peers --json [--quick] [--peers transformers peft llama.cpp] [--kind Q4_K] [--streams 1 4 16]`. The
-model is `smollm2`, a GGUF file of type Q4_1; with `--kind`, a random Llama of 185 million weights in that type, whose
-rows are whole blocks of 256 (embeddings in Q6_K, or in Q8_0 beside a type without super-blocks), as llama.cpp's own
-files of larger models have them. Masquerade runs it as it is served, with weights in the file's blocks where the
+`python -m benchmarks.peers --json [--quick] [--peers transformers peft llama.cpp] [--kind Q4_K] [--streams 1 4 16]`.
+The model is `smollm2`, a GGUF file of type Q4_1; with `--kind`, a random Llama of 185 million weights in that type,
+whose rows are whole blocks of 256 (embeddings in Q6_K, or in Q8_0 beside a type without super-blocks), as llama.cpp's
+own files of larger models have them. Masquerade runs it as it is served, with weights in the file's blocks where the
 processor allows that, in bf16, and with inputs of 8 bits, as llama.cpp has them (`--quantization a8`). `generate` of
-transformers (a static batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF file in BF16.
+transformers (a static batch) and PEFT run it in bf16. llama.cpp runs the file itself, and the same weights as a GGUF
+file in BF16.
 Prompts have 40 to 80 tokens and are equal for all. Decoding is greedy and has no end token, so that the work is equal;
 it is timed from the first token of every answer to the last. Sides take turns within each round: rates are medians,
 ratios are medians of the ratios of each round. Times are CPU time of the whole process that computes. Masks have 55 000

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from maskstore import BaseRef, Mask, MaskInfo, encode
 from masquerade import kernels
@@ -24,6 +24,7 @@ from masquerade.plan.footprint import RHOS, find_window, measure_persona, measur
 from masquerade.plan.outline import Outline, read_outline
 from masquerade.sources import find_model
 from tests import world
+from tests.cli.running import masquerade
 
 WAYS = [None, *QUANTIZATIONS]
 
@@ -62,6 +63,25 @@ def test_weights(tiny_folder: Path, how: str | None, dtype: str) -> None:
     base = load(str(tiny_folder), device="cpu", dtype=dtype, quantization=how)
     outline = outline_of(tiny_folder, dtype=dtype)
     assert measure_weights(outline, outline.dtype, how) == weigh(base.model)
+
+
+@pytest.mark.parametrize("how", QUANTIZATIONS)
+def test_weights_that_are_quantised_in_their_files(tmp_path: Path, how: str) -> None:
+    plain = world.make_model(tmp_path / "plain", intermediate_size=128)
+    config = {"load_in_8bit": True} if how == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": how}
+    AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=BitsAndBytesConfig(**config), dtype=torch.float32, device_map={"": "cpu"}
+    ).save_pretrained(tmp_path / "stored")
+    world.make_tokenizer().save_pretrained(tmp_path / "stored")
+    outline = outline_of(tmp_path / "stored")
+    assert outline.stored == how
+    assert measure_weights(outline, outline.dtype, how) == weigh(load(str(tmp_path / "stored"), device="cpu").model)
+    workload = Workload(1, 16, 1, 0.0001)
+    assert fit(outline, workload, 2**40, how).lines[1].nbytes == measure_weights(outline, outline.dtype, how)
+    for device in ("cpu", "cuda"):
+        done = masquerade("plan", "--model", tmp_path / "stored", "--device", device, "--memory", "1GiB")
+        assert done.status == 0
+        assert [line.split(":")[0] for line in done.stdout.splitlines() if line.endswith("; served")] == [f"  {how}"]
 
 
 def test_rows_that_cannot_be_kept_in_4_bits_are_refused_as_they_are_when_loading(tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ def plan(
         raise InvalidValue(
             f"--context is {context}; {outline.name} has a context of {outline.context}", param="context"
         )
+    if quantization and outline.stored:
+        raise UnusableModel(f"{outline.name} is quantised in its files ({outline.stored}); leave --quantization out")
+    form = quantization or outline.stored
     have, source = _find_memory(memory, outline.device, split_layers)
     workload = Workload(
         personas or max_running,
@@ -67,18 +70,18 @@ def plan(
         Recipe().search_settings.rho,
     )
     try:
-        found = fit(outline, workload, have, quantization)
+        found = fit(outline, workload, have, form)
     except ValueError as error:
         raise UnusableModel(f"--quantization {quantization}: {error}") from error
-    remedies = find_remedies(outline, found, quantization) if found.missing else []
+    remedies = find_remedies(outline, found, form) if found.missing else []
     report = {
-        "model": _describe_model(outline, quantization),
-        "weights": _describe_weights(outline, quantization),
+        "model": _describe_model(outline, form),
+        "weights": _describe_weights(outline, form),
         "kv": _describe_cache(outline, found),
-        "personas": _describe_personas(outline, found, quantization),
+        "personas": _describe_personas(outline, found, form),
         "memory": {"bytes": have, "source": source},
         "fit": _describe_fit(found) | {"remedies": [asdict(one) for one in remedies]},
-        "build": _describe_build(estimate_build(outline, quantization)),
+        "build": _describe_build(estimate_build(outline, form)),
     }
     print(json.dumps(report) if as_json else "\n".join(_write(report)))
     if found.missing:
@@ -107,6 +110,7 @@ def announce(
 
     try:
         outline = _read(model, device, dtype)
+        quantization = quantization or outline.stored
         found = reserve(outline, config, mask_bytes, Recipe().search_settings.rho, quantization)
     except (UnusableModel, ValueError) as error:
         _log.debug("no plan: %s", error)
@@ -172,9 +176,9 @@ def _describe_weights(outline: Outline, quantization: str | None) -> Report:
     from masquerade.plan.footprint import measure_served, measure_weights
 
     found: Report = {"files": dict(outline.files)}
-    for name in dict.fromkeys(("float32", "bfloat16", name_dtype(outline.dtype))):
+    for name in dict.fromkeys(("float32", "bfloat16", name_dtype(outline.dtype))) if not outline.stored else ():
         found[name] = measure_weights(outline, getattr(torch, name))
-    for name in (*QUANTIZATIONS, *((A8,) if outline.saved else ())):
+    for name in [outline.stored] if outline.stored else [*QUANTIZATIONS, *([A8] if outline.saved else [])]:
         try:
             found[name] = measure_weights(outline, outline.dtype, name)
         except ValueError:
@@ -320,7 +324,8 @@ def _write_fit(report: Report) -> Iterator[str]:
     yield f"  {format_bytes(fit['needed']):>11}  needed"
     if model["device"] == "cuda":
         yield "  not counted: CUDA's context, CUDA graphs and the activations of a step"
-        yield f"  loading takes {format_bytes(report['weights'][model['dtype']])} of the host's memory"
+        weights = report["weights"]  # those that are quantised in their files are so in the host's memory
+        yield f"  loading takes {format_bytes(weights.get(model['dtype'], weights['served']))} of the host's memory"
     if fit["fits"]:
         yield f"  {format_bytes(memory['bytes'] - fit['needed']):>11}  left for more requests or personas"
         yield f"  {fit['requests']} of {kv['requests']} requests of {kv['context']} tokens run at once"

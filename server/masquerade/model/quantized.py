@@ -77,7 +77,8 @@ def _import_bitsandbytes(what: str, *more: str) -> Any:
 
 
 def check_stored(name: str, config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
-    """How the weights in a checkpoint's files are quantised: None, or `bitsandbytes`, which is served as it is.
+    """How bitsandbytes has quantised the weights in a checkpoint's files, which are served as they are: a name in
+    `QUANTIZATIONS`, or None.
 
     `config` is config.json's object, `tensors` the names in the safetensors headers. Raises `UnusableModel` for every
     other quantisation.
@@ -97,7 +98,7 @@ def check_stored(name: str, config: Mapping[str, Any], tensors: Iterable[str]) -
                 f"{name!r}: its config.json says that {BITSANDBYTES} quantised the weights, and they are not; "
                 "remove its `quantization_config`, and use --quantization if the model must be small"
             )
-        return BITSANDBYTES
+        return "int8" if how.get("load_in_8bit") else str(how.get("bnb_4bit_quant_type", "fp4"))
     if how:
         raise UnusableModel(f"{name!r} is quantised with {quote(method)} in its files; {_INSTEAD}")
     strange = next((tensor for tensor in tensors if tensor.endswith(_QUANTISED)), None)

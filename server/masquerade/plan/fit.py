@@ -108,7 +108,7 @@ def fit(outline: Outline, workload: Workload, memory: int, quantization: str | N
         Line(f"KV cache of 1 request of {workload.context} tokens", (blocks + PADDING) * block),
     ]
     loading = []
-    if quantization in QUANTIZATIONS and outline.device == "cpu":  # loads dense weights where quantised ones will be
+    if quantization in QUANTIZATIONS and not outline.stored and outline.device == "cpu":  # dense ones are loaded first
         loading = [*process, Line(f"weights in {name_dtype(outline.dtype)}, before they are quantised", dense)]
     lines = max(serving, loading, key=lambda lines: sum(line.nbytes for line in lines))
     spare = memory - weights - sum(line.nbytes for line in process)

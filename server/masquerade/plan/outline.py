@@ -42,6 +42,7 @@ class Outline:
     files: Mapping[str, int]  # bytes of the weights in the files, by their type; empty if they are not there
     is_gguf: bool
     keeps: bool = False  # whether weights of a GGUF file stay in its blocks without a quantisation
+    stored: str | None = None  # how the weights are quantised in the files: a name in `QUANTIZATIONS`
     saved: int = 0  # bytes by which weights that can stay there are smaller than in this dtype
 
     @property
@@ -83,8 +84,10 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
     folder may be missing. Raises `UnusableModel` for files that do not describe a model that masks apply to.
     """
     try:
-        config, sizes, stored = _read_gguf(files.checkpoint) if files.is_gguf else _read_folder(files)
-        wanted = _choose_dtype(dtype, device, files.is_gguf, stored)
+        config, sizes, stored_dtype, stored = (
+            (*_read_gguf(files.checkpoint), None) if files.is_gguf else _read_folder(files)
+        )
+        wanted = _choose_dtype(dtype, device, files.is_gguf, stored_dtype)
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
         model.tie_weights()
@@ -101,7 +104,7 @@ def read_outline(files: ModelFiles, device: str, dtype: str = "auto") -> Outline
     can_keep = files.is_gguf and device == "cpu" and wanted is torch.bfloat16 and find_library() is not None
     saved = _measure_saved(model, files.checkpoint) if can_keep else 0
     keeps = saved > 0 and keeps_blocks(device, dtype, None)
-    return Outline(files.name, model, device, context, sizes, files.is_gguf, keeps, saved)
+    return Outline(files.name, model, device, context, sizes, files.is_gguf, keeps, stored, saved)
 
 
 def _measure_saved(model: Any, checkpoint: Checkpoint) -> int:
@@ -116,7 +119,7 @@ def _read_gguf(checkpoint: Checkpoint) -> tuple[Any, dict[str, int], torch.dtype
     return AutoConfig.for_model(**checkpoint.config), dict(sizes), torch.bfloat16
 
 
-def _read_folder(files: ModelFiles) -> tuple[Any, dict[str, int], torch.dtype]:
+def _read_folder(files: ModelFiles) -> tuple[Any, dict[str, int], torch.dtype, str | None]:
     try:
         tensors = list_tensors(files.path)
         sizes = Counter[str]()
@@ -125,14 +128,10 @@ def _read_folder(files: ModelFiles) -> tuple[Any, dict[str, int], torch.dtype]:
     except MaskNotFound:  # the config alone tells the shapes
         tensors, sizes = (), Counter(_read_index(files.path / _INDEX))
     found, _ = PreTrainedConfig.get_config_dict(files.path, local_files_only=True)
-    if check_stored(files.name, found, (tensor.name for tensor in tensors)):
-        raise UnusableModel(
-            f"{files.name!r} is quantised with bitsandbytes in its files; it can be served, but a plan needs its "
-            "unquantised original, with the same --quantization"
-        )
+    quantised = check_stored(files.name, found, (tensor.name for tensor in tensors))
     config, _ = read_config(files.name, files.path)
     stored = next((_DTYPES[kind] for kind in sizes if kind in _DTYPES), torch.float32)
-    return config, dict(sizes), config.dtype or stored
+    return config, dict(sizes), config.dtype or stored, quantised
 
 
 def _read_index(path: Path) -> dict[str, int]:

@@ -62,7 +62,7 @@ def check_loadable(outline: Outline, memory: MachineMemory, quantization: str | 
     on_cpu = outline.device == "cpu"
     if not outline.files or (on_cpu and not quantization and outline.is_mapped):
         return
-    if quantization in QUANTIZATIONS and on_cpu:
+    if quantization in QUANTIZATIONS and not outline.stored and on_cpu:
         weights = measure_weights(outline, outline.dtype)
     else:
         weights = measure_served(outline, quantization)
