@@ -72,6 +72,20 @@ def test_no_load_of_one_persona_leaves_a_replica_idle() -> None:
     assert max(queues.values()) - min(queues.values()) <= SLACK + 1
 
 
+def test_a_name_that_is_no_text_is_ranked_like_any_other() -> None:
+    persona = find_affinity(make_scope("POST", "/v1/completions"), b'{"persona": "\\ud800"}').persona
+    assert persona == "\ud800"
+    near, every = rank(fleet(4), Affinity(persona))
+    assert len(near) == 1
+    assert set(every) == set(fleet(4))
+
+
+def test_names_keep_their_order_of_replicas() -> None:
+    """Ingresses of two versions, during an upgrade, agree."""
+    order = rank(fleet(4), Affinity("grumpy"))[1]
+    assert [one.name for one in order] == ["r0", "r3", "r2", "r1"]
+
+
 def test_the_base_goes_anywhere() -> None:
     assert rank(fleet(3), Affinity()) == [fleet(3)]
 

@@ -76,4 +76,5 @@ def _describe(replica: RunningReplica, find_queue: Callable[[Any], int | None]) 
 
 
 def _weigh(persona: str | None, replica: str) -> bytes:
-    return blake2b(f"{persona}\0{replica}".encode(), digest_size=8).digest()
+    name = f"{persona}\0{replica}".encode("utf-8", "surrogatepass")  # a client's name may have half of a pair
+    return blake2b(name, digest_size=8).digest()
