@@ -91,6 +91,13 @@ def find_model(name: str, *, download: bool = True) -> ModelFiles:
         raise UnusableModel(f"{name!r} is not a local folder and could not be downloaded: {error}") from error
 
 
+def locate_model(name: str, folder: Path) -> str:
+    """The name of a model for a process with another working folder: the path of one in `folder` is absolute."""
+    path = (folder / name).absolute()
+    known = name == demo.NAME or name in PACKAGED or name.startswith(PREFIX)
+    return name if known or not path.exists() else str(path)
+
+
 def _find_in_folder(folder: Path) -> Path:
     """The folder, or the file or first part of its only GGUF if it has no safetensors."""
     found = sorted(folder.glob(f"*{GGUF}"))

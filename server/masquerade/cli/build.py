@@ -22,6 +22,7 @@ from masquerade.cli.stores import open_store
 from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MaskRefused, MasqueradeError
 from masquerade.plan.memory import format_bytes
 from masquerade.service import kept_builds
+from masquerade.sources import locate_model
 
 if TYPE_CHECKING:
     from masquerade.evaluate.dataset import Example
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
     from masquerade.service.building import BuildInput
 
 POOL = "pool"
+DATA_FILES = frozenset(
+    {
+        *("--data", "--contrast", "--pool", "--validation", "--contrast-validation", "--neutral"),
+        *("--prompts", "--character-card"),
+    }
+)
 
 
 def build(
@@ -332,8 +339,7 @@ def _divide(shards: int, address: str, model: str, options: Mapping[str, Any], c
     if address != LOCAL:
         with connect(address):
             pass  # to fail before the work, not after some minutes of it
-    model = str(Path(model).resolve()) if Path(model).exists() else model  # a task has another working folder
-    return Sharding(shards, ShardTasks(address, model, options, cpus, gpus).run)
+    return Sharding(shards, ShardTasks(address, locate_model(model, Path()), options, cpus, gpus).run)
 
 
 def _find_masks(

@@ -14,12 +14,14 @@ import typer
 from typer.models import CommandInfo
 
 from masquerade.cli import heap
+from masquerade.cli.build import DATA_FILES, POOL
 from masquerade.cli.build import build as build_here
 from masquerade.cli.config import FLAG, read_section, read_toml
 from masquerade.cli.options import AsJson, require_ray
 from masquerade.cli.server_options import ServerOptions, accept_server_options
 from masquerade.errors import BuildFailed, InvalidValue
 from masquerade.plan.processors import read_processors
+from masquerade.sources import locate_model
 
 if TYPE_CHECKING:
     from masquerade.cluster.builds import BuildTask
@@ -120,6 +122,8 @@ def build(
 
     ended: list[builds.BuildOutcome] = []
     with connection.connect(address):
+        if address == connection.LOCAL:  # a cluster may get more nodes
+            builds.check_room(cpus, gpus)
         for outcome in builds.run_builds(tasks, cpus, gpus):
             ended.append(outcome)
             end = "built" if outcome.status == 0 else f"failed with status {outcome.status}: {outcome.last_line}"
@@ -143,12 +147,26 @@ def read_builds(file: Path) -> list[BuildTask]:
         raise InvalidValue(f"{file} must have a table [[persona]] for each build, and may have one [build]")
     tasks = []
     for number, persona in enumerate(personas, 1):
+        where = f"{file}: [[persona]] {number}"
         options = [*_list_options({**shared, **persona})]
-        _check_options(f"{file}: [[persona]] {number}", options)
-        named = {value: file.parent / value for _, value in options if value and (file.parent / value).is_file()}
-        files = {value: path.read_bytes() for value, path in named.items()}
+        _check_options(where, options)
+        files = _read_files(where, file.parent, options)
+        options = [(name, locate_model(value, file.parent) if name == "--model" else value) for name, value in options]
         tasks.append(BuildTask(str(persona.get("name")), options, files))
     return tasks
+
+
+def _read_files(where: str, folder: Path, options: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bytes]:
+    """The content of the data files that the options name. Raises `InvalidValue` for one that cannot be read."""
+    files = {}
+    for name, value in options:
+        if name not in DATA_FILES or (name, value) == ("--contrast", POOL):
+            continue
+        try:
+            files[name, value] = (folder / value).read_bytes()
+        except OSError as error:
+            raise InvalidValue(f"{where}: {name} {value:.80} cannot be read: {error.strerror}") from None
+    return files
 
 
 def _list_options(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

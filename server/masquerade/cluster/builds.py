@@ -14,7 +14,10 @@ from typing import Any
 
 import ray
 
+from masquerade.errors import InvalidValue
+
 LAST_LINES = 20  # of a build's log that are kept for its error
+REPORT = "report.json"  # what a build prints on stdout
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class BuildTask:
 
     name: str  # of the persona
     options: Sequence[tuple[str, str]]  # each with its value, "" for a flag
-    files: Mapping[str, bytes] = field(default_factory=dict)  # by the value that names it
+    files: Mapping[tuple[str, str], bytes] = field(default_factory=dict)  # by the option and value that name it
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class BuildOutcome:
     status: int
     personas: Sequence[Mapping[str, Any]]  # as `masquerade build --json` prints them
     last_line: str
+
+
+def check_room(cpus: float, gpus: float) -> None:
+    """Raise `InvalidValue` for a build that needs more than the cluster has in all."""
+    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for option, wanted, total in (("--cpus", cpus, found.get("CPU", 0)), ("--gpus", gpus, found.get("GPU", 0))):
+        if wanted > total:
+            raise InvalidValue(f"{option} is {wanted:g}, and there are {total:g} here: no build could ever begin")
 
 
 def run_builds(tasks: Sequence[BuildTask], cpus: float, gpus: float) -> Iterator[BuildOutcome]:
@@ -57,13 +68,16 @@ def _run(task: BuildTask) -> BuildOutcome:
     with tempfile.TemporaryDirectory(prefix="masquerade-") as folder:
         command = [sys.executable, "-m", "masquerade", "build", "--json", *_list_arguments(task, Path(folder))]
         lines: deque[str] = deque(maxlen=LAST_LINES)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        report = Path(folder) / REPORT  # a pipe would fill up while the other one is read
+        with (
+            open(report, "wb") as stdout,
+            subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True) as process,
+        ):
             assert process.stderr
-            assert process.stdout
             for line in process.stderr:
                 lines.append(line.rstrip())
                 print(f"{task.name}: {lines[-1]}", file=sys.stderr, flush=True)
-            printed = process.stdout.read()
+        printed = report.read_text(encoding="utf-8")
     personas = json.loads(printed)["personas"] if printed.strip() else ()
     return BuildOutcome(task.name, process.returncode, personas, next(filter(None, reversed(lines)), ""))
 
@@ -72,9 +86,9 @@ def _list_arguments(task: BuildTask, folder: Path) -> Iterator[str]:
     """The options as a command line; the content of each file is written to the folder."""
     for number, (option, value) in enumerate(task.options):
         yield option
-        if value in task.files:
+        if (option, value) in task.files:
             path = folder / f"{number}-{Path(value).name}"
-            path.write_bytes(task.files[value])
+            path.write_bytes(task.files[option, value])
             yield str(path)
         elif value:
             yield value

@@ -6,8 +6,10 @@ import os
 import secrets
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -51,16 +53,25 @@ def connect(address: str, cpus: int | None = None, gpus: int | None = None) -> I
             configure_logging=False,
             **(own if address == LOCAL else {}),
         )
-    except OSError as error:
-        raise NotReady(
-            f"no Ray cluster answers at {address}; `ray start --head` starts one, and one that needs a token wants "
-            "RAY_AUTH_MODE=token here too"
-        ) from error
+    except Exception as error:  # Ray raises what comes
+        raise NotReady(_explain(address, error)) from error
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _explain(address: str, error: Exception) -> str:
+    if address == LOCAL:
+        logs = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "session_latest", "logs")
+        return f"Ray does not start on this machine: {error}; what it logged is in {logs}"
+    if isinstance(error, OSError):
+        return (
+            f"no Ray cluster answers at {address}; `ray start --head` starts one, and one that needs a token wants "
+            "RAY_AUTH_MODE=token here too"
+        )
+    return f"the Ray cluster at {address} cannot be used: {error}"
 
 
 def _probe(address: str) -> None:
