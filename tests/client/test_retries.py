@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
-from masquerade_client import ApiError, Client, ConnectionFailed, Overloaded, ServerError
+from masquerade_client import (
+    ApiError,
+    AsyncClient,
+    Build,
+    BuildEvent,
+    Client,
+    ConnectionFailed,
+    Overloaded,
+    ServerError,
+    _calls,
+)
 from masquerade_client._calls import Attempts, Patience
 from tests.client.conftest import Async, Driver, Sync
-from tests.client.scripted import COMPLETION, Answer, Handler, Script, answer_in, say, stream
+from tests.client.scripted import COMPLETION, DONE, Answer, Handler, Script, answer_in, event, say, stream
 
 Kind = type[Sync] | type[Async]
 
@@ -95,6 +108,39 @@ def test_who_waits_for_a_build_waits_for_a_server_that_is_away() -> None:
     assert patience.pause(Overloaded("busy", passing=True)) == 0.5
     with pytest.raises(ApiError):
         patience.pause(ApiError("no such build", status=404))
+
+
+def wait_for(kind: Kind, url: str, progress: Callable[[BuildEvent], object]) -> Build:
+    async def wait() -> Build:
+        async with AsyncClient(url, retries=0) as client:
+            return await client.builds.wait("job", progress)
+
+    if kind is Async:
+        return asyncio.run(wait())
+    with Client(url, retries=0) as client:
+        return client.builds.wait("job", progress)
+
+
+def test_a_long_step_of_a_build_costs_no_patience(kind: Kind, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is heard until it restarts, though nothing happens to the build for longer than patience lasts."""
+    now, silent = [0.0], threading.Event()
+    monkeypatch.setattr(_calls, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def wait_long(_: BuildEvent) -> None:
+        now[0] += 2 * _calls.LONGEST_ABSENCE
+        silent.set()
+
+    def restart(handler: Handler) -> None:
+        handler.start(200, Content_Type="text/event-stream", Connection="close")
+        handler.write(event({"id": "1", "created_at": 1, "level": "info", "message": "a step"}))
+        silent.wait(60)
+        handler.write(b": ping\n\n")
+
+    ended = {"status": "succeeded", "created_at": 1, "finished_at": 2, "personas": [], "error": None}
+    build = {"id": "job", "persona": "formal", **ended}
+    script.answer, asked = turns(restart, stream(DONE), say(build))
+    assert wait_for(kind, script.base_url, wait_long).persona == "formal"
+    assert len(asked) == 3
 
 
 def test_a_lost_list_is_asked_for_again(client: Driver, kind: Kind, script: Script) -> None:

@@ -63,9 +63,13 @@ def require_success(build: Build) -> Build:
 
 
 class Events:
-    """Decodes events, and drops those that an earlier connection already delivered."""
+    """Decodes events, and drops those that an earlier connection already delivered.
 
-    def __init__(self) -> None:
+    `heard` is called for whatever arrives, also between events.
+    """
+
+    def __init__(self, heard: Callable[[], object] = lambda: None) -> None:
+        self._heard = heard
         self._seen: set[str] = set()
         self.begin()
 
@@ -76,6 +80,7 @@ class Events:
 
     def feed(self, chunk: bytes) -> Iterator[BuildEvent]:
         """Yield the new events that `chunk` completes."""
+        self._heard()
         with decoding("a stream of build events"):
             for text in self._decoder.feed(chunk):
                 if text == "[DONE]":
@@ -127,11 +132,11 @@ class Builds:
 
         Raises `BuildFailed` if it fails or is cancelled.
         """
-        seen, patience = Events(), Patience()
+        patience = Patience()
+        seen = Events(patience.reset)
         while True:
             try:
                 for event in self._follow(build, seen):
-                    patience.reset()
                     if progress:
                         progress(event)
                 current = self.get(build)
@@ -186,11 +191,11 @@ class AsyncBuilds:
 
         Raises `BuildFailed` if it fails or is cancelled.
         """
-        seen, patience = Events(), Patience()
+        patience = Patience()
+        seen = Events(patience.reset)
         while True:
             try:
                 async for event in self._follow(build, seen):
-                    patience.reset()
                     if progress:
                         progress(event)
                 current = await self.get(build)
