@@ -102,7 +102,7 @@ def test_a_batch_of_masks_equals_the_formula(shape: tuple[int, int], rows: int, 
             weight = weight * gate(pruned, gamma)
         expected[row] = x[row].double() @ weight.T + linear.bias.double()
     scale = x.double().abs() @ linear.weight.double().abs().T + 1
-    found = serve(SlotRoute(spans, DEVICE), linear, x)
+    found = serve(SlotRoute(spans), linear, x)
     assert ((found.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
 
 
@@ -114,7 +114,7 @@ def test_many_rows_of_a_mask_equal_the_formula(form: str) -> None:
     target = encode(pruned)
     mask = applied(linear, target.to_bitmap() if form == "bitmap" else target.to_sparse(), "p")
     x = torch.randn(75, 100, device=DEVICE)
-    route = SlotRoute([Span(AppliedMask(mask, 0.3), 2, 70), Span(AppliedMask(mask, 0.0), 71, 72)], DEVICE)
+    route = SlotRoute([Span(AppliedMask(mask, 0.3), 2, 70), Span(AppliedMask(mask, 0.0), 71, 72)])
     found = serve(route, linear, x)
     expected = x.double() @ linear.weight.double().T
     expected[2:70] = x[2:70].double() @ (linear.weight.double() * gate(pruned, 0.3)).T
@@ -130,9 +130,7 @@ def test_a_hard_mask_skips_what_it_prunes_beside_rows_that_do_not() -> None:
     pruned[3, 5] = True
     linear.weight.data[3, 5] = float("inf")
     mask = applied(linear, encode(pruned).to_bitmap(), "p")
-    route = SlotRoute(
-        [Span(AppliedMask(mask, gamma), row, row + 1) for row, gamma in enumerate((0.0, 0.5, 0.0))], DEVICE
-    )
+    route = SlotRoute([Span(AppliedMask(mask, gamma), row, row + 1) for row, gamma in enumerate((0.0, 0.5, 0.0))])
     found = serve(route, linear, torch.ones(4, 32, device=DEVICE))
     assert found.isfinite().all(1).tolist() == [True, False, True, False]
 
