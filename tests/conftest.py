@@ -1,4 +1,4 @@
-"""The small world, made once a session."""
+"""Fixtures of all tests, and the order of the files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # before transformers imports triton
+from tests.small_world import manager, tiny, tiny_folder  # noqa: F401, fixtures; imports triton before others do
 
-from masquerade.model import Base, MaskManager, load
+# isort: split
 from masquerade.packaged import find_cache
-from tests import world
 from tests.databases import Cluster, Place, run_cluster
 from tests.serving import Server, forking, serve
 
@@ -107,24 +106,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _forking(_cache: None) -> Iterator[None]:
     with forking():
         yield
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def tiny(tiny_folder: Path) -> Base:
-    """A base of one's own: a test may attach, detach and run engines on it."""
-    return load(str(tiny_folder), device="cpu")
-
-
-@pytest.fixture
-def manager(tiny: Base) -> Iterator[MaskManager]:
-    manager = MaskManager.attach(tiny.model)
-    yield manager
-    manager.detach()
 
 
 @pytest.fixture(scope="session")

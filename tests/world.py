@@ -130,7 +130,7 @@ def speak(
 ) -> Spoken:
     """The oracle: greedy tokens of one request alone. In phase `decode` all but the last prompt token is the base's."""
     cache, rest = begin(base, prompt, phase)
-    ids = torch.tensor([rest])
+    ids = torch.tensor([rest], device=worn.device)
     tokens: list[int] = []
     margins: list[float] = []
     while len(tokens) < count:
@@ -141,7 +141,7 @@ def speak(
         if token in ends:
             break
         tokens.append(token)
-        ids = torch.tensor([[token]])
+        ids = torch.tensor([[token]], device=worn.device)
     return Spoken(tokens, margins)
 
 
@@ -150,7 +150,7 @@ def foresee(base: Any, worn: Any, prompt: list[int], answer: list[int], phase: s
     """What the oracle thinks of the token after an answer that has begun: logits [vocabulary], in float64."""
     base, worn = (copy.deepcopy(model).double() for model in (base, worn))
     cache, rest = begin(base, prompt, phase)
-    logits: Tensor = worn(torch.tensor([rest + answer]), past_key_values=cache).logits
+    logits: Tensor = worn(torch.tensor([rest + answer], device=worn.device), past_key_values=cache).logits
     return logits[0, -1]
 
 
@@ -158,5 +158,5 @@ def begin(base: Any, prompt: list[int], phase: str) -> tuple[DynamicCache, list[
     """A cache with what the base reads of a prompt, and the rest, which the persona reads."""
     cache, known = DynamicCache(config=base.config), len(prompt) - 1 if phase == "decode" else 0
     if known:
-        base(torch.tensor([prompt[:known]]), past_key_values=cache)
+        base(torch.tensor([prompt[:known]], device=base.device), past_key_values=cache)
     return cache, prompt[known:]

@@ -27,8 +27,16 @@ from tests import world
 pytest.importorskip("triton")
 from masquerade.engine.cuda import paged
 
+pytestmark = pytest.mark.gpu
+
 COUNT = 4
 FORMS = ("cuda-list", "cuda-bits", "cuda-list")
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> Base:
+    """On a CUDA device if there is one."""
+    return load(str(tiny_folder), dtype="float32")
 
 
 @pytest.fixture
@@ -226,7 +234,6 @@ def test_a_step_that_cannot_be_captured_is_run_as_ever(
     assert sum(record.name == graphs.__name__ for record in caplog.records) == 1
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_steps_equal_the_oracle(tiny_folder: Path) -> None:
     """The whole path as it is chosen on a CUDA device: kernels, paged attention, graphs."""

@@ -11,6 +11,8 @@ from masquerade.engine.prefix import BLOCK_SIZE
 pytest.importorskip("triton")
 from masquerade.engine.cuda import paged
 
+pytestmark = pytest.mark.gpu
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
