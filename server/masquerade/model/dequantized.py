@@ -15,7 +15,6 @@ from masquerade.gguf import Checkpoint, Weight
 from masquerade.gguf.weight import CHUNK
 from masquerade.kernels import QuantisedEmbedding, QuantisedLinear, QuantisedWeight
 from masquerade.kernels.quantised import FORMS, TILE
-from masquerade.model.vocabulary import find_ends, read_tokenizer
 from masquerade.sources import ModelFiles
 
 Report = Callable[[int, int], None]  # bytes of weights that are loaded, and of all
@@ -37,6 +36,9 @@ def load_gguf(
     Weights are rounded to bfloat16, once, and then cast: the model is the one that `save_pretrained` would save in
     bfloat16, whatever the dtype. Peak memory is the model and a few megabytes. Raises `UnusableModel`.
     """
+    # Only here: older versions of transformers, which devices have, load folders but lack what this imports.
+    from masquerade.model.vocabulary import find_ends, read_tokenizer
+
     checkpoint = files.checkpoint
     tokenizer = read_tokenizer(checkpoint.file, checkpoint.config["vocab_size"])
     model = _make(checkpoint, dtype)
