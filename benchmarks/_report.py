@@ -6,11 +6,11 @@ import operator
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _BOUNDS = {">=": operator.ge, "<=": operator.le}
 
@@ -33,6 +33,17 @@ class Figure:
         return bool(_BOUNDS[sign](self.value, float(bound)))
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What a run does not measure."""
+
+    name: str
+    why: str
+
+
+Result = TypeVar("Result", bound=Figure | LeftOut)
+
+
 def arguments(doc: str | None, quick: str) -> argparse.ArgumentParser:
     """The options of every benchmark; `quick` is the help text of `--quick`."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
@@ -41,22 +52,60 @@ def arguments(doc: str | None, quick: str) -> argparse.ArgumentParser:
     return parser
 
 
-def report(benchmark: str, figures: Sequence[Figure], as_json: bool) -> None:
+def follow(benchmark: str, results: Iterable[Result], out: Path | None = None) -> list[Result]:
+    """Print each result on stderr as it comes, and append it to a file of JSON lines, after a line that describes the
+    run: one that is cut off loses nothing.
+    """
+    followed = []
+    if out:
+        _append(out, _describe_run(benchmark))
+    for result in results:
+        followed.append(result)
+        if isinstance(result, Figure):
+            print(f"{result.name}: {result.value:.4g} {result.unit}", file=sys.stderr, flush=True)
+        else:
+            print(f"left out: {result.name}; {result.why}", file=sys.stderr, flush=True)
+        if out:
+            _append(out, _to_json(result))
+    return followed
+
+
+def _append(out: Path, line: dict[str, Any]) -> None:
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def report(benchmark: str, results: Sequence[Figure | LeftOut], as_json: bool) -> None:
     """Print one JSON object, or a table."""
-    found = describe(benchmark, figures)
+    found = describe(benchmark, results)
     if as_json:
         print(json.dumps(found))
         return
     for row in found["figures"]:
         bound = f"{row['reach']} {'ok' if row['ok'] else 'MISSED'}" if row["reach"] else ""
         print(f"{row['name']:<72} {row['value']:>10.3f} {row['unit']:<18} {bound}")
+    for row in found.get("left_out", ()):
+        print(f"left out: {row['name']}; {row['why']}")
 
 
-def describe(benchmark: str, figures: Sequence[Figure]) -> dict[str, Any]:
-    """The JSON object of a report."""
-    rows = [{"name": f.name, "value": round(f.value, 4), "unit": f.unit, "reach": f.reach, "ok": f.ok} for f in figures]
+def describe(benchmark: str, results: Sequence[Figure | LeftOut]) -> dict[str, Any]:
+    """The JSON object of a report. It has `left_out` if anything is."""
+    figures, missing = (
+        [_to_json(result) for result in results if isinstance(result, kind)] for kind in (Figure, LeftOut)
+    )
+    return _describe_run(benchmark) | {"figures": figures} | ({"left_out": missing} if missing else {})
+
+
+def _describe_run(benchmark: str) -> dict[str, Any]:
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"benchmark": benchmark, "date": date, "hardware": hardware(), "figures": rows}
+    return {"benchmark": benchmark, "date": date, "hardware": hardware()}
+
+
+def _to_json(result: Figure | LeftOut) -> dict[str, Any]:
+    if isinstance(result, LeftOut):
+        return {"name": result.name, "why": result.why}
+    value, ok = round(result.value, 4), result.ok
+    return {"name": result.name, "value": value, "unit": result.unit, "reach": result.reach, "ok": ok}
 
 
 def hardware() -> dict[str, Any]:

@@ -39,7 +39,7 @@ import torch
 from transformers import StoppingCriteria
 from transformers.utils import logging
 
-from benchmarks._report import Figure, arguments, report
+from benchmarks._report import Figure, arguments, follow, report
 from benchmarks._world import load_smollm2
 from benchmarks.engine import GREEDY, PROMPTS_FIRST, make_prompts, run_generate
 from benchmarks.real import GAMMA, make_mask
@@ -152,11 +152,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         sides = find_sides(Path(folder), options.peers, options.kind)
-        figures = []
         scale = QUICK if options.quick else FULL
-        for figure in measure_sides(sides, options.streams, scale):  # a run takes half an hour
-            print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
-            figures.append(figure)
+        figures = follow("peers", measure_sides(sides, options.streams, scale))  # a run takes half an hour
     report("peers", figures, options.json)
 
 

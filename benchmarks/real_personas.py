@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks._pairs import MINDSET, STYLE, Pair, Sizes, pair_arguments, split_pairs
-from benchmarks._report import Figure, report
+from benchmarks._report import Figure, follow, report
 from maskstore import Mask
 from masquerade.evaluate.generation import GenerationParams
 from masquerade.evaluate.metrics import finish
@@ -60,9 +60,7 @@ def main() -> None:
             for strength in options.strengths.split(","):
                 for method in options.methods.split(","):
                     controls = options.controls.split(",") if method == "refined" and options.controls else []
-                    for figure in bench.measure(axis, seed, strength, method, controls):  # a run takes hours
-                        print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
-                        figures.append(figure)
+                    figures += follow("real_personas", bench.measure(axis, seed, strength, method, controls))
     report("real_personas", figures, options.json)
 
 

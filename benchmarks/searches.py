@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._pairs import Pair, Sizes, pair_arguments, split_pairs
-from benchmarks._report import Figure, report
+from benchmarks._report import Figure, follow, report
 from maskstore import MaskInfo, Target
 from masquerade.evaluate.bootstrap import mean_interval
 from masquerade.evaluate.dataset import encode
@@ -223,9 +223,7 @@ def main() -> None:
         report("searches", [], options.json)
         return
     figures = list(_read_progress(map(Path, filter(None, options.earlier.split(",")))))
-    for figure in _measure(options):
-        print(f"{figure.name}: {figure.value:.4g} {figure.unit}", file=sys.stderr, flush=True)
-        figures.append(figure)
+    figures += follow("searches", _measure(options))
     report("searches", [*figures, *compare(figures)], options.json)
 
 
