@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -260,3 +261,29 @@ def test_captured_steps_equal_the_oracle(tiny_folder: Path) -> None:
     plain = load(str(tiny_folder), device="cpu")
     for prompt, answer, (mask, _, gamma) in zip(prompts, answers, chosen, strict=True):
         assert world.speak(plain.model, world.materialise(plain.model, mask, gamma), prompt, 24).agrees(answer)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_decode_step_waits_for_the_device_once(tiny: Base, manager: MaskManager) -> None:
+    """For its tokens: the first steps capture graphs, later ones of the same blocks and masks only replay them."""
+    masked = [AppliedMask(manager.fit(world.make_mask(tiny, share, seed=1)), 0.0) for share in (0.003, 0.3)]
+    engine = Engine(tiny, EngineConfig(max_running=4))
+    assert engine._graphs is not None
+    engine.submit(
+        *(
+            Request([7, 8, 9], 12, lambda _: None, applied, "all", SamplingParams(temperature=0))
+            for applied in (None, *masked)
+        )
+    )
+    for _ in range(3):
+        engine.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    engine.stop()
+    waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    assert len(waits) == 1, waits

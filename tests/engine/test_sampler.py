@@ -6,13 +6,16 @@ import gc
 import random
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from masquerade.engine import Engine, Request, SamplingParams
 from masquerade.engine.sampler import SampledToken, Sampler
 from masquerade.errors import InvalidValue
+from tests.devices import EmulatedDevices
 
 DRAWS = 20_000
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.0, 1.9, -3.0])
@@ -266,3 +269,25 @@ def test_what_is_out_of_range_is_refused_by_its_name_in_the_interface(how: dict[
     with pytest.raises(InvalidValue) as refusal:
         SamplingParams(**how)  # type: ignore[arg-type]
     assert refusal.value.param in ("logit_bias", "top_logprobs")
+
+
+class Reads(TorchFunctionMode):
+    """Counts what the host reads of tensors on a device, which it has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reading = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.__bool__, torch.Tensor.to)
+        self.count += func in reading and args[0].device.type != "cpu"
+        return func(*args, **(kwargs or {}))
+
+
+def test_greedy_rows_are_read_from_a_device_at_once() -> None:
+    logits = torch.stack([LOGITS, LOGITS.flip(0), torch.full_like(LOGITS, float("nan"))])
+    with EmulatedDevices("xpu"), Reads() as reads:
+        on_device = logits.to("xpu")
+        found = sample(on_device, [request(temperature=0) for _ in logits])
+    assert found == [1, 5, None]
+    assert reads.count == 1

@@ -86,8 +86,8 @@ class Sampler:
         for draw, rows, columns in metadata.draws:
             uniform = [[metadata.requests[row].draw(len(drafts[row]))] for row in rows]
             tokens[rows] = draw(logits[rows].float(), torch.tensor(uniform, device=raw.device), columns)
-        ids: list[int] = tokens.tolist()
-        sampled = [SampledToken(token if valid else None) for token, valid in zip(ids, finite.tolist(), strict=True)]
+        ids: list[int] = tokens.masked_fill(~finite, -1).tolist()  # one copy from a device, which is waited for
+        sampled = [SampledToken(token if token >= 0 else None) for token in ids]
         if metadata.logprob_rows:
             _add_logprobs(raw, metadata, sampled)
         return sampled
