@@ -1,8 +1,7 @@
 """The masked product on CUDA, in Triton.
 
-Its tests pass on an H200, where it was measured once (benchmarks/RESULTS.md, "CUDA devices"); elsewhere they check
-the kernels against float64 in Triton's interpreter and compile them for sm_90. The same holds for
-`masquerade.model.cuda`, which prepares a batch for these kernels.
+`pytest -m gpu` checks the kernels against float64 on a device, the ordinary tests in Triton's interpreter; these also
+compile them for sm_90. The same holds for `masquerade.model.cuda`, which prepares a batch for these kernels.
 """
 
 from masquerade.kernels.cuda.masks import CudaBits, CudaList, find_kernels, serves
