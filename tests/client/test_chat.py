@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from masquerade_client import AsyncClient, Client, Model, NotAllowed, Reply, UnexpectedAnswer, Usage
+from masquerade_client import AsyncClient, Client, MasqueradeError, Model, NotAllowed, Reply, UnexpectedAnswer, Usage
 from tests.client.conftest import Async, Driver, Sync
 from tests.client.scripted import COMPLETION, Script, say
 
@@ -125,10 +125,18 @@ def test_a_server_that_is_not_there_is_not_ready(kind: type[Sync] | type[Async],
     assert kind(base_url=nowhere).ready() is False
 
 
-def test_a_key_is_sent_as_bearer(kind: type[Sync] | type[Async], script: Script) -> None:
+@pytest.mark.parametrize("key", ["sesame", " sesame\n"])
+def test_a_key_is_sent_as_bearer(kind: type[Sync] | type[Async], script: Script, key: str) -> None:
     script.answer = say(COMPLETION)
-    kind(base_url=script.base_url, api_key="sesame").chat("Hello")
+    kind(base_url=script.base_url, api_key=key).chat("Hello")
     assert script.headers["authorization"] == "Bearer sesame"
+
+
+@pytest.mark.parametrize("key", ["open\nsesame", "open\x7fsesame", "open\u0161sesame"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(kind: type[Sync] | type[Async], key: str) -> None:
+    with pytest.raises(MasqueradeError, match="characters that no key has") as refused:
+        kind(api_key=key).models()
+    assert "sesame" not in str(refused.value)
 
 
 def test_without_a_key_none_is_sent(client: Driver, script: Script) -> None:

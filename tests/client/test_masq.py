@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,13 @@ import httpx
 import pytest
 
 from masquerade import demo
+from masquerade.cluster import metrics
 from masquerade_client import Certificate
 from masquerade_client._types import BuildEvent
 from masquerade_client.cli.options import plain
 from masquerade_client.cli.personas import _measured, tabulate
+from masquerade_client.cli.top import parse, summarise
+from tests.client.scripted import Handler, Script, scripted, stream_forever
 from tests.keys.making import make_key
 from tests.serving import Server, serve
 from tests.world import CERTIFICATE, CURVE, make_claim
@@ -94,14 +98,19 @@ def test_a_shell_completes_names_wherever_the_server_is_named(server: Server, li
     assert done.stdout.split() == ["gloomy"], done.stderr
 
 
+def hear_interrupts() -> None:
+    """In a new process: what runs the tests in the background may ignore them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A pseudo-terminal with `masq` in it."""
 
-    def __init__(self, server: Server, home: Path, *words: str) -> None:
+    def __init__(self, server: Server | Script, home: Path, *words: str) -> None:
         environment = {**os.environ, "MASQUERADE_URL": server.base_url, "XDG_STATE_HOME": str(home), "TERM": "xterm"}
         self.pid, self._handle = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs the tests in the background may ignore it
+            hear_interrupts()
             os.execve(sys.executable, [*COMMAND, *words], environment)
         self.shown = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
@@ -171,6 +180,18 @@ def test_top(server: Server) -> None:
     assert "KV pages" in run(server, "top", "--interval", "0.2", "--once").stdout
 
 
+def test_top_of_several_replicas(server: Server) -> None:
+    """Each has a cache of its own; the personas and builds are those of one store."""
+    text = httpx.get(f"{server.base_url}/metrics").text
+    one, three = parse(text), parse(metrics.label(dict.fromkeys("abc", text)).decode())
+    alone, together = summarise(one, one, 1.0), summarise(three, three, 1.0)
+    assert sum(alone["kv_pages"].values()) > 0
+    assert together["kv_pages"] == {state: 3 * count for state, count in alone["kv_pages"].items()}
+    assert sum(together["masks"].values()) == 8
+    assert together["masks"] == alone["masks"]
+    assert together["builds"] == alone["builds"]
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
@@ -185,6 +206,7 @@ def test_top(server: Server) -> None:
         (("chat",), 2, "there is no question"),
         (("compare", "formal", "casual", " "), 2, "there is no question"),
         (("chat", "Hello", "--key", "mq-1…"), 1, "the API key has characters that no key has"),
+        (("chat", "Hello", "--key", "mq-1\nmq-2"), 1, "the API key has characters that no key has"),
     ],
 )
 def test_what_fails_says_why(server: Server, words: tuple[str, ...], status: int, said: str) -> None:
@@ -264,6 +286,32 @@ def test_a_build_that_is_interrupted_is_cancelled(server: Server, tmp_path: Path
     terminal.wait_for("cancelled")
     assert terminal.leave() == 130
     assert run(server, "personas", "dropped").returncode == 1
+
+
+@pytest.mark.timeout(PATIENCE)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_comparison_is_interrupted_at_once(terminal: bool, tmp_path: Path) -> None:
+    """Also while the server only keeps the connections alive."""
+    asked = threading.Semaphore(0)
+
+    def ping(handler: Handler) -> None:
+        asked.release()
+        stream_forever(b": ping\n\n")(handler)
+
+    with scripted() as script:
+        script.answer = ping
+        words = ("compare", "formal", "casual", "Hello", "--url", script.base_url)
+        shown = Terminal(script, tmp_path, *words) if terminal else None
+        pipe = None if shown else subprocess.Popen([*COMMAND, *words], preexec_fn=hear_interrupts)
+        for _ in range(2):
+            asked.acquire()
+        if shown:
+            shown.type("\x03")
+            assert shown.leave() == 130
+        elif pipe:
+            pipe.send_signal(signal.SIGINT)
+            assert pipe.wait() == 130
+        assert script.hung_up.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(

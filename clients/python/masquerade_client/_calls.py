@@ -129,14 +129,23 @@ class Patience:
         return pause
 
 
+def read_key(text: str | None) -> str | None:
+    """A key without the space around it, such as the newline at the end of a file; None if nothing is left.
+
+    Raises `MasqueradeError`, which does not repeat it, for one that no header can have.
+    """
+    key = (text or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise MasqueradeError("the API key has characters that no key has; was it copied in full?")
+    return key or None
+
+
 def connect(kind: type[H], base_url: str, api_key: str | None, timeout: Timeout) -> H:
     """A client of httpx; the base URL may end in `/v1`, as in other clients.
 
-    Raises `MasqueradeError` for a proxy of the environment that cannot be used and for a key that is none, and
-    `ConnectionFailed` for an address that cannot be one.
+    Raises `MasqueradeError` for a proxy of the environment that cannot be used, and `ConnectionFailed` for an address
+    that cannot be one.
     """
-    if not (api_key or "").isascii():
-        raise MasqueradeError("the API key has characters that no key has; was it copied in full?")
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         with http_errors():

@@ -11,7 +11,18 @@ import httpx
 
 from . import _chat
 from ._builds import Builds
-from ._calls import DEFAULT_RETRIES, DEFAULT_TIMEOUT, DEFAULT_URL, Attempts, Call, Timeout, check, connect, http_errors
+from ._calls import (
+    DEFAULT_RETRIES,
+    DEFAULT_TIMEOUT,
+    DEFAULT_URL,
+    Attempts,
+    Call,
+    Timeout,
+    check,
+    connect,
+    http_errors,
+    read_key,
+)
 from ._errors import MasqueradeError
 from ._personas import Personas
 from ._types import ChatOptions, Delta, Model, Prompt, Reply
@@ -36,8 +47,8 @@ class Client:
         timeout: Timeout = DEFAULT_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
     ) -> None:
-        self._http = connect(httpx.Client, base_url, api_key, timeout)
-        self._api_key = api_key
+        self._api_key = read_key(api_key)
+        self._http = connect(httpx.Client, base_url, self._api_key, timeout)
         self._retries = retries
         self._model: str | None = None
         self.personas = Personas(self)

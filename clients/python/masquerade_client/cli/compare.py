@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Annotated
 
@@ -74,31 +73,39 @@ def show_side_by_side(
     """Stream all answers concurrently. Raises the first error after all have ended."""
     _check(names)
     texts = ["" for _ in names]
+    errors: list[Exception | None] = [None for _ in names]
     changed, interrupted = threading.Event(), threading.Event()
 
     def receive(column: int) -> None:
-        with client.stream(messages, **_options_for(names[column], gamma, options)) as stream:
-            for delta in stream:
-                if interrupted.is_set():
-                    return
-                texts[column] += delta.text
-                changed.set()
-
-    with ThreadPoolExecutor(len(names)) as pool:
-        tasks = [pool.submit(receive, column) for column in range(len(names))]
         try:
-            if sys.stdout.isatty():
-                with Live(_draw(names, texts), console=Console(), refresh_per_second=15) as live:
-                    while not all(one.done() for one in tasks):
-                        changed.wait(0.1)
-                        changed.clear()
-                        live.update(_draw(names, texts))
+            with client.stream(messages, **_options_for(names[column], gamma, options)) as stream:
+                for delta in stream:
+                    if interrupted.is_set():
+                        return
+                    texts[column] += delta.text
+                    changed.set()
+        except Exception as error:
+            errors[column] = error
+
+    # Daemons, for which the end of the process does not wait: a read that has begun cannot be interrupted.
+    threads = [threading.Thread(target=receive, args=(column,), daemon=True) for column in range(len(names))]
+    try:
+        for thread in threads:
+            thread.start()
+        if sys.stdout.isatty():
+            with Live(_draw(names, texts), console=Console(), refresh_per_second=15) as live:
+                while any(thread.is_alive() for thread in threads):
+                    changed.wait(0.1)
+                    changed.clear()
                     live.update(_draw(names, texts))
-            for one in tasks:
-                one.result()
-        except KeyboardInterrupt:
-            interrupted.set()  # each answer ends at its next token
-            raise
+                live.update(_draw(names, texts))
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        interrupted.set()  # in a conversation, which goes on, each answer ends at its next token
+        raise
+    for error in filter(None, errors):
+        raise error
     if not sys.stdout.isatty():
         for name, text in zip(names, texts, strict=True):
             print(f"{name}: {text}")

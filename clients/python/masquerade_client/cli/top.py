@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -84,8 +84,14 @@ def summarise(before: list[Sample], now: list[Sample], seconds: float) -> dict[s
         count = rate(f"{name}_count", **labels)
         return rate(f"{name}_sum", **labels) / count if count else None
 
+    def merge(how: Callable[[list[float]], float], name: str, label: str) -> dict[str, float]:
+        values: dict[str, list[float]] = {}
+        for one in now:
+            if one.name == name:
+                values.setdefault(one.labels[label], []).append(one.value)
+        return {key: how(found) for key, found in values.items()}
+
     personas = sorted({one.labels["persona"] for one in now if one.name == "tokens_total"})
-    pages = {one.labels["state"]: one.value for one in now if one.name == "kv_pages"}
     return {
         "requests_per_second": rate("requests_total"),
         "tokens_per_second": rate("tokens_total", kind="completion"),
@@ -95,10 +101,10 @@ def summarise(before: list[Sample], now: list[Sample], seconds: float) -> dict[s
         "waiting": sum_of(now, "queue_requests"),
         "batch_capacity": sum_of(now, "batch_capacity_requests"),
         "batch_personas": sum_of(now, "batch_personas"),
-        "masks": {one.labels["tier"]: one.value for one in now if one.name == "personas"},
-        "kv_pages": pages,
+        "masks": merge(max, "personas", "tier"),  # replicas share the personas of their store
+        "kv_pages": merge(sum, "kv_pages", "state"),
         "mask_bytes": sum_of(now, "mask_bytes"),
-        "builds": {one.labels["state"]: one.value for one in now if one.name == "jobs"},
+        "builds": merge(max, "jobs", "state"),
         "personas": {
             name: {
                 "tokens_per_second": rate("tokens_total", persona=name, kind="completion"),
