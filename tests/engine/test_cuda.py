@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,11 @@ from torch import Tensor, nn
 
 from maskstore import Mask
 from masquerade.engine import Engine, EngineConfig, Request, SamplingParams
+from masquerade.engine.attention import AttentionCall, Scores
 from masquerade.engine.cuda import attention as cuda_attention
 from masquerade.engine.cuda import graphs
+from masquerade.engine.kv_cache import KVCache
+from masquerade.engine.scheduler import Chunk
 from masquerade.model import AppliedMask, Base, MaskManager, load
 from masquerade.model import manager as manager_module
 from tests import world
@@ -123,6 +128,45 @@ def test_tokens_of_the_row_groups_equal_the_oracle(tiny: Base, masks: MaskManage
     for request, applied, answer in zip(requests, applied_masks, answers, strict=True):
         masked = world.materialise(tiny.model, mask if applied else None, 0.0)
         assert world.speak(tiny.model, masked, request.prompt, COUNT).agrees(answer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float32])
+def test_packed_prompts_equal_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Flash attention on a device: a chunk after cached positions beside a whole prompt, and heads in groups."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(cuda_attention, "varlen_attn", varlen_attn)
+    config = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, num_attention_heads=6, head_dim=16)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    cache = KVCache(config, 8, dtype, device)
+    cache.keys.normal_(), cache.values.normal_()
+    table = np.random.default_rng(0).permutation(8).reshape(2, 4) + 1
+    sizes = [(20, 33), (0, 7)]
+    chunks: list[Any] = [
+        Chunk(SimpleNamespace(batch_index=index), start, stop, True)  # type: ignore[arg-type]
+        for index, (start, stop) in enumerate(sizes)
+    ]
+    (group,) = cuda_attention.group_rows(chunks, table, cache)
+    q, k, v = (torch.randn(20, heads, 16, device=device).to(dtype) for heads in (6, 2, 2))
+    call = AttentionCall(0, Scores(0.25), cache, k, v)
+    found = []
+    for flash in (True, False):
+        monkeypatch.setattr(cuda_attention, "_supports_flash", lambda _, flash=flash: flash)
+        found.append(group.attend(q, call).float())
+    assert torch.allclose(*found, atol=1e-5 if dtype is torch.float32 else 2e-2, rtol=0)
+
+
+def test_heads_are_grouped_with_and_without_a_parameter_for_it() -> None:
+    """Torch 2.11, which devices have, has none."""
+
+    def new(q: Tensor, *, scale: float, enable_gqa: bool = False) -> Tensor:
+        raise NotImplementedError
+
+    def old(q: Tensor, *, scale: float) -> Tensor:
+        raise NotImplementedError
+
+    assert cuda_attention._group_heads(new) == {"enable_gqa": True}
+    assert cuda_attention._group_heads(old) == {}
 
 
 def test_tokens_equal_the_oracle(tiny: Base, masks: MaskManager) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -85,7 +86,7 @@ class PackedPrefillRows:
                 positions,
                 scale=call.scores.scale,
                 window_size=(-1, 0),  # causal; the last row is the last position
-                enable_gqa=True,
+                **_group_heads(varlen_attn),
             )
             return packed  # type: ignore[no-any-return]
         out, row, position = [], 0, 0
@@ -136,6 +137,12 @@ def _supports_flash(q: Tensor) -> bool:
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] % 8 or q.shape[2] > 256:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+@cache
+def _group_heads(attend: Callable[..., Any]) -> dict[str, Any]:
+    """What lets heads of queries share keys and values in `varlen_attn`; torch 2.11 has no parameter for it."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
 
 
 def _causal_mask(rows: int, positions: int, kv: KVCache) -> Tensor:
