@@ -180,10 +180,7 @@ def measure_engine(world: World) -> Iterator[Figure]:
 
     def run(masks: Sequence[AppliedMask | None]) -> None:
         prompts = make_prompts(scale, scale.requests, scale.prompt, next(seeds))
-        engine.generate(
-            Request(prompt, scale.answer, lambda _: None, masks[place % len(masks)], sampling=GREEDY)
-            for place, prompt in enumerate(prompts)
-        )
+        answer(engine, prompts, masks, scale.answer)
 
     def generate() -> None:
         ids = torch.tensor(make_prompts(scale, scale.requests, scale.prompt, next(seeds)), device=world.base.device)
@@ -212,8 +209,7 @@ def measure_prefill(world: World) -> Iterator[Figure]:
     engine = Engine(world.base, EngineConfig(max_running=1, cache_bytes=2**33, speculate=False))
 
     def run(masks: Sequence[AppliedMask | None]) -> None:
-        (prompt,) = make_prompts(scale, 1, scale.prefill, next(seeds))
-        engine.generate([Request(prompt, 1, lambda _: None, masks[0], sampling=GREEDY)])
+        answer(engine, make_prompts(scale, 1, scale.prefill, next(seeds)), masks, 1)
 
     forms = {"base": [None], SPARSE: world.find_personas(SPARSE, 1), BITMAP: world.find_personas(BITMAP, 1)}
     times = world.clock.alternate({name: partial(run, masks) for name, masks in forms.items()}, scale.rounds)
@@ -304,6 +300,16 @@ def measure_peft(world: World) -> Iterator[Figure]:
 
         theirs = world.clock.compare({"step": lambda: step}, scale)["step"]
     yield Figure(f"tokens/s, {rows} rows, personas / PEFT with {scale.adapters} adapters", theirs / ours, "x", ">= 5")
+
+
+def answer(engine: Engine, prompts: Sequence[list[int]], masks: Sequence[AppliedMask | None], new: int) -> None:
+    """So many tokens for each prompt. Raises `RuntimeError` if a request ends with an error."""
+    answers = engine.generate(
+        Request(prompt, new, lambda _: None, masks[place % len(masks)], sampling=GREEDY)
+        for place, prompt in enumerate(prompts)
+    )
+    if short := [len(tokens) for tokens in answers if len(tokens) != new]:
+        raise RuntimeError(f"{len(short)} of {len(answers)} answers end early; one after {short[0]} of {new} tokens")
 
 
 def make_prompts(scale: Scale, count: int, length: int, seed: int) -> list[list[int]]:
