@@ -55,6 +55,7 @@ PEERS = "transformers", "peft", "llama.cpp"
 STREAMS = (1, 4, 16)
 MIXED = (16,)  # streams of the sides with eight personas or adapters
 ADAPTERS = 8
+REACH_ALONE, REACH_MIXED = ">= 0.9", ">= 3"  # of one stream, and of personas beside as many adapters
 RANK = 16
 NODE = "node-llama-cpp@3.22.1"
 SHAPE = {  # of a random model
@@ -200,7 +201,8 @@ def measure_sides(sides: Sequence[Side], streams: Sequence[int], scale: Scale) -
             yield Figure(f"{label}, prompts", sum(map(len, prompts)) / seconds, "tokens/CPU-s")
             for beside in side.beside:
                 ratio = float(np.median(rates[beside] / rates[side.name]))
-                yield Figure(f"{beside} / {label}", ratio, "x")
+                reach = REACH_ALONE if count == 1 else REACH_MIXED if side.streams == MIXED else None
+                yield Figure(f"{beside} / {label}", ratio, "x", reach)
 
 
 def make_masquerade(name: str, base: Base) -> Iterator[Side]:

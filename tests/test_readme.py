@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -42,6 +43,12 @@ def test_python_examples_print_what_the_readme_shows(server: Server, code: str, 
     script = code.replace("http://127.0.0.1:8000", server.base_url)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.rstrip("\n") == output.rstrip("\n")
+
+
+def test_the_readme_installs_the_peers_that_the_benchmark_runs() -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / "benchmarks" / "peers.py").read_text(encoding="utf-8"))) or ""
+    (command,) = re.findall(r"^ *(npm install .*)$", docstring, re.MULTILINE)
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 PAGES = [
