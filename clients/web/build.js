@@ -97,8 +97,13 @@ async function order(source, drops, fields, outcome) {
   }
   const { data } = await ask("GET", "v1/models");
   const model = data.find((one) => one.parent === null).id;
-  const { id } = await send(training, outcome);
-  for (const [name, file] of Object.entries(files)) if (file) mask[name] = (await send(file, outcome)).id;
+  const deliver = (file) => send(file, outcome).catch(async (error) => {
+    if (await isReadable(file)) throw error;
+    Object.values(drops).find((drop) => drop.given === file)?.clear();
+    throw new Error(`${file.name} has changed since it was chosen, or is gone; choose it again.`);
+  });
+  const { id } = await deliver(training);
+  for (const [name, file] of Object.entries(files)) if (file) mask[name] = (await deliver(file)).id;
   return ask("POST", "v1/fine_tuning/jobs", { model, training_file: id, suffix: fields.name.value, method: { type: "mask", mask } });
 }
 
@@ -123,6 +128,11 @@ async function send(file, outcome) {
   const sent = await upload("v1/files", body, (share) => (bar.value = share));
   outcome.replaceChildren();
   return sent;
+}
+
+/** Whether a file can still be read: browsers refuse one that was written to after it was chosen. */
+function isReadable(file) {
+  return file.slice(0, 1).arrayBuffer().then(() => true, () => false);
 }
 
 /** A drop zone for a file, which is checked when it is dropped. `given` is the file, if it is valid. */
@@ -158,6 +168,11 @@ class Drop {
     this.found.append(h("p", {}, `${file.name}, ${bytes(file.size)}: ${lines} ${lines === 1 ? "line" : "lines"}${listed ? ` (${listed})` : ""}`));
     if (!faults.length) this.given = file;
     else this.complain(faults, more);
+  }
+
+  clear() {
+    this.input.value = "";
+    return this.take(null);
   }
 
   complain(faults, more) {
@@ -196,7 +211,7 @@ async function showJob(page, signal, id) {
   for await (const event of listen("GET", `${at}/events?stream=true`, undefined, signal)) {
     if (event.data?.stage) stages.advance(event.data, event.created_at);
     else log.append(h("li", { class: event.level }, h("time", {}, moment(event.created_at)), ` ${event.message}`));
-    if (state.textContent === "queued") tell("running");
+    if (event.message === "running" && state.textContent === "queued") tell((await ask("GET", at)).status); // it may be back in the queue
   }
   job = await ask("GET", at);
   tell(job.status);

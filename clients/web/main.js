@@ -14,6 +14,7 @@ const ROUTES = [
 ];
 const CALM = 5000; // milliseconds between checks of the server
 const WORRIED = 1000;
+const SILENCE = 10_000; // milliseconds for an answer to such a check
 
 const view = document.getElementById("view");
 let leaving = new AbortController(); // aborted when the user leaves the page
@@ -43,10 +44,10 @@ async function watch() {
   const status = document.getElementById("status");
   let state;
   try {
-    const response = await fetch("readyz");
+    const response = await fetch("readyz", { signal: AbortSignal.timeout(SILENCE) });
     state = response.ok ? ["ready", "Ready"] : ["ailing", (await response.json()).error.message];
-  } catch {
-    state = ["gone", "The server is gone; waiting for it"];
+  } catch (error) {
+    state = ["gone", `The server ${error.name === "TimeoutError" ? "does not answer" : "is gone"}; waiting for it`];
   }
   if (status.textContent !== state[1]) {
     const back = ["gone", "ailing"].includes(status.dataset.state) && state[0] === "ready";

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import httpx
@@ -96,6 +97,37 @@ def test_cancel(page: Page, server: Server, tmp_path: Path) -> None:
     visit(page, server, "#/personas")
     expect(page.get_by_role("link", name="formal", exact=True)).to_be_visible()
     expect(page.get_by_role("link", name="never", exact=True)).to_have_count(0)
+
+
+def test_a_build_that_waits_is_queued_until_it_runs(page: Page, server: Server, tmp_path: Path) -> None:
+    files = {
+        side: (f"{side}.jsonl", (demo.DATA / f"{name}.train.jsonl").read_bytes())
+        for side, name in (("file", "gloomy"), ("contrast", "cheerful"))
+    }
+    first = httpx.post(f"{server.base_url}/v1/personas", data={"name": "dour"}, files=files).json()
+    start_build(page, server, "patient", tmp_path)
+    state = page.locator("strong.state")
+    expect(page.locator(".events")).to_contain_text("queued")
+    expect(state).to_have_text("queued")
+    httpx.post(f"{server.base_url}/v1/fine_tuning/jobs/{first['id']}/cancel")
+    expect(page.locator(".events")).to_contain_text("running")
+    expect(state).to_have_text(re.compile("running|succeeded"))
+
+
+def test_a_file_that_changed_is_to_be_chosen_again(page: Page, server: Server, tmp_path: Path) -> None:
+    fill_form(page, server, "edited", tmp_path)
+    file = tmp_path / "casual.train.jsonl"
+    file.write_text(file.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    submit(page)
+    expect(page.get_by_role("alert")).to_contain_text("casual.train.jsonl has changed since it was chosen, or is gone")
+    zone = drop_zone(page, "Answers of the opposite")
+    expect(zone.locator(".found p")).to_have_count(0)
+    choose(page, "Answers of the opposite", file)
+    expect(zone).to_contain_text("65 lines")
+    submit(page)
+    expect(page.get_by_role("heading", name="Build", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("strong.state")).to_have_text("cancelled")
 
 
 def test_a_system_prompt_becomes_a_persona(page: Page, server: Server, tmp_path: Path) -> None:

@@ -226,3 +226,15 @@ def test_a_server_that_stops_in_mid_answer(page: Page, tmp_path: Path) -> None:
         page.get_by_role("button", name="Ask again").click()
         expect(done(page)).to_contain_text(re.compile(r"\+ [1-5] tokens"))
         expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_a_server_that_hangs_is_not_ready(page: Page) -> None:
+    with serve("--model", "demo") as hung:
+        visit(page, hung)
+        expect(page.locator("#status")).to_have_text("Ready")
+        hung.process.send_signal(signal.SIGSTOP)
+        try:
+            expect(page.locator("#status")).to_contain_text("does not answer")
+        finally:
+            hung.process.send_signal(signal.SIGCONT)
+        expect(page.locator("#status")).to_have_text("Ready")
