@@ -96,6 +96,7 @@ WORKDIR /var/lib/masquerade
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "-c", \
-    "import os, urllib.request; urllib.request.urlopen(f\"http://127.0.0.1:{os.environ['MASQUERADE_SERVE_PORT']}/readyz\", timeout=4)"]
+    "import os; from urllib.request import ProxyHandler, build_opener; \
+build_opener(ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ['MASQUERADE_SERVE_PORT']}/readyz\", timeout=4)"]
 ENTRYPOINT ["masquerade"]
 CMD ["serve"]
