@@ -18,7 +18,10 @@ def write_base(folder: Path, shape: dict[str, int], dtype: torch.dtype = torch.f
     """Save a random Llama with grouped heads and tied embeddings to a folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, **shape
+        **{"num_key_value_heads": 4} | shape,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))

@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from benchmarks._report import Figure, report
 from benchmarks._world import VOCABULARY, make_base
-from benchmarks.engine import GREEDY, make_prompts
+from benchmarks.engine import GREEDY, make_prompts, start_decoding
 from benchmarks.engine import QUICK as SMALL
 from benchmarks.maskstore import BASE, LAYERS
 from benchmarks.maskstore import write as write_large
@@ -48,15 +48,14 @@ from masquerade.model import (
     MaskManager,
     Residency,
     ResidentMask,
-    Span,
     VerifiedStore,
     find_targets,
-    make_route,
 )
 
 SPARSE, DENSE = 0.003, 0.5
 KINDS = (("sparse 0.3 %", SPARSE), ("bitmap", DENSE))
 PERSONAS, ROOM = 32, 8
+TURNS, WARM = 50, 10  # of `decode`
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Scale:
 
 
 MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-NARROW = MODEL | {"hidden_size": 64, "intermediate_size": 128}
+NARROW = MODEL | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 1, "num_key_value_heads": 1}
 CASES = (("sparse 0.3 %", SPARSE, 8), ("bitmap", DENSE, 8), ("sparse 0.3 %", SPARSE, 32))
 FULL = Scale(MODEL, LAYERS, 128, 16, 1, 1, 1500, CASES)  # 30 M parameters
 QUICK = Scale(SMALL.model, 4, 64, 8, 1, 1, 300, CASES[:1])
@@ -137,7 +136,7 @@ def measure_switch(scale: Scale) -> Iterator[Figure]:
         for rows in (1, 16):
             case = f"{rows} requests, all of them others" if rows > 1 else "one request"
             figure = f"what another persona than the last step's adds to a step, {case}, {name}"
-            yield Figure(figure, time_switch(rho, rows, scale.switches), "CPU-us", "<= 10" if rows == 1 else None)
+            yield Figure(figure, time_switch(rho, rows, scale.switches), "CPU-us", "<= 20" if rows == 1 else None)
     for name, rho in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             world = make_world(scale, rho, Path(folder), personas=2)
@@ -161,48 +160,58 @@ def time_request(residency: Residency, digests: Sequence[str]) -> float:
     return (time.thread_time() - started) / 10_000 * 1e6
 
 
-@torch.inference_mode()
 def time_switch(rho: float, rows: int, switches: int) -> float:
-    """us that a step takes longer if its rows have new masks, including its route; median over pairs.
+    """us that a step of the engine takes longer if its requests have other masks than in the last step: the median over
+    pairs of a step with other masks and one with the same. The mean of both orders, since a pair's steps differ anyway.
 
-    The model has as many Linears as the others here, but small ones, so that reading weights does not hide the cost.
+    The model has as many Linears as the others here, but small ones and one head, so that reading weights and the cache
+    does not hide the cost.
     """
     base = make_base(NARROW)
     manager = MaskManager.attach(base.model)
-    masks = [manager.fit(make_mask(base, rho, seed)) for seed in range(rows + 1)]
-    ids, planned = torch.full((rows, 1), 7), make_route([])
-
-    def step(spans: Sequence[Span]) -> float:
-        nonlocal planned
-        started = time.thread_time()
-        if spans:
-            planned = make_route(spans)
-        base.model(ids, use_cache=False, route=planned)
-        return time.thread_time() - started
-
-    differences = []
-    for turn in range(switches):
-        changed = step([Span(AppliedMask(masks[(row + turn) % len(masks)], 0.0), row, row + 1) for row in range(rows)])
-        differences.append(changed - step([]))
-    return float(np.median(differences[20:])) * 1e6
+    masks = [AppliedMask(manager.fit(make_mask(base, rho, seed)), 0.0) for seed in range(rows + 1)]
+    differences: list[list[float]] = [[], []]
+    for turn, (engine, requests) in enumerate(decode(base, rows, switches)):
+        spent = {}
+        for changes in (True, False) if turn % 2 else (False, True):
+            if changes:
+                for row, request in enumerate(requests):
+                    request.applied = masks[(row + turn) % len(masks)]
+            spent[changes] = time_step(engine)
+        differences[turn % 2].append(spent[True] - spent[False])
+    return float(np.mean([np.median(one) for one in differences])) * 1e6
 
 
-@torch.inference_mode()
 def time_steps(base: Base, masks: Sequence[ResidentMask]) -> tuple[float, float]:
-    """us of a step of the base, and of a step with a mask; two masks alternate."""
-    ids, routes = (
-        torch.tensor([[7]]),
-        cycle(make_route([Span(AppliedMask(mask, 0.0), 0, 1)]) for mask in masks),
-    )
-    base_route = make_route([])
+    """us of a step of the engine with the base, and of a step with a mask; two masks alternate."""
     times: list[list[float]] = [[], []]
-    for _ in range(400):
-        for place, planned in enumerate((base_route, next(routes))):
-            started = time.thread_time()
-            base.model(ids, use_cache=False, route=planned)
-            times[place].append(time.thread_time() - started)
-    plain, masked = (float(np.percentile(t[20:], 25)) * 1e6 for t in times)
+    applied = cycle(AppliedMask(mask, 0.0) for mask in masks)
+    for engine, (request,) in decode(base, 1, 400):
+        for spent, mask in zip(times, (None, next(applied)), strict=True):
+            request.applied = mask
+            spent.append(time_step(engine))
+    plain, masked = (float(np.percentile(spent, 25)) * 1e6 for spent in times)
     return plain, masked
+
+
+def decode(base: Base, rows: int, turns: int) -> Iterator[tuple[Engine, Sequence[Request]]]:
+    """An engine and its running requests, so many times; two decode steps may be made each time. Their contexts stay
+    short, since the requests are others from time to time, and a few steps warm each of them up.
+    """
+    for _ in range(-(-turns // TURNS)):
+        engine = start_decoding(base, rows, [None])
+        requests = list(engine._scheduler.running)
+        for _ in range(WARM):
+            engine.step()
+        for _ in range(TURNS):
+            yield engine, requests
+        engine.stop()
+
+
+def time_step(engine: Engine) -> float:
+    started = time.thread_time()
+    engine.step()
+    return time.thread_time() - started
 
 
 # --- from disk to ready
