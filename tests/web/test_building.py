@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -118,6 +120,8 @@ def test_a_file_that_changed_is_to_be_chosen_again(page: Page, server: Server, t
     fill_form(page, server, "edited", tmp_path)
     file = tmp_path / "casual.train.jsonl"
     file.write_text(file.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    later = time.time() + 10  # Chromium compares whole seconds
+    os.utime(file, (later, later))
     submit(page)
     expect(page.get_by_role("alert")).to_contain_text("casual.train.jsonl has changed since it was chosen, or is gone")
     zone = drop_zone(page, "Answers of the opposite")
