@@ -217,6 +217,7 @@ def test_what_is_quantised_is_not_quantised_again(stored: Path, how: str) -> Non
         ({"bits": 4}, "None"),
         ("int4", "'int4'"),
         (["awq"], "awq"),
+        ("bitsandbytes", "'bitsandbytes'"),
     ],
 )
 def test_another_quantisation_is_refused_by_name(tmp_path: Path, config: Any, method: str) -> None:
@@ -238,12 +239,18 @@ def test_a_part_for_text_that_is_quantised_is_refused(tmp_path: Path, method: st
 
 def test_a_config_that_claims_a_quantisation_that_is_not_there_is_refused(plain: Base, tmp_path: Path) -> None:
     """It would load, and fail at the first request."""
-    shutil.copytree(plain.path, tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folder = rewrite_config(shutil.copytree(plain.path, tmp_path / "m"), quantization_config=how)
     with pytest.raises(UnusableModel, match="and they are not; remove its `quantization_config`"):
-        load(str(tmp_path / "m"), device="cpu")
+        load(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["nf5", None, ["nf4"]])
+def test_a_4_bit_form_that_is_none_is_refused(stored: Path, tmp_path: Path, kind: Any) -> None:
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    folder = rewrite_config(shutil.copytree(stored, tmp_path / "m"), quantization_config=how)
+    with pytest.raises(UnusableModel, match="it must be nf4 or fp4"):
+        load(str(folder), device="cpu")
 
 
 def test_packed_weights_without_a_word_in_the_config_are_refused(stored: Path, tmp_path: Path) -> None:

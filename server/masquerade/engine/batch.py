@@ -84,12 +84,9 @@ def _plan(chunks: Sequence[Chunk], block_table: Index, cache: KVCache, slots: In
     slot_mapping = cache.to_device(slots)
     rows = cuda_attention if cuda_attention.is_available(cache.device) else row_groups
     groups = rows.group_rows(chunks, block_table, cache)
-    native = [
-        PagedStep(group.paged, slot_mapping, cache.keys, cache.values)
-        for group in groups
-        if isinstance(group, NativeRows)
-    ]
-    return AttentionPlan(cache, slot_mapping, groups, native[0] if native else None)
+    native = next((group for group in groups if isinstance(group, NativeRows)), None)
+    paged = PagedStep(native.paged, slot_mapping, cache.keys, cache.values) if native else None
+    return AttentionPlan(cache, slot_mapping, groups, paged)
 
 
 def _join(decodes: Index, prefills: Sequence[Index]) -> Index:

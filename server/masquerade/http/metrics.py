@@ -133,13 +133,13 @@ class _State:
     def __init__(self, serving: Serving, find_jobs: Callable[[], JobService | None]) -> None:
         self._serving = serving
         self._find_jobs = find_jobs
+        self._devices = ", ".join(map(str, serving.base.devices))  # found by a walk through the model's modules
 
     def collect(self) -> Iterator[Metric]:
         """The present values."""
         serving, engine = self._serving, self._serving.engine
         info = {"version": __version__, "base": serving.base.name, "fingerprint": serving.base.fingerprint}
-        info["device"] = ", ".join(map(str, serving.base.devices))
-        yield InfoMetricFamily("masquerade", "What is served.", value=info)
+        yield InfoMetricFamily("masquerade", "What is served.", value=info | {"device": self._devices})
         yield _gauge("ready", "1 while the engine takes requests.", float(engine.ready))
         occupancy = engine.occupancy
         yield _gauge("queue_requests", "Requests in the queue.", occupancy.waiting)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,14 +91,8 @@ def check_stored(name: str, config: Mapping[str, Any], tensors: Iterable[str]) -
         raise UnusableModel(
             f"{name!r} is a model of text and images that {BITSANDBYTES} quantised, which cannot be loaded; {_INSTEAD}"
         )
-    if method == BITSANDBYTES:
-        stored = [*tensors]
-        if stored and not any(_BITSANDBYTES_STATE.search(tensor) for tensor in stored):
-            raise UnusableModel(
-                f"{name!r}: its config.json says that {BITSANDBYTES} quantised the weights, and they are not; "
-                "remove its `quantization_config`, and use --quantization if the model must be small"
-            )
-        return "int8" if how.get("load_in_8bit") else str(how.get("bnb_4bit_quant_type", "fp4"))
+    if method == BITSANDBYTES and isinstance(how, Mapping):
+        return _find_form(name, how, [*tensors])
     if how:
         raise UnusableModel(f"{name!r} is quantised with {quote(method)} in its files; {_INSTEAD}")
     strange = next((tensor for tensor in tensors if tensor.endswith(_QUANTISED)), None)
@@ -108,6 +102,25 @@ def check_stored(name: str, config: Mapping[str, Any], tensors: Iterable[str]) -
             f"how to read it; {_INSTEAD}"
         )
     return None
+
+
+def _find_form(name: str, how: Mapping[str, Any], tensors: Sequence[str]) -> str:
+    """The name in `QUANTIZATIONS` of what bitsandbytes has done. Raises `UnusableModel` if there is none, or if no
+    tensor was quantised; no tensors at all are those of a config alone.
+    """
+    if tensors and not any(_BITSANDBYTES_STATE.search(tensor) for tensor in tensors):
+        raise UnusableModel(
+            f"{name!r}: its config.json says that {BITSANDBYTES} quantised the weights, and they are not; "
+            "remove its `quantization_config`, and use --quantization if the model must be small"
+        )
+    if how.get("load_in_8bit"):
+        return "int8"
+    form = how.get("bnb_4bit_quant_type", "fp4")
+    if form not in ("nf4", "fp4"):
+        raise UnusableModel(
+            f"{name!r}: the bnb_4bit_quant_type in its config.json is {quote(form)}; it must be nf4 or fp4"
+        )
+    return str(form)
 
 
 def _find_config(config: Mapping[str, Any]) -> Any:
