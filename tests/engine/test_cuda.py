@@ -48,7 +48,8 @@ def tiny(tiny_folder: Path) -> Base:
 @pytest.fixture
 def masks(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> Iterator[MaskManager]:
     """Masks on the small world as the CUDA kernels have them."""
-    monkeypatch.setattr(manager_module, "serves", lambda module: type(module) is nn.Linear)
+    for chooser in ("serves", "serves_cuda"):
+        monkeypatch.setattr(manager_module, chooser, lambda module: type(module) is nn.Linear)
     attached = MaskManager.attach(tiny.model)
     yield attached
     attached.detach()

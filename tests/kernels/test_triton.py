@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from maskstore import Bitmap, MaskInfo, Target, encode
 from masquerade.kernels import cuda
 from masquerade.kernels.cuda import CudaBits, CudaList, tile
-from masquerade.model import AppliedMask, ResidentMask, Span
-from masquerade.model.cuda import SlotMap, SlotRoute, Slots
+from masquerade.model import AppliedMask, ResidentMask, Route, Span
+from masquerade.model.cuda import SlotMap, SlotRoute, Slots, merge_linears
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
@@ -117,6 +117,72 @@ def test_many_rows_of_a_mask_equal_the_formula(form: str) -> None:
     expected[2:70] = x[2:70].double() @ (linear.weight.double() * gate(pruned, 0.3)).T
     expected[71] = x[71].double() @ (linear.weight.double() * gate(pruned, 0.0)).T
     assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("outs", [(70, 17, 33), (64, 64)], ids=str)
+def test_merged_linears_equal_the_formula(outs: tuple[int, ...], rows: int) -> None:
+    """Ragged blocks of outputs; Linears that a mask does not name, lists beside bitmaps, base rows and gammas."""
+    parent = "model.layers.0."
+    names = [parent + name for name in (("q_proj", "k_proj", "v_proj") if len(outs) == 3 else ("gate_proj", "up_proj"))]
+    linears = {name: make_linear(out, 130, torch.float32, bias=True) for name, out in zip(names, outs, strict=True)}
+    plain = {name: (one.weight.double(), one.bias.double()) for name, one in linears.items()}
+    (merged,) = merge_linears({"model.layers.0.o_proj": make_linear(9, 130, torch.float32), **linears})
+    prunings, masks = [], []
+    for number in range(4):  # each leaves out a Linear, or none; forms alternate
+        own = {
+            name: prune(linears[name], 0.1, 9 * number + place) for place, name in enumerate(names) if place != number
+        }
+        corrections = {
+            name: fit(linears[name], encode(pruned).to_bitmap() if (number + place) % 2 else encode(pruned).to_sparse())
+            for place, (name, pruned) in enumerate(own.items())
+        }
+        prunings.append(own)
+        masks.append(ResidentMask(str(number), MaskInfo(persona="p", score="random"), corrections))
+    x = torch.randn(rows, 130, device=DEVICE)
+    spans, expected = [], {name: x.double() @ weight.T + bias for name, (weight, bias) in plain.items()}
+    for start in range(0, rows - 2, max(1, rows // 5)):
+        number, gamma, stop = start % 4, (0.0, 0.3)[start % 2], start + max(1, rows // 5) - (rows > 5)
+        spans.append(Span(AppliedMask(masks[number], gamma), start, stop))
+        for name, pruned in prunings[number].items():
+            weight, bias = plain[name]
+            expected[name][start:stop] = x[start:stop].double() @ (weight * gate(pruned, gamma)).T + bias
+    padded = Slots(SlotMap.of(spans, rows).padded_shape(rows + 3), DEVICE)
+    padded.write(SlotMap.of(spans, rows))
+    for route, given in ((SlotRoute(spans), x), (padded, torch.cat([x, x[:3]])), (Route(spans), x)):
+        for name in names:
+            found = merged.multiply(name, given, route)[:rows]
+            assert torch.allclose(found.double(), expected[name], atol=1e-4), name
+        assert merged._input is None
+
+
+def test_merged_weights_stay_the_linears_own() -> None:
+    """Each Linear computes what it did, merging again moves nothing, and others than alike are left alone."""
+    names = ["layers.0.gate_proj", "layers.0.up_proj"]
+    linears = {name: make_linear(32, 64, torch.float32) for name in names}
+    x = torch.randn(3, 64, device=DEVICE)
+    before = [linear(x) for linear in linears.values()]
+    (first,) = merge_linears(linears)
+    (again,) = merge_linears(linears)
+    assert first.weight.data_ptr() == again.weight.data_ptr() == linears[names[0]].weight.data_ptr()
+    assert torch.equal(again.weight, torch.cat([linear.weight for linear in linears.values()]))
+    for linear, old in zip(linears.values(), before, strict=True):
+        assert torch.equal(linear(x), old)
+    odd = {names[0]: make_linear(32, 64, torch.float32), names[1]: make_linear(32, 64, torch.float32, bias=True)}
+    assert not [*merge_linears(odd)]
+    assert not [*merge_linears({names[0]: linears[names[0]]})]
+
+
+def test_an_input_is_multiplied_anew_when_it_comes_again() -> None:
+    """The outputs of merged Linears are those of the tensor and route that they are called with."""
+    linears = {name: make_linear(32, 64, torch.float32) for name in ("layers.0.gate_proj", "layers.0.up_proj")}
+    (merged,) = merge_linears(linears)
+    gate_name, up_name = merged.names
+    first, second = torch.randn(2, 3, 64, device=DEVICE)
+    route = SlotRoute([])
+    assert torch.equal(merged.multiply(gate_name, first, route), linears[gate_name](first))
+    assert torch.allclose(merged.multiply(up_name, second, route), linears[up_name](second))
+    assert torch.allclose(merged.multiply(up_name, second, route), linears[up_name](second))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

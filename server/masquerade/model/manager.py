@@ -1,8 +1,8 @@
 """Attaches masks to a model: a pre-hook on the model sets the batch's route, and its Linears apply it.
 
-A `MaskedLinear` replaces every Linear that the kernels support. On every other maskable Linear a forward hook subtracts
-what the rows' masks prune from the layer's own product. In a step of the engine, decoder layers that the kernels
-support run natively as a whole. Weights never change.
+A `MaskedLinear` replaces every Linear that the kernels support; on a CUDA device, those of one input are merged. On
+every other maskable Linear a forward hook subtracts what the rows' masks prune from the layer's own product. In a step
+of the engine, decoder layers that the kernels support run natively as a whole. The values of weights never change.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from maskstore import Mask, MaskReader
 from masquerade.kernels import correct, footprint, serves
+from masquerade.kernels.cuda import serves as serves_cuda
+from masquerade.model.cuda import merge_linears
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
 from masquerade.model.native_layers import find_forwards
 from masquerade.model.route import ResidentMask
@@ -47,12 +49,17 @@ class MaskManager:
             model.register_forward_pre_hook(manager._set_route, with_kwargs=True),
             model.register_forward_hook(manager._clear_route, always_call=True),
         ]
+        masked: dict[str, MaskedLinear] = {}
         for name, module in list(model.named_modules()):
             if serves(module):
-                model.set_submodule(name, MaskedLinear(name, module, manager._current))
+                masked[name] = MaskedLinear(name, module, manager._current)
+                model.set_submodule(name, masked[name])
                 manager._replaced[name] = module
             elif name in manager._linears:
                 manager._handles.append(module.register_forward_hook(manager._corrector(name)))
+        for merged in merge_linears({name: masked[name] for name in masked if serves_cuda(manager._replaced[name])}):
+            for name in merged.names:
+                masked[name].merged = merged
         for layer, forward in find_forwards(model, manager._indices, manager._current).items():
             layer.forward = forward
             manager._layers.append(layer)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from masquerade.kernels import dense, differentiate
 from masquerade.kernels.native import is_quantised
+from masquerade.model.cuda import MergedLinears
 from masquerade.model.route import Route
 
 
@@ -26,6 +27,8 @@ class MaskedLinear(nn.Linear):
     A subclass instead of a hook: a pre-hook cannot skip the Linear's own product, and a forward hook computes another
     one after it, which takes 1.9 to 4.2 times as long (`benchmarks.costs`).
     """
+
+    merged: MergedLinears | None = None  # with those that get the same input, on a CUDA device
 
     def __init__(self, name: str, linear: nn.Linear, current: CurrentRoute) -> None:
         nn.Module.__init__(self)
@@ -46,4 +49,6 @@ class MaskedLinear(nn.Linear):
             return y
         if route is None:
             return dense(x, weight, bias)
+        if self.merged is not None:
+            return self.merged.multiply(self._name, x, route)
         return route.multiply(self._name, x, weight, bias)

@@ -147,6 +147,15 @@ class Route:
             self.subtract(name, x, y, separate=True)
         return y
 
+    def multiply_merged(
+        self, names: tuple[str, ...], outs: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The masked outputs [..., sum of outs] of Linears with merged weights [sum of outs, in], for inputs x."""
+        y = multiply_base(x, weight, bias)
+        for name, own in zip(names, torch.split(y, list(outs), -1), strict=True):
+            self.subtract(name, x, own)
+        return y
+
     def subtract(self, name: str, x: Tensor, y: Tensor, *, separate: bool = False) -> None:
         """Subtract from a Linear's base outputs y [..., out], in place, what its rows' masks prune; x is [..., in].
 

@@ -82,7 +82,8 @@ class CudaList:
         """Map rows [n, in] to [n, out]."""
         y = x.new_zeros(len(x), self.shape[0], dtype=accumulator(x.dtype))
         table, tiles = _one_mask(self.addresses, len(x), 1, x.device)
-        _kernels().subtract(x.contiguous(), y, table, tiles, x.new_full((len(x),), -1.0, dtype=torch.float32))
+        strengths = x.new_full((len(x),), -1.0, dtype=torch.float32)
+        _kernels().subtract(x.contiguous(), y, self.shape[:1], table, tiles, strengths)
         return y
 
 
@@ -113,7 +114,7 @@ class CudaBits:
         table, tiles = _one_mask(_entry(pruned), len(x), 16, x.device)
         y = x.new_empty(len(x), self.shape[0], dtype=accumulator(x.dtype))
         ones = x.new_ones(len(x), dtype=torch.float32)
-        _kernels().multiply(x.contiguous(), self._weight, None, y, table, tiles, ones)
+        _kernels().multiply(x.contiguous(), self._weight, None, y, self.shape[:1], table, tiles, ones)
         return y
 
 
@@ -130,7 +131,7 @@ def _entry(keep: Tensor) -> NDArray[np.int64]:
 
 
 def _one_mask(entry: NDArray[np.int64], count: int, width: int, device: torch.device) -> tuple[Tensor, Tiles]:
-    """The table and the tiles of a batch in which every row has the same mask."""
+    """The table and the tiles of a batch for one Linear in which every row has the same mask."""
     slots, rows = tile(np.zeros(count, np.int32), width)
     tiles = Tiles(torch.from_numpy(slots).to(device), torch.from_numpy(rows).to(device))
-    return torch.from_numpy(entry[None]).to(device), tiles
+    return torch.from_numpy(entry[None, None]).to(device), tiles

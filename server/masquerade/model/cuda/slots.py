@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from masquerade.kernels.cuda import FIELDS, CudaBits, CudaList, Tiles, find_kernels, tile
+from masquerade.model.cuda.merged import find_group
 from masquerade.model.cuda.staging import Layout, Staging
 from masquerade.model.route import ResidentMask, Route, Span
 
@@ -67,8 +68,9 @@ class SlotShape:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The masked Linears, in the table's order."""
-        return tuple(sorted({*self.listed, *self.bitmaps}))
+        """The masked Linears and those that are merged with them, in the table's order."""
+        masked = sorted({*self.listed, *self.bitmaps})
+        return tuple(dict.fromkeys(name for each in masked for name in find_group(each)))
 
     @property
     def layout(self) -> Layout:
@@ -146,15 +148,16 @@ class SlotMap:
 
 
 class Slots:
-    """The tensors of one shape, and the launches that read them. Not thread-safe."""
+    """The tensors of one shape, and the launches that read them; a model takes it as a route. Not thread-safe."""
 
     def __init__(self, shape: SlotShape, device: torch.device) -> None:
         self.shape = shape
         self._kernels: Any = find_kernels()
         self._staging = Staging(shape.layout, device)
         tensors = self._staging.tensors
-        self._strengths = tensors["strengths"]
-        self._tables = dict(zip(shape.names, tensors["table"], strict=True))
+        self._strengths, self._table = tensors["strengths"], tensors["table"]
+        self._places = {name: place for place, name in enumerate(shape.names)}
+        self._kinds = frozenset(shape.listed), frozenset(shape.bitmaps)
         self._listed = Tiles(tensors["listed_slots"], tensors["listed_rows"])
         self._bitmaps = Tiles(tensors["bitmap_slots"], tensors["bitmap_rows"])
 
@@ -163,28 +166,29 @@ class Slots:
         self._staging.write(slot_map.fill(self.shape))
 
     def masks(self, name: str) -> bool:
-        """Whether any row's mask prunes weights of a Linear."""
-        return name in self._tables
+        """Whether any row's mask prunes weights of a Linear, or of one that is merged with it."""
+        return name in self._places
 
     def multiply(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The masked outputs [..., out] of a Linear for inputs x [..., in]."""
-        out, columns = weight.shape
-        if name in self.shape.bitmaps:
+        return self.multiply_merged((name,), (len(weight),), x, weight, bias)
+
+    def multiply_merged(
+        self, names: tuple[str, ...], outs: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """See `Route`. The Linears have adjacent places in the table."""
+        listed, bitmaps = (not kind.isdisjoint(names) for kind in self._kinds)
+        if not (listed or bitmaps):
+            return F.linear(x, weight, bias)
+        (out, columns), place = weight.shape, self._places[names[0]]
+        table, rows = self._table[place : place + len(names)], x.reshape(-1, columns)
+        if bitmaps:
             y = x.new_empty(*x.shape[:-1], out)
-            self._kernels.multiply(
-                x.reshape(-1, columns),
-                weight,
-                bias,
-                y.view(-1, out),
-                self._tables[name],
-                self._bitmaps,
-                self._strengths,
-            )
+            self._kernels.multiply(rows, weight, bias, y.view(-1, out), outs, table, self._bitmaps, self._strengths)
         else:
             y = F.linear(x, weight, bias)
-        if name in self.shape.listed:
-            rows = x.reshape(-1, columns), y.view(-1, out)
-            self._kernels.subtract(*rows, self._tables[name], self._listed, self._strengths)
+        if listed:
+            self._kernels.subtract(rows, y.view(-1, out), outs, table, self._listed, self._strengths)
         return y
 
 
@@ -199,7 +203,13 @@ class SlotRoute(Route):
 
     def multiply(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The masked outputs [..., out] of a Linear for inputs x [..., in]."""
-        if not self.masks(name) or not x.numel():
+        return self.multiply_merged((name,), (len(weight),), x, weight, bias)
+
+    def multiply_merged(
+        self, names: tuple[str, ...], outs: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """See `Route`."""
+        if not any(self.masks(name) for name in names) or not x.numel():
             return F.linear(x, weight, bias)
         rows = x.shape[:-1].numel()
         slots = self._slots.get(x.device)
@@ -207,7 +217,7 @@ class SlotRoute(Route):
             slot_map = SlotMap.of(self.spans, rows)
             slots = self._slots[x.device] = Slots(slot_map.shape(), x.device)
             slots.write(slot_map)
-        return slots.multiply(name, x, weight, bias)
+        return slots.multiply_merged(names, outs, x, weight, bias)
 
 
 @lru_cache(maxsize=256)
