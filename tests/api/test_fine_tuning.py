@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import re
 import sqlite3
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,8 +22,9 @@ import pytest
 import torch
 from openai import OpenAI
 
-from maskstore import StoreBusy, fsck
+from maskstore import Registry, StoreBusy, fsck
 from masquerade.jobs.uploads import Uploads
+from masquerade.pruning import Scratch
 from masquerade.pruning.collector import StatisticsCollector
 from masquerade.service.serving import Serving
 from tests import world
@@ -551,6 +554,48 @@ def test_a_build_that_fails_leaves_serving_and_the_persona_untouched(
     again = finish(http, start(http, order(http, serving, "p", mask={"replace": True}))["id"])
     assert again["status"] == "succeeded"
     assert serving.registry.resolve("p").number == 2
+
+
+def test_a_build_without_room_keeps_its_work_and_the_same_request_goes_on(
+    http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full within the backward pass, and when the mask is to be published."""
+    put = Scratch.put
+
+    def refuse_gradients(scratch: Scratch, name: str, tensors: Any) -> None:
+        if name == "done/backward-0":  # the last layer of the pass
+            monkeypatch.setattr(Path, "write_bytes", refuse_room)
+        put(scratch, name, tensors)
+
+    def refuse_room(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    jobs = []
+    for patched, name, replacement in (
+        (Scratch, "put", refuse_gradients),
+        (Registry, "publish_built", refuse_room),
+    ):
+        with monkeypatch.context() as full:
+            full.setattr(patched, name, replacement)
+            jobs.append(finish(http, start(http, order(http, serving))["id"]))
+        monkeypatch.undo()
+        assert (jobs[-1]["status"], jobs[-1]["error"]["code"]) == ("failed", "storage_full")
+        for words in ("No space left on device", "within 24 hours the same request goes on from what is kept"):
+            assert words in jobs[-1]["error"]["message"]
+        (folder,) = (serving.store.root / "builds").glob("job-*")
+        assert list(folder.rglob("*.safetensors"))
+    jobs.append(finish(http, start(http, order(http, serving))["id"]))
+    assert jobs[-1]["status"] == "succeeded"
+    begun = [
+        {event["message"].split(",")[0] for event in http.get(f"{JOBS}/{job['id']}/events?limit=100").json()["data"]}
+        for job in jobs
+    ]
+    assert [any(message.startswith("backward 1/") for message in messages) for messages in begun] == [
+        True,
+        False,
+        False,
+    ]
+    assert not list((serving.store.root / "builds").glob("*"))
 
 
 def test_cancelling_cleans_up_and_an_ended_job_cannot_be_cancelled(http: httpx.Client, serving: Serving) -> None:

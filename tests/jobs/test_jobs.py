@@ -324,9 +324,9 @@ def test_a_job_that_fails_may_have_made_something(open_desk: Callable[..., JobSe
     failed = job_service.table.get_job(job.id)
     assert failed.result == {"made": "the other"}
     assert failed.error == {"code": "mask_refused", "message": "one of two", "param": None}
-    assert job_service.table.failed_jobs("mask_refused", began) == [failed]
-    assert job_service.table.failed_jobs("mask_refused", time.time()) == []
-    assert job_service.table.failed_jobs("build_failed", began) == []
+    assert job_service.table.failed_jobs({"mask_refused"}, began) == [failed]
+    assert job_service.table.failed_jobs({"mask_refused"}, time.time()) == []
+    assert job_service.table.failed_jobs({"build_failed"}, began) == []
 
 
 def test_cancelling_ends_a_job_within_one_item(open_desk: Callable[..., JobService]) -> None:
@@ -599,7 +599,7 @@ READS: dict[str, Callable[[JobTable], object]] = {
     "get_job": lambda table: table.get_job(table.list_jobs("ann")[0][0].id),
     "list_jobs": lambda table: table.list_jobs("ann"),
     "open_jobs": lambda table: table.open_jobs(),
-    "failed_jobs": lambda table: table.failed_jobs("mask_refused", 0.0),
+    "failed_jobs": lambda table: table.failed_jobs({"mask_refused"}, 0.0),
     "typical_seconds": lambda table: table.typical_seconds(),
     "count_jobs": lambda table: table.count_jobs(),
     "list_events": lambda table: table.list_events("job"),

@@ -353,15 +353,21 @@ def test_a_name_that_is_taken_is_refused_before_the_build(tiny_folder: Path, tmp
     assert [one["persona"] for one in succeed("masks", "ls", *at)["personas"]] == ["v"]
 
 
-def test_a_full_disk_is_said_during_the_build_and_nothing_stays(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_during_the_build_and_what_was_found_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
     data, other = write_answers(tmp_path / "own.jsonl", "aeiou"), write_answers(tmp_path / "other.jsonl", "bcdfg")
+    build = (
+        *("build", "--model", tiny_folder, "--store", tmp_path / "s", "--scratch", tmp_path / "work", "--force"),
+        *("--name", "v", "--data", data, "--contrast", other, "--score", "attribution", "--rho", "0.01"),
+    )
     with largest_file(60_000):  # less than hidden states need
-        result = fail(
-            *(1, "build", "--model", tiny_folder, "--store", tmp_path / "s", "--scratch", tmp_path / "work"),
-            *("--name", "v", "--data", data, "--contrast", other, "--score", "attribution", "--rho", "0.01"),
-        )
+        result = fail(1, *build)
     assert "cannot keep the build's intermediate results in" in result
     assert "File too large" in result
+    (folder,) = (tmp_path / "work").iterdir()
+    assert "the same command goes on from what is kept of this build" in result
+    assert f"rm -r {folder}" in result
+    assert not list(folder.rglob("*.part"))
+    succeed(*build)
     assert list((tmp_path / "work").iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from maskstore import Mask, Registry, Store, check_name, write_mask
 from masquerade.cli.options import AsJson, Device, Dtype, Model, Quantization, StoreFolder, require_ray
 from masquerade.cli.progress import follow, follow_loading
 from masquerade.cli.stores import open_store
-from masquerade.errors import BadDataset, BuildFailed, InvalidValue, MaskRefused, MasqueradeError
+from masquerade.errors import BadDataset, BuildUnsaved, InvalidValue, MaskRefused, MasqueradeError
 from masquerade.plan.memory import format_bytes
 from masquerade.service import kept_builds
 from masquerade.sources import locate_model
@@ -180,13 +180,15 @@ def build(
     _check_names(sources, registry)
     folder = (scratch or personas.root / kept_builds.FOLDER) / _identify(base, recipe, build_input)
     kept = Scratch(folder)
-    found = follow(_find_masks(base, recipe, build_input, kept, sharding))
     try:
+        found = follow(_find_masks(base, recipe, build_input, kept, sharding))
         report = _publish(found.masks, personas, registry, out)
         if not found.refused:
             kept.close()
-    except BuildFailed as error:
-        raise BuildFailed(f"{error}; {_describe_kept(folder, 'the same command')}") from error
+    except BuildUnsaved as error:
+        if not folder.exists():
+            raise
+        raise BuildUnsaved(f"{error}; {_describe_kept(folder, 'the same command')}") from error
     finally:
         kept.release()
     if report and as_json:
@@ -353,8 +355,9 @@ def _find_masks(
     try:
         manager = MaskManager.attach(base.model)
         return (yield from find_masks(base, manager, recipe, build_input, scratch, executor, sharding))
-    except MasqueradeError:  # a build that failed cannot resume
-        scratch.close()
+    except MasqueradeError as error:
+        if not isinstance(error, BuildUnsaved):
+            scratch.close()  # a build that failed cannot resume
         raise
 
 
@@ -387,7 +390,7 @@ def _publish(masks: Sequence[Mask], store: Store, registry: Registry, out: Path 
             report.append(_describe(mask) | written)
     except OSError as error:
         folder = error.filename or store.root
-        raise BuildFailed(f"the masks were found but cannot be written to {folder}: {error.strerror}") from error
+        raise BuildUnsaved(f"the masks were found but cannot be written to {folder}: {error.strerror}") from error
     return report
 
 

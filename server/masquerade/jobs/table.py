@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -212,11 +212,11 @@ class JobTable:
         with self.group.read() as db:
             return self._jobs(db, _IS_OPEN, order=JOB.c.rowid)
 
-    def failed_jobs(self, code: str, since: float) -> list[Job]:
-        """The jobs of all owners that have failed with an error code after a time, the newest first."""
+    def failed_jobs(self, codes: Collection[str], since: float) -> list[Job]:
+        """The jobs of all owners that have failed with one of the error codes after a time, the newest first."""
         with self.group.read() as db:
             failed = self._jobs(db, JOB.c.state == "failed", JOB.c.finished_at > since, order=JOB.c.finished_at.desc())
-        return [job for job in failed if job.error and job.error["code"] == code]
+        return [job for job in failed if job.error and job.error["code"] in codes]
 
     def typical_seconds(self) -> float | None:
         """Median duration of the last jobs that succeeded; None if there are none."""

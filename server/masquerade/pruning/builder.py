@@ -13,7 +13,7 @@ from torch import nn
 
 from maskstore import BaseRef as MaskBase
 from maskstore import Mask, MaskInfo, Target, check_name
-from masquerade.errors import BuildFailed, MasqueradeError
+from masquerade.errors import BuildFailed, BuildUnsaved, MasqueradeError
 from masquerade.evaluate.dataset import BATCH_TOKENS, Encoded, Example, batches
 from masquerade.evaluate.evaluation_set import EvaluationSet
 from masquerade.evaluate.splits import check_contrast
@@ -163,10 +163,9 @@ class Builder:
             choose = self._search if self._score.searched else self._compare
             chosen = yield from choose(targets, data)
             result = yield from self._certify(data, chosen)
-        except MasqueradeError:  # there is nothing to resume
-            self._scratch.close()
-            raise
-        except BaseException:  # an interrupted build keeps its scratch
+        except BaseException as error:
+            if isinstance(error, MasqueradeError) and not isinstance(error, BuildUnsaved):
+                self._scratch.close()  # there is nothing to resume
             self._scratch.release()
             raise
         if result.refused:  # a build that forces the mask goes on from here

@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from masquerade.errors import BuildFailed, BuildRunning
+from masquerade.errors import BuildFailed, BuildRunning, BuildUnsaved
 
 
 class Scratch:
     """Named sets of tensors of one build. They are in memory if `folder` is None; else the folder must be this build's.
 
-    A name is a path such as `hidden/3/own-0`. Raises `BuildFailed` with the system's message if the disk is full, and
-    if another process has locked the folder. It is locked from the first use until `close`, `release` or the end of the
-    process.
+    A name is a path such as `hidden/3/own-0`. Raises `BuildUnsaved` with the system's message if the disk is full, and
+    `BuildRunning` if another process has locked the folder. It is locked from the first use until `close`, `release` or
+    the end of the process.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -46,7 +46,7 @@ class Scratch:
             os.replace(part, path)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise BuildFailed(f"cannot keep the build's intermediate results in {path}: {error.strerror}") from error
+            raise BuildUnsaved(f"cannot keep the build's intermediate results in {path}: {error.strerror}") from error
 
     def get(self, name: str) -> dict[str, Tensor]:
         """The tensors under a name; on the CPU if they are in a folder."""
@@ -108,7 +108,7 @@ class Scratch:
             except FileNotFoundError:  # its last owner is removing the folder
                 continue
             except OSError as error:
-                raise BuildFailed(f"cannot keep intermediate results in {self._folder}: {error.strerror}") from error
+                raise BuildUnsaved(f"cannot keep intermediate results in {self._folder}: {error.strerror}") from error
             lock = weakref.finalize(self, os.close, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,6 +21,7 @@ from maskstore import sweep as clear_masks
 from masquerade.errors import (
     BadDataset,
     BuildFailed,
+    BuildUnsaved,
     Forbidden,
     InvalidKey,
     InvalidValue,
@@ -192,13 +193,13 @@ def read_input(job_service: JobService, spec: Mapping[str, Any], names: JobNames
 def sweep(serving: Serving, job_service: JobService) -> None:
     """Delete the remains of finished jobs and killed writers.
 
-    Unfinished jobs keep their scratch to continue. So does the last refused job of each owner, of the last
-    `KEPT_BUILDS` of them for `KEPT_HOURS`, for a request that forces the mask.
+    Unfinished jobs keep their scratch to continue. So does each owner's last job of which a mask was refused or that
+    had no room, of the last `KEPT_BUILDS` of them for `KEPT_HOURS`, for a request that goes on from there.
     """
     with suppress(StoreBusy):
         clear_masks(serving.store.root)
     last: dict[str, Job] = {}
-    for job in _refused_jobs(job_service):
+    for job in _stopped_jobs(job_service):
         last.setdefault(job.owner, job)
     jobs = *job_service.table.open_jobs(), *list(last.values())[:KEPT_BUILDS]
     kept = {_folder(serving, job.owner, job.spec) for job in jobs}
@@ -209,15 +210,16 @@ def sweep(serving: Serving, job_service: JobService) -> None:
 
 
 def find_published(job_service: JobService, owner: str, spec: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of the personas that a refused job of the same build has published, by name."""
+    """Digests of the personas that a job of the same build has published although it failed, by name."""
     work = _identify(owner, spec)
-    same = [job for job in _refused_jobs(job_service) if _identify(job.owner, job.spec) == work]
+    same = [job for job in _stopped_jobs(job_service) if _identify(job.owner, job.spec) == work]
     return {made["persona"]: made["digest"] for job in same[::-1] for made in (job.result or {}).get("personas", [])}
 
 
-def _refused_jobs(job_service: JobService) -> list[Job]:
-    """The jobs whose work may be kept, the newest first."""
-    return job_service.table.failed_jobs(MaskRefused.code, time.time() - KEPT_HOURS * 3600)
+def _stopped_jobs(job_service: JobService) -> list[Job]:
+    """The ended jobs whose work may be kept, the newest first."""
+    codes = MaskRefused.code, BuildUnsaved.code
+    return job_service.table.failed_jobs(codes, time.time() - KEPT_HOURS * 3600)
 
 
 def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job, build_input: BuildInput) -> Work:
@@ -226,6 +228,8 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     scratch = Scratch(folder)
     try:
         found = yield from find_masks(serving.base, serving.manager, _recipe(job.spec), build_input, scratch)
+    except BuildUnsaved as error:
+        raise BuildUnsaved(f"{error}; {_explain_kept(folder)}") from error
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         scratch.release()
         with suppress(OSError):
@@ -268,8 +272,8 @@ def _check_owner(serving: Serving, keyring: Keyring, job: Job) -> None:
 def _finish(
     serving: Serving, keyring: Keyring, job_service: JobService, job: Job, found: BuildResult
 ) -> dict[str, Any]:
-    """Publish the masks, and return the job's result. Raises `MaskRefused` with it if a mask is refused, and `NotReady`
-    if the registry or its bucket cannot be written to now: what was found stays for the next attempt.
+    """Publish the masks, and return the job's result. Raises `MaskRefused` with it if a mask is refused, `NotReady` if
+    the registry is busy or its bucket is out of reach, and `BuildUnsaved` if the disk is full: what was found stays.
     """
     folder = _folder(serving, job.owner, job.spec)
     try:
@@ -277,6 +281,8 @@ def _finish(
         result = _publish(serving, job_service, job, found.masks)
     except (StoreBusy, BucketUnreachable) as error:
         raise NotReady(f"the masks cannot be published now: {error.message}") from error
+    except BuildUnsaved as error:
+        raise BuildUnsaved(f"{error}; {_explain_kept(folder)}") from error
     except Exception:
         with suppress(OSError):
             kept_builds.delete(folder)
@@ -286,13 +292,14 @@ def _finish(
         with suppress(OSError):
             kept_builds.delete(folder)
     else:
-        size = format_bytes(kept_builds.measure(folder).nbytes)
-        raise MaskRefused(
-            f"{found.explain()}; or force it: within {KEPT_HOURS:g} hours the same request with `force` goes on from "
-            f"what is kept of this build ({size})",
-            result=result,
-        )
+        forced = _explain_kept(folder, "the same request with `force`")
+        raise MaskRefused(f"{found.explain()}; or force it: {forced}", result=result)
     return result
+
+
+def _explain_kept(folder: Path, request: str = "the same request") -> str:
+    size = format_bytes(kept_builds.measure(folder).nbytes)
+    return f"within {KEPT_HOURS:g} hours {request} goes on from what is kept of this build ({size})"
 
 
 def _publish(serving: Serving, job_service: JobService, job: Job, masks: Sequence[Mask]) -> dict[str, Any]:
@@ -304,7 +311,7 @@ def _publish(serving: Serving, job_service: JobService, job: Job, masks: Sequenc
     except (MaskConflict, MaskExists) as error:
         raise PersonaExists(f"a name was taken during the build: {error.message}") from error
     except OSError as error:
-        raise BuildFailed(f"the masks were found but cannot be written: {error.strerror}") from error
+        raise BuildUnsaved(f"the masks were found but cannot be written: {error.strerror}") from error
     for mask in masks:
         name, certificate = mask.info.persona, dict(mask.info.certificate)
         file = _keep_file(job_service, job, name, serving.store.path(mask.digest), mask.digest)
