@@ -14,14 +14,16 @@ from tests.serving import Server
 from tests.web.driving import column, say, visit
 from tests.world import CERTIFICATE, CURVE, make_claim
 
-LIKE = demo.PERSONAS / "formal.safetensors"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def curved(server: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A persona with a curve, beside those of the demo, which have none."""
-    content = make_claim(tmp_path_factory.mktemp("mask") / "curved", LIKE, CERTIFICATE)
-    httpx.put(f"{server.base_url}/v1/personas/curved/content", content=content).raise_for_status()
+    """A persona with a curve that is easy to read, and one without."""
+    folder = tmp_path_factory.mktemp("mask")
+    straight = {name: value for name, value in CERTIFICATE.items() if name != "curve"}
+    for name, like, certificate in (("curved", "formal", CERTIFICATE), ("straight", "casual", straight)):
+        content = make_claim(folder / name, demo.PERSONAS / f"{like}.safetensors", certificate)
+        httpx.put(f"{server.base_url}/v1/personas/{name}/content", content=content).raise_for_status()
 
 
 def curve(page: Page) -> Locator:
@@ -92,7 +94,7 @@ def test_a_curve_of_nothing_is_not_drawn(page: Page, server: Server, points: lis
 def test_a_persona_without_a_curve_has_its_slider(page: Page, server: Server) -> None:
     visit(page, server, "#/chat/curved")
     expect(curve(page)).to_be_visible()
-    column(page).get_by_label("Persona").select_option("formal")
+    column(page).get_by_label("Persona").select_option("straight")
     expect(curve(page)).to_be_hidden()
     expect(column(page).get_by_label("Gamma")).not_to_have_attribute("aria-valuetext", re.compile(".*"))
     turn(page, "0.5")
