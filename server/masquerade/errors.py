@@ -256,8 +256,10 @@ class BadDataset(BuildFailed, status=400, type="invalid_request_error", code="ba
     """A JSONL file is wrong; the message names the file and the line."""
 
 
-class BuildUnsaved(BuildFailed, status=507, code="storage_full"):
-    """What a build found cannot be written. What it wrote before stays, and the same build goes on from there."""
+class BuildUnsaved(BuildFailed, status=507, code="build_unsaved", retry=False):
+    """What a build found cannot be written: a full disk. What it wrote before stays, and the same build goes on from
+    there.
+    """
 
 
 class BuildRunning(BuildFailed):

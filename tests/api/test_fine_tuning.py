@@ -579,8 +579,8 @@ def test_a_build_without_room_keeps_its_work_and_the_same_request_goes_on(
             full.setattr(patched, name, replacement)
             jobs.append(finish(http, start(http, order(http, serving))["id"]))
         monkeypatch.undo()
-        assert (jobs[-1]["status"], jobs[-1]["error"]["code"]) == ("failed", "storage_full")
-        for words in ("No space left on device", "within 24 hours the same request goes on from what is kept"):
+        assert (jobs[-1]["status"], jobs[-1]["error"]["code"]) == ("failed", "build_unsaved")
+        for words in ("No space left on device", "within 24 hours the same request, ", "goes on from what is kept"):
             assert words in jobs[-1]["error"]["message"]
         (folder,) = (serving.store.root / "builds").glob("job-*")
         assert list(folder.rglob("*.safetensors"))

@@ -26,7 +26,7 @@ from masquerade.engine.cuda import attention as cuda_attention
 from masquerade.engine.cuda import graphs
 from masquerade.engine.kv_cache import KVCache
 from masquerade.engine.scheduler import Chunk
-from masquerade.model import AppliedMask, Base, MaskManager, load
+from masquerade.model import AppliedMask, Base, MaskManager, load, make_route
 from masquerade.model import manager as manager_module
 from tests import world
 
@@ -110,6 +110,23 @@ def make_requests(base: Base, masks: MaskManager, lengths: list[int]) -> list[tu
         )
         chosen.append((request, None if unmasked else mask, gamma))
     return chosen
+
+
+def test_a_forward_pass_that_fails_leaves_no_outputs_of_merged_linears(tiny: Base, masks: MaskManager) -> None:
+    """Between the calls of gate and up: the next pass may be another batch's, and memory is short."""
+    mlp: Any = tiny.model.model.layers[0].mlp
+    ids, kept = torch.tensor([[7, 8, 9]], device=tiny.device), []
+
+    def fail(*_: object) -> None:
+        kept.append(len(mlp.up_proj.merged._outputs))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    mlp.act_fn.register_forward_pre_hook(fail)
+    with torch.inference_mode(), pytest.raises(torch.OutOfMemoryError):
+        tiny.model(ids, route=make_route([]))
+    assert kept == [1]
+    assert not mlp.up_proj.merged._outputs
+    assert mlp.up_proj.merged._input is None
 
 
 @pytest.mark.usefixtures("row_groups")

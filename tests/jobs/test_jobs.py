@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from masquerade.database.migrations import JOBS
 from masquerade.database.postgresql import PostgreSQL
@@ -309,6 +310,29 @@ def test_a_job_that_cannot_run_now_is_not_tried_without_a_pause(open_desk: Calla
     job_service.runner.start()
     wait_for(lambda: len(tries) > 2)
     assert min(later - earlier for earlier, later in itertools.pairwise(tries)) > 0.3
+
+
+def test_a_job_goes_on_when_its_table_has_room_again(
+    open_desk: Callable[..., JobService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite had no room for the job's progress."""
+    tries = []
+
+    def work(_: Job) -> Work:
+        tries.append(time.monotonic())
+        yield Progress("try", 1, 1)
+        return lambda: {"made": "it"}
+
+    def refuse(*_: object) -> None:
+        monkeypatch.undo()
+        raise OperationalError("INSERT INTO event", None, sqlite3.OperationalError("database or disk is full"))
+
+    job_service = open_desk(work)
+    job = job_service.table.add_job("ann", SPEC)
+    monkeypatch.setattr(JobTable, "add_event", refuse)
+    job_service.runner.start()
+    wait_for(lambda: job_service.table.get_job(job.id).state == "succeeded")
+    assert len(tries) == 2
 
 
 def test_a_job_that_fails_may_have_made_something(open_desk: Callable[..., JobService]) -> None:

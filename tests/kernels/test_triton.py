@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskstore import Bitmap, MaskInfo, Target, encode
-from masquerade.kernels import cuda
+from masquerade.kernels import correct, cuda
 from masquerade.kernels.cuda import CudaBits, CudaList, tile
 from masquerade.model import AppliedMask, ResidentMask, Route, Span
 from masquerade.model.cuda import SlotMap, SlotRoute, Slots, merge_linears
@@ -154,6 +154,23 @@ def test_merged_linears_equal_the_formula(outs: tuple[int, ...], rows: int) -> N
             found = merged.multiply(name, given, route)[:rows]
             assert torch.allclose(found.double(), expected[name], atol=1e-4), name
         assert merged._input is None
+
+
+def test_corrections_of_torch_serve_merged_linears() -> None:
+    """What `fit` makes if it is told to."""
+    names = ("layers.0.gate_proj", "layers.0.up_proj")
+    linears = {name: make_linear(32, 64, torch.float32) for name in names}
+    pruned = {name: prune(linear, 0.1, seed) for seed, (name, linear) in enumerate(linears.items())}
+    (merged,) = merge_linears(linears)
+    for backend in ("sparse", "reference"):
+        corrections = {name: correct(linears[name], encode(one), backend) for name, one in pruned.items()}
+        mask = ResidentMask("p", MaskInfo(persona="p", score="random"), corrections)
+        route, x = Route([Span(AppliedMask(mask, 0.25), 1, 3)]), torch.randn(3, 64, device=DEVICE)
+        for name in names:
+            weight = linears[name].weight.double()
+            expected = x.double() @ weight.T
+            expected[1:] = x[1:].double() @ (weight * gate(pruned[name], 0.25)).T
+            assert torch.allclose(merged.multiply(name, x, route).double(), expected, atol=1e-5), backend
 
 
 def test_merged_weights_stay_the_linears_own() -> None:

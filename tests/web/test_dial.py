@@ -15,7 +15,6 @@ from tests.web.driving import column, say, visit
 from tests.world import CERTIFICATE, CURVE, make_claim
 
 
-
 @pytest.fixture(scope="module", autouse=True)
 def curved(server: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A persona with a curve that is easy to read, and one without."""

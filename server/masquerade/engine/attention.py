@@ -157,7 +157,7 @@ def attend(
     plan = plan.elsewhere.get(q.device, plan)
     layer = int(module.layer_idx) - plan.cache.first_layer  # type: ignore[arg-type]  # transformers' modules have one
     queries, keys, values = (heads[0].transpose(0, 1) for heads in (q, k, v))  # [rows, heads, head size]
-    plan.cache.write(layer, plan.slot_mapping, *(heads.reshape(-1, q.shape[-1]) for heads in (keys, values)))
+    plan.cache.write(layer, plan.slot_mapping, keys, values)
     call = AttentionCall(layer, scores, plan.cache, keys, values)
     if len(plan.groups) == 1:
         return plan.groups[0].attend(queries, call).unsqueeze(0), None

@@ -97,10 +97,11 @@ class KVCache:
             cached[:, target * self.kv_heads + heads, :count] = cached[:, source * self.kv_heads + heads, :count]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k and v [rows * kv heads, head size] in slots, int64 [rows * kv heads]."""
-        keys, values = self._slots[layer]
-        keys.index_copy_(0, slots, k)
-        values.index_copy_(0, slots, v)
+        """Store k and v [rows, kv heads, head size] in slots, int64 [rows * kv heads]."""
+        for cached, own in zip(self._slots[layer], (k, v), strict=True):
+            cached.index_put_(
+                (slots.view(own.shape[:2]),), own
+            )  # `index_copy_` would copy parts of merged outputs first
 
     def read(self, layer: int, head_blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of head blocks, int64 [rows * kv heads * n]: [rows, kv heads, n * BLOCK_SIZE, head size]."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.exc import OperationalError
+
 from masquerade.errors import BuildFailed, BuildRunning, LeaseLost, MasqueradeError, NotReady
 from masquerade.jobs.records import LEASE_SECONDS, Job
 from masquerade.jobs.table import JobTable
@@ -158,6 +160,10 @@ class Runner:
                 return
             made = error.result if isinstance(error, BuildFailed) else None
             self._table.finish(job.id, "failed", result=made, error=_describe(error))
+        except OperationalError as error:  # the table's disk is full; that is not the job's fault
+            _log.warning("the job %s goes back to the queue: %s", job.id, error)
+            self._needs_requeue = True
+            self._pause()
         except Exception as error:
             _log.exception("the job %s failed", job.id)
             failure = BuildFailed(f"the build failed: {type(error).__name__}; the server's log says why")

@@ -76,10 +76,10 @@ class RowwiseCorrection:
         self._scale = torch.cat([(-strength * sparse.values).flatten() for sparse, _, strength in parts])
 
     def subtract(self, x: Tensor, y: Tensor) -> None:
-        """Correct the outputs y [rows, out], contiguous, of inputs x [rows, in], in place."""
+        """Correct the outputs y [rows, out] of inputs x [rows, in] in place."""
         terms = x.reshape(-1).index_select(0, self._source) * self._scale  # in the accumulator's dtype
-        if y.dtype == terms.dtype:
+        if y.dtype == terms.dtype and y.is_contiguous():
             y.view(-1).scatter_add_(0, self._sink, terms)
         else:
             sums = terms.new_zeros(y.numel()).scatter_add_(0, self._sink, terms)
-            y += sums.view_as(y).to(y.dtype)
+            y += sums.view(y.shape).to(y.dtype)

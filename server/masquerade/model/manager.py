@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from maskstore import Mask, MaskReader
 from masquerade.kernels import correct, footprint, serves
 from masquerade.kernels.cuda import serves as serves_cuda
-from masquerade.model.cuda import merge_linears
+from masquerade.model.cuda import MergedLinears, merge_linears
 from masquerade.model.masked_linear import CurrentRoute, MaskedLinear
 from masquerade.model.native_layers import find_forwards
 from masquerade.model.route import ResidentMask
@@ -34,6 +34,7 @@ class MaskManager:
         self._indices = {name: index for index, name in enumerate(self._linears)}  # shared by all masks
         self._handles: list[RemovableHandle] = []
         self._replaced: dict[str, nn.Linear] = {}
+        self._merged: list[MergedLinears] = []
         self._layers: list[nn.Module] = []  # those with a native forward
         self._current = CurrentRoute()
 
@@ -58,6 +59,7 @@ class MaskManager:
             elif name in manager._linears:
                 manager._handles.append(module.register_forward_hook(manager._corrector(name)))
         for merged in merge_linears({name: masked[name] for name in masked if serves_cuda(manager._replaced[name])}):
+            manager._merged.append(merged)
             for name in merged.names:
                 masked[name].merged = merged
         for layer, forward in find_forwards(model, manager._indices, manager._current).items():
@@ -69,6 +71,7 @@ class MaskManager:
         """Restore the model's own Linears and remove the hooks. Calling it again has no effect."""
         while self._handles:
             self._handles.pop().remove()
+        self._merged.clear()
         while self._layers:
             del self._layers.pop().forward
         while self._replaced:
@@ -99,6 +102,8 @@ class MaskManager:
 
     def _clear_route(self, *_: Any) -> None:
         self._current.route = None
+        for merged in self._merged:
+            merged.forget()
 
     def _corrector(self, name: str) -> Any:
         def subtract(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

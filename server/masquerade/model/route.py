@@ -152,8 +152,9 @@ class Route:
     ) -> Tensor:
         """The masked outputs [..., sum of outs] of Linears with merged weights [sum of outs, in], for inputs x."""
         y = multiply_base(x, weight, bias)
-        for name, own in zip(names, torch.split(y, list(outs), -1), strict=True):
-            self.subtract(name, x, own)
+        if self._has_separate:
+            for name, own in zip(names, torch.split(y, list(outs), -1), strict=True):
+                self.subtract(name, x, own)
         return y
 
     def subtract(self, name: str, x: Tensor, y: Tensor, *, separate: bool = False) -> None:

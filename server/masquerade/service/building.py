@@ -52,8 +52,8 @@ from masquerade.service.serving import Serving
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-KEPT_HOURS = 24.0  # for which the work of a refused build is kept
-KEPT_BUILDS = 4  # most refused builds whose work is kept, one of each owner
+KEPT_HOURS = 24.0  # for which the work of a refused or unsaved build is kept
+KEPT_BUILDS = 4  # most ended builds whose work is kept, one of each owner
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _work(serving: Serving, keyring: Keyring, job_service: JobService, job: Job,
     try:
         found = yield from find_masks(serving.base, serving.manager, _recipe(job.spec), build_input, scratch)
     except BuildUnsaved as error:
-        raise BuildUnsaved(f"{error}; {_explain_kept(folder)}") from error
+        raise BuildUnsaved(f"{error}{_invite(folder)}") from error
     except (Exception, Cancelled):  # not GeneratorExit: a stopping server keeps the scratch
         scratch.release()
         with suppress(OSError):
@@ -282,7 +282,7 @@ def _finish(
     except (StoreBusy, BucketUnreachable) as error:
         raise NotReady(f"the masks cannot be published now: {error.message}") from error
     except BuildUnsaved as error:
-        raise BuildUnsaved(f"{error}; {_explain_kept(folder)}") from error
+        raise BuildUnsaved(f"{error}{_invite(folder)}") from error
     except Exception:
         with suppress(OSError):
             kept_builds.delete(folder)
@@ -292,12 +292,18 @@ def _finish(
         with suppress(OSError):
             kept_builds.delete(folder)
     else:
-        forced = _explain_kept(folder, "the same request with `force`")
+        forced = _explain_kept("the same request with `force`", folder)
         raise MaskRefused(f"{found.explain()}; or force it: {forced}", result=result)
     return result
 
 
-def _explain_kept(folder: Path, request: str = "the same request") -> str:
+def _invite(folder: Path) -> str:
+    """How to go on with an unsaved build, in words that continue its error; nothing if nothing of it is kept."""
+    request = "the same request, with another Idempotency-Key if it had one,"
+    return f"; {_explain_kept(request, folder)}" if kept_builds.measure(folder).nbytes else ""
+
+
+def _explain_kept(request: str, folder: Path) -> str:
     size = format_bytes(kept_builds.measure(folder).nbytes)
     return f"within {KEPT_HOURS:g} hours {request} goes on from what is kept of this build ({size})"
 

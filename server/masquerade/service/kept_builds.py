@@ -1,4 +1,4 @@
-"""What interrupted and refused builds keep in a store: sizes, ages, and deletion."""
+"""What builds that did not succeed keep in a store: sizes, ages, and deletion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DAYS = 7.0  # since the last change, after which `masks gc` deletes what a build
 
 @dataclass(frozen=True)
 class KeptBuild:
-    """The folder of a build that has not ended, or was refused."""
+    """The folder of a build that has not ended, was refused, or could not be saved."""
 
     folder: Path
     nbytes: int

@@ -30,7 +30,7 @@ def collect(
         float, typer.Option(help="Minimum age of what a removed build keeps, in days since its last change.")
     ] = kept_builds.DAYS,
 ) -> CommandResult:
-    """Remove masks that no name, alias, pin or history refers to, and what old refused or killed builds keep."""
+    """Remove masks that no name, alias, pin or history refers to, and what old builds keep that did not succeed."""
     done = gc(registry.store.root, dry=dry_run, grace=grace)
     verb = "would be removed" if done.dry else "are removed"
     text = [f"{len(done.digests)} masks and {len(done.leftovers)} leftovers {verb}, {done.nbytes} bytes"]

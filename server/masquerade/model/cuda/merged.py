@@ -19,7 +19,7 @@ class MergedLinears:
     """Up to three Linears of one input. Each stays a module with its own weight, which is a part of the merged one."""
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        """Move weights and biases into memory of their own, side by side; needs room for both at that moment."""
+        """Move weights and biases side by side, unless they are; that needs room for both at that moment."""
         modules = list(linears.values())
         self.names = tuple(linears)
         self.outs = tuple(module.out_features for module in modules)
@@ -45,6 +45,10 @@ class MergedLinears:
             self._input = None
         return y
 
+    def forget(self) -> None:
+        """Drop outputs that wait for calls which do not come, because the forward pass has failed."""
+        self._input, self._outputs = None, {}
+
 
 def merge_linears(linears: Mapping[str, nn.Linear]) -> Iterator[MergedLinears]:
     """Merge a model's Linears on CUDA devices, by name, where all of a group are among them and are alike."""
@@ -53,8 +57,6 @@ def merge_linears(linears: Mapping[str, nn.Linear]) -> Iterator[MergedLinears]:
         modules = [linears[one] for one in names if one in linears]
         if name == names[0] and len(names) == len(modules) > 1 and _are_alike(modules):
             yield MergedLinears(dict(zip(names, modules, strict=True)))
-            if modules[0].weight.is_cuda:
-                torch.cuda.empty_cache()  # the parts that were, of other sizes than the next that are merged
 
 
 @lru_cache(maxsize=1 << 14)
@@ -88,7 +90,10 @@ def _merge(parts: Sequence[Tensor]) -> Tensor:
     if _are_merged(parts):
         first = parts[0].detach()
         return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-    merged = torch.cat([part.detach() for part in parts])
-    for part, own in zip(parts, torch.split(merged, [len(part) for part in parts]), strict=True):
-        part.data = own
+    with torch.inference_mode(False):  # the parts stay parameters that gradients may need
+        merged = torch.cat([part.detach() for part in parts])
+        for part, own in zip(parts, torch.split(merged, [len(part) for part in parts]), strict=True):
+            part.data = own
+    if merged.is_cuda:
+        torch.cuda.empty_cache()  # of the parts as they were, whose sizes are not those of the next ones
     return merged

@@ -166,8 +166,8 @@ class Slots:
         self._staging.write(slot_map.fill(self.shape))
 
     def masks(self, name: str) -> bool:
-        """Whether any row's mask prunes weights of a Linear, or of one that is merged with it."""
-        return name in self._places
+        """Whether any row's mask prunes weights of a Linear."""
+        return any(name in kind for kind in self._kinds)
 
     def multiply(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The masked outputs [..., out] of a Linear for inputs x [..., in]."""
