@@ -23,9 +23,10 @@ from masquerade.engine.prefix import BLOCK_SIZE
 from masquerade.engine.scheduler import Chunk
 from masquerade.model import AppliedMask, Base, MaskManager, find_targets
 
-SPARSE, BITMAP = "sparse 0.3 %", "bitmap"
+SPARSE, BITMAP, SINGLE = "sparse 0.3 %", "bitmap", "one weight an output"
 # What share of the weights a list prunes, by form; the most important form first.
-SHARES = {SPARSE: 0.003, BITMAP: None, "sparse 1 %": 0.01, "sparse 0.1 %": 0.001}
+SHARES = {SPARSE: 0.003, BITMAP: None, "sparse 1 %": 0.01, "sparse 0.1 %": 0.001, SINGLE: 0.0}
+FORMS = tuple(form for form in SHARES if form != SINGLE)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Scale:
     rows: Sequence[int] = (1, 16, 64, 256)  # of a decode step
     context: int = 512  # positions of each row
     personas: Sequence[int] = (1, 16, 64)
-    forms: Sequence[str] = tuple(SHARES)
+    forms: Sequence[str] = FORMS
     adapters: int = 8  # of PEFT, and personas of the engine
     prefill: int = 8192  # tokens of the long prompt
     requests: int = 32  # to the engine
@@ -214,7 +215,7 @@ def make_mask(base: Base, share: float | None) -> Mask:
 
 
 def make_list(out: int, columns: int, share: float, rng: np.random.Generator) -> Target:
-    """One weight in each of as many equal segments of a row."""
+    """One weight in each of as many equal segments of a row; at least one."""
     count = max(1, round(share * columns))
     stretch = columns // count
     chosen: NDArray[Any] = np.arange(count) * stretch + rng.integers(stretch, size=(out, count))

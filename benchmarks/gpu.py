@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from benchmarks._device import BITMAP, SPARSE, Scale, Steps, World
+from benchmarks._device import BITMAP, SINGLE, SPARSE, Scale, Steps, World
 from benchmarks._report import Figure, LeftOut, arguments, follow, report
 from masquerade.engine import Engine, EngineConfig, Request, SamplingParams, attention
 from masquerade.model import AppliedMask, HostCache
@@ -118,6 +118,7 @@ def list_rows(world: World) -> Iterator[Row]:
     yield Row("the bandwidth at 1 row", partial(measure_floor, world))
     first = min(DECODING, max(scale.rows))
     yield Row(f"decode steps, {first} rows, {SPARSE}", partial(measure_steps, world, SPARSE, first))
+    yield Row("launches", partial(measure_launches, world))
     yield Row("base traffic", partial(measure_base_traffic, world))
     yield Row("the engine", partial(measure_engine, world))
     yield Row(f"prefill of {scale.prefill} positions", partial(measure_prefill, world))
@@ -157,6 +158,18 @@ def measure_steps(world: World, form: str, rows: int) -> Iterator[Figure]:
             yield Figure(f"step, {rows} rows, {what} / base", seconds / times["0"], "x", reach)
         rate = world.count_bytes(rows, masks) / seconds
         yield Figure(f"step, {rows} rows, {what}: bytes read a second / a copy's", rate / world.copy_speed, "x")
+
+
+def measure_launches(world: World) -> Iterator[Figure]:
+    """Steps whose lists have next to nothing in them, so that their corrections cost little but their launches."""
+    rows = min(DECODING, max(world.scale.rows))
+    cases: dict[str, Sequence[AppliedMask | None]] = {"base": [None]}
+    cases |= {form: world.find_personas(form, rows) for form in (SINGLE, SPARSE)}
+    steps = {name: partial(world.steps.settle, rows, masks) for name, masks in cases.items()}
+    times = world.clock.compare(steps, world.scale)
+    for form in (SINGLE, SPARSE):
+        what = f"{rows} rows, {rows} personas, {form}"
+        yield Figure(f"step, {what}, beyond the base's", (times[form] - times["base"]) * 1e6, "us")
 
 
 def measure_base_traffic(world: World) -> Iterator[Figure]:
