@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -339,3 +340,36 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     subprocess.run(["g++", *flags.split(), *sorted(tmp_path.glob("*.o")), "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stdout + done.stderr
+
+
+STARVED = """
+import resource, sys
+from pathlib import Path
+import torch
+from masquerade.kernels import NativeProduct
+isa, threads, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
+torch.set_num_threads(threads)
+weight, x = torch.ones(64, 64, dtype=dtype), torch.ones(400_000, 64, dtype=dtype)
+product, free = NativeProduct(isa=isa), resource.getrlimit(resource.RLIMIT_AS)
+expected = product(x[:8], weight, None)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2 * x.nbytes, free[1]))  # enough for the outputs, and not for the inputs
+try:
+    product(x, weight, None)
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, free)
+assert torch.equal(product(x[:8], weight, None), expected)
+assert torch.equal(product(x, weight, None)[-8:], expected)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_product_without_memory_is_an_error_and_the_process_goes_on(isa: str, threads: int) -> None:
+    """Inputs in fp32 take as many bytes as those of the call, or twice as many."""
+    dtype = "float32" if isa in ("portable", "avx2", "avx512") else "bfloat16"
+    run = [sys.executable, "-c", STARVED, isa, str(threads), dtype]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "the native kernels have no memory for this step\n"

@@ -229,7 +229,11 @@ def starve_a_step(stage: Stage) -> Trial:
         for turn in range(stage.scale.of(6, 2)):
             large = chat(messages=[{"role": "user", "content": f"{turn} " + "why " * 450}])  # no prefix is known
             with starving(server, 2**25):
-                trial.refused("a step that has no memory", http.post(CHAT, json=large), ["step_failed"])
+                response = http.post(CHAT, json=large)
+                if (
+                    not turn or response.status_code != 200
+                ):  # the first large step leaves the memory that the next needs
+                    trial.refused("a step that has no memory", response, ["step_failed"])
                 with stage.crowd(server, known, 2).chatting() as heard:
                     time.sleep(stage.seconds / 4)
                 trial.heard.append(heard)

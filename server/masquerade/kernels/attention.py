@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from masquerade.kernels.native import DTYPES, ISAS, find_library, require_library
+from masquerade.kernels.native import DTYPES, ISAS, check_memory, find_library, require_library
 
 SIZES = 16  # a head size is a multiple of it
 WALKED = 64  # positions that are read at a time; blocks divide it
@@ -57,7 +57,7 @@ def attend_chunks(
     are [blocks * kv heads, positions of a block, head size]. `isa` as in `NativeProduct`.
 
     Raises `ValueError` if q has another number of rows than the chunks, or another dtype or head size than the cache,
-    or for blocks that the library does not read (`check_block`).
+    or for blocks that the library does not read (`check_block`), and `MemoryError` if there is no memory.
     """
     library, (rows, heads, size), (_, positions, key_size) = require_library(), q.shape, keys.shape
     check_block(positions)
@@ -68,7 +68,7 @@ def attend_chunks(
         )
     q = q.contiguous()
     out = torch.empty_like(q)
-    library.attend(
+    outcome = library.attend(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -85,4 +85,5 @@ def attend_chunks(
         ISAS.index(isa) if isa else library.fastest,
         torch.get_num_threads(),
     )
+    check_memory(outcome)
     return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from masquerade.kernels.attention import PagedChunks, check_block
-from masquerade.kernels.native import DTYPES, NativeProduct, describe_weight, require_library
+from masquerade.kernels.native import DTYPES, NativeProduct, check_memory, describe_weight, require_library
 
 _STEP = "7P5q"  # keys, values, slots; blocks, starts, rows and lengths of chunks; counts, and bytes of a layer's keys
 _LINEAR = "2P4q"  # weight, bias, out, in, form, index
@@ -89,7 +89,7 @@ class NativeLayers:
         is written, if the library does not support it.
 
         `product` is of the batch; None if no row has a mask. `rotation` is cosines and sines [1, rows, head size].
-        Raises `ValueError` as `NativeProduct` does.
+        Raises `ValueError` and `MemoryError` as `NativeProduct` does.
         """
         addresses = [held[name].data_ptr() for held, name in self._parameters]  # type: ignore[union-attr]
         if addresses != self._addresses:  # at first, and when a parameter has moved
@@ -111,6 +111,7 @@ class NativeLayers:
             library.fastest,
             torch.get_num_threads(),
         )
+        check_memory(failed)
         if failed:
             raise ValueError(f"spans overlap or end beyond the {step.rows} rows")
         return y

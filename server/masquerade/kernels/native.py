@@ -30,9 +30,10 @@ from masquerade.kernels.correction import accumulator, bitmap_footprint
 _log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libmasquerade.so")
-INTERFACE = 11  # of product.h
+INTERFACE = 12  # of product.h
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # slowest first, numbered as in product.h
 ROUNDS = 16  # added to a form
+NO_MEMORY = 3  # an outcome
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIST, _WIDE_LIST, _BITMAP = range(1, 4)
 _PART = np.dtype([("kind", np.int64), ("data", np.uintp)])
@@ -70,7 +71,7 @@ class Library:
         )
         kind_and_dtype, address, size = (ctypes.c_int64, ctypes.c_int32), ctypes.c_void_p, ctypes.c_int64
         settings, scale = (ctypes.c_int32,) * 3, ctypes.c_float  # dtype, isa, threads
-        self.rows: dict[str, Callable[..., None]] = {}  # what `rows.py` calls
+        self.rows: dict[str, Callable[..., int | None]] = {}  # what `rows.py` calls
         for name, addresses, sizes in (
             ("normalize", 3, (size, size, scale)),  # x, weight, y; rows, size, epsilon
             ("normalize_back", 4, (size, size, scale)),  # x, weight, gradients of y and x
@@ -83,6 +84,7 @@ class Library:
         ):
             self.rows[name] = function = getattr(library, f"masquerade_{name}")
             function.argtypes, function.restype = ((address,) * addresses + sizes + settings), None
+        self.rows["softmax"].restype = ctypes.c_int32  # type: ignore[attr-defined]  # the only one that needs memory
         self.measure_list = library.masquerade_list_size
         self.measure_list.argtypes = (*kind_and_dtype, size, size)  # out, pruned
         self.measure_list.restype = ctypes.c_int64
@@ -124,6 +126,12 @@ def require_library() -> Library:
     if (library := find_library()) is None:
         raise UnusableModel("the native kernels were not built; install a C++ compiler and the package again")
     return library
+
+
+def check_memory(outcome: int | None) -> None:
+    """Raise `MemoryError` if a call of the library lacked memory."""
+    if outcome == NO_MEMORY:
+        raise MemoryError("the native kernels have no memory for this step")
 
 
 def has_bf16() -> bool:
@@ -302,7 +310,7 @@ class NativeProduct:
         """Map rows [..., in] to [..., out] in the weight's dtype; `index` is from `find`, and None ignores all masks.
 
         A quantised weight has the dtype bf16. Raises `ValueError` if x has another width or dtype than the weight, if a
-        span ends beyond the rows, or if spans overlap.
+        span ends beyond the rows, or if spans overlap; and `MemoryError` if there is no memory.
         """
         x, shape, dtype = x.contiguous(), x.shape, x.dtype
         (out, columns), values, form = describe_weight(weight)
@@ -326,6 +334,7 @@ class NativeProduct:
             self._isa,
             torch.get_num_threads(),
         )
+        check_memory(failed)
         if failed:
             spans = list(struct.iter_unpack(_SPAN, self._spans))
             raise ValueError(f"spans overlap or end beyond the {rows} rows (table, strength, start, stop): {spans}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from masquerade.kernels.gradients import widen
-from masquerade.kernels.native import DTYPES, find_library, require_library
+from masquerade.kernels.native import DTYPES, check_memory, find_library, require_library
 
 
 def serves_rows(x: Tensor) -> bool:
@@ -154,4 +154,6 @@ def _run(name: str, tensors: Sequence[Tensor], *sizes: float) -> None:
     """Call a function of the library on contiguous tensors, of which the first has the dtype."""
     library = require_library()
     addresses = (tensor.data_ptr() for tensor in tensors)
-    library.rows[name](*addresses, *sizes, DTYPES[tensors[0].dtype], library.fastest, torch.get_num_threads())
+    check_memory(
+        library.rows[name](*addresses, *sizes, DTYPES[tensors[0].dtype], library.fastest, torch.get_num_threads())
+    )

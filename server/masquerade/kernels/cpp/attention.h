@@ -271,8 +271,11 @@ void attend_as(const AttentionCall& call) {
   const int64_t count = shares.size(), worth = std::max(int64_t{1}, scores / kScoresAThread);
   const Share* const all = shares.data();  // of this thread
   const int64_t threads = std::min({int64_t{call.threads}, worth, count});
+  Shortage shortage;
 #pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads)) if (threads > 1)
-  for (int64_t share = 0; share < count; share++) Walk(call, all[share], share + 1 < count ? all + share + 1 : nullptr).run();
+  for (int64_t share = 0; share < count; share++)
+    shortage.watch([&] { Walk(call, all[share], share + 1 < count ? all + share + 1 : nullptr).run(); });
+  shortage.report();
 }
 
 [[maybe_unused]] void attend(const AttentionCall& call) {

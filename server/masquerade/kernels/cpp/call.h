@@ -1,6 +1,41 @@
 // A call as the instruction sets' units take it: rows sorted by their masks' parts of one Linear.
 #pragma once
+#include <new>
+
 #include "product.h"
+
+namespace {
+
+// Memory that the work of a parallel loop lacks: nothing may be thrown out of one.
+class Shortage {
+ public:
+  template <class Work>
+  void watch(const Work& work) {
+    try {
+      work();
+    } catch (const std::bad_alloc&) {
+      __atomic_store_n(&lacks_, true, __ATOMIC_RELAXED);
+    }
+  }
+  void report() const {
+    if (lacks_) throw std::bad_alloc();
+  }
+
+ private:
+  bool lacks_ = false;
+};
+
+// Calls `work` for a caller in C.
+template <class Work>
+[[maybe_unused]] int32_t guard(const Work& work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+}
+
+}  // namespace
 
 // Consecutive rows (in `Call::order`) with one mask at one strength. Lists come before bitmaps.
 struct Group {

@@ -93,28 +93,30 @@ extern "C" int32_t masquerade_isas() {
 extern "C" int32_t masquerade_product(const Span* spans, int64_t count, int64_t number, const void* weight,
                                       const void* bias, const void* x, void* y, int64_t rows, int64_t out, int64_t in,
                                       int32_t dtype, int32_t form, int32_t isa, int32_t threads) {
-  static thread_local Arrangement arrangement;
   if (!(masquerade_isas() >> isa & 1)) return kNoIsa;
   if (!rows) return kDone;
   const bool rounds = form & kRounds;
   Call call{weight, bias, x, y, nullptr, nullptr, 0, rows, out, in, dtype, form & ~kRounds, threads, rounds};
   if (rounds && isa == kAvx512) isa = kAvx2;  // it has no sums of integers
-  if (count) {
-    if (!arrangement.arrange(spans, count, number, rows)) return kNoRoute;
-    call.order = arrangement.order();
-    call.groups = arrangement.groups().data();
-    call.group_count = static_cast<int64_t>(arrangement.groups().size());
-  }
-  switch (isa) {
+  return guard([&]() -> int32_t {
+    static thread_local Arrangement arrangement;
+    if (count) {
+      if (!arrangement.arrange(spans, count, number, rows)) return kNoRoute;
+      call.order = arrangement.order();
+      call.groups = arrangement.groups().data();
+      call.group_count = static_cast<int64_t>(arrangement.groups().size());
+    }
+    switch (isa) {
 #if defined(__x86_64__)
-    case kAmx: dtype == kBfloat16 ? multiply_amx(call) : multiply_avx512(call); break;
-    case kAvx512Bf16: dtype == kBfloat16 ? multiply_avx512bf16(call) : multiply_avx512(call); break;
-    case kAvx512: multiply_avx512(call); break;
-    case kAvx2: multiply_avx2(call); break;
+      case kAmx: dtype == kBfloat16 ? multiply_amx(call) : multiply_avx512(call); break;
+      case kAvx512Bf16: dtype == kBfloat16 ? multiply_avx512bf16(call) : multiply_avx512(call); break;
+      case kAvx512: multiply_avx512(call); break;
+      case kAvx2: multiply_avx2(call); break;
 #endif
-    default: multiply_portable(call);
-  }
-  return kDone;
+      default: multiply_portable(call);
+    }
+    return kDone;
+  });
 }
 
 extern "C" int32_t masquerade_attention(const void* q, const void* keys, const void* values, void* y,
@@ -125,14 +127,16 @@ extern "C" int32_t masquerade_attention(const void* q, const void* keys, const v
   if (!(masquerade_isas() >> isa & 1)) return kNoIsa;
   const AttentionCall call{q,     keys,     values, y,     blocks,    starts, rows,  lengths, chunks,
                            heads, kv_heads, size,   width, positions, scale,  dtype, threads};
-  switch (isa) {
+  return guard([&]() -> int32_t {
+    switch (isa) {
 #if defined(__x86_64__)
-    case kAmx: dtype == kBfloat16 ? attend_amx(call) : attend_avx512(call); break;
-    case kAvx512Bf16: dtype == kBfloat16 ? attend_avx512bf16(call) : attend_avx512(call); break;
-    case kAvx512: attend_avx512(call); break;
-    case kAvx2: attend_avx2(call); break;
+      case kAmx: dtype == kBfloat16 ? attend_amx(call) : attend_avx512(call); break;
+      case kAvx512Bf16: dtype == kBfloat16 ? attend_avx512bf16(call) : attend_avx512(call); break;
+      case kAvx512: attend_avx512(call); break;
+      case kAvx2: attend_avx2(call); break;
 #endif
-    default: attend_portable(call);
-  }
-  return kDone;
+      default: attend_portable(call);
+    }
+    return kDone;
+  });
 }

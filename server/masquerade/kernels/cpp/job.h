@@ -73,8 +73,9 @@ class Scratch {
     const int64_t size = round_up(bytes, kCacheLine) + kCacheLine * pieces;
     if (size > size_) {
       std::free(data_);
+      size_ = 0;
       data_ = static_cast<char*>(std::aligned_alloc(kCacheLine, size));
-      if (!data_) std::abort();
+      if (!data_) throw std::bad_alloc();
       size_ = size;
     }
     used_ = 0;

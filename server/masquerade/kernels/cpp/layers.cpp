@@ -27,9 +27,9 @@ class LayerCall {
     place(k.data(), layer_.kv_heads, layer_.k_norm, cos, sin);
     write(k.data(), keys);
     write(v.data(), values);
-    masquerade_attention(q.data(), keys, values, room(attended, layer_.o.in), step_.blocks, step_.starts, step_.chunk_rows,
-                         step_.lengths, step_.chunks, layer_.heads, layer_.kv_heads, layer_.size, step_.width,
-                         step_.positions, static_cast<float>(layer_.scale), dtype_, isa_, threads_);
+    note(masquerade_attention(q.data(), keys, values, room(attended, layer_.o.in), step_.blocks, step_.starts,
+                              step_.chunk_rows, step_.lengths, step_.chunks, layer_.heads, layer_.kv_heads, layer_.size,
+                              step_.width, step_.positions, static_cast<float>(layer_.scale), dtype_, isa_, threads_));
     multiply(layer_.o, attended, added);
     add(x, added, y);
     normalize(y, layer_.mlp_norm, layer_.gate.in, normal.data());
@@ -51,9 +51,11 @@ class LayerCall {
   void multiply(const Linear& linear, const std::vector<char>& x, std::vector<char>& y) {
     const auto prunes = [&](const Span& span) { return span.parts[linear.number].kind != kNothing; };
     const int64_t count = std::any_of(spans_, spans_ + count_, prunes) ? count_ : 0;
-    const int32_t outcome =
-        masquerade_product(spans_, count, linear.number, linear.weight, linear.bias, x.data(), room(y, linear.out),
-                           step_.rows, linear.out, linear.in, dtype_, static_cast<int32_t>(linear.form), isa_, threads_);
+    note(masquerade_product(spans_, count, linear.number, linear.weight, linear.bias, x.data(), room(y, linear.out),
+                            step_.rows, linear.out, linear.in, dtype_, static_cast<int32_t>(linear.form), isa_, threads_));
+  }
+
+  void note(int32_t outcome) {
     if (outcome != kDone) outcome_ = outcome;
   }
 
@@ -94,11 +96,13 @@ extern "C" int32_t masquerade_layers(const Layer* layers, int64_t first, int64_t
                                      void* y, int32_t isa, int32_t threads) {
   if (!(masquerade_isas() >> isa & 1)) return kNoIsa;
   if (!step->rows) return kDone;
-  for (int64_t i = 0; i < number; i++) {
-    LayerCall call(layers[i], *step, spans, count, isa, threads);
-    const int32_t outcome = call.run(first + i, static_cast<const char*>(cos), static_cast<const char*>(sin),
-                                     static_cast<const char*>(i ? y : x), static_cast<char*>(y));
-    if (outcome != kDone) return outcome;
-  }
-  return kDone;
+  return guard([&]() -> int32_t {
+    for (int64_t i = 0; i < number; i++) {
+      LayerCall call(layers[i], *step, spans, count, isa, threads);
+      const int32_t outcome = call.run(first + i, static_cast<const char*>(cos), static_cast<const char*>(sin),
+                                       static_cast<const char*>(i ? y : x), static_cast<char*>(y));
+      if (outcome != kDone) return outcome;
+    }
+    return kDone;
+  });
 }

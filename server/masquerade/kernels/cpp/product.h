@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t kInterface = 11;  // changes whenever anything here does
+constexpr int32_t kInterface = 12;  // changes whenever anything here does
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum Form : int32_t {  // of a weight: of dtype, or quantised as GGUF has it
@@ -16,7 +16,8 @@ enum Form : int32_t {  // of a weight: of dtype, or quantised as GGUF has it
 constexpr int32_t kRounds = 16;  // added to the form of a quantised weight: rows without a bitmap are rounded to 8 bits
 enum Kind : int64_t { kNothing = 0, kList16 = 1, kList32 = 2, kBitmap = 3 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
-enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2 };  // no route: spans overlap or end beyond the batch
+// No route: spans overlap or end beyond the batch. No memory: what was to be computed is undefined.
+enum Outcome : int32_t { kDone = 0, kNoIsa = 1, kNoRoute = 2, kNoMemory = 3 };
 
 // What a mask prunes of one Linear.
 struct Part {
@@ -132,10 +133,10 @@ void masquerade_gate_back(const void* gate, const void* up, const void* above, v
 void masquerade_add(const void* x, const void* added, void* y, float scale, int64_t count, int32_t dtype, int32_t isa,
                     int32_t threads);
 // Of scores times `scale`, where `seen` is not 0; the others get 0.
-void masquerade_softmax(void* scores,         // [rows, heads, queries, positions], in place
-                        const uint8_t* seen,  // [rows, queries, positions]
-                        int64_t rows, int64_t heads, int64_t queries, int64_t positions, float scale, int32_t dtype,
-                        int32_t isa, int32_t threads);
+int32_t masquerade_softmax(void* scores,         // [rows, heads, queries, positions], in place
+                           const uint8_t* seen,  // [rows, queries, positions]
+                           int64_t rows, int64_t heads, int64_t queries, int64_t positions, float scale, int32_t dtype,
+                           int32_t isa, int32_t threads);  // its `Outcome`
 void masquerade_softmax_back(const void* shares,  // [rows, positions], what `masquerade_softmax` made
                              void* above,         // their gradient; that of the scores takes its place
                              int64_t rows, int64_t positions, float scale, int32_t dtype, int32_t isa, int32_t threads);

@@ -12,11 +12,13 @@ template <class Work>
 void share(int64_t count, int64_t width, int32_t threads, const Work& work) {
   const int64_t worth = std::max(int64_t{1}, count * width / kWorthAThread);
   const int64_t shares = std::min({int64_t{threads}, worth, count});
+  Shortage shortage;
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(shares)) if (shares > 1)
   for (int64_t part = 0; part < shares; part++) {
     const int64_t start = count * part / shares;
-    work(start, count * (part + 1) / shares - start);
+    shortage.watch([&] { work(start, count * (part + 1) / shares - start); });
   }
+  shortage.report();
 }
 
 int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
@@ -89,13 +91,16 @@ void masquerade_add(const void* x, const void* added, void* y, float scale, int6
   });
 }
 
-void masquerade_softmax(void* scores, const uint8_t* seen, int64_t rows, int64_t heads, int64_t queries, int64_t positions,
-                        float scale, int32_t dtype, int32_t isa, int32_t threads) {
+int32_t masquerade_softmax(void* scores, const uint8_t* seen, int64_t rows, int64_t heads, int64_t queries,
+                           int64_t positions, float scale, int32_t dtype, int32_t isa, int32_t threads) {
   const RowKernels kernels = find_rows(isa, dtype);
-  share(rows * heads, queries * positions, threads, [&](int64_t first, int64_t count) {
-    for (int64_t head = first; head < first + count; head++)
-      kernels.softmax(at(scores, head * queries * positions * bytes_of(dtype)), seen + head / heads * queries * positions, queries,
-                      positions, scale);
+  return guard([&] {
+    share(rows * heads, queries * positions, threads, [&](int64_t first, int64_t count) {
+      for (int64_t head = first; head < first + count; head++)
+        kernels.softmax(at(scores, head * queries * positions * bytes_of(dtype)), seen + head / heads * queries * positions,
+                        queries, positions, scale);
+    });
+    return kDone;
   });
 }
 

@@ -183,9 +183,13 @@ void multiply_as(const Call& call) {
   if constexpr (kMatrices<T>) turn_inputs(job);
   const int64_t blocks = (call.out + kBlock - 1) / kBlock, worth = call.out * call.in / kWorthAThread;
   const int64_t shares = std::min({int64_t{call.threads}, std::max(int64_t{1}, worth), blocks});
+  Shortage shortage;
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(shares)) if (shares > 1)
   for (int64_t share = 0; share < shares; share++)
-    run(job, rounded, blocks * share / shares * kBlock, std::min(blocks * (share + 1) / shares * kBlock, call.out));
+    shortage.watch([&] {
+      run(job, rounded, blocks * share / shares * kBlock, std::min(blocks * (share + 1) / shares * kBlock, call.out));
+    });
+  shortage.report();
 }
 
 [[maybe_unused]] void multiply(const Call& call) {
