@@ -36,10 +36,8 @@ class MergedLinears:
         """
         if x is not self._input or name not in self._outputs:
             outputs = route.multiply_merged(self.names, self.outs, x, self.weight, self.bias)
-            self._input, self._outputs = (
-                x,
-                dict(zip(self.names, torch.split(outputs, list(self.outs), -1), strict=True)),
-            )
+            parts = torch.split(outputs, list(self.outs), -1)
+            self._input, self._outputs = x, dict(zip(self.names, parts, strict=True))
         y = self._outputs.pop(name)
         if not self._outputs:
             self._input = None
@@ -68,17 +66,11 @@ def find_group(name: str) -> tuple[str, ...]:
 
 
 def _are_alike(linears: Sequence[nn.Linear]) -> bool:
-    kinds = {
-        (
-            linear.weight.device,
-            linear.weight.dtype,
-            linear.in_features,
-            linear.bias is None,
-            linear.weight.requires_grad,
-        )
-        for linear in linears
-    }
-    return len(kinds) == 1
+    def describe(linear: nn.Linear) -> tuple[Any, ...]:
+        weight = linear.weight
+        return weight.device, weight.dtype, weight.requires_grad, linear.in_features, linear.bias is None
+
+    return len(set(map(describe, linears))) == 1
 
 
 def _are_merged(parts: Sequence[Tensor]) -> bool:
