@@ -98,10 +98,9 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [rows, kv heads, head size] in slots, int64 [rows * kv heads]."""
+        index = (slots.view(k.shape[:2]),)
         for cached, own in zip(self._slots[layer], (k, v), strict=True):
-            cached.index_put_(
-                (slots.view(own.shape[:2]),), own
-            )  # `index_copy_` would copy parts of merged outputs first
+            cached.index_put_(index, own)  # `index_copy_` would first copy heads that are parts of merged outputs
 
     def read(self, layer: int, head_blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of head blocks, int64 [rows * kv heads * n]: [rows, kv heads, n * BLOCK_SIZE, head size]."""
