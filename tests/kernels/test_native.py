@@ -365,9 +365,9 @@ assert torch.equal(product(x, weight, None)[-8:], expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "amx"])
 def test_a_product_without_memory_is_an_error_and_the_process_goes_on(isa: str, threads: int) -> None:
-    """Inputs in fp32 take as many bytes as those of the call, or twice as many."""
+    """Inputs and sums of all rows take more than those of the call; with AMX only those of a band of rows do."""
     dtype = "float32" if isa in ("portable", "avx2", "avx512") else "bfloat16"
     run = [sys.executable, "-c", STARVED, isa, str(threads), dtype]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
